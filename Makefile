@@ -1,0 +1,80 @@
+# Every target does its own set-up; a second `make` installs nothing. `make help` lists them.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+COATNET := .venv/bin/coatnet
+# One thread a process: the tests run in two processes, and two cores is what everybody has.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+PYTEST_ARGS ?= -n 2
+SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format bench clean
+
+help:
+	@echo 'make demo       train on 10,000 pictures of clothes, report, classify three: about five minutes'
+	@echo 'make test       the tests (make test-slow: those that train for minutes)'
+	@echo 'make check      format, lint, types and architecture'
+	@echo 'make format     rewrite the files as make check wants them'
+	@echo 'make bench      our speed beside timm'\''s'
+	@echo 'make clean      remove what the tools left (.venv and runs stay)'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+	    for python in $(SYSTEM_PYTHON); do \
+	        "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	        python=; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo 'coatnet needs Python 3.11 or newer with its venv module (on Debian: apt-get install python3-venv);' \
+	             'name one with: make SYSTEM_PYTHON=/path/to/python3' >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Creating .venv with $$python"; \
+	    "$$python" -m venv --clear .venv; \
+	fi
+	@echo 'Installing coatnet and what it needs into .venv (once; a few minutes, mostly PyTorch) ...'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(COATNET) train scratch --data fashion-mnist-small --out $(DEMO) --max_minutes 3.5
+	@echo
+	@$(COATNET) evaluate $(DEMO)/bundle --data fashion-mnist-small
+	@echo
+	@echo 'Three pictures that the model has not seen:'
+	@$(COATNET) predict $(DEMO)/bundle examples/pictures --top-k 3
+	@echo
+	@echo 'What $(DEMO) holds: report.md, curves.png, confusion.png, mistakes.png, bundle/ (the finished model).'
+	@echo 'Next (`. .venv/bin/activate` first, or write .venv/bin/coatnet):'
+	@echo '  coatnet train --data path/to/folder --out runs/mine            your own pictures, a folder for each class'
+	@echo '  coatnet evaluate $(DEMO)/bundle --data fashion-mnist-small   the same measurement again'
+	@echo '  coatnet models                                                 the family, up to the CoAtNet-7 of the paper'
+	@echo '  rm -r $(DEMO) && make demo                                   the demo from nothing'
+
+test: $(INSTALLED)
+	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	@$(PYTEST) -m slow --timeout=7200
+
+check: $(INSTALLED)
+	@.venv/bin/ruff format --check
+	@.venv/bin/ruff check
+	@.venv/bin/pyrefly check
+	@$(PYTEST) -q tests/test_architecture.py
+
+format: $(INSTALLED)
+	@.venv/bin/ruff format
+	@.venv/bin/ruff check --fix
+
+bench: $(INSTALLED)
+	@$(PYTHON) benchmarks/model.py --against timm
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,129 @@
+"""Self-attention over the cells of a map: the paper's relative attention, and the two ways it rejects.
+
+Every class here maps tokens `(B, N, C)` of a grid `(H, W)` to tokens `(B, N, C')`.
+
+Shapes: B batch, C width, N = H * W cells, A heads, D head_dim, S window side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coatnet.model.relative_bias import RelativeBias, WindowBias
+
+
+class Projections(nn.Module):
+    """The multi-head projections around an attention: queries, keys and values before, the output after."""
+
+    def __init__(self, in_width: int, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = width // head_dim
+        # chosen: biases on all four, from the authors' later code.
+        self.qkv = nn.Linear(in_width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, N, C)` -> q, k, v `(B, A, N, D)`, as views of one product."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """`(B, A, N, D)` -> `(B, N, C')`."""
+        return self.output(heads.transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v: `(B, A, N, D)` each and `(A, N, N)` -> `(B, A, N, D)`."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # On CPUs the products themselves are twice as fast as torch's fused attention with a bias: at (16, 12, 196, 32) in
+    # bf16 on one core 75 ms against 162 ms with the backward pass, 32 ms against 80 ms without.
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (weights if bias is None else weights + bias).softmax(-1) @ v
+
+
+class PlainAttention(Projections):
+    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j: equation (2), no position at all."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.split(x)
+        return self.merge(attend(q, k, v))
+
+
+class RelativeAttention(Projections):
+    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) + w_{i-j}) v_j: equation (3), "pre", the paper's choice."""
+
+    def __init__(self, in_width: int, width: int, head_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(in_width, width, head_dim)
+        self.relative_bias = RelativeBias(self.num_heads, grid)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.split(x)
+        bias = self.relative_bias(grid, q.dtype)
+        return self.merge(attend(q, k, v, bias))
+
+
+class PostRelativeAttention(Projections):
+    """y_i = sum_j (softmax_j(q_i . k_j / sqrt(D)) + w_{i-j}) v_j: equation (3), "post"."""
+
+    def __init__(self, in_width: int, width: int, head_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(in_width, width, head_dim)
+        self.relative_bias = RelativeBias(self.num_heads, grid)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.split(x)
+        static = self.relative_bias(grid, v.dtype) @ v
+        return self.merge(attend(q, k, v) + static)
+
+
+class LocalAttention(Projections):
+    """Relative attention whose query sees only the S x S cells around it: the paper's option (B).
+
+    Memory grows with N * S^2; the N x N matrix of global attention is never formed. Cells beyond the border of
+    the map do not exist: they get no weight.
+    """
+
+    def __init__(self, in_width: int, width: int, head_dim: int, window: int, *, relative_bias: bool) -> None:
+        super().__init__(in_width, width, head_dim)
+        self.window = window
+        self.relative_bias = WindowBias(self.num_heads, window) if relative_bias else None
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.split(x)
+        weights = torch.einsum("band,bansd->bans", q, self.neighbours(k, grid)) * q.shape[-1] ** -0.5
+        if self.relative_bias is not None:
+            weights = weights + self.relative_bias(weights.dtype)
+        weights = weights.masked_fill(~self.inside(grid, x.device), float("-inf")).softmax(-1)
+        return self.merge(torch.einsum("bans,bansd->band", weights, self.neighbours(v, grid)))
+
+    def neighbours(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, A, N, D)` -> `(B, A, N, S * S, D)`: around each cell, row by row; zeros beyond the border."""
+        size, radius = self.window, self.window // 2
+        cells = F.pad(tokens.unflatten(2, grid), (0, 0, radius, radius, radius, radius))  # (B, A, H+S-1, W+S-1, D)
+        windows = cells.unfold(2, size, 1).unfold(3, size, 1)  # (B, A, H, W, D, S, S)
+        return windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3)
+
+    def inside(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """`(N, S * S)`: whether that neighbour of that cell lies on the map."""
+        reach = torch.arange(self.window, device=device) - self.window // 2
+        on_axis = []
+        for side in grid:
+            index = torch.arange(side, device=device)[:, None] + reach  # (side, S)
+            on_axis.append((index >= 0) & (index < side))
+        rows, columns = on_axis
+        return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+
+
+class LinearAttention(Projections):
+    """y_i = phi(q_i) sum_j phi(k_j)^T v_j / phi(q_i) . sum_j phi(k_j): the paper's option (C).
+
+    chosen: phi = elu + 1 (Katharopoulos et al. 2020). Time and memory grow with N; no matrix is formed to which a
+    relative bias could be added.
+    """
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        q, k, v = self.split(x)
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        context = k.transpose(-2, -1) @ v  # (B, A, D, D)
+        normaliser = q @ k.sum(dim=-2).unsqueeze(-1)  # (B, A, N, 1)
+        return self.merge(q @ context / normaliser)

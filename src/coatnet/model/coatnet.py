@@ -1,0 +1,169 @@
+"""The network: stem, stages, head; its initialisation, and the contract that users of timm know.
+
+Shapes: B batch, C width, H W feature map, K classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coatnet.errors import UserError
+from coatnet.model.assembly import Head, build_classifier, build_stages, build_stem, initialise
+from coatnet.model.transformer import Transformer
+from coatnet.model.variants import Variant, find_variant
+
+
+class CoAtNet(nn.Module):
+    """Images `(B, in_channels, H, W)`, float and normalised, to logits `(B, K)`; any H and W.
+
+    Args:
+        variant: the row of the family.
+        num_classes: K; 0 leaves the features in front of the classifier, `(B, num_features)`.
+        resolution: side of the square images that the relative biases are made for, pixels.
+        stochastic_depth: rate at the last block, rising linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        num_classes: int,
+        in_channels: int,
+        resolution: int,
+        stochastic_depth: float,
+    ) -> None:
+        super().__init__()
+        self.variant, self.in_channels, self.resolution = variant, in_channels, resolution
+        self.num_classes, self.num_features = num_classes, variant.stages[-1].width
+        self.grad_checkpointing = False
+        self.stem = build_stem(variant, in_channels)
+        self.stages = build_stages(variant, resolution, stochastic_depth)
+        self.head = Head(self.num_features, num_classes)
+        self.apply(initialise)
+        # With channels-last weights every map is channels-last, so that maps become tokens without a copy.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """`(B, in_channels, H, W)` -> the last map `(B, num_features, H / 32, W / 32)`, rounded up."""
+        return self.forward_intermediates(images, indices=0)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map -> logits `(B, K)`, or the features `(B, num_features)` that make them."""
+        return self.head(x, pre_logits)
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | list[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last map, and the maps after the stem (index 0) and after each stage (1, 2, ...).
+
+        Args:
+            indices: which maps, from the end if negative; the last that many if it is a number; all if None.
+        """
+        num_maps = len(self.stages) + 1
+        if indices is None:
+            indices = num_maps
+        wanted = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        maps = {0: x}
+        for index, blocks in enumerate(self.stages, start=1):
+            x = checkpoint_blocks(blocks, x) if self.grad_checkpointing and self.training else blocks(x)
+            maps[index] = x
+        return x, [maps[index] for index in wanted]
+
+    def train(self, mode: bool = True) -> "CoAtNet":
+        """As in torch, except that a BatchNorm with frozen weights keeps its statistics too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, features to logits."""
+        return self.head.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, untrained classifier for that many classes; none (features come out) for 0."""
+        self.num_classes = num_classes
+        device = self.head.hidden.weight.device
+        self.head.classifier = build_classifier(self.num_features, num_classes).apply(initialise).to(device)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the relative bias tables: not to be decayed, beside every one-dimensional parameter."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_bias.table")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names from stem to head, as timm reads them: a group a block (a stage if coarse)."""
+        stages = [(r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": [*stages, (r"^head", (99999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute Transformer blocks in the backward pass instead of keeping what they computed."""
+        self.grad_checkpointing = enable
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `create_model(**config)` builds this network again, untrained."""
+        return {
+            "variant": self.variant.to_dict(),
+            "num_classes": self.num_classes,
+            "in_channels": self.in_channels,
+            "resolution": self.resolution,
+        }
+
+
+def create_model(
+    variant: str | Variant | Mapping[str, Any],
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    resolution: int | None = None,
+    stochastic_depth: float = 0.0,
+    **variations: Any,
+) -> CoAtNet:
+    """An untrained network of the family.
+
+    Args:
+        variant: a name of `list_variants()`, a row, or the row that `CoAtNet.config()` holds.
+        resolution: side of the square images that the relative biases are made for, pixels; the row's if None.
+            Images of any other size go through as well.
+        stochastic_depth: rate at the last block, rising linearly from 0 at the first.
+        variations: `layout`, `block_counts`, or fields of a row, as in `Variant.vary`.
+
+    Raises:
+        UserError: if a name, a number or a combination makes no sense; the message says what would.
+    """
+    if isinstance(variant, str):
+        row = find_variant(variant)
+    else:
+        row = variant if isinstance(variant, Variant) else Variant.from_dict(variant)
+    row = row.vary(**variations)
+    resolution = row.resolution if resolution is None else resolution
+    for name, value, smallest in (
+        ("num_classes", num_classes, 0),
+        ("in_channels", in_channels, 1),
+        ("resolution", resolution, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise UserError(f"{name}={value!r}: it is a whole number of at least {smallest}")
+    if not 0.0 <= stochastic_depth < 1.0:
+        raise UserError(f"stochastic_depth={stochastic_depth}: it is a rate of at least 0 and less than 1")
+    return CoAtNet(
+        row,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        resolution=resolution,
+        stochastic_depth=stochastic_depth,
+    )
+
+
+def checkpoint_blocks(blocks: nn.Module, x: Tensor) -> Tensor:
+    """The blocks in turn; a Transformer keeps its input only. MBConv would count its BatchNorm statistics twice."""
+    for each in blocks.children():
+        x = checkpoint(each, x, use_reentrant=False) if isinstance(each, Transformer) else each(x)
+    return x

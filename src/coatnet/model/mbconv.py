@@ -1,0 +1,71 @@
+"""The convolutional block: MBConv with squeeze-excitation (paper, equation 5 and appendix A.1).
+
+Shapes: B batch, C width, H W feature map.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from coatnet.model.layers import GELU, MapLayerNorm, Shortcut, StochasticDepth, batch_norm, mean_over_cells
+
+EXPANSION = 4  # paper: Table 3, "expansion of inverted bottleneck always 4"; of the output width, as the FLOPs show
+NORMS = {"batch": batch_norm, "layer": MapLayerNorm}
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(Expand(SiLU(Squeeze(mean(x))))): one gate a channel, from the whole map.
+
+    `(B, C, H, W) -> (B, C, H, W)`
+    """
+
+    def __init__(self, width: int, squeezed_width: int) -> None:
+        super().__init__()
+        # chosen: biases, SiLU and sigmoid, from the authors' later code; the paper gives only the ratio.
+        self.squeeze = nn.Linear(width, squeezed_width)
+        self.activation = nn.SiLU()
+        self.excite = nn.Linear(squeezed_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.excite(self.activation(self.squeeze(mean_over_cells(x))))
+        return x * torch.sigmoid(gate)[:, :, None, None]
+
+
+class MBConv(nn.Module):
+    """x <- Proj(Pool(x)) + Project(SE(Depthwise(Expand(Norm(x), stride)))).
+
+    `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`
+
+    Args:
+        downsample: where the stride sits: "expand", the first 1x1 (equation 5), or "depthwise" (Table 9).
+        norm: "batch" (the paper's), or "layer" (Table 8).
+    """
+
+    def __init__(
+        self, in_width: int, width: int, stride: int, *, downsample: str, norm: str, stochastic_depth: float
+    ) -> None:
+        super().__init__()
+        hidden = EXPANSION * width
+        expand_stride, depthwise_stride = (stride, 1) if downsample == "expand" else (1, stride)
+        self.shortcut = Shortcut(in_width, width, stride)
+        self.norm = NORMS[norm](in_width)
+        self.expand = conv_norm_gelu(in_width, hidden, 1, norm=norm, stride=expand_stride)
+        self.depthwise = conv_norm_gelu(hidden, hidden, 3, norm=norm, stride=depthwise_stride, groups=hidden)
+        # paper: squeeze ratio 0.25; of the output width, as the published parameter counts show.
+        self.squeeze_excite = SqueezeExcite(hidden, max(1, width // 4))
+        self.project = nn.Conv2d(hidden, width, kernel_size=1)
+        self.stochastic_depth = StochasticDepth(stochastic_depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.squeeze_excite(self.depthwise(self.expand(self.norm(x))))
+        return self.shortcut(x) + self.stochastic_depth(self.project(residual))
+
+
+def conv_norm_gelu(
+    in_width: int, width: int, kernel_size: int, *, norm: str, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    """GELU(Norm(Conv(x))): `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`."""
+    # chosen: symmetric padding, so that a map and its mirror image give mirrored maps.
+    convolution = nn.Conv2d(
+        in_width, width, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(convolution, NORMS[norm](width), GELU())

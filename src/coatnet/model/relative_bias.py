@@ -1,0 +1,72 @@
+"""The relative bias w_{i-j}: one scalar for each offset between two cells, for each head (paper, equation 3).
+
+Shapes: A heads, N = H * W cells, S window side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
+
+
+class RelativeBias(nn.Module):
+    """The matrix w_{i-j} for all pairs of cells of a grid, read out of one table of offsets.
+
+    The table `(A, 2H-1, 2W-1)` belongs to the grid it was made for; for any other grid it is resampled bilinearly
+    (appendix A.1). In evaluation the last matrix is kept until grid, dtype, device or table changes.
+    """
+
+    def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
+        self._kept: tuple[object, Tensor] | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the grid that the table belongs to, in cells."""
+        return (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
+
+    def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The bias `(A, N, N)` of queries (rows) and keys (columns), both row by row over the grid."""
+        # A graph holds no state of ours; there the gather costs next to nothing, fused with its neighbours.
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.matrix(grid).to(dtype)
+        key = (grid, dtype, self.table.device, self.table.data_ptr(), self.table._version)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self.matrix(grid).to(dtype))
+        return self._kept[1]
+
+    def matrix(self, grid: tuple[int, int]) -> Tensor:
+        """P[i - i' + H - 1, j - j' + W - 1] for query (i, j) and key (i', j'), `(A, N, N)`.
+
+        Windows of H x W offsets slide over the table: window (i, j) is row (i, j) of the matrix, keys mirrored.
+        """
+        windows = resample(self.table, grid).unfold(1, grid[0], 1).unfold(2, grid[1], 1)  # (A, H, W, H, W)
+        return windows.flip(3, 4).flatten(3, 4).flatten(1, 2)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}  # a copy or a pickle makes its own
+
+
+class WindowBias(nn.Module):
+    """The bias of local attention: one scalar for each of the S x S offsets, for each head."""
+
+    def __init__(self, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, window, window))
+        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """`(A, 1, S * S)` for neighbours row by row; indexed by query minus key, like the global table."""
+        return self.table.flip(1, 2).flatten(1)[:, None].to(dtype)
+
+
+def resample(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The table `(A, 2H'-1, 2W'-1)` for another grid, bilinearly; itself where the grid is its own."""
+    size = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    if size == tuple(table.shape[1:]):
+        return table
+    # chosen: half-pixel centres, as the authors' later code; the zero offset stays in the middle.
+    return F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,1 @@
+"""What goes in: datasets, decoding, transforms, mixing, sample order and loading."""

@@ -1,0 +1,125 @@
+"""The random changes of training pictures, each a pure function of the pictures and one seed a picture.
+
+Shapes: B batch, C channels, H W the picture. Each change draws from a stream of its own, so that switching
+one off leaves the others as they were.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coatnet.data.order import Words, expand_words, uniform
+
+Range = tuple[float, float]
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+_FLIP, _SHIFT, _CROP, _RAND_AUGMENT, _ERASE = (np.uint64(stream) for stream in range(1, 6))
+_CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_ERASED_AREA = (
+    0.02,
+    1 / 3,
+)  # of the picture, and the ratios below: Zhong et al. 2017, "Random Erasing", section 4
+_ERASED_RATIO = (0.3, 3.3)
+
+
+def flip(pictures: Tensor, seeds: Words, rate: float) -> Tensor:
+    """Mirror left and right, each picture of (B, C, H, W) with probability `rate`."""
+    mirrored = torch.from_numpy(_draw(seeds, _FLIP, 1)[:, 0] < rate)
+    return torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
+
+
+def shift(pictures: Tensor, seeds: Words, limit: int) -> Tensor:
+    """Move each picture of (B, C, H, W) by up to `limit` pixels both ways; what moves in is black."""
+    if limit == 0:
+        return pictures
+    height, width = pictures.shape[-2:]
+    padded = np.pad(pictures.numpy(), ((0, 0), (0, 0), (limit, limit), (limit, limit)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))  # (B, C, dy, dx, H, W)
+    top, left = (_draw(seeds, _SHIFT, 2) * (2 * limit + 1)).astype(np.int64).T
+    return torch.from_numpy(windows[np.arange(len(top)), :, top, left])
+
+
+def crop_boxes(size: Sequence[int], seeds: Words, *, scale: Range, ratio: Range) -> list[Box]:
+    """The box of a random resized crop for each seed (Szegedy et al. 2014, "Going deeper", section 6)."""
+    return [_crop_box(size[0], size[1], numbers, scale, ratio) for numbers in _draw(seeds, _CROP, 4 * _CROP_ATTEMPTS)]
+
+
+def rand_augment(pictures: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int]) -> Tensor:
+    """RandAugment (Cubuk et al. 2019) of each of uint8 (B, C, H, W); uncovered pixels become `fill`."""
+    transform = _rand_augment(layers, magnitude, tuple(fill))
+    changed = []
+    for picture, word in zip(pictures, expand_words(seeds ^ _RAND_AUGMENT, 1)[:, 0], strict=True):
+        with _torch_seeded(int(word)):
+            changed.append(transform(picture))
+    return torch.stack(changed)
+
+
+def erase(images: Tensor, seeds: Words, rate: float) -> Tensor:
+    """Set a random box of each normalised image in (B, C, H, W) to the mean, 0, with probability `rate`."""
+    if rate == 0:
+        return images
+    height, width = images.shape[-2:]
+    images = images.clone()
+    for image, numbers in zip(images, _draw(seeds, _ERASE, 5), strict=True):
+        if numbers[0] < rate:
+            area = height * width * _between(numbers[1], _ERASED_AREA)
+            ratio = math.exp(_between(numbers[2], (math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1]))))
+            box_height = min(height, max(1, round(math.sqrt(area * ratio))))
+            box_width = min(width, max(1, round(math.sqrt(area / ratio))))
+            top = int(numbers[3] * (height - box_height + 1))
+            left = int(numbers[4] * (width - box_width + 1))
+            image[:, top : top + box_height, left : left + box_width] = 0
+    return images
+
+
+def _crop_box(height: int, width: int, numbers: NDArray[np.float64], scale: Range, ratio: Range) -> Box:
+    low, high = ratio
+    for area, shape, down, right in numbers.reshape(_CROP_ATTEMPTS, 4):
+        box_area = height * width * _between(area, scale)
+        box_ratio = math.exp(_between(shape, (math.log(low), math.log(high))))
+        box_height, box_width = round(math.sqrt(box_area / box_ratio)), round(math.sqrt(box_area * box_ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            return (
+                int(down * (height - box_height + 1)),
+                int(right * (width - box_width + 1)),
+                box_height,
+                box_width,
+            )
+    box_height = min(height, max(1, round(width / low)))
+    box_width = min(width, max(1, round(height * high)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _draw(seeds: Words, stream: np.uint64, count: int) -> NDArray[np.float64]:
+    """Numbers (B, count) in [0, 1) from a stream of each seed."""
+    return uniform(expand_words(expand_words(seeds ^ stream, 1)[:, 0], count))
+
+
+def _between(number: float, limits: Range) -> float:
+    return limits[0] + number * (limits[1] - limits[0])
+
+
+@cache
+def _rand_augment(layers: int, magnitude: int, fill: tuple[int, ...]) -> Any:
+    from torchvision.transforms import v2  # costs 2.5 s; only the recipes with RandAugment pay it
+
+    return v2.RandAugment(num_ops=layers, magnitude=magnitude, num_magnitude_bins=31, fill=list(fill))
+
+
+@contextmanager
+def _torch_seeded(seed: int) -> Iterator[None]:
+    """torchvision draws from torch's global generator: seed it, then give the caller's state back."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,117 @@
+"""Whole batches by number, each a pure function of that number: what a worker process computes."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coatnet.data.datasets import ArrayDataset, Dataset
+from coatnet.data.decoding import BadImage, decode
+from coatnet.data.order import BalancedOrder, Order, hash_words
+from coatnet.data.transforms import EvaluationTransform, Picture, TrainingTransform, as_pictures
+from coatnet.errors import UserError
+
+_REPLACEMENTS = 64  # tried for one bad picture; after as many in a row the batch stays short
+
+
+@dataclass
+class Batch:
+    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), and why each picture left out was no use."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+class TrainingBatches:
+    """Batch b of the endless run; a bad picture is replaced by the next good one of the dataset."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: TrainingTransform,
+        order: Order | BalancedOrder,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        self.dataset = dataset
+        self.transform = transform
+        self.order = order
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __getitem__(self, number: int) -> Batch:
+        indices, epochs = self.order.visits(np.arange(number * self.batch_size, (number + 1) * self.batch_size))
+        seeds = hash_words(self.seed, epochs, indices)
+        if isinstance(self.dataset, ArrayDataset):
+            images = self.transform.batch(as_pictures(self.dataset.pictures[indices]), seeds)
+            return _batch(images, self.dataset.labels[indices], indices)
+
+        images, labels, used, bad = [], [], [], {}
+        for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
+            for candidate in range(index, index + _REPLACEMENTS):
+                try:
+                    picture, label = read_picture(self.dataset, candidate % len(self.dataset))
+                except BadImage as error:
+                    bad[error.name] = error.reason
+                    continue
+                images.append(self.transform(picture, seed))
+                labels.append(label)
+                used.append(candidate % len(self.dataset))
+                break
+        return _stack(images, labels, used, bad)
+
+
+class EvaluationBatches:
+    """Batch b of the dataset in its own order; a bad picture is missing from its batch."""
+
+    def __init__(self, dataset: Dataset, transform: EvaluationTransform, batch_size: int) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        self.dataset = dataset
+        self.transform = transform
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
+        if isinstance(self.dataset, ArrayDataset):
+            images = self.transform.batch(as_pictures(self.dataset.pictures[indices]))
+            return _batch(images, self.dataset.labels[indices], indices)
+        images, labels, used, bad = [], [], [], {}
+        for index in indices.tolist():
+            try:
+                picture, label = read_picture(self.dataset, index)
+            except BadImage as error:
+                bad[error.name] = error.reason
+                continue
+            images.append(self.transform(picture))
+            labels.append(label)
+            used.append(index)
+        return _stack(images, labels, used, bad)
+
+
+def read_picture(dataset: Dataset, index: int) -> tuple[Picture, NDArray]:
+    """Pixels and label; raises `BadImage` if the picture cannot be read or decoded."""
+    encoded, label = dataset.read(index)
+    if isinstance(encoded, bytes):
+        return decode(encoded, dataset.locate(index)), label
+    return encoded, label
+
+
+def _stack(images: list[Tensor], labels: list[NDArray], indices: list[int], bad: dict[str, str]) -> Batch:
+    if not images:
+        return _batch(torch.empty(0), np.empty(0), np.empty(0, np.int64), bad)
+    stacked = torch.stack(images).contiguous(memory_format=torch.channels_last)
+    return _batch(stacked, np.stack(labels), np.array(indices), bad)
+
+
+def _batch(images: Tensor, labels: NDArray, indices: NDArray[np.int64], bad: dict[str, str] | None = None) -> Batch:
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), bad or {})

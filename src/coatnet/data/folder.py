@@ -1,0 +1,157 @@
+"""A folder of pictures: its folders are the classes, or the splits with the classes inside."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from coatnet.data.datasets import FileDataset, printable
+from coatnet.data.splits import Splits, choose_validation
+from coatnet.errors import UserError
+
+PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+TRAINING_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation")
+TEST_NAMES = ("test", "testing")
+
+
+class _Listing(NamedTuple):
+    """What lies below a folder: class name and relative path of each picture, and what was left out."""
+
+    class_names: list[str]
+    paths: list[str]
+    empty_classes: list[str]
+    other_files: Counter[str]
+
+
+def open_folder(root: Path, validation_fraction: float) -> Splits:
+    """Raises `UserError` for fewer than two classes, or for a class in validation that training lacks."""
+    subfolders = {entry.name.lower(): entry.name for entry in os.scandir(root) if entry.is_dir()}
+    training = next((subfolders[name] for name in TRAINING_NAMES if name in subfolders), None)
+    held_out = next((subfolders[name] for name in (*VALIDATION_NAMES, *TEST_NAMES) if name in subfolders), None)
+    if training and held_out:
+        return _open_split_folders(root, training, held_out)
+    if training and len(subfolders) == 1:
+        root = root / training
+    return _open_one_folder(root, validation_fraction)
+
+
+def _open_split_folders(root: Path, training_name: str, validation_name: str) -> Splits:
+    training, validation = _list(root / training_name), _list(root / validation_name)
+    classes = _classes(training, root / training_name)
+    if unknown := sorted(set(validation.class_names) - set(classes), key=natural_key):
+        raise UserError(
+            f"{root}: {validation_name}/ has the class {unknown[0]!r}, which {training_name}/ has not; "
+            f"it has {_few(classes)}"
+        )
+    if not validation.paths:
+        raise UserError(f"{root}: {validation_name}/ holds no pictures; remove the folder to have some held out")
+    notes = [f"split by the folders {training_name}/ and {validation_name}/"]
+    notes += _notes(training, training_name) + _notes(validation, validation_name)
+    if unseen := sorted(set(classes) - set(validation.class_names), key=natural_key):
+        notes.append(f"no pictures in {validation_name}/ for {_few(unseen)}: nothing is measured for them")
+    number = {name: index for index, name in enumerate(classes)}
+    datasets = [
+        FileDataset(
+            root.name,
+            classes,
+            root / folder,
+            listing.paths,
+            np.array([number[name] for name in listing.class_names]),
+        )
+        for folder, listing in ((training_name, training), (validation_name, validation))
+    ]
+    return Splits(root.name, datasets[0], datasets[1], tuple(notes))
+
+
+def _open_one_folder(root: Path, validation_fraction: float) -> Splits:
+    listing = _list(root)
+    classes = _classes(listing, root)
+    number = {name: index for index, name in enumerate(classes)}
+    labels = np.array([number[name] for name in listing.class_names])
+    held_out = choose_validation(listing.paths, labels, validation_fraction)
+    if not held_out.any():
+        raise UserError(f"{root}: no class has two pictures, so none can be held out; add pictures")
+    datasets = [
+        FileDataset(root.name, classes, root, [listing.paths[index] for index in np.flatnonzero(part)], labels[part])
+        for part in (~held_out, held_out)
+    ]
+    notes = [f"held out {held_out.mean():.0%}, class by class, by the hash of the path; new files move no old ones"]
+    notes += _notes(listing, root.name)
+    if single := [name for name, count in Counter(listing.class_names).items() if count == 1]:
+        notes.append(f"only one picture, used for training, in {_few(single)}: nothing is measured for them")
+    return Splits(root.name, datasets[0], datasets[1], tuple(notes))
+
+
+def natural_key(name: str) -> tuple:
+    """Sorts `img2` before `img10`, and regardless of case before by case."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return tuple((int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)), name
+
+
+def _list(root: Path) -> _Listing:
+    listing = _Listing([], [], [], Counter())
+    for entry in sorted(os.scandir(root), key=lambda entry: natural_key(entry.name)):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            listing.other_files[_suffix(entry.name) + " at the top"] += 1
+            continue
+        # Accents come composed or decomposed, by the system that wrote them: one class either way.
+        class_name = unicodedata.normalize("NFC", printable(entry.name))
+        before = len(listing.paths)
+        for path in _walk(entry.path, {os.path.realpath(entry.path)}):
+            if _suffix(path) in PICTURE_SUFFIXES:
+                listing.class_names.append(class_name)
+                listing.paths.append(os.path.relpath(path, root))
+            else:
+                listing.other_files[_suffix(path)] += 1
+        if len(listing.paths) == before:
+            listing.empty_classes.append(class_name)
+    return listing
+
+
+def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+    """Every visible file below, in natural order, through links but never twice through the same folder."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: natural_key(entry.name)):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield entry.path
+        elif (real := os.path.realpath(entry.path)) not in seen:
+            seen.add(real)
+            yield from _walk(entry.path, seen)
+
+
+def _classes(listing: _Listing, root: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(set(listing.class_names), key=natural_key))
+    if len(classes) < 2:
+        found = f"one class with pictures, {classes[0]!r}" if classes else "no folders with pictures"
+        raise UserError(f"{root}: {found}; it needs a folder for each class, two at least, with pictures inside")
+    return classes
+
+
+def _notes(listing: _Listing, where: str) -> list[str]:
+    notes = []
+    if listing.empty_classes:
+        notes.append(f"no pictures in {where}/ for {_few(listing.empty_classes)}: left out")
+    if listing.other_files:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in listing.other_files.most_common(5))
+        notes.append(f"files of other kinds in {where}/ left out: {kinds}")
+    by_case = Counter(name.casefold() for name in set(listing.class_names))
+    if colliding := [name for name in sorted(set(listing.class_names)) if by_case[name.casefold()] > 1]:
+        notes.append(f"classes that differ only in case: {_few(colliding)}")
+    return notes
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower() or "without suffix"
+
+
+def _few(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,135 @@
+"""A look at every picture before training: what cannot be read, what leaks from training into validation."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from coatnet.data.batches import read_picture
+from coatnet.data.datasets import Dataset
+from coatnet.data.decoding import BadImage
+from coatnet.data.sources import open_dataset
+from coatnet.data.splits import Splits
+
+_LISTED = 20
+_STANDARD_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. Names are those of `Dataset.locate`; pairs are pictures with the same pixels."""
+
+    splits: Splits
+    bad: Mapping[str, str]
+    warnings: Mapping[str, str]
+    leaks: tuple[tuple[str, str], ...]
+    contradictions: tuple[tuple[str, str], ...]
+    num_repeated: int
+
+    @property
+    def healthy(self) -> bool:
+        """No bad picture, no warning, and nothing in validation that training has seen."""
+        return not (self.bad or self.warnings or self.leaks)
+
+    def describe(self) -> str:
+        """The findings for people, one a line."""
+        try:
+            lines = [self.splits.describe()]
+        except BadImage:  # not one picture can be read: the list below says so
+            lines = [f"{self.splits.name}:"]
+        complaints = [f"{name}: {text}" for name, text in self.warnings.items()]
+        lines += _section("pictures cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
+        lines += _section("pictures decode with a warning", complaints)
+        lines += _section("pictures of validation are in training too", _equations(self.leaks))
+        lines += _section("training pictures have a twin with another label", _equations(self.contradictions))
+        if self.num_repeated:
+            lines.append(f"{self.num_repeated:,} training pictures repeat an earlier one")
+        return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
+
+
+def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
+    """Decode every picture of both splits and compare their pixels.
+
+    `strict` also reports what the JPEG library complains of but decodes, such as flipped bytes.
+
+    Raises `UserError` if the source cannot be opened.
+    """
+    splits = source if isinstance(source, Splits) else open_dataset(source)
+    bad: dict[str, str] = {}
+    warnings: dict[str, str] = {}
+    first_seen: dict[bytes, int] = {}
+    contradictions = []
+    num_repeated = 0
+    for index, digest in _digests(splits.training, bad, warnings, strict):
+        first = first_seen.setdefault(digest, index)
+        if first != index:
+            num_repeated += 1
+            if not np.array_equal(splits.training.labels[first], splits.training.labels[index]):
+                contradictions.append((splits.training.locate(first), splits.training.locate(index)))
+    leaks = [
+        (splits.training.locate(first_seen[digest]), splits.validation.locate(index))
+        for index, digest in _digests(splits.validation, bad, warnings, strict)
+        if digest in first_seen
+    ]
+    return Inspection(splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated)
+
+
+def _digests(
+    dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
+) -> Iterator[tuple[int, bytes]]:
+    """The number and a digest of the pixels of each picture; the others go to `bad`."""
+    with tempfile.TemporaryFile() as complaints:
+        for index in range(len(dataset)):
+            try:
+                if strict:
+                    with _standard_error_to(complaints):
+                        picture, _ = read_picture(dataset, index)
+                    if text := _take(complaints):
+                        warnings[dataset.locate(index)] = text
+                else:
+                    picture, _ = read_picture(dataset, index)
+            except BadImage as error:
+                bad[error.name] = error.reason
+                continue
+            pixels = picture.numpy() if isinstance(picture, torch.Tensor) else picture
+            size = str(pixels.shape).encode()
+            yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=size).digest()
+
+
+@contextmanager
+def _standard_error_to(file: BinaryIO) -> Iterator[None]:
+    """libjpeg writes to file descriptor 2 itself, beneath Python's `sys.stderr`."""
+    saved = os.dup(_STANDARD_ERROR)
+    os.dup2(file.fileno(), _STANDARD_ERROR)
+    try:
+        yield
+    finally:
+        os.dup2(saved, _STANDARD_ERROR)
+        os.close(saved)
+
+
+def _take(file: BinaryIO) -> str:
+    """What was written, on one line; the file is empty afterwards."""
+    file.seek(0)
+    text = " ".join(file.read().decode("utf-8", "replace").split())
+    file.seek(0)
+    file.truncate()
+    return text
+
+
+def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:
+    return [f"{one} = {other}" for one, other in pairs]
+
+
+def _section(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = [f"  and {len(entries) - _LISTED:,} more"] if len(entries) > _LISTED else []
+    return [f"{len(entries):,} {title}", *(f"  {entry}" for entry in entries[:_LISTED]), *more]

@@ -1,0 +1,43 @@
+"""The frame header of a JPEG file, read without decoding (ITU-T T.81, annex B)."""
+
+from typing import NamedTuple
+
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0 to RST7, SOI
+_SCAN = 0xDA
+_END = b"\xff\xd9"
+
+
+class JpegHeader(NamedTuple):
+    bits: int
+    height: int
+    width: int
+    components: int
+    scan: int  # byte offset of the first scan
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader | None:
+    """None if the segments do not lead to a scan: then the file is cut off or broken."""
+    frame = None
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker in _WITHOUT_LENGTH:
+            position += 2
+        elif marker == _SCAN:
+            return JpegHeader(*frame, position) if frame and all(frame) else None
+        else:
+            if marker in _FRAMES and position + 10 <= len(data):
+                bits, components = data[position + 4], data[position + 9]
+                height = int.from_bytes(data[position + 5 : position + 7], "big")
+                width = int.from_bytes(data[position + 7 : position + 9], "big")
+                frame = (bits, height, width, components)
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return None
+
+
+def has_end_marker(data: bytes, header: JpegHeader | None) -> bool:
+    """Whether the scans end. Some decoders invent the marker, and grey pixels where data is missing."""
+    return data.find(_END, header.scan if header else 0) >= 0

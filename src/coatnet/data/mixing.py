@@ -1,0 +1,70 @@
+"""Labels to targets: one-hot, smoothed, and blended between pictures by MixUp or CutMix.
+
+MixUp: Zhang et al. 2017. CutMix: Yun et al. 2019. Shapes: B batch, K classes, C channels, H W the picture.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coatnet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How strongly pictures are blended; 0 switches a part off. With both, a coin chooses for each batch."""
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UserError(f"{field} must be 0 or above, got {getattr(self, field)!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}")
+
+
+def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) and labels (B,) or (B, K) to blended images and targets (B, K), by the seed."""
+    targets = smooth(labels, num_classes=num_classes, label_smoothing=mixing.label_smoothing)
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(mixing, f"{kind}_alpha")]
+    if not kinds:
+        return images, targets
+
+    random = np.random.default_rng(seed % 2**64)
+    kind = kinds[random.integers(len(kinds))]
+    share = float(random.beta(*2 * [getattr(mixing, f"{kind}_alpha")]))
+    partners = torch.arange(len(images), device=images.device).roll(1)
+    if kind == "mixup":
+        images = images * share + images[partners] * (1 - share)
+    else:
+        images, share = _cut(images, partners, share, random)
+    return images, targets * share + targets[partners] * (1 - share)
+
+
+def smooth(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:
+    """Labels (B,) to targets (B, K) drawn towards uniform; labels (B, K) of 0 and 1 towards one half."""
+    if labels.ndim == 1:
+        targets, middle = F.one_hot(labels.long(), num_classes).float(), 1 / num_classes
+    else:
+        targets, middle = labels.float(), 0.5
+    return targets * (1 - label_smoothing) + label_smoothing * middle
+
+
+def _cut(images: Tensor, partners: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:
+    """Paste a box of each partner, `1 - share` of the area unless clipped, and say what share is left."""
+    height, width = images.shape[-2:]
+    side = math.sqrt(1 - share)
+    middle_y, middle_x = random.integers(height), random.integers(width)
+    half_height, half_width = int(height * side / 2), int(width * side / 2)
+    rows = slice(max(0, middle_y - half_height), min(height, middle_y + half_height))
+    columns = slice(max(0, middle_x - half_width), min(width, middle_x + half_width))
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[partners][:, :, rows, columns]
+    return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)

@@ -1,0 +1,51 @@
+"""The door: a name, a folder or a manifest becomes training and validation pictures."""
+
+from pathlib import Path
+
+from coatnet.data.folder import open_folder
+from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
+from coatnet.data.named import (
+    FASHION_CLASSES,
+    is_idx_folder,
+    open_digits,
+    open_fashion_mnist,
+    open_fashion_mnist_small,
+    open_idx_folder,
+)
+from coatnet.data.splits import Splits
+from coatnet.errors import UserError
+
+NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
+
+
+def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Splits:
+    """Recognise a named set, a folder of pictures, a folder of IDX files, or a CSV, TSV or Parquet manifest.
+
+    `validation_fraction` is held out where the source does not say what to hold out.
+
+    Raises `UserError` if there is no such source, or it is not what it should be.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction must be between 0 and 1, got {validation_fraction!r}")
+    match str(source):
+        case "fashion-mnist":
+            return open_fashion_mnist()
+        case "fashion-mnist-small":
+            return open_fashion_mnist_small()
+        case "digits":
+            return open_digits(validation_fraction)
+
+    path = Path(source).expanduser()
+    names = ", ".join(NAMES)
+    if not path.exists():
+        raise UserError(
+            f"no dataset at {str(source)!r}: give a folder, a .csv, .tsv or .parquet file, or one of {names}"
+        )
+    if path.is_dir():
+        path = path.resolve()
+        if is_idx_folder(path):
+            return open_idx_folder(path, path.name, FASHION_CLASSES if "fashion" in path.name.lower() else None)
+        return open_folder(path, validation_fraction)
+    if path.suffix.lower() in MANIFEST_SUFFIXES:
+        return open_manifest(path, validation_fraction)
+    raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; one picture alone is no dataset")

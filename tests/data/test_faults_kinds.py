@@ -1,0 +1,179 @@
+"""Kinds of pictures that decoders get wrong without a word: each gives the pixels a person sees."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.data import decoding
+from coatnet.data.decoding import decode
+
+# A4: EXIF orientation
+
+STORED_AS = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: np.rot90(upright, 2).swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize(
+    ("kind", "tolerance", "options"),
+    [
+        ("JPEG", 2.0, {"quality": 95, "subsampling": 0}),
+        ("PNG", 0.0, {}),
+        ("WEBP", 0.0, {"lossless": True}),
+        ("TIFF", 0.0, {}),
+    ],
+)
+def test_every_exif_orientation_gives_the_upright_picture(
+    photo, encode, orientation, kind, tolerance, options, monkeypatch, distance
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(np.ascontiguousarray(STORED_AS[orientation](photo)), kind, exif=exif, **options)
+    assert distance(decode(data, "turned"), photo) <= tolerance
+    monkeypatch.setattr(decoding, "_decode_with_torchcodec", lambda data, header: None)
+    assert distance(decode(data, "turned"), photo) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 60]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_leaves_the_picture_as_it_is(photo, encode, kind, exif, distance):
+    assert distance(decode(encode(photo, kind, exif=exif, quality=95), "broken exif"), photo) < 4
+
+
+# A5: colour models and alpha
+
+
+def cmyk(photo: np.ndarray) -> Image.Image:
+    return Image.fromarray(photo).convert("CMYK")
+
+
+def test_cmyk_jpeg_becomes_rgb(photo, encode, distance):
+    assert distance(decode(encode(cmyk(photo), "JPEG", quality=95), "cmyk"), photo) < 3
+
+
+def test_ycck_jpeg_becomes_rgb(photo, encode, distance):
+    # Adobe's marker with transform 2: the same bytes of ink, stored as YCC and K.
+    plain = encode(cmyk(photo), "JPEG", quality=95)
+    adobe = plain.index(b"Adobe")
+    ycck = plain[: adobe + 11] + b"\x02" + plain[adobe + 12 :]
+    expected = np.asarray(Image.open(io.BytesIO(ycck)).convert("RGB"))
+    assert distance(decode(ycck, "ycck"), expected) == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_grey_pictures_have_three_equal_channels(photo, encode, kind, distance):
+    grey = Image.fromarray(photo).convert("L")
+    pixels = decode(encode(grey, kind, quality=95, lossless=True), "grey")
+    assert distance(pixels, np.repeat(np.asarray(grey)[..., None], 3, axis=2)) < 2
+    assert torch.equal(pixels[0], pixels[1])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
+def test_one_bit_pictures_are_black_and_white(photo, encode, kind, distance):
+    mask = photo[..., 0] > 100
+    pixels = decode(encode(Image.fromarray(mask), kind), "one bit")
+    assert distance(pixels, np.repeat(mask[..., None] * 255, 3, axis=2)) == 0
+
+
+def on_white(photo: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return photo * share + 255 * (1 - share)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_laid_on_white(photo, encode, kind, distance):
+    alpha = np.linspace(0, 255, 60).astype(np.uint8)[None].repeat(40, axis=0)
+    rgba = np.dstack([photo, alpha])
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert distance(decode(encode(rgba, kind, **options), "alpha"), on_white(photo, alpha)) < 1
+
+
+def test_grey_alpha_is_laid_on_white(photo, encode, distance):
+    grey, alpha = photo[..., 0], photo[..., 1]
+    pixels = decode(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")), "grey alpha")
+    assert distance(pixels, on_white(np.repeat(grey[..., None], 3, axis=2), alpha)) < 1
+
+
+def test_palette_with_transparency_is_laid_on_white(photo, encode, distance):
+    image = Image.fromarray(photo).quantize(8)
+    expected = np.array(image.convert("RGB"))
+    expected[np.asarray(image) == 3] = 255
+    assert distance(decode(encode(image, "PNG", transparency=3), "palette"), expected) == 0
+    alphas = bytes([255, 255, 255, 0, 255, 255, 255, 255])
+    assert distance(decode(encode(image, "PNG", transparency=alphas), "palette"), expected) == 0
+
+
+def test_both_decoders_agree_on_jpegs(photo, encode, monkeypatch, distance):
+    for options in ({"quality": 90}, {"progressive": True}, {"subsampling": 2}, {"subsampling": 0}):
+        data = encode(photo, "JPEG", **options)
+        fast = decode(data, "jpeg")
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_decode_with_torchcodec", lambda data, header: None)
+            assert distance(decode(data, "jpeg"), fast.permute(1, 2, 0).numpy()) < 1
+
+
+# A6: deep pixels
+
+
+def test_16_bit_grey_png_keeps_its_mean(encode):
+    wide = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = decode(encode(Image.fromarray(wide)), "deep")
+    assert pixels.float().mean().item() == pytest.approx(wide.mean() / 257, abs=0.1)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def png_of_16_bits(wide: np.ndarray) -> bytes:
+    """Pillow reads 16 bits in colour but does not write them."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", wide.shape[1], wide.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_16_bit_rgb_png_keeps_its_mean():
+    wide = np.linspace(0, 65535, 32 * 32 * 3).reshape(32, 32, 3).astype(">u2")
+    pixels = decode(png_of_16_bits(wide), "deep")
+    for channel in range(3):
+        assert pixels[channel].float().mean().item() == pytest.approx(wide[..., channel].mean() / 257, abs=1)
+
+
+def test_16_bit_tiff_keeps_its_mean(encode):
+    wide = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = decode(encode(Image.fromarray(wide), "TIFF"), "deep")
+    assert pixels.float().mean().item() == pytest.approx(wide.mean() / 257, abs=0.1)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_float_and_32_bit_tiffs_are_refused_with_the_reason(encode, mode, dtype, refused):
+    image = Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(dtype))
+    assert image.mode == mode
+    assert "no agreed white" in refused(encode(image, "TIFF"), "pixels").reason
+
+
+# A7: animations and pages
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_animations_and_pages_the_first_is_taken(encode, kind, distance):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert distance(decode(data, "moving"), np.array(frames[0])) == 0

@@ -1,0 +1,72 @@
+"""The doctor names every bad file and every picture that leaks, and is content with a healthy source."""
+
+import numpy as np
+import pytest
+
+from coatnet.data.inspection import inspect
+from coatnet.errors import UserError
+
+
+def test_a_healthy_folder_is_called_healthy(make_folder):
+    inspection = inspect(make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2}), strict=True)
+    assert inspection.healthy
+    assert inspection.describe().endswith("\nhealthy")
+
+
+def test_bad_files_are_named_with_their_reason(make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    (root / "train/b/1.png").write_bytes(b"")
+    (root / "val/a/0.png").write_bytes(b"<html>")
+    inspection = inspect(root)
+    assert not inspection.healthy
+    assert list(inspection.bad) == [str(root / "train/b/1.png"), str(root / "val/a/0.png")]
+    assert "2 pictures cannot be used" in inspection.describe()
+    assert f"{root}/train/b/1.png: empty: the file has 0 bytes" in inspection.describe()
+
+
+def test_the_same_pixels_in_training_and_validation_are_a_leak(make_folder, encode):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    from PIL import Image
+
+    with Image.open(root / "train/a/2.png") as image:
+        (root / "val/b/copy.webp").write_bytes(encode(image.convert("RGB"), "WEBP", lossless=True))
+    inspection = inspect(root)
+    assert inspection.leaks == ((str(root / "train/a/2.png"), str(root / "val/b/copy.webp")),)
+    assert not inspection.healthy
+    assert "1 pictures of validation are in training too" in inspection.describe()
+
+
+def test_repeats_and_contradictions_in_training_are_told_but_not_unhealthy(make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    (root / "train/a/again.png").write_bytes((root / "train/a/0.png").read_bytes())
+    (root / "train/b/wrong.png").write_bytes((root / "train/a/1.png").read_bytes())
+    inspection = inspect(root)
+    assert inspection.num_repeated == 2
+    assert inspection.contradictions == ((str(root / "train/a/1.png"), str(root / "train/b/wrong.png")),)
+    assert inspection.healthy
+
+
+def test_pictures_of_other_shapes_with_the_same_bytes_are_no_repeats(make_folder, encode):
+    root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
+    (root / "train/a/wide.png").write_bytes(encode(np.zeros((2, 8, 3), np.uint8)))
+    (root / "train/a/tall.png").write_bytes(encode(np.zeros((8, 2, 3), np.uint8)))
+    assert inspect(root).num_repeated == 0
+
+
+def test_a_source_without_one_readable_picture_is_still_described(make_folder):
+    root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    inspection = inspect(root)
+    assert len(inspection.bad) == 4
+    assert "4 pictures cannot be used" in inspection.describe()
+
+
+def test_the_embedded_sets_are_healthy():
+    assert inspect("digits").healthy
+    assert inspect("fashion-mnist-small").healthy
+
+
+def test_a_source_that_cannot_be_opened_is_refused():
+    with pytest.raises(UserError, match="no dataset"):
+        inspect("nowhere")

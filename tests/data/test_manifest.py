@@ -1,0 +1,189 @@
+"""Tables of pictures: every mistake is reported with its row."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from coatnet.data.sources import open_dataset
+from coatnet.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path, encode):
+    """`write(text)` puts a manifest beside pictures 0.png to 9.png and a,b.png."""
+    for number in [*range(10), "a,b"]:
+        seed = number if isinstance(number, int) else 99
+        pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        (tmp_path / f"{number}.png").write_bytes(encode(pixels))
+
+    def write(text: str | bytes, name: str = "some.csv"):
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return tmp_path / name
+
+    return write
+
+
+def table(rows: list[tuple[object, ...]], header: str = "path,label,split", **options) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n", **options).writerows([header.split(","), *rows])
+    return buffer.getvalue()
+
+
+SPLIT = [
+    ("0.png", "cat", "train"), ("1.png", "dog", "train"), ("2.png", "dog", "val"), ("3.png", "cat", "val"),
+]  # fmt: skip
+
+
+def test_rows_with_a_split_column(write):
+    splits = open_dataset(write(table(SPLIT)))
+    assert splits.name == "some"
+    assert splits.classes == ("cat", "dog")
+    assert splits.training.labels.tolist() == [0, 1]
+    assert splits.validation.labels.tolist() == [1, 0]
+    assert splits.validation.path(0).name == "2.png"
+
+
+@pytest.mark.parametrize("separator", [";", "|"])
+def test_several_labels_make_a_matrix(write, separator):
+    cells = [("cat+dog", "train"), ("fox", "train"), ("fox + cat", "val"), ("", "val")]
+    rows = [(f"{index}.png", label.replace("+", separator), split) for index, (label, split) in enumerate(cells)]
+    splits = open_dataset(write(table(rows)))
+    assert splits.multilabel and splits.classes == ("cat", "dog", "fox")
+    assert splits.training.labels.tolist() == [[1, 1, 0], [0, 0, 1]]
+    assert splits.validation.labels.tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert any("1 pictures carry no label" in note for note in splits.notes)
+
+
+def test_without_a_split_column_some_of_each_class_are_held_out(write):
+    rows = [(f"{number}.png", "ab"[number % 2]) for number in range(10)]
+    splits = open_dataset(write(table(rows, "path,label")))
+    assert set(splits.validation.labels.tolist()) == {0, 1}
+    assert len(splits.training) + len(splits.validation) == 10
+
+
+def test_a_rare_label_among_several_is_never_held_out(write):
+    rows = [(f"{number}.png", f"all;only{number}") for number in range(8)] + [
+        ("8.png", "all"),
+        ("9.png", "all"),
+    ]
+    splits = open_dataset(write(table(rows, "path,label")), validation_fraction=0.9)
+    assert len(splits.classes) == 9
+    assert splits.training.labels.any(axis=0).all()
+    assert len(splits.validation) > 0
+
+
+@pytest.mark.parametrize("name", ["some.tsv", "some.TSV"])
+def test_tabs(write, name):
+    assert len(open_dataset(write(table(SPLIT, delimiter="\t"), name)).training) == 2
+
+
+def test_byte_order_mark_crlf_quotes_blank_lines_and_other_columns(write):
+    text = '\ufeffPath, Label ,Split,who\r\n"a,b.png","cat, big",train,me\r\n\r\n1.png,dog,train,me\r\n'
+    text += '2.png,dog,val,"x\r\ny"\r\n'
+    splits = open_dataset(write(text))
+    assert splits.classes == ("cat, big", "dog")
+    assert splits.training.path(0).name == "a,b.png"
+
+
+def test_numbers_are_classes_in_the_order_of_their_values(write):
+    rows = [(f"{number % 10}.png", number, "train") for number in (10, 9, 2)] + [("3.png", 2, "val")]
+    assert open_dataset(write(table(rows))).classes == ("2", "9", "10")
+
+
+def test_test_rows_are_left_out_when_there_is_a_val_and_used_when_there_is_none(write):
+    with_test = [*SPLIT, ("4.png", "cat", "test")]
+    assert len(open_dataset(write(table(with_test))).validation) == 2
+    only_test = [(path, label, split.replace("val", "test")) for path, label, split in SPLIT]
+    assert len(open_dataset(write(table(only_test))).validation) == 2
+
+
+def test_absolute_paths_below_the_manifest_are_fine(write, tmp_path):
+    rows = [(tmp_path / path, label, split) for path, label, split in SPLIT]
+    assert open_dataset(write(table(rows))).training.path(0) == tmp_path / "0.png"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*SPLIT, ("../secret.png", "cat", "train")], r"row 6: the path '../secret.png' leads out of"),
+        ([*SPLIT, ("x/../../secret.png", "cat", "train")], "row 6: the path .* leads out of"),
+        ([*SPLIT, ("/etc/passwd", "cat", "train")], "row 6: the path '/etc/passwd' leads out of"),
+        ([*SPLIT, (".", "cat", "train")], "row 6: the path '.' leads out of"),
+        ([*SPLIT, ("", "cat", "train")], "row 6: the path is empty"),
+        ([*SPLIT, ("4.png", "", "train")], "row 6: no label"),
+        ([*SPLIT, ("4.png", "NaN", "train")], "row 6: the label is 'NaN', a missing value"),
+        ([*SPLIT, ("4.png", "cat", "dev")], "row 6: the split is 'dev'; it must be train, val or test"),
+        ([*SPLIT, ("4.png", "cat", "")], "row 6: no split"),
+        ([*SPLIT, ("4.png", "fox", "val")], "row 6: the label 'fox' is in no training row"),
+        ([*SPLIT, ("4.png", "cat")], "row 6: 2 cells where the header has 3"),
+        ([("nowhere.png", "cat", "train"), *SPLIT], "row 2: no file 'nowhere.png'"),
+        ([(path, "cat", split) for path, _, split in SPLIT], "one class, 'cat'"),
+        ([(path, label, "train") for path, label, _ in SPLIT], "names only training"),
+        ([], "has no rows"),
+    ],
+)
+def test_a_wrong_row_is_refused_with_its_number(write, rows, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_dataset(write(table(rows)))
+    assert "some.csv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column 'path'; it has nothing"),
+        ("file,label\n0.png,cat\n", "no column 'path'; it has file, label"),
+        ("path,class\n0.png,cat\n", "no column 'label'; it has path, class"),
+        ('path,label\n"0.png,cat\n', "line 2: unexpected end of data"),
+        (b"path,label\n\xff\xfe.png,cat\n", "not UTF-8"),
+        ("path,label\n0.png," + "x" * 200_000, "field larger than field limit"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(write, text, message):
+    with pytest.raises(UserError, match=message):
+        open_dataset(write(text))
+
+
+def write_parquet(path, columns: dict) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_parquet_equals_csv(write, tmp_path):
+    from_csv = open_dataset(write(table(SPLIT)))
+    write_parquet(
+        tmp_path / "some.parquet",
+        dict(zip(("path", "label", "split"), map(list, zip(*SPLIT, strict=True)), strict=True)),
+    )
+    from_parquet = open_dataset(tmp_path / "some.parquet")
+    assert from_parquet.classes == from_csv.classes
+    assert from_parquet.training.labels.tolist() == from_csv.training.labels.tolist()
+    assert from_parquet.validation.locate(1) == from_csv.validation.locate(1)
+
+
+def test_parquet_may_hold_lists_of_labels_and_numbers(write, tmp_path):
+    paths = [f"{number}.png" for number in range(4)]
+    write("")
+    write_parquet(tmp_path / "lists.parquet", {"path": paths, "label": [["a", "b"], ["a"], ["b"], []]})
+    assert open_dataset(tmp_path / "lists.parquet").multilabel
+    write_parquet(tmp_path / "numbers.parquet", {"path": paths, "label": [0, 0, 1, 1]})
+    assert open_dataset(tmp_path / "numbers.parquet").classes == ("0", "1")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_parquet_without_a_label_in_a_row_is_refused_with_its_number(write, tmp_path, missing):
+    write("")
+    labels = [1.0, 2.0, missing] if missing is not None else ["a", "b", None]
+    write_parquet(tmp_path / "some.parquet", {"path": ["0.png", "1.png", "2.png"], "label": labels})
+    with pytest.raises(UserError, match="row 3"):
+        open_dataset(tmp_path / "some.parquet")
+
+
+def test_a_parquet_file_that_is_none_is_refused(write):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        open_dataset(write("path,label\n", "some.parquet"))

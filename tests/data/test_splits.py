@@ -1,0 +1,103 @@
+"""The split by hash is stratified and stable; summaries describe what is there."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coatnet.data.datasets import ArrayDataset, FileDataset
+from coatnet.data.decoding import BadImage
+from coatnet.data.splits import Splits, choose_validation, class_counts, summarise
+
+NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
+LABELS = np.arange(4000) % 4
+
+
+def test_about_the_asked_fraction_of_each_class_is_held_out():
+    held_out = choose_validation(NAMES, LABELS, 0.1)
+    for label in range(4):
+        assert held_out[label == LABELS].mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_added_pictures_move_no_old_ones():
+    before = choose_validation(NAMES[:3000], LABELS[:3000], 0.1)
+    after = choose_validation(NAMES, LABELS, 0.1)
+    assert np.array_equal(after[:3000], before)
+
+
+def test_the_order_of_the_names_does_not_matter():
+    order = np.random.default_rng(0).permutation(4000)
+    shuffled = choose_validation([NAMES[index] for index in order], LABELS[order], 0.2)
+    assert np.array_equal(shuffled, choose_validation(NAMES, LABELS, 0.2)[order])
+
+
+@given(st.lists(st.text(max_size=8), unique=True, max_size=40), st.data(), st.floats(0.01, 0.99))
+def test_every_class_of_two_or_more_is_on_both_sides(names, data, fraction):
+    labels = np.array([data.draw(st.integers(0, 5)) for _ in names], dtype=np.int64)
+    held_out = choose_validation(names, labels, fraction)
+    for label in np.unique(labels):
+        members = held_out[labels == label]
+        assert not members.all()
+        assert members.any() == (len(members) > 1)
+
+
+def test_accents_split_alike_composed_and_decomposed():
+    names = [f"é/ü{number}.jpg" for number in range(100)]
+    decomposed = [unicodedata.normalize("NFD", name) for name in names]
+    labels = np.zeros(100, dtype=np.int64)
+    assert names != decomposed
+    assert np.array_equal(choose_validation(names, labels, 0.3), choose_validation(decomposed, labels, 0.3))
+
+
+def arrays(shape: tuple[int, ...], labels: np.ndarray) -> ArrayDataset:
+    pictures = np.random.default_rng(0).integers(0, 256, (len(labels), *shape), dtype=np.uint8)
+    return ArrayDataset("some", [f"class{number}" for number in range(3)], pictures, labels)
+
+
+def test_summary_of_arrays():
+    summary = summarise(arrays((8, 6), np.arange(30) % 3))
+    assert (summary.median, summary.uniform, summary.grey, summary.num_sampled) == ((8, 6), True, True, 30)
+    assert not summarise(arrays((8, 6, 3), np.arange(30) % 3)).grey
+
+
+def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
+    sizes = [(10 + number % 5, 20) for number in range(300)]
+    for number, size in enumerate(sizes):
+        (tmp_path / f"{number}.png").write_bytes(encode(np.full((*size, 3), 9, np.uint8)) if number else b"")
+    dataset = FileDataset("some", "abc", tmp_path, [f"{number}.png" for number in range(300)], np.arange(300) % 3)
+    summary = summarise(dataset)
+    assert (summary.num_sampled, summary.median, summary.grey) == (199, (12, 20), True)
+    assert (summary.smallest, summary.largest) == ((10, 20), (14, 20))
+
+
+def test_summary_of_nothing_readable_raises_the_reason(tmp_path):
+    with pytest.raises(BadImage, match="unreadable"):
+        summarise(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
+
+
+def test_description_says_pictures_classes_sizes_balance_and_split():
+    splits = Splits("some", arrays((8, 6), np.arange(30) % 3), arrays((8, 6), np.arange(6) % 3), ("mind the gap",))
+    assert splits.describe().splitlines() == [
+        "some: 36 pictures, 3 classes, one label a picture",
+        "  split    30 for training, 6 for validation",
+        "  pictures 6 x 8 pixels, grey",
+        "  classes  class0, class1, class2",
+        "  balance  10 training pictures in every class",
+        "  note     mind the gap",
+    ]
+    assert splits.native_resolution == 6
+
+
+def test_description_names_the_rarest_and_the_commonest_class():
+    splits = Splits("some", arrays((8, 6, 3), np.array([0] * 9 + [1] * 4 + [2])), arrays((8, 6, 3), np.arange(6) % 3))
+    assert "1 (class2) to 9 (class0) training pictures a class" in splits.describe()
+    assert "colour" in splits.describe()
+
+
+def test_counts_of_several_labels_are_sums():
+    labels = np.array([[1, 0, 1], [0, 0, 1]])
+    dataset = ArrayDataset("some", "abc", np.zeros((2, 4, 4), np.uint8), labels)
+    assert dataset.multilabel
+    assert class_counts(dataset).tolist() == [1, 0, 2]

@@ -1,0 +1,247 @@
+"""Evaluation equals torchvision; training is a pure function of picture and seed, alone or in a batch."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from coatnet.data import augmentation as augment
+from coatnet.data.order import hash_words
+from coatnet.data.transforms import (
+    Augmentation,
+    EvaluationTransform,
+    Preprocessing,
+    TrainingTransform,
+    as_pictures,
+    fit,
+    match_channels,
+    resize,
+)
+from coatnet.errors import UserError
+
+GREY = Preprocessing(resolution=28, crop_fraction=1.0, mean=(0.3,), std=(0.4,))
+SEEDS = hash_words(0, np.arange(16))
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(37, 50), (333, 250), (100, 80), (224, 224), (28, 28)])
+def test_center_equals_torchvision_resize_then_center_crop(interpolation, size):
+    picture = noise(3, *size)
+    reference = v2.Compose([v2.Resize(64, v2.InterpolationMode(interpolation)), v2.CenterCrop(56)])
+    preprocessing = Preprocessing(resolution=56, interpolation=interpolation)
+    assert torch.equal(fit(picture[None], preprocessing)[0], reference(picture))
+
+
+def test_squash_equals_torchvision_resize_to_a_square_then_center_crop():
+    picture = noise(3, 50, 90)
+    reference = v2.Compose([v2.Resize((64, 64), v2.InterpolationMode.BICUBIC), v2.CenterCrop(56)])
+    assert torch.equal(fit(picture[None], Preprocessing(resolution=56, crop="squash"))[0], reference(picture))
+
+
+def test_images_are_normalised_by_mean_and_std():
+    picture = noise(3, 8, 8)
+    preprocessing = Preprocessing(8, crop_fraction=1.0, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    expected = (picture / 255 - mean) / std
+    torch.testing.assert_close(EvaluationTransform(preprocessing)(picture), expected)
+
+
+def test_a_small_picture_of_the_right_size_only_changes_its_scale():
+    array = noise(28, 28).numpy()
+    expected = (torch.from_numpy(array)[None] / 255 - 0.3) / 0.4
+    torch.testing.assert_close(EvaluationTransform(GREY)(array), expected)
+
+
+def test_colour_is_averaged_for_a_grey_model():
+    picture = noise(3, 28, 28)
+    expected = (picture.float().mean(0, keepdim=True).round() / 255 - 0.3) / 0.4
+    torch.testing.assert_close(EvaluationTransform(GREY)(picture), expected)
+
+
+def test_grey_is_repeated_for_a_colour_model():
+    preprocessing = Preprocessing(resolution=28, crop_fraction=1.0)
+    array = noise(28, 28).numpy()
+    colour = np.repeat(array[..., None], 3, axis=-1)
+    image = EvaluationTransform(preprocessing)(array)
+    assert image.shape == (3, 28, 28)
+    assert torch.equal(image, EvaluationTransform(preprocessing)(colour))
+
+
+def test_images_are_channels_last():
+    pictures = noise(2, 3, 40, 40)
+    preprocessing = Preprocessing(resolution=32)
+    for images in (
+        EvaluationTransform(preprocessing).batch(pictures),
+        TrainingTransform(preprocessing, Augmentation()).batch(pictures, SEEDS[:2]),
+    ):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 4000)])
+def test_thin_pictures_need_little_memory(size):
+    picture = noise(3, *size)
+    preprocessing = Preprocessing(resolution=64)
+    assert EvaluationTransform(preprocessing)(picture).shape == (3, 64, 64)
+    assert TrainingTransform(preprocessing, Augmentation())(picture, 3).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation("shift", shift=3),
+        Augmentation("none", erasing_rate=0.5),
+        Augmentation("crop", rand_augment_layers=2, erasing_rate=0.3),
+    ],
+    ids=["shift", "none", "crop"],
+)
+def test_a_picture_alone_equals_the_picture_in_a_batch(augmentation):
+    pictures = noise(16, 3, 28, 28)
+    transform = TrainingTransform(Preprocessing(resolution=28, crop_fraction=1.0), augmentation)
+    together = transform.batch(pictures, SEEDS)
+    for picture, seed, image in zip(pictures, SEEDS, together, strict=True):
+        assert torch.equal(transform(picture, int(seed)), image)
+
+
+def test_training_leaves_the_global_random_state_alone():
+    transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=2, erasing_rate=1.0))
+    before = torch.get_rng_state()
+    transform(noise(3, 40, 40), 7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_ignores_the_global_random_state():
+    transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=2, erasing_rate=1.0))
+    picture = noise(3, 40, 40)
+    first = transform(picture, 7)
+    torch.rand(5)
+    assert torch.equal(transform(picture, 7), first)
+    assert not torch.equal(transform(picture, 8), first)
+
+
+def test_transforms_survive_the_way_to_a_worker():
+    transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=1))
+    picture = noise(3, 40, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(picture, 1), transform(picture, 1))
+
+
+def test_shift_equals_padding_with_black_and_cutting_out():
+    pictures = noise(16, 1, 10, 12)
+    shifted = augment.shift(pictures, SEEDS, 2)
+    seen = set()
+    for picture, result in zip(pictures, shifted, strict=True):
+        padded = torch.nn.functional.pad(picture, (2, 2, 2, 2))
+        cuts = {(y, x): padded[:, y : y + 10, x : x + 12] for y in range(5) for x in range(5)}
+        seen |= {place for place, cut in cuts.items() if torch.equal(cut, result)}
+    assert len(seen) > 8  # 16 draws from 25 places
+
+
+def test_flip_mirrors_about_the_right_share():
+    pictures = noise(1, 1, 4, 6).repeat(4000, 1, 1, 1)
+    seeds = hash_words(3, np.arange(4000))
+    flipped = augment.flip(pictures, seeds, 0.3)
+    mirrored = (flipped == pictures.flip(-1)).flatten(1).all(1)
+    unchanged = (flipped == pictures).flatten(1).all(1)
+    assert (mirrored ^ unchanged).all()
+    assert mirrored.float().mean() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(augment.flip(pictures, seeds, 0.0), pictures)
+    assert torch.equal(augment.flip(pictures, seeds, 1.0), pictures.flip(-1))
+
+
+def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
+    boxes = augment.crop_boxes((200, 300), hash_words(0, np.arange(500)), scale=(0.2, 0.6), ratio=(0.5, 2.0))
+    for top, left, height, width in boxes:
+        assert 0 <= top <= 200 - height and 0 <= left <= 300 - width
+        assert 0.19 < height * width / 60_000 < 0.61
+        assert 0.48 < width / height < 2.1
+    assert len(set(boxes)) == 500
+
+
+def test_a_crop_that_cannot_have_the_ratio_takes_the_middle():
+    assert augment.crop_boxes((10, 1000), SEEDS[:1], scale=(1.0, 1.0), ratio=(1.0, 1.0)) == [(0, 495, 10, 10)]
+    assert augment.crop_boxes((1000, 10), SEEDS[:1], scale=(1.0, 1.0), ratio=(1.0, 1.0)) == [(495, 0, 10, 10)]
+
+
+def test_crop_of_everything_equals_resize():
+    picture = noise(3, 40, 40)
+    whole = Augmentation("crop", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_rate=0.0)
+    image = TrainingTransform(Preprocessing(resolution=24), whole)(picture, 5)
+    expected = resize(picture[None], (24, 24), "bicubic")[0] / 255 * 2 - 1
+    torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
+
+
+def test_rand_augment_equals_torchvision_under_the_same_seed():
+    pictures = noise(3, 3, 20, 20)
+    ours = augment.rand_augment(pictures, SEEDS[:3], layers=2, magnitude=15, fill=[127, 127, 127])
+    reference = v2.RandAugment(num_ops=2, magnitude=15, num_magnitude_bins=31, fill=[127, 127, 127])
+    words = augment.expand_words(SEEDS[:3] ^ augment._RAND_AUGMENT, 1)[:, 0]
+    for picture, word, result in zip(pictures, words, ours, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(word))
+            assert torch.equal(reference(picture), result)
+
+
+def test_erasing_sets_one_box_to_the_mean():
+    images = torch.ones(200, 3, 20, 30)
+    erased = augment.erase(images, hash_words(2, np.arange(200)), 0.5)
+    assert (images == 1).all()
+    zeros = (erased == 0).all(1)
+    hit = zeros.flatten(1).any(1)
+    assert hit.float().mean() == pytest.approx(0.5, abs=0.12)
+    for mask in zeros[hit]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert box.all()
+        assert 0.01 < mask.float().mean() < 0.4
+
+
+def test_arrays_become_channels_first():
+    colour = noise(5, 4, 3).numpy()
+    assert np.array_equal(as_pictures(colour).permute(1, 2, 0), colour)
+    assert as_pictures(noise(7, 5, 4).numpy()).shape == (7, 1, 5, 4)
+    assert as_pictures(noise(7, 5, 4, 3).numpy()).shape == (7, 3, 5, 4)
+
+
+def test_matching_channels_rounds_to_the_nearest_grey():
+    picture = torch.tensor([10, 20, 31], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert match_channels(picture, GREY).item() == 20
+
+
+def test_lists_become_tuples_so_that_values_compare_after_json():
+    assert Preprocessing(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]) == Preprocessing()
+    assert Augmentation(crop_scale=[0.08, 1.0]) == Augmentation()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Preprocessing, "resolution", 0),
+        (Preprocessing, "crop", "middle"),
+        (Preprocessing, "crop_fraction", 0.0),
+        (Preprocessing, "crop_fraction", math.nan),
+        (Preprocessing, "interpolation", "nearest"),
+        (Preprocessing, "mean", (0.5, 0.5)),
+        (Preprocessing, "mean", (math.nan,)),
+        (Preprocessing, "std", (0.5,)),
+        (Preprocessing, "std", (0.5, 0.5, 0.0)),
+        (Augmentation, "placement", "zoom"),
+        (Augmentation, "crop_scale", (0.0, 1.0)),
+        (Augmentation, "crop_scale", (0.5, 0.2)),
+        (Augmentation, "crop_ratio", (2.0, 1.0)),
+        (Augmentation, "shift", -1),
+        (Augmentation, "flip_rate", 1.5),
+        (Augmentation, "flip_rate", math.nan),
+        (Augmentation, "rand_augment_layers", -1),
+        (Augmentation, "rand_augment_magnitude", 31),
+        (Augmentation, "erasing_rate", -0.1),
+    ],
+)
+def test_impossible_values_are_refused_by_name(kind, field, value):
+    with pytest.raises(UserError, match=field):
+        kind(**{field: value})

@@ -1,0 +1,176 @@
+"""Measuring a finished model on pictures whose classes are known. Shapes: B batch, K classes."""
+
+import heapq
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coatnet.bundle import Bundle
+from coatnet.data.bad_images import BadImages
+from coatnet.data.datasets import Dataset
+from coatnet.data.loading import evaluation_batches
+from coatnet.data.sources import open_dataset
+from coatnet.data.splits import Splits
+from coatnet.errors import UserError
+from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.report import Mistake, Report
+from coatnet.evaluation.thumbnails import thumbnail
+
+NUM_MISTAKES = 24
+
+# Probability of the wrong answer, picture (place in the list of datasets, index), truth, wrong answer.
+_Wrong = tuple[float, tuple[int, int], str, str]
+
+
+def evaluate(
+    bundle: Bundle,
+    data: str | Path | Dataset | Splits,
+    *,
+    split: Literal["validation", "training", "all"] = "validation",
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Every figure of a model on a dataset or a split of it; classes are matched by name, in any order.
+
+    `progress` is called after each batch with the pictures done and the pictures in all. Pictures that cannot
+    be read are left out of the figures and named in the report. Without `num_workers`, up to 2,000 pictures
+    are read in this process, and more of them by a worker process a core.
+
+    Raises:
+        UserError: a class of the data is unknown to the model, or not a single picture can be read.
+    """
+    started = time.perf_counter()
+    name, datasets, split_name = _choose(data, split)
+    metrics = Metrics(len(bundle.classes), bundle.multilabel)
+    bad: dict[str, str] = {}
+    total, done = sum(map(len, datasets)), 0
+    worst: list[_Wrong] = []
+    was_training = bundle.model.training
+    bundle.model.eval()
+    try:
+        for number, dataset in enumerate(datasets):
+            translate, bad_images = _label_translation(dataset, bundle), BadImages(budget=1.0)
+            for images, labels, indices in evaluation_batches(
+                dataset,
+                preprocessing=bundle.preprocessing,
+                batch_size=batch_size,
+                num_workers=_workers_for(dataset) if num_workers is None else num_workers,
+                bad_images=bad_images,
+            ):
+                labels = translate(labels)
+                logits = _infer(bundle.model, images)
+                metrics.update(logits, labels)
+                wrong = _find_mistakes(logits, labels, [(number, int(i)) for i in indices], bundle)
+                worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
+                done += len(indices)
+                if progress is not None:
+                    progress(done, total)
+            bad |= bad_images.records
+    finally:
+        bundle.model.train(was_training)
+    if done == 0:
+        raise UserError(f"{name}: none of the {total:,} pictures of the {split_name} split could be read")
+    seconds = time.perf_counter() - started
+
+    confusion = metrics.confusion()
+    return Report(
+        data=name,
+        split=split_name,
+        model=bundle.model.variant.name,
+        resolution=bundle.preprocessing.resolution,
+        num_parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
+        classes=bundle.classes,
+        multilabel=bundle.multilabel,
+        figures=metrics.compute(),
+        intervals=metrics.intervals(),
+        per_class=tuple(metrics.per_class()),
+        confusion=None if confusion is None else tuple(map(tuple, confusion.tolist())),
+        confused_pairs=tuple(
+            (bundle.classes[truth], bundle.classes[predicted], count)
+            for truth, predicted, count in metrics.confused_pairs()
+        ),
+        calibration=metrics.calibration(),
+        mistakes=tuple(
+            Mistake(datasets[number].locate(index), truth, predicted, probability)
+            for probability, (number, index), truth, predicted in worst
+        ),
+        bad_images=bad,
+        seconds=seconds,
+        thumbnails=tuple(thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
+    )
+
+
+def _choose(data: str | Path | Dataset | Splits, split: str) -> tuple[str, Sequence[Dataset], str]:
+    """The name of the data, the datasets to go through, and what to call the split."""
+    if isinstance(data, str | Path):
+        data = open_dataset(data)
+    if not isinstance(data, Splits):
+        return data.name, (data,), "all"
+    if split not in ("validation", "training", "all"):
+        raise UserError(f"split {split!r} is unknown; it is validation, training or all")
+    datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
+    return data.name, datasets, split
+
+
+def _workers_for(dataset: Dataset) -> int:
+    # chosen: workers take about as long to start as one process takes to read 2,000 small photographs.
+    return min(8, os.cpu_count() or 1) if len(dataset) > 2000 else 0
+
+
+def _label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
+    """From the dataset's labels to the model's outputs, by the names of the classes."""
+    place = {name: index for index, name in enumerate(bundle.classes)}
+    unknown = [name for name in dataset.classes if name not in place]
+    if unknown:
+        known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
+        raise UserError(
+            f"{dataset.name}: {len(unknown)} of {len(dataset.classes)} classes are unknown to the model, "
+            f"first {unknown[0]!r}; it knows {known}"
+        )
+    if dataset.multilabel and not bundle.multilabel:
+        raise UserError(f"{dataset.name} has several labels a picture, the model gives only one")
+    places = torch.tensor([place[name] for name in dataset.classes])
+
+    def translate(labels: Tensor) -> Tensor:
+        if not bundle.multilabel:
+            return places[labels]
+        widened = torch.zeros(len(labels), len(place), dtype=torch.uint8)
+        if not dataset.multilabel:
+            return widened.scatter_(1, places[labels][:, None], 1)
+        widened[:, places] = labels.to(torch.uint8)
+        return widened
+
+    return translate
+
+
+@torch.inference_mode()
+def _infer(model: torch.nn.Module, images: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    return model(images.to(device, memory_format=torch.channels_last)).float().cpu()
+
+
+def _find_mistakes(
+    logits: Tensor, labels: Tensor, pictures: Sequence[tuple[int, int]], bundle: Bundle
+) -> Iterator[_Wrong]:
+    """The wrong answers of a batch; of several labels a picture's worst decision, claimed or missed."""
+    if bundle.multilabel:
+        gaps = (logits.sigmoid() - labels).abs()
+        probabilities, decisions = gaps.max(dim=1)
+        for row in np.flatnonzero(probabilities.numpy() > 0.5).tolist():
+            decision = int(decisions[row])
+            truth = ", ".join(bundle.classes[k] for k in np.flatnonzero(labels[row].numpy())) or "nothing"
+            predicted = ("not " if labels[row, decision] else "") + bundle.classes[decision]
+            yield float(probabilities[row]), pictures[row], truth, predicted
+        return
+    predictions = logits.numpy().argmax(axis=1)  # numpy's, as the figures have it: ties go to the lower class
+    probabilities = logits.softmax(dim=1)
+    for row in np.flatnonzero(predictions != labels.numpy()).tolist():
+        truth, predicted = bundle.classes[int(labels[row])], bundle.classes[predictions[row]]
+        yield float(probabilities[row, predictions[row]]), pictures[row], truth, predicted

@@ -1,0 +1,97 @@
+"""What an evaluation found, as one value that reads as text, as numbers and as pictures."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatnet.bundle.config import readable_json
+from coatnet.evaluation import markdown
+from coatnet.evaluation.calibration import CalibrationBin
+from coatnet.evaluation.metrics import ClassFigures
+from coatnet.evaluation.uncertainty import Interval
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A picture the model was sure and wrong about; `probability` is what it gave to its wrong answer."""
+
+    image: str
+    truth: str
+    predicted: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures as fractions with their 95 % intervals, and everything needed to believe or doubt them.
+
+    `per_class` is in the order of `classes`; `confusion[i][j]` counts pictures of class i taken for class j;
+    `thumbnails` are the worst mistakes' pictures, uint8 (H, W, 3). Equality ignores what the clock and the
+    thumbnails say.
+    """
+
+    data: str
+    split: str
+    model: str
+    resolution: int
+    num_parameters: int
+    classes: tuple[str, ...]
+    multilabel: bool
+    figures: Mapping[str, float]
+    intervals: Mapping[str, Interval | None]
+    per_class: tuple[ClassFigures, ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    confused_pairs: tuple[tuple[str, str, int], ...]
+    calibration: tuple[CalibrationBin, ...]
+    mistakes: tuple[Mistake, ...]
+    bad_images: Mapping[str, str]
+    seconds: float = field(compare=False)
+    thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+
+    def headline(self) -> str:
+        """The main figure, its interval and its n, in one line."""
+        return markdown.headline(self)
+
+    def to_markdown(self, *, with_plots: bool = False) -> str:
+        """The report as GitHub-flavoured Markdown; `with_plots` shows the files that `write` makes."""
+        return markdown.render(self, with_plots=with_plots)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, fractions not percent: what report.json and a bundle's record hold."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("thumbnails", "per_class")}
+        rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
+        plain |= {
+            "headline": self.headline(),
+            "per_class": rows,
+            "figures": dict(self.figures),
+            "intervals": {name: value and list(value) for name, value in self.intervals.items()},
+            "calibration": [asdict(row) for row in self.calibration],
+            "mistakes": [asdict(mistake) for mistake in self.mistakes],
+            "bad_images": dict(self.bad_images),
+        }
+        # Through JSON once: tuples become lists, as they are in the file, and NaN is refused.
+        return json.loads(json.dumps(plain, allow_nan=False))
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return readable_json(self.to_dict())
+
+
+def write(report: Report, folder: str | Path) -> None:
+    """Put report.md, report.json and the plots they show into a folder, which is made if need be."""
+    from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Names of files need not be Unicode; what is not is written as JSON would escape it.
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8", errors="backslashreplace")
+    if report.confusion is not None:
+        draw_confusion(np.array(report.confusion), report.classes, folder / "confusion.png")
+    if report.thumbnails:
+        draw_mistakes(report.thumbnails, report.mistakes, folder / "mistakes.png")
+    draw_calibration(report.calibration, folder / "calibration.png")
+    (folder / "report.md").write_text(report.to_markdown(with_plots=True), encoding="utf-8", errors="backslashreplace")

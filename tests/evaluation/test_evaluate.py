@@ -1,0 +1,166 @@
+"""An evaluation equals a plain loop over the pictures, and matches classes by name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.bundle import Bundle, load
+from coatnet.data.datasets import ArrayDataset
+from coatnet.data.sources import open_dataset
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import EvaluationTransform, Preprocessing
+from coatnet.errors import UserError
+from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.report import write
+from coatnet.model.coatnet import create_model
+
+CLASSES = ("a", "b", "c", "d")
+
+
+def bundle_of(classes: tuple[str, ...] = CLASSES, *, multilabel: bool = False) -> Bundle:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto", num_classes=len(classes), in_channels=1, resolution=32)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    return Bundle(model, classes, Preprocessing(resolution=32, mean=(0.5,), std=(0.5,)), multilabel=multilabel)
+
+
+def dataset_of(num_pictures: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:
+    generator = np.random.default_rng(seed)
+    pictures = generator.integers(0, 255, (num_pictures, 28, 28), dtype=np.uint8)
+    return ArrayDataset("noise", classes, pictures, generator.integers(0, len(classes), num_pictures))
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return bundle_of()
+
+
+def probabilities_of(bundle: Bundle, dataset: ArrayDataset) -> np.ndarray:
+    transform = EvaluationTransform(bundle.preprocessing)
+    images = torch.stack([transform(dataset.read(index)[0]) for index in range(len(dataset))])
+    with torch.inference_mode():
+        return bundle.model.eval()(images).softmax(1).numpy()
+
+
+def test_figures_equal_a_plain_loop(bundle: Bundle) -> None:
+    dataset = dataset_of()
+    probabilities = probabilities_of(bundle, dataset)
+    right = probabilities.argmax(1) == dataset.labels
+    report = evaluate(bundle, dataset, batch_size=8)
+    assert report.figures["n"] == 37
+    assert report.figures["top1"] == right.mean()
+    assert report.figures["nll"] == pytest.approx(
+        -np.log(probabilities[np.arange(37), dataset.labels]).mean(), rel=1e-4
+    )
+    assert np.trace(report.confusion) == right.sum()
+    assert report.per_class[0].support == (dataset.labels == 0).sum()
+
+    wrong = sorted(np.flatnonzero(~right), key=lambda index: -probabilities[index].max())[:24]
+    assert [mistake.image for mistake in report.mistakes] == [f"noise[{index}]" for index in wrong]
+    assert report.mistakes[0].predicted == CLASSES[probabilities[wrong[0]].argmax()]
+    assert report.mistakes[0].truth == CLASSES[dataset.labels[wrong[0]]]
+    assert report.mistakes[0].probability == pytest.approx(probabilities[wrong[0]].max(), abs=1e-5)
+    assert np.array_equal(report.thumbnails[0][..., 1], dataset.pictures[wrong[0]])
+
+
+def test_batch_size_changes_nothing(bundle: Bundle) -> None:
+    reports = [evaluate(bundle, dataset_of(), batch_size=batch_size) for batch_size in (1, 5, 64)]
+    for report in reports[1:]:
+        assert report.confusion == reports[0].confusion
+        assert report.figures == pytest.approx(reports[0].figures, rel=1e-4)
+
+
+def test_classes_are_matched_by_name_not_by_place(bundle: Bundle) -> None:
+    dataset = dataset_of()
+    turned = ArrayDataset("noise", CLASSES[::-1], dataset.pictures, 3 - dataset.labels)
+    assert evaluate(bundle, turned) == evaluate(bundle, dataset)
+    some = ArrayDataset("noise", ("d", "b"), dataset.pictures[:5], np.array([0, 1, 0, 0, 1]))
+    assert [row.support for row in evaluate(bundle, some).per_class] == [0, 2, 0, 3]
+
+
+def test_an_unknown_class_is_named(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match=r"noise: 1 of 2 classes are unknown to the model, first 'zebra'"):
+        evaluate(bundle, dataset_of(classes=("a", "zebra")))
+
+
+def test_splits_are_chosen_and_added_up(bundle: Bundle) -> None:
+    splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
+    counts = {split: evaluate(bundle, splits, split=split).figures["n"] for split in ("validation", "training", "all")}
+    assert counts == {"validation": 7, "training": 10, "all": 17}
+    with pytest.raises(UserError, match="split 'test' is unknown"):
+        evaluate(bundle, splits, split="test")
+
+
+def test_several_labels_are_judged_one_by_one() -> None:
+    bundle = bundle_of(multilabel=True)
+    labels = (np.random.default_rng(0).random((20, 4)) < 0.4).astype(np.uint8)
+    dataset = ArrayDataset("noise", CLASSES, dataset_of(20).pictures, labels)
+    report = evaluate(bundle, dataset, batch_size=6)
+    assert "mean_average_precision" in report.figures and "top1" not in report.figures
+    turned = ArrayDataset("noise", CLASSES[::-1], dataset.pictures, labels[:, ::-1])
+    assert evaluate(bundle, turned).figures == pytest.approx(report.figures)
+    for mistake in report.mistakes:
+        assert (mistake.predicted.removeprefix("not ") in mistake.truth) == mistake.predicted.startswith("not ")
+    with pytest.raises(UserError, match="the model gives only one"):
+        evaluate(bundle_of(), dataset)
+
+
+def test_one_label_a_picture_is_a_case_of_several() -> None:
+    dataset = dataset_of(20)
+    report = evaluate(bundle_of(multilabel=True), dataset)
+    assert [row.support for row in report.per_class] == np.bincount(dataset.labels, minlength=4).tolist()
+
+
+def test_the_model_is_left_as_it_was(bundle: Bundle) -> None:
+    for training in (True, False):
+        bundle.model.train(training)
+        before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
+        evaluate(bundle, dataset_of(5))
+        assert bundle.model.training == training
+        assert all(torch.equal(before[name], tensor) for name, tensor in bundle.model.state_dict().items())
+
+
+def test_progress_counts_to_the_end(bundle: Bundle) -> None:
+    calls = []
+    evaluate(bundle, dataset_of(10), batch_size=4, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_bad_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(5):
+            pixels = generator.integers(0, 255, (40, 400, 4), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    bad = tmp_path / "pictures" / "b" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+
+    report = evaluate(bundle, tmp_path / "pictures", split="all", batch_size=3)
+    assert report.figures["n"] == 19
+    assert list(report.bad_images) == [str(bad)]
+    assert str(bad) in report.to_markdown().replace("\\", "")
+    assert {thumbnail.shape for thumbnail in report.thumbnails} == {(16, 160, 3)}
+    write(report, tmp_path / "report")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["bad_images"] == dict(report.bad_images)
+
+
+def test_not_one_readable_picture_is_a_mistake(bundle: Bundle, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            (tmp_path / name / f"{number}.png").write_text("not a picture")
+    with pytest.raises(UserError, match="none of the 8 pictures"):
+        evaluate(bundle, tmp_path, split="all")
+
+
+def test_a_loaded_bundle_has_the_same_report(bundle: Bundle, tmp_path: Path) -> None:
+    splits = open_dataset("digits")
+    digits = bundle_of(splits.classes)
+    assert evaluate(load(digits.save(tmp_path / "bundle")), splits) == evaluate(digits, splits)
+    assert evaluate(digits, "digits") == replace(evaluate(digits, splits), seconds=0.0)

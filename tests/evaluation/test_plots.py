@@ -1,0 +1,74 @@
+"""Plots are drawn for any data there is, and show it where it lies."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coatnet.evaluation.plots import draw_confusion, draw_curves
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def write_metrics(path: Path, *, tail: str = "") -> Path:
+    lines = [{"step": step, "epoch": step / 50, "loss": 2 / step, "learning_rate": 0.1} for step in range(1, 200)]
+    lines += [{"step": step, "epoch": step / 50, "top1": step / 250, "nll": 1.5 / step} for step in range(50, 201, 50)]
+    path.write_text("\n".join(map(json.dumps, lines)) + tail, encoding="utf-8")
+    return path
+
+
+def test_a_torn_last_line_changes_nothing(tmp_path: Path) -> None:
+    draw_curves(write_metrics(tmp_path / "whole.jsonl"), tmp_path / "whole.png")
+    draw_curves(write_metrics(tmp_path / "torn.jsonl", tail='\n{"step": 250, "epoch": 5, "to'), tmp_path / "torn.png")
+    assert np.array_equal(pixels(tmp_path / "whole.png"), pixels(tmp_path / "torn.png"))
+
+
+def test_steps_written_twice_count_once(tmp_path: Path) -> None:
+    again = "\n" + json.dumps({"step": 199, "epoch": 3.98, "loss": 2 / 199})
+    draw_curves(write_metrics(tmp_path / "once.jsonl"), tmp_path / "once.png")
+    draw_curves(write_metrics(tmp_path / "twice.jsonl", tail=again), tmp_path / "twice.png")
+    assert np.array_equal(pixels(tmp_path / "once.png"), pixels(tmp_path / "twice.png"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"step": 1, "epoch": 0.1, "loss": 2.0}\n',
+        '{"step": 5, "epoch": 1, "mean_average_precision": 0.4}',
+    ],
+)
+def test_curves_of_a_run_that_hardly_began(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert pixels(tmp_path / "curves.png").shape == (510, 1350, 3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 30, 41, 300])
+def test_mistakes_are_orange_and_right_answers_blue(tmp_path: Path, size: int) -> None:
+    matrix = 9 * np.eye(size, dtype=int)
+    draw_confusion(matrix, [f"class {number}" for number in range(size)], tmp_path / "right.png")
+    matrix[0, -1] += 9
+    draw_confusion(matrix, [f"class {number}" for number in range(size)], tmp_path / "wrong.png")
+
+    def orange(name: str) -> int:
+        red, _, blue = np.moveaxis(pixels(tmp_path / name), -1, 0)
+        return int((red > blue + 100).sum())
+
+    def blue(name: str) -> int:
+        red, _, blue = np.moveaxis(pixels(tmp_path / name), -1, 0)
+        return int((blue > red + 100).sum())
+
+    assert blue("right.png") > 500
+    assert orange("right.png") == 0
+    assert orange("wrong.png") > 0 or size == 1
+
+
+def test_a_matrix_without_pictures_is_drawn(tmp_path: Path) -> None:
+    draw_confusion(np.zeros((3, 3), dtype=int), "abc", tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 1000

@@ -1,0 +1,152 @@
+"""A report says the same in words, in numbers and in pictures, whatever the classes are called."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.report import Mistake, Report, write
+
+ODD = (
+    "t-shirt | top",
+    "<b>bag</b>",
+    "$5 & up",
+    "back`tick_s*",
+    "日本\N{GRINNING FACE}",
+    "line\nbreak",
+    "plain",
+)
+
+
+def report_of(classes: tuple[str, ...] = ODD, *, multilabel: bool = False, num_pictures: int = 120) -> Report:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(len(classes), (num_pictures,), generator=generator)
+    logits = torch.randn(num_pictures, len(classes), generator=generator)
+    logits[torch.arange(num_pictures), labels] += 2
+    metrics = Metrics(len(classes), multilabel)
+    metrics.update(logits, torch.nn.functional.one_hot(labels, len(classes)) if multilabel else labels)
+    confusion = metrics.confusion()
+    return Report(
+        data="some pictures",
+        split="validation",
+        model="coatnet-femto",
+        resolution=32,
+        num_parameters=2_345_678,
+        classes=classes,
+        multilabel=multilabel,
+        figures=metrics.compute(),
+        intervals=metrics.intervals(),
+        per_class=tuple(metrics.per_class()),
+        confusion=None if confusion is None else tuple(map(tuple, confusion.tolist())),
+        confused_pairs=tuple((classes[i], classes[j], count) for i, j, count in metrics.confused_pairs()),
+        calibration=metrics.calibration(),
+        mistakes=(
+            Mistake("a|b/1.jpg", classes[0], classes[1], 0.991),
+            Mistake("2.jpg", classes[1], classes[0], 0.5),
+        ),
+        bad_images={"bad|name.png": "truncated: the file ends early"},
+        seconds=2.0,
+        thumbnails=(np.zeros((28, 28, 3), np.uint8), np.full((40, 160, 3), 90, np.uint8)),
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return report_of()
+
+
+def rows_of(page: str, heading: str) -> list[str]:
+    section = page.partition(f"## {heading}")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_headline_is_percent_with_n_and_interval(report: Report) -> None:
+    low, high = report.intervals["top1"]
+    top1 = f"{100 * report.figures['top1']:.1f} %"
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    expected = f"top-1 accuracy {top1} ({interval}) on 120 pictures of 7 classes"
+    assert report.headline() == expected
+    assert expected[1:] in report.to_markdown()
+
+
+def test_numbers_come_back_from_json_as_fractions(report: Report) -> None:
+    plain = json.loads(report.to_json())
+    assert plain == report.to_dict()
+    assert plain["figures"] == report.figures
+    assert plain["intervals"]["top1"] == list(report.intervals["top1"])
+    assert [row["class"] for row in plain["per_class"]] == list(ODD)
+    assert np.array(plain["confusion"]).trace() == round(report.figures["top1"] * 120)
+    assert plain["mistakes"][0] == {
+        "image": "a|b/1.jpg", "truth": ODD[0], "predicted": ODD[1], "probability": 0.991
+    }  # fmt: skip
+    assert plain["bad_images"] == report.bad_images and "thumbnails" not in plain
+
+
+def test_classes_stand_weakest_first(report: Report) -> None:
+    rows = rows_of(report.to_markdown(), "Classes, weakest first")
+    scores = [float(row.split(" | ")[-1].removesuffix(" % |")) for row in rows]
+    assert len(scores) == 7 and scores == sorted(scores)
+
+
+def test_no_name_breaks_a_table(report: Report) -> None:
+    for line in report.to_markdown(with_plots=True).splitlines():
+        if line.startswith("|"):
+            columns = line.replace("\\|", "").count("|") - 1
+            assert columns in (2, 4, 5), line
+    assert "<b>" not in report.to_markdown()
+
+
+def test_long_tables_are_folded() -> None:
+    page = report_of(tuple(f"class {number}" for number in range(51))).to_markdown()
+    assert "## The ten weakest classes" in page
+    assert "<details><summary>All 51 classes, weakest first</summary>\n\n| class |" in page
+    assert page.index("<details>") < page.rindex("| class 50 |") < page.index("</details>")
+    assert "<details>" not in report_of(tuple(f"class {number}" for number in range(50))).to_markdown()
+
+
+def test_several_labels_have_average_precision_and_no_confusion(tmp_path: Path) -> None:
+    report = report_of(multilabel=True)
+    page = report.to_markdown()
+    assert page.count("mean average precision") and "average precision |" in page
+    assert "top-1" not in page and "taken for" not in page
+    write(report, tmp_path)
+    assert not (tmp_path / "confusion.png").exists() and (tmp_path / "mistakes.png").exists()
+
+
+def test_clock_and_thumbnails_do_not_make_reports_differ(report: Report) -> None:
+    assert report == replace(report, seconds=99.0, thumbnails=())
+    assert report != replace(report, data="other pictures")
+
+
+def test_written_pages_show_only_pictures_that_are_there(report: Report, tmp_path: Path) -> None:
+    for number, each in enumerate((report, replace(report, thumbnails=(), mistakes=()))):
+        folder = tmp_path / str(number)
+        write(each, folder)
+        page = (folder / "report.md").read_text(encoding="utf-8")
+        shown = {piece.partition(")")[0] for piece in page.split("](")[1:]}
+        assert shown == {path.name for path in folder.glob("*.png")}
+        for name in shown:
+            with Image.open(folder / name) as picture:
+                assert 400 < picture.width < 1600
+    assert json.loads((tmp_path / "0" / "report.json").read_text(encoding="utf-8")) == report.to_dict()
+
+
+def test_a_name_that_is_not_unicode_is_written_escaped(tmp_path: Path) -> None:
+    report = report_of(("caf\udce9", "b"))
+    write(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["classes"] == ["caf\udce9", "b"]
+
+
+def test_one_picture_has_a_report() -> None:
+    page = report_of(("a", "b"), num_pictures=1).to_markdown()
+    assert "on 1 picture of 2 classes" in page and "unknown" in page
+
+
+def test_nan_is_never_written(report: Report) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(report, figures={**report.figures, "nll": float("nan")}).to_json()

@@ -1,0 +1,1 @@
+"""How a model learns: recipe (the type), recipes (the values), trainer, optimization, checkpoint."""

@@ -1,0 +1,178 @@
+"""Fills in what a recipe leaves open, from the pictures it is to learn and the bundle it starts from.
+
+Every figure here is `chosen`: the paper trains on ImageNet and larger only.
+"""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatnet.bundle import Bundle
+from coatnet.data.datasets import Dataset
+from coatnet.data.decoding import BadImage, decode
+from coatnet.data.mixing import Mixing
+from coatnet.data.sources import NAMES
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.errors import UserError
+from coatnet.model.variants import default_variant
+from coatnet.training.optimization import Optimization, Schedule
+from coatnet.training.recipe import Recipe, complete
+from coatnet.training.recipes import find_recipe
+
+SMALL = 64  # pixels: up to here a picture keeps its own size and is shifted, not cropped
+SAMPLE = 256  # pictures looked at
+
+
+def is_small(splits: Splits) -> bool:
+    """Whether the pictures are of 64 pixels or less."""
+    return max(splits.summary.largest) <= SMALL
+
+
+def brightness(dataset: Dataset) -> tuple[float, float]:
+    """Mean and standard deviation of the pixels, in 0 to 1, of up to 256 pictures, evenly spread."""
+    pictures = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(np.int64)).tolist():
+        try:
+            content, _ = dataset.read(index)
+            pictures.append(np.asarray(decode(content, "") if isinstance(content, bytes) else content).ravel())
+        except BadImage:
+            continue
+    pixels = np.concatenate(pictures) / 255
+    return round(float(pixels.mean()), 4), round(float(max(pixels.std(), 0.05)), 4)
+
+
+def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe:
+    """The recipe with nothing left open: running it again, or its YAML, is the same run.
+
+    What the recipe gives is kept. Raises UserError if it contradicts the data or the bundle it starts from.
+    """
+    row = find_recipe(recipe.name)
+    if row.needs_init and init is None:
+        raise UserError(f"recipe {recipe.name!r} starts from a bundle: give init, a folder such as RUN/bundle")
+    number = len(splits.training)
+    preprocessing = fit_preprocessing(recipe, splits, init)
+    small = preprocessing.resolution <= SMALL
+    model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
+    model = init.model.variant.name if init else model
+    table = row.by_model.get(model, {})
+
+    batch_size = recipe.batch_size or fit_batch_size(number, small)
+    epochs = recipe.epochs or fit_epochs(number, finetune=init is not None)
+    total_steps = steps_of(epochs, number, batch_size)
+    published = recipe.name not in ("scratch", "finetune")
+    regular = {} if published else regularisation(splits, small=small, finetune=init is not None)
+    rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, finetune=init is not None)}
+    if init is not None and not published:
+        rate["layer_decay"] = 0.8
+    warmup = {} if published else {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5}
+    average = recipe.ema_decay if recipe.ema_decay is not None else fit_ema_decay(total_steps)
+    depth = recipe.stochastic_depth if recipe.stochastic_depth is not None else table.get("stochastic_depth", 0.1)
+    return replace(
+        recipe,
+        data=recipe.data if recipe.data in NAMES else str(Path(recipe.data).expanduser().resolve()),
+        model=model,
+        init=str(Path(recipe.init).resolve()) if recipe.init else None,
+        resolution=preprocessing.resolution,
+        channels=preprocessing.channels,
+        epochs=epochs,
+        batch_size=batch_size,
+        stochastic_depth=depth,
+        ema_decay=average,
+        loss=recipe.loss or ("sigmoid" if splits.training.multilabel else "softmax"),
+        optimizer=complete(Optimization, recipe.optimizer, **{**rate, **table.get("optimizer", {})}),
+        schedule=complete(Schedule, recipe.schedule, **warmup),
+        augmentation=complete(
+            Augmentation,
+            recipe.augmentation,
+            **{**regular.get("augmentation", {}), **table.get("augmentation", {})},
+        ),
+        mixing=complete(Mixing, recipe.mixing, **regular.get("mixing", {})),
+        preprocessing=preprocessing,
+        # at most a dozen evaluations: on small pictures one costs as much as a sixth of an epoch
+        evaluate_every=recipe.evaluate_every or (1.0 if recipe.max_minutes else max(1.0, round(epochs / 12))),
+    )
+
+
+def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Preprocessing:
+    """As the bundle it starts from; else the pictures' own size if they are small; else 128 or 224 pixels."""
+    given = recipe.preprocessing
+    channels = recipe.channels or (1 if splits.grey else 3)
+    if init is not None and not isinstance(given, Preprocessing):
+        whole = complete(Preprocessing, {**asdict(init.preprocessing), **given})
+    elif is_small(splits):
+        mean, std = brightness(splits.training)
+        level = {"mean": [mean] * channels, "std": [std] * channels}
+        side = max(splits.summary.median)
+        whole = complete(Preprocessing, given, resolution=side, crop_fraction=1.0, **level)
+    else:
+        # Below 20,000 pictures, 224 pixels cost three times the time and teach an untrained network little.
+        side = 128 if len(splits.training) < 20_000 or splits.native_resolution < 224 else 224
+        whole = complete(Preprocessing, given, resolution=side, mean=[0.5] * channels, std=[0.5] * channels)
+    if recipe.resolution is not None:
+        whole = replace(whole, resolution=recipe.resolution)
+    if recipe.channels is not None and whole.channels != recipe.channels:
+        raise UserError(f"channels is {recipe.channels}, but preprocessing has {whole.channels}: make them agree")
+    return whole
+
+
+def regularisation(splits: Splits, *, small: bool, finetune: bool) -> dict[str, dict[str, Any]]:
+    """Augmentation and mixing: shifts for small pictures, crops and RandAugment for photographs."""
+    # A letter in a mirror is no letter, and most small grey pictures are signs; garments are not.
+    flip_rate = 0.0 if small and splits.grey and not splits.name.startswith("fashion-mnist") else 0.5
+    smoothing = 0.0 if splits.training.multilabel else 0.1
+    if small:
+        shift = max(1, splits.native_resolution // 14)
+        return {
+            "augmentation": {
+                "placement": "shift",
+                "shift": shift,
+                "flip_rate": flip_rate,
+                "erasing_rate": 0.0,
+            },
+            "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": smoothing},
+        }
+    return {
+        "augmentation": {
+            "placement": "crop",
+            "crop_scale": [0.35, 1.0],
+            "flip_rate": flip_rate,
+            "rand_augment_layers": 2,
+            "rand_augment_magnitude": 9,
+        },
+        "mixing": {
+            "mixup_alpha": 0.0 if finetune else 0.2,
+            "cutmix_alpha": 0.0,
+            "label_smoothing": smoothing,
+        },
+    }
+
+
+def fit_batch_size(number: int, small: bool) -> int:
+    """Some thirty steps an epoch, but 16 pictures at least for BatchNorm, and no more than help."""
+    largest = 128 if small else 64
+    return int(min(max(16, 2 ** round(math.log2(max(1, number) / 32))), largest, max(1, number)))
+
+
+def fit_epochs(number: int, *, finetune: bool) -> float:
+    """Fewer pictures are seen more often: 26 epochs of 60,000, 87 of 5,400; a third to fine-tune."""
+    epochs = min(100, max(20, round(26 * math.sqrt(60_000 / number))))
+    return float(max(8, epochs // 3) if finetune else epochs)
+
+
+def fit_learning_rate(batch_size: int, *, finetune: bool) -> float:
+    """2e-3 (2e-4 to fine-tune) at 128 pictures a step, with the square root of the batch size."""
+    return round((2e-4 if finetune else 2e-3) * math.sqrt(batch_size / 128), 6)
+
+
+def fit_ema_decay(total_steps: int) -> float:
+    """An average over some 3 % of the run."""
+    return round(min(0.9998, max(0.9, 1 - 30 / total_steps)), 5)
+
+
+def steps_of(epochs: float, number: int, batch_size: int) -> int:
+    """Optimizer steps that show each of `number` pictures `epochs` times."""
+    return max(1, math.ceil(epochs * number / batch_size))

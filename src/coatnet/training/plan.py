@@ -1,0 +1,90 @@
+"""How long a run is: the steps of its recipe, or what fits into its minutes."""
+
+from dataclasses import dataclass, field
+
+from coatnet.training.fitting import steps_of
+from coatnet.training.recipe import Recipe
+
+RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
+WARMING_STEPS = 10  # compilation and first touches of memory say nothing about the speed to come
+EVALUATIONS = 12  # at most, under a limit in minutes
+
+
+@dataclass
+class Plan:
+    """The step at which the run ends. Without a limit in minutes it is the recipe's and never changes.
+
+    With one, it is estimated again and again from the speed so far, so that the learning rate has come down
+    when the time is over. All times are seconds of training, over all resumptions.
+    """
+
+    recipe_steps: int
+    evaluate_steps: int
+    limit_seconds: float | None
+    final_pictures: int  # evaluated at the end, within the limit
+    batch_size: int
+    total_steps: int = field(init=False)
+    last_evaluation: float = 0.0
+    _timed_steps: int = 0
+    _timed_seconds: float = 0.0
+    _evaluation_seconds: float = 0.0
+    _warming: int = WARMING_STEPS
+
+    def __post_init__(self) -> None:
+        self.total_steps = self.recipe_steps
+
+    def describe(self) -> str:
+        """Length of the run in words."""
+        limit = "" if self.limit_seconds is None else f" or {self.limit_seconds / 60:g} minutes"
+        return f"{self.recipe_steps:,} steps of {self.batch_size} pictures{limit}"
+
+    def timed(self, seconds: float) -> None:
+        """Take in how long a step took."""
+        if self._warming > 0:
+            self._warming -= 1
+        else:
+            self._timed_steps, self._timed_seconds = self._timed_steps + 1, self._timed_seconds + seconds
+
+    def update(self, step: int, seconds: float) -> None:
+        """Estimate the last step again, with `step` steps made in `seconds`."""
+        if self.limit_seconds is None:
+            return
+        left = self.limit_seconds - seconds - self._reserve()
+        if left <= 0:
+            self.total_steps = min(step, self.recipe_steps)
+        elif self._timed_steps:
+            # what evaluations on the way will take is spread over the steps between them
+            between = max(self.evaluate_steps * self._step_seconds(), self.limit_seconds / EVALUATIONS)
+            share = between / (between + self._evaluation_seconds)
+            self.total_steps = min(self.recipe_steps, step + max(1, int(left * share / self._step_seconds())))
+
+    def evaluation_due(self, step: int, seconds: float) -> bool:
+        """Whether to evaluate after `step` steps; the end of the run has an evaluation of its own."""
+        if step % self.evaluate_steps or step >= self.total_steps:
+            return False
+        return self.limit_seconds is None or seconds - self.last_evaluation >= self.limit_seconds / EVALUATIONS
+
+    def evaluated(self, seconds: float, took: float) -> None:
+        """Take in that an evaluation ended at `seconds` and how long it took."""
+        self.last_evaluation, self._evaluation_seconds = seconds, took
+
+    def _step_seconds(self) -> float:
+        return self._timed_seconds / self._timed_steps
+
+    def _reserve(self) -> float:
+        # the final evaluation also gathers its report: half as long again as one on the way
+        measured = 1.5 * self._evaluation_seconds
+        guess = self.final_pictures / self.batch_size * self._step_seconds() if self._timed_steps else 0.0
+        return RESERVE_SECONDS + (measured or guess)
+
+
+def plan_for(recipe: Recipe, num_pictures: int, final_pictures: int) -> Plan:
+    """The plan of a complete recipe over `num_pictures` training pictures."""
+    assert recipe.epochs is not None and recipe.batch_size is not None and recipe.evaluate_every is not None
+    return Plan(
+        recipe_steps=steps_of(recipe.epochs, num_pictures, recipe.batch_size),
+        evaluate_steps=steps_of(recipe.evaluate_every, num_pictures, recipe.batch_size),
+        limit_seconds=None if recipe.max_minutes is None else 60 * recipe.max_minutes,
+        final_pictures=final_pictures,
+        batch_size=recipe.batch_size,
+    )

@@ -1,0 +1,114 @@
+"""A run folder: recipe, log and checkpoints of one run and, at its end, the report and the bundle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coatnet.errors import UserError
+from coatnet.training.checkpoint import write_file
+from coatnet.training.recipe import PARTS, Recipe
+from coatnet.training.values import plain
+
+MAY_CHANGE = (
+    "epochs",
+    "max_minutes",
+    "patience",
+    "evaluate_every",
+    "checkpoint_every_minutes",
+    "num_workers",
+)
+
+
+class RunFolder:
+    """The folder of a run; made by `start`, so that a run that can not begin leaves nothing."""
+
+    def __init__(self, path: str | Path, given: Recipe) -> None:
+        """Raises UserError if the folder holds anything but a run, or is no folder."""
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.bundle = self.path / "bundle"
+        self.metrics = self.path / "metrics.jsonl"
+        recipe_file = self.path / "recipe.yaml"
+        self.stored = Recipe.from_yaml(recipe_file) if recipe_file.exists() else None
+        if self.stored is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
+        self.recipe = given
+        self.given = given if self.stored is None else filled(given, self.stored)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end with this recipe."""
+        same = self.stored is not None and plain(self.stored) == plain(self.recipe)
+        return same and (self.path / "report.json").exists() and self.bundle.exists()
+
+    def settle(self, recipe: Recipe) -> Recipe:
+        """Take the complete recipe. Raises UserError if the folder's run was started with another."""
+        self.recipe = recipe
+        if self.stored is None:
+            return recipe
+        ours, theirs = plain(recipe), plain(self.stored)
+        for name in ours:
+            if ours[name] != theirs[name] and name not in MAY_CHANGE:
+                raise UserError(
+                    f"{self.path} holds a run with {difference(name, theirs[name], ours[name])}: "
+                    "give the same to resume it, or another folder for a new run"
+                )
+        if ours["epochs"] < theirs["epochs"]:
+            raise UserError(f"{self.path} holds a run of {theirs['epochs']} epochs, which can only be extended")
+        return recipe
+
+    def start(self) -> None:
+        """Make the folder and write the recipe into it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.path / "recipe.yaml", self.recipe.to_yaml())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can not be written ({error.strerror}): choose another folder for out"
+            ) from None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One JSON line in metrics.jsonl; a log that can not be written does not end a training."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(record)) + "\n")
+        except OSError:
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`, where a resumed run goes on."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the line that the process was writing when it died
+        write_file(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def filled(given: Recipe, stored: Recipe) -> Recipe:
+    """What a recipe leaves open, from the complete one of a run: resuming does not choose a second time."""
+    changes: dict[str, Any] = {}
+    for name, value in vars(stored).items():
+        ours = getattr(given, name)
+        if name in PARTS:
+            changes[name] = {**plain(value), **plain(ours)}
+        elif ours is None and name not in ("patience", "max_minutes", "num_workers", "micro_batch_size"):
+            changes[name] = value
+    if given.model == "auto" or stored.init:
+        changes["model"] = stored.model
+    return replace(given, **changes)
+
+
+def difference(name: str, theirs: Any, ours: Any) -> str:
+    """`optimizer.learning_rate 0.001, not 0.01`: the first key that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in {**theirs, **ours}:
+            if theirs.get(key) != ours.get(key):
+                return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+    return f"{name} {theirs}, not {ours}"

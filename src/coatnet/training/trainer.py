@@ -1,0 +1,108 @@
+"""Training from a recipe to a measured bundle: one loop over optimizer steps, resumable to the last bit."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.utils.deterministic
+from rich.console import Console
+
+from coatnet.bundle import load
+from coatnet.data.sources import open_dataset
+from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.plots import draw_curves
+from coatnet.evaluation.report import Report, write
+from coatnet.runtime import keep_freed_memory
+from coatnet.training.fitting import fit_to
+from coatnet.training.interruption import Interrupted, Interruption
+from coatnet.training.learner import Learner
+from coatnet.training.plan import plan_for
+from coatnet.training.progress import TrainingProgress
+from coatnet.training.recipe import Recipe
+from coatnet.training.run_folder import RunFolder
+from coatnet.training.session import Session
+
+
+def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) -> Report:
+    """Train, measure, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
+
+    On the folder of an unfinished run it goes on where the last checkpoint stands; the result is that of a
+    run never interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation
+    if patience ended the run. Progress goes to `console` (standard error if None).
+
+    Raises:
+        UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
+        Interrupted: SIGINT or SIGTERM arrived; everything is saved, and the same call resumes.
+    """
+    keep_freed_memory()
+    began, progress = time.monotonic(), TrainingProgress(console)
+    run = RunFolder(out, recipe)
+    splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
+    init = load(run.given.init) if run.given.init else None
+    recipe = run.settle(fit_to(run.given, splits, init))
+    progress.say(splits.describe())
+    if run.finished:
+        progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
+        return evaluate(load(run.bundle), splits)
+
+    with repeatable():
+        learner = Learner(recipe, splits.training, init)
+        plan = plan_for(recipe, len(splits.training), len(splits.validation))
+        session = Session(learner, plan, splits, run, progress, began)
+        run.start()
+        session.resume()
+        progress.say(f"{learner.describe()}; {plan.describe()}; run folder {run.path}")
+        with progress, Interruption() as interruption:
+            learn(session, interruption)
+
+    if session.out_of_patience:
+        session.restore_best()
+    bundle = learner.bundle(splits.training, record={"recipe": recipe.to_dict()})
+    report = evaluate(bundle, splits, num_workers=session.num_workers)
+    report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
+    session.finish(report.figures)
+    write(report, run.path)
+    draw_curves(run.metrics, run.path / "curves.png")
+    replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(run.bundle)
+    return report
+
+
+def learn(session: Session, interruption: Interruption) -> None:
+    """The loop: from where the session stands to the end of its plan, saved at the end.
+
+    Raises Interrupted when a signal came, after saving; NotFinite, with the weights of the step before.
+    """
+    plan, learner = session.plan, session.learner
+    batches = iter(session.batches())
+    while not session.over:
+        began = time.monotonic()
+        images, labels = next(batches)
+        loss, norm = learner.step(images, labels, step=session.position.step, learning_rate=session.learning_rate)
+        session.count(loss, norm, time.monotonic() - began)
+        if plan.evaluation_due(session.position.step, session.position.seconds):
+            session.measure()
+        if interruption.signal is not None:
+            session.save()
+            session.progress.say(f"stopped by {interruption.signal.name} and saved; the same command resumes")
+            raise Interrupted(128 + interruption.signal)
+        session.save_if_due()
+    session.save()
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """On the CPU, have torch choose algorithms whose sums do not depend on the timing of threads."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyrefly: ignore[missing-attribute]
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        # It costs time, and nothing here reads such memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyrefly: ignore[missing-attribute]

@@ -1,0 +1,60 @@
+"""The length of a run: fixed by the recipe, or planned to end within its minutes."""
+
+import pytest
+
+from coatnet.training.plan import Plan
+
+
+def plan(limit_seconds=None, **changes):
+    values = {"recipe_steps": 10_000, "evaluate_steps": 100, "final_pictures": 1_000, "batch_size": 100}
+    return Plan(limit_seconds=limit_seconds, **{**values, **changes})
+
+
+def run(plan, seconds_a_step, seconds_an_evaluation=0.0, slow_start=0.0):
+    """Step until the plan is over; the step and the time at the end."""
+    step, seconds = 0, slow_start
+    plan.update(step, seconds)
+    while step < plan.total_steps:
+        step, seconds = step + 1, seconds + seconds_a_step
+        plan.timed(seconds_a_step)
+        if plan.evaluation_due(step, seconds):
+            seconds += seconds_an_evaluation
+            plan.evaluated(seconds, seconds_an_evaluation)
+        plan.update(step, seconds)
+    return step, seconds
+
+
+def test_without_a_limit_the_recipe_decides():
+    assert run(plan(), 1.0) == (10_000, 10_000.0)
+
+
+def test_a_limit_that_is_far_away_changes_nothing():
+    assert run(plan(1e6), 0.01)[0] == 10_000
+
+
+@pytest.mark.parametrize("evaluation", [0.0, 3.0])
+def test_the_run_ends_within_its_limit_and_uses_most_of_it(evaluation):
+    step, seconds = run(plan(600.0), 0.5, evaluation)
+    assert 540 < seconds < 600 - 8
+    assert step < 1200
+
+
+def test_the_plan_settles_early_so_that_the_learning_rate_can_follow():
+    planned = plan(600.0)
+    totals = []
+    for step in range(1, 200):
+        planned.timed(0.5)
+        planned.update(step, step * 0.5)
+        totals.append(planned.total_steps)
+    assert max(totals[20:]) - min(totals[20:]) < 0.05 * min(totals[20:])
+
+
+def test_time_that_is_over_ends_the_run_at_once():
+    planned = plan(60.0)
+    planned.update(17, 59.0)
+    assert planned.total_steps == 17
+
+
+def test_evaluations_come_at_their_steps_but_not_at_the_end():
+    planned = plan(recipe_steps=300)
+    assert [step for step in range(301) if step and planned.evaluation_due(step, float(step))] == [100, 200]

@@ -1,0 +1,250 @@
+"""A run: resumable to the last bit, repeatable from its recipe, and careful with folders, signals and NaN."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import coatnet
+from coatnet.errors import UserError
+from coatnet.training import session
+from coatnet.training.checkpoint import load_checkpoint, published
+from coatnet.training.fitting import fit_to
+from coatnet.training.interruption import Interrupted
+from coatnet.training.learner import Learner
+from coatnet.training.recipe import Recipe
+from coatnet.training.trainer import train
+
+# Everything that could make a difference between two runs is switched on.
+EVERYTHING = Recipe(
+    data="digits",
+    epochs=0.3,
+    batch_size=32,
+    micro_batch_size=20,
+    evaluate_every=0.1,
+    stochastic_depth=0.3,
+    ema_decay=0.9,
+    mixing={"mixup_alpha": 0.8, "cutmix_alpha": 0.8},
+    augmentation={"shift": 1, "flip_rate": 0.5, "erasing_rate": 0.3},
+)
+BRIEF = Recipe(data="digits", epochs=0.1, batch_size=32)
+
+
+class Told(Console):
+    """Keeps what it is told; sends this process a signal when it is told of the first evaluation."""
+
+    def __init__(self, number=None):
+        super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
+        self.number = number
+
+    def print(self, *objects, **options):
+        super().print(*objects, **options)
+        if self.number is not None and "held-out" in str(objects[0]):
+            self.number, number = None, self.number
+            signal.raise_signal(number)
+
+    @property
+    def text(self):
+        return self.file.getvalue()
+
+
+def last_tensors(out):
+    return load_checkpoint(published(out / "checkpoints")[-1]).tensors
+
+
+def log(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in records]
+
+
+def assert_same_run(one, other):
+    assert log(one) == log(other)
+    torch.testing.assert_close(last_tensors(one), last_tensors(other), rtol=0, atol=0)
+    weights = [load_file(out / "bundle" / "model.safetensors") for out in (one, other)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train(EVERYTHING, out, console=Told())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypatch):
+    out, report = whole
+    console = Told(number)
+    with pytest.raises(Interrupted) as stopped:
+        train(EVERYTHING, tmp_path / "cut", console=console)
+    assert stopped.value.code == 128 + number
+    assert "the same command resumes" in console.text
+    assert 0 < log(tmp_path / "cut")[-1]["step"] < log(out)[-1]["step"]
+    assert train(EVERYTHING, tmp_path / "cut", console=console) == report
+    assert_same_run(out, tmp_path / "cut")
+
+
+def test_a_run_interrupted_between_two_log_lines_logs_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "LOGS_PER_RUN", 2)
+    train(EVERYTHING, tmp_path / "whole", console=Told())
+    with pytest.raises(Interrupted):
+        train(EVERYTHING, tmp_path / "cut", console=Told(signal.SIGINT))
+    train(EVERYTHING, tmp_path / "cut", console=Told())
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_recipe_of_a_run_repeats_it(whole, tmp_path):
+    out, report = whole
+    assert train(Recipe.from_yaml(out / "recipe.yaml"), tmp_path / "again", console=Told()) == report
+    assert_same_run(out, tmp_path / "again")
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(whole, tmp_path):
+    """`kill -9` twice, with a checkpoint after every step, so that many kills fall into a save."""
+    out, _ = whole
+    recipe = replace(EVERYTHING, checkpoint_every_minutes=1e-9)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    program = (
+        "import sys, torch\n"
+        "from coatnet import Recipe, train\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "train(Recipe.from_yaml(sys.argv[1]), sys.argv[2])"
+    )
+    cut = tmp_path / "cut"
+    for steps in (2, 7):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "recipe.yaml"), str(cut)],
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and len(log_lines(cut)) < steps:
+            time.sleep(0.003)
+        process.kill()
+        process.wait()
+    train(recipe, cut, console=Told())
+    assert_same_run(out, cut)
+    assert len(list((cut / "checkpoints").iterdir())) <= 2
+
+
+def log_lines(out):
+    path = out / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
+    report = train(BRIEF, tmp_path / "run", console=Told())
+    console = Told()
+    assert train(BRIEF, tmp_path / "run", console=console) == report
+    assert "is finished" in console.text
+    train(replace(BRIEF, epochs=0.2), tmp_path / "run", console=Told())
+    assert log(tmp_path / "run")[-1]["step"] == 11
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate 0\.\d+, not 0\.5"),
+        ({"epochs": 0.05}, "can only be extended"),
+        ({"data": "fashion-mnist-small"}, "data digits, not fashion-mnist-small"),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(changes, named, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(replace(BRIEF, evaluate_every=0.02), out, console=Told(signal.SIGINT))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=named):
+        train(replace(BRIEF, evaluate_every=0.02, **changes), out, console=Told())
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        train(BRIEF, tmp_path, console=Told())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "no/such/folder"},
+        {"model": "coatnet-99"},
+        {"variations": {"flavour": 1}},
+        {"name": "finetune"},
+        {"init": "no/such/bundle"},
+        {"name": "no-such-recipe"},
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(changes, tmp_path):
+    with pytest.raises(UserError):
+        train(replace(BRIEF, **changes), tmp_path / "run", console=Told())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_holds_what_is_promised(whole):
+    out, report = whole
+    for name in ("recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "report.json"):
+        assert (out / name).stat().st_size > 0, name
+    bundle = coatnet.load(out / "bundle")
+    assert coatnet.evaluate(bundle, "digits") == report
+    assert Recipe.from_dict(bundle.record["recipe"]) == Recipe.from_yaml(out / "recipe.yaml")
+    assert bundle.record["report"]["figures"] == dict(report.figures)
+
+
+def test_a_limit_in_minutes_ends_with_a_measured_bundle(tmp_path):
+    console = Told()
+    report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
+    assert coatnet.evaluate(coatnet.load(tmp_path / "run" / "bundle"), "digits") == report
+    assert log(tmp_path / "run")[-1]["epoch"] < 100
+
+
+def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path):
+    recipe = replace(BRIEF, epochs=40, evaluate_every=0.02, patience=1, optimizer={"learning_rate": 1e-9})
+    report = train(recipe, tmp_path / "run", console=Told())
+    evaluations = [record for record in log(tmp_path / "run") if "top1" in record]
+    assert evaluations[-1]["top1"] == report.figures["top1"] == max(e["top1"] for e in evaluations)
+    assert evaluations[-1]["step"] < 100
+
+
+def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(whole, tmp_path):
+    out, _ = whole
+    recipe = Recipe(name="finetune", data="digits", init=str(out / "bundle"), epochs=0.05)
+    train(recipe, tmp_path / "run", console=Told())
+    start, end = coatnet.load(out / "bundle"), coatnet.load(tmp_path / "run" / "bundle")
+    assert end.preprocessing == start.preprocessing
+    assert end.model.variant == start.model.variant
+    settled = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
+    assert settled.optimizer["layer_decay"] == 0.8
+    fresh = Learner(
+        fit_to(recipe, coatnet.open_dataset("digits"), start), coatnet.open_dataset("digits").training, start
+    )
+    for name, value in fresh.model.state_dict().items():
+        same = torch.equal(value, start.model.state_dict()[name])
+        assert same == (not name.startswith("head.classifier")), name
+
+
+def test_a_checkpoint_that_can_not_be_written_does_not_end_the_training(tmp_path, monkeypatch):
+    from coatnet.training import checkpoint
+
+    written, save_file = [], checkpoint.save_file
+
+    def full_disk_once(tensors, path):
+        written.append(Path(path))
+        if len(written) == 1:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk_once)
+    console = Told()
+    train(replace(BRIEF, checkpoint_every_minutes=1e-9), tmp_path / "run", console=console)
+    assert "No space left on device" in console.text and "training goes on" in console.text
+    assert (tmp_path / "run" / "bundle").exists()

@@ -1,0 +1,70 @@
+"""The family as a table: what is counted, and what the paper publishes beside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from coatnet.model.complexity import complexity
+from coatnet.model.variants import PUBLISHED, Variant, find_variant, list_variants
+
+RESOLUTIONS = (224, 384, 512)  # of the paper
+CAPTION = "Millions of parameters, billions of MACs an image; in brackets the paper's."
+
+
+def measure_family(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """For each name, or all: parameters, MACs by resolution in pixels, and the same as published, or None.
+
+    Raises:
+        UserError: if a name is unknown.
+    """
+    variants = [find_variant(name) for name in names or list_variants()]
+    with Console(stderr=True).status("counting") as status:
+        rows = []
+        for variant in variants:
+            status.update(f"counting {variant.name}")
+            rows.append(_measure(variant))
+    return rows
+
+
+def show_family(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Prints the rows as a table that fits into 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=CAPTION, caption_justify="left")
+    table.add_column("model", no_wrap=True)
+    for heading in ("parameters", *(f"MACs at {side}" for side in RESOLUTIONS)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        paper = row["published"] or {"parameters": None, "macs": {}}
+        own = str(row["resolution"])
+        if row["resolution"] < RESOLUTIONS[0]:  # larger images are not what such a row is for
+            macs = [f"at {own}: {_beside(row['macs'][own], None, 1e9)}"]
+        else:
+            macs = [_beside(row["macs"][side], paper["macs"].get(side), 1e9) for side in map(str, RESOLUTIONS)]
+        table.add_row(row["name"], _beside(row["parameters"], paper["parameters"], 1e6), *macs)
+    console.print(table)
+
+
+def _measure(variant: Variant) -> dict[str, Any]:
+    sides = sorted({variant.resolution, *RESOLUTIONS})
+    counted = {side: complexity(variant, side, table_resolution=variant.resolution) for side in sides}
+    paper = PUBLISHED.get(variant.name)
+    return {
+        "name": variant.name,
+        "resolution": variant.resolution,
+        "parameters": counted[variant.resolution].parameters,
+        "macs": {str(side): cost.macs for side, cost in counted.items()},
+        "published": paper
+        and {
+            "parameters": round(paper.parameters),
+            "macs": {str(side): round(macs) for side, macs in paper.macs.items()},
+        },
+    }
+
+
+def _beside(counted: int, published: int | None, unit: float) -> str:
+    """`25.0 (25)`, or `25.0` where the paper says nothing."""
+    amount = counted / unit
+    figure = f"{amount:,.{0 if amount >= 1000 else 1 if amount >= 10 else 2}f}"
+    return figure if published is None else f"{figure} ({published / unit:,.4g})"

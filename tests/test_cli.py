@@ -1,0 +1,270 @@
+"""The command line as a person meets it: what is printed, the exit code, and never a traceback."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.cli import VERBS, main
+from coatnet.data.transforms import Preprocessing
+from coatnet.model.coatnet import create_model
+
+PROGRAM = [sys.executable, "-m", "coatnet"]
+QUICK = ["--model", "coatnet-femto", "--resolution", "32", "--num_workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: 12 dark and 12 bright pictures, easy to tell apart."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name, level in (("bright", 200), ("dark", 30)):
+        (folder / name).mkdir()
+        for number in range(12):
+            pixels = (level + noise.integers(-30, 30, (32, 32, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned nothing, of the classes of `pictures`."""
+    model = create_model("coatnet-femto", num_classes=2, resolution=32)
+    return Bundle(model, ("bright", "dark"), Preprocessing(resolution=32)).save(
+        tmp_path_factory.mktemp("model") / "bundle"
+    )
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that answers a user's mistake."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("coatnet: error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--help"])
+    assert end.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"coatnet {verb}" in text for verb in VERBS)
+    assert main([]) == 0 and capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"examples:\n  coatnet {verb}" in help_of(capsys, verb)
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    program = (
+        "import sys\nfrom coatnet.cli import main\n"
+        "for arguments in (['--help'], ['--version'], ['evalute'], ['predict']):\n    main(arguments)\n"
+        "assert not {'torch', 'numpy', 'jsonargparse', 'yaml'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["trian"], "'train'"),
+        (["evaluate", "x", "--dta", "y"], "'--data'"),
+        (["evaluate", "x"], "--data"),
+        (["predict", "x", "y", "--top_k", "3"], "'--top-k'"),
+        (["predict", "x", "y", "--top-k", "many"], "many"),
+        (["models", "coatnet-00"], "'coatnet-0'"),
+        (["train", "scrach", "--data", "digits", "--out", "x"], "'scratch'"),
+        (["train", "--epoch", "3"], "'--epochs'"),
+        (["train", "--optimizer.learning_rat=3"], "'--optimizer.learning_rate'"),
+        (["train", "--epochs", "many"], "epochs must be a number, got 'many'"),
+        (["train", "--epochs"], "--epochs"),
+        (["train", "--schedule.decay", "cosin"], "cosine, linear, constant"),
+        (["train", "--data", "digits"], "--out"),
+        (["train", "--out", "x"], "--data"),
+        (["train", "--data", "digits", "--out", "x", "--config", "missing.yaml"], "missing.yaml"),
+        (["train", "--data", "no/such/folder", "--out", "x"], "no/such/folder"),
+        (["evaluate", "no/such/bundle", "--data", "digits"], "no/such/bundle"),
+        (["predict", "no/such/bundle", "a.png"], "no/such/bundle"),
+        (["doctor", "no/such/folder"], "no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_that_says_what_would_be_right(
+    arguments: list[str],
+    answer: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert answer in mistake(capsys, *arguments)
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def printed_recipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    import yaml
+
+    assert main(["train", *arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_options_go_over_the_config_and_the_config_over_the_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("epochs: 7\nbatch_size: 32\noptimizer: {learning_rate: 1e-2, weight_decay: 0.2}\n")
+    options = ["--epochs", "9", "--optimizer.learning_rate", "3e-4"]
+    for arguments in ([*options, "--config", str(config)], ["--config", str(config), *options]):
+        recipe = printed_recipe(capsys, "imagenet-1k", *arguments)
+        assert (recipe["name"], recipe["epochs"], recipe["batch_size"]) == ("imagenet-1k", 9, 32)
+        assert recipe["optimizer"] == {"learning_rate": 3e-4, "weight_decay": 0.2, "grad_clip_norm": 1.0}
+
+
+def test_the_printed_recipe_is_a_config_that_prints_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = [
+        "imagenet-21k",
+        "--data",
+        "x",
+        "--compile",
+        "--variations.attention",
+        "post",
+        "--batch-size",
+        "8",
+    ]
+    recipe = printed_recipe(capsys, *options)
+    assert recipe["compile"] is True and recipe["variations"] == {"attention": "post"} and recipe["batch_size"] == 8
+    (tmp_path / "run.yaml").write_text(json.dumps(recipe))
+    assert printed_recipe(capsys, "--config", str(tmp_path / "run.yaml")) == recipe
+
+
+def test_train_evaluate_and_predict_go_together(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--data", str(pictures), "--out", str(run), "--epochs", "1", *QUICK]
+    assert main(arguments) == 0
+    assert "accuracy" in capsys.readouterr().out
+    left = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "bundle"} <= left
+
+    assert main(["evaluate", str(run / "bundle"), "--data", str(pictures), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    reported = json.loads((run / "report.json").read_text())
+    assert measured["figures"] == pytest.approx(reported["figures"])
+
+    assert main(["predict", str(run / "bundle"), str(pictures / "dark")]) == 0
+    assert capsys.readouterr().out.count("\n") == 12
+
+    assert main(arguments) == 0  # a finished run says so and stays as it is
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_page(bundle: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(bundle), "--data", str(pictures), "--split", "all"]) == 0
+    assert "24 pictures" in capsys.readouterr().out
+
+
+def test_a_bad_file_has_its_own_line_and_the_rest_goes_on(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "mixed")
+    bad = tmp_path / "mixed" / "dark" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    assert main(["predict", str(bundle), str(tmp_path / "mixed"), "missing.png", "--top-k", "1"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 23 and printed.out.count(" %\n") == 23
+    assert printed.err.count("\n") == 2 and str(bad) in printed.err and "missing.png" in printed.err
+
+
+def test_predictions_as_json_are_one_object_a_line(
+    bundle: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(bundle), str(pictures / "dark"), "missing.png", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 13
+    assert sum(lines[0]["probabilities"].values()) == pytest.approx(1.0) and lines[0]["error"] is None
+    assert lines[-1]["path"] == "missing.png" and lines[-1]["error"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_text_is_printed_all_the_same(bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "dark" / "1.png", os.fsencode(tmp_path) + b"/\xff.png")
+    run = subprocess.run([*PROGRAM, "predict", str(bundle), str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == ""
+    assert "ff.png: " in run.stdout
+
+
+def test_doctor_tells_healthy_data_from_bad(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(pictures)]) == 0
+    shutil.copytree(pictures, tmp_path / "bad")
+    (tmp_path / "bad" / "dark" / "0.png").write_bytes(b"")
+    assert main(["doctor", str(tmp_path / "bad")]) == 1
+    assert "0.png" in capsys.readouterr().out
+
+
+def test_models_shows_what_is_counted_beside_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "coatnet-0", "coatnet-femto", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["name"] == "coatnet-0" and second["published"] is None
+    assert first["parameters"] == pytest.approx(first["published"]["parameters"], rel=0.01)
+    assert set(first["macs"]) == {"224", "384", "512"}
+    for resolution, published in first["published"]["macs"].items():
+        assert 1.0 <= published / first["macs"][resolution] <= 1.04
+
+
+def test_models_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "coatnet-0", "coatnet-femto-16"]) == 0
+    table = capsys.readouterr().out
+    assert "25.0 (25)" in table and "4.15 (4.2)" in table and "at 8: 0.01" in table
+
+
+def test_a_reader_that_leaves_is_not_an_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run([*PROGRAM, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert run.returncode == 141 and run.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_interrupted_training_saves_and_the_same_command_resumes(pictures: Path, tmp_path: Path) -> None:
+    command = [
+        *PROGRAM,
+        "train",
+        "--data",
+        str(pictures),
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "400",
+        *QUICK,
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "step " in line and " images/s" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.stderr.read()
+    assert process.returncode == 130, said
+    assert "resumes" in said and "Traceback" not in said
+    assert list((tmp_path / "run" / "checkpoints").iterdir())

@@ -52,21 +52,21 @@ def formula(attention, x, *, post):
                 scores, biases = torch.stack(scores), torch.stack(biases)
                 weights = scores.softmax(0) + biases if post else (scores + biases).softmax(0)
                 heads[b, a, n] = weights @ v[b, a]
-    return attention.merge(heads)
+    return attention.merge(heads, GRID)
 
 
 @pytest.mark.parametrize(("kind", "post"), [(RelativeAttention, False), (PostRelativeAttention, True)])
 def test_attention_equals_the_double_loop(kind, post):
     attention = strong(kind(8, 12, 4, GRID), 0.5)
-    x = torch.randn(2, N, 8, dtype=torch.float64)
-    torch.testing.assert_close(attention(x, GRID), formula(attention, x, post=post))
+    x = torch.randn(2, 8, *GRID, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), formula(attention, x, post=post))
 
 
 def test_plain_attention_is_relative_attention_with_a_zero_table():
     plain, relative = PlainAttention(8, 12, 4).double(), RelativeAttention(8, 12, 4, GRID).double()
     relative.load_state_dict({**plain.state_dict(), "relative_bias.table": 0 * relative.relative_bias.table})
-    x = torch.randn(2, N, 8, dtype=torch.float64)
-    torch.testing.assert_close(plain(x, GRID), relative(x, GRID))
+    x = torch.randn(2, 8, *GRID, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), relative(x))
 
 
 def test_our_product_equals_torchs_fused_attention():
@@ -86,13 +86,13 @@ def test_the_bias_matrix_is_block_toeplitz():
 
 
 def test_a_constant_on_the_table_changes_nothing_in_pre_and_something_in_post():
-    x = torch.randn(2, N, 8, dtype=torch.float64)
+    x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     for kind, changes in ((RelativeAttention, False), (PostRelativeAttention, True)):
         attention = strong(kind(8, 12, 4, GRID))
-        before = attention(x, GRID)
+        before = attention(x)
         with torch.no_grad():
             attention.relative_bias.table += 3.0
-        assert torch.allclose(before, attention(x, GRID)) is not changes
+        assert torch.allclose(before, attention(x)) is not changes
 
 
 def test_without_content_pre_is_a_depthwise_convolution_with_a_normalised_global_kernel():
@@ -103,7 +103,7 @@ def test_without_content_pre_is_a_depthwise_convolution_with_a_normalised_global
     attention = RelativeAttention(8, 8, 4, GRID)
     torch.nn.init.normal_(attention.relative_bias.table)
     torch.nn.init.zeros_(attention.qkv.weight[:16])  # queries and keys
-    x = torch.randn(2, N, 8)
+    x = torch.randn(2, 8, *GRID)
     values = attention.split(x)[2]  # (B, A, N, D)
     images = values.permute(0, 1, 3, 2).reshape(2, 8, *GRID)
     # conv2d slides an unmirrored kernel: its entry at offset key - query is the table's at query - key.
@@ -112,21 +112,21 @@ def test_without_content_pre_is_a_depthwise_convolution_with_a_normalised_global
     summed = F.conv2d(images, kernel, padding=padding, groups=8)
     total = F.conv2d(torch.ones_like(images), kernel, padding=padding, groups=8)
     convolved = (summed / total).reshape(2, 2, 4, N).transpose(2, 3)
-    torch.testing.assert_close(attention(x, GRID), attention.merge(convolved))
+    torch.testing.assert_close(attention(x), attention.merge(convolved, GRID))
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
 def test_local_attention_is_masked_global_attention(relative_bias):
     window, radius, grid = 3, 1, (4, 5)
     local = strong(LocalAttention(8, 12, 4, window, relative_bias=relative_bias), 0.7)
-    x = torch.randn(2, 20, 8, dtype=torch.float64)
+    x = torch.randn(2, 8, *grid, dtype=torch.float64)
     bias = torch.full((3, 20, 20), float("-inf"), dtype=torch.float64)
     for n, (i, j) in enumerate(cells(grid)):
         for m, (i2, j2) in enumerate(cells(grid)):
             if abs(i - i2) <= radius and abs(j - j2) <= radius:
                 table = local.relative_bias.table if relative_bias else torch.zeros(3, 3, 3)
                 bias[:, n, m] = table[:, i - i2 + radius, j - j2 + radius].detach()
-    torch.testing.assert_close(local(x, grid), local.merge(attend(*local.split(x), bias)))
+    torch.testing.assert_close(local(x), local.merge(attend(*local.split(x), bias), grid))
 
 
 def test_local_attention_never_holds_a_matrix_of_all_pairs():
@@ -134,18 +134,18 @@ def test_local_attention_never_holds_a_matrix_of_all_pairs():
     local, largest = LocalAttention(4, 4, 4, 3, relative_bias=True), 0
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         sizes: list[int] = []
-        local(torch.randn(1, 64 * 64, 4), grid)
+        local(torch.randn(1, 4, *grid))
         largest = max(sizes)
     assert largest < 64 * 64 * 64 * 64 / 50
 
 
 def test_linear_attention_equals_its_quadratic_form():
     linear = strong(LinearAttention(8, 12, 4))
-    x = torch.randn(2, N, 8, dtype=torch.float64)
+    x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     q, k, v = linear.split(x)
     weights = (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1)
     quadratic = weights / weights.sum(-1, keepdim=True) @ v
-    torch.testing.assert_close(linear(x, GRID), linear.merge(quadratic))
+    torch.testing.assert_close(linear(x), linear.merge(quadratic, GRID))
 
 
 def test_resampling_to_the_same_grid_is_the_identity():

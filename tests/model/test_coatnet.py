@@ -17,7 +17,7 @@ from coatnet.model.variants import Stage, Variant
 TINY = Variant(
     "tiny",
     8,
-    (Stage("mbconv", 2, 8), Stage("mbconv", 2, 16), Stage("transformer", 2, 32), Stage("transformer", 1, 64)),
+    (Stage("mbconv", 1, 8), Stage("mbconv", 1, 16), Stage("transformer", 2, 32), Stage("transformer", 1, 64)),
     head_dim=16,
     resolution=64,
 )
@@ -82,7 +82,7 @@ def test_every_variation_learns_a_batch_and_compiles_to_the_same_without_a_graph
     assert losses[-1] < losses[0]
 
     torch.compiler.reset()
-    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
@@ -194,7 +194,7 @@ def test_timm_groups_our_layers_one_a_block():
 def test_layer_groups_hold_every_parameter_once_from_stem_to_head():
     model = tiny()
     groups = layer_groups(model)
-    assert len(groups) == 1 + 7 + 1
+    assert len(groups) == 1 + 5 + 1
     assert [n for group in groups for n in group] == [n for n, _ in model.named_parameters()]
 
 
@@ -218,7 +218,7 @@ def test_stochastic_depth_keeps_the_expectation_and_rises_from_first_to_last_blo
     assert torch.equal(drop.eval()(torch.ones(3)), torch.ones(3))
     model = tiny(stochastic_depth=0.6)
     rates = [m.rate for m in model.modules() if isinstance(m, StochasticDepth)]
-    assert rates == [pytest.approx(0.6 * i / 6) for i in range(7)]
+    assert rates == [pytest.approx(0.6 * i / 4) for i in range(5)]
 
 
 def test_a_config_builds_the_same_network():

@@ -13,7 +13,7 @@ from coatnet.model.attention import (
     PostRelativeAttention,
     RelativeAttention,
 )
-from coatnet.model.layers import layer_norm, mean_over_cells
+from coatnet.model.layers import LAYER_NORM_EPSILON, mean_over_cells
 from coatnet.model.mbconv import MBConv, conv_norm_gelu
 from coatnet.model.transformer import Transformer
 from coatnet.model.variants import PATCH_STRIDE, Stage, Variant
@@ -85,7 +85,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = layer_norm(width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPSILON)
         self.hidden = nn.Linear(width, width)
         self.classifier = build_classifier(width, num_classes)
 

@@ -1,14 +1,15 @@
 """Self-attention over the cells of a map: the paper's relative attention, and the two ways it rejects.
 
-Every class here maps tokens `(B, N, C)` of a grid `(H, W)` to tokens `(B, N, C')`.
+Every class here maps `(B, C, H, W)` to `(B, C', H, W)`.
 
-Shapes: B batch, C width, N = H * W cells, A heads, D head_dim, S window side.
+Shapes: B batch, C width, H W feature map, N = H * W cells, A heads, D head_dim, S window side.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coatnet.model.layers import grid_of, to_map, to_tokens
 from coatnet.model.relative_bias import RelativeBias, WindowBias
 
 
@@ -19,17 +20,19 @@ class Projections(nn.Module):
         super().__init__()
         self.num_heads = width // head_dim
         # chosen: biases on all four, from the authors' later code.
-        self.qkv = nn.Linear(in_width, 3 * width)
-        self.output = nn.Linear(width, width)
+        # As 1x1 convolutions, which oneDNN makes faster than the same product as a linear layer: 13.5 against 22.8 ms
+        # for 384 -> 1152 over (16, 14, 14) in float32 on two cores, 7.2 against 8.3 ms in bf16.
+        self.qkv = nn.Conv2d(in_width, 3 * width, kernel_size=1)
+        self.output = nn.Conv2d(width, width, kernel_size=1)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(B, N, C)` -> q, k, v `(B, A, N, D)`, as views of one product."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        """`(B, C, H, W)` -> q, k, v `(B, A, N, D)`, as views of one product."""
+        q, k, v = to_tokens(self.qkv(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def merge(self, heads: Tensor) -> Tensor:
-        """`(B, A, N, D)` -> `(B, N, C')`."""
-        return self.output(heads.transpose(1, 2).flatten(2))
+    def merge(self, heads: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, A, N, D)` -> `(B, C', H, W)`."""
+        return self.output(to_map(heads.transpose(1, 2).flatten(2), grid))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,9 +48,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 class PlainAttention(Projections):
     """y_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j: equation (2), no position at all."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
-        return self.merge(attend(q, k, v))
+        return self.merge(attend(q, k, v), grid_of(x))
 
 
 class RelativeAttention(Projections):
@@ -57,10 +60,10 @@ class RelativeAttention(Projections):
         super().__init__(in_width, width, head_dim)
         self.relative_bias = RelativeBias(self.num_heads, grid)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
-        bias = self.relative_bias(grid, q.dtype)
-        return self.merge(attend(q, k, v, bias))
+        bias = self.relative_bias(grid_of(x), q.dtype)
+        return self.merge(attend(q, k, v, bias), grid_of(x))
 
 
 class PostRelativeAttention(Projections):
@@ -70,10 +73,10 @@ class PostRelativeAttention(Projections):
         super().__init__(in_width, width, head_dim)
         self.relative_bias = RelativeBias(self.num_heads, grid)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
-        static = self.relative_bias(grid, v.dtype) @ v
-        return self.merge(attend(q, k, v) + static)
+        static = self.relative_bias(grid_of(x), v.dtype) @ v
+        return self.merge(attend(q, k, v) + static, grid_of(x))
 
 
 class LocalAttention(Projections):
@@ -88,13 +91,13 @@ class LocalAttention(Projections):
         self.window = window
         self.relative_bias = WindowBias(self.num_heads, window) if relative_bias else None
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        q, k, v = self.split(x)
+    def forward(self, x: Tensor) -> Tensor:
+        (q, k, v), grid = self.split(x), grid_of(x)
         weights = torch.einsum("band,bansd->bans", q, self.neighbours(k, grid)) * q.shape[-1] ** -0.5
         if self.relative_bias is not None:
             weights = weights + self.relative_bias(weights.dtype)
         weights = weights.masked_fill(~self.inside(grid, x.device), float("-inf")).softmax(-1)
-        return self.merge(torch.einsum("bans,bansd->band", weights, self.neighbours(v, grid)))
+        return self.merge(torch.einsum("bans,bansd->band", weights, self.neighbours(v, grid)), grid)
 
     def neighbours(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B, A, N, D)` -> `(B, A, N, S * S, D)`: around each cell, row by row; zeros beyond the border."""
@@ -121,9 +124,9 @@ class LinearAttention(Projections):
     relative bias could be added.
     """
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
         q, k = F.elu(q) + 1, F.elu(k) + 1
         context = k.transpose(-2, -1) @ v  # (B, A, D, D)
         normaliser = q @ k.sum(dim=-2).unsqueeze(-1)  # (B, A, N, 1)
-        return self.merge(q @ context / normaliser)
+        return self.merge(q @ context / normaliser, grid_of(x))

@@ -52,6 +52,7 @@ class MBConv(nn.Module):
         self.depthwise = conv_norm_gelu(hidden, hidden, 3, norm=norm, stride=depthwise_stride, groups=hidden)
         # paper: squeeze ratio 0.25; of the output width, as the published parameter counts show.
         self.squeeze_excite = SqueezeExcite(hidden, max(1, width // 4))
+        # chosen: a bias and no norm behind it, no activation behind the first norm, from the authors' later code.
         self.project = nn.Conv2d(hidden, width, kernel_size=1)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 

@@ -65,6 +65,15 @@ class Variant:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}={getattr(self, key)!r} is unknown; it is one of {', '.join(choices)}")
+        for key in ("stem_width", "head_dim", "resolution", "stem_stride"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)!r}: it is a whole number of at least 1")
+        if not isinstance(self.relative_bias, bool):
+            raise UserError(f"relative_bias={self.relative_bias!r}: it is true or false")
+        if self.stem == "patch" and self.stem_stride != PATCH_STRIDE:
+            raise UserError(
+                f"stem='patch' has stem_stride={PATCH_STRIDE}, not {self.stem_stride}; layout='ViT_REL' sets both"
+            )
         if not self.stages:
             raise UserError(f"{self.name} has no stages; a network has at least one")
         for stage in self.stages:
@@ -78,7 +87,7 @@ class Variant:
             )
         if self.attention == "post" and not self.relative_bias:
             raise UserError("attention='post' without relative_bias is attention='pre' without it; pass that")
-        if self.window < 1 or self.window % 2 == 0:
+        if not isinstance(self.window, int) or self.window < 1 or self.window % 2 == 0:
             raise UserError(f"window={self.window}: a neighbourhood has a middle, so its side is odd, such as 7")
 
     def _check(self, stage: Stage) -> None:
@@ -121,7 +130,9 @@ class Variant:
         if counts not in MOVED_TO_S3:
             raise UserError(f"block_counts={counts!r} is unknown; it is one of {', '.join(MOVED_TO_S3)}")
         moved = MOVED_TO_S3[counts]
-        if len(self.stages) != 4 or not (self.stages[1].depth > moved and self.stages[2].depth > -moved):
+        if len(self.stages) != 4:
+            raise UserError(f"block_counts={counts!r} is about four stages; {self.name} has {len(self.stages)}")
+        if not (self.stages[1].depth > moved and self.stages[2].depth > -moved):
             raise UserError(
                 f"block_counts={counts!r} moves {abs(moved)} blocks between S2 and S3: too many for {self.name}"
             )
@@ -136,7 +147,7 @@ class Variant:
             raise UserError(f"layout={layout!r} names four stages; {self.name} has {len(self.stages)}")
         if layout == "ViT_REL":
             # chosen: all blocks of the row at the width of its S3, since the paper gives neither depth nor width.
-            # That comes to the same size: 22, 43 and 76 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
+            # That comes to the same size: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
             width, depth = self.stages[2].width, sum(stage.depth for stage in self.stages)
             blocks = Stage("transformer", depth, width, stride=1)
             return replace(self, stem="patch", stem_width=width, stem_stride=PATCH_STRIDE, stages=(blocks,))
@@ -184,7 +195,7 @@ _ROWS = (
     Variant("coatnet-6", 192, (C(2, 192), C(4, 384), C(8, 768), T(42, 1536, 1), T(2, 3072)), head_dim=128),
     Variant("coatnet-6-printed", 192, (C(2, 192), C(4, 384), C(8, 768), T(42, 1536, 1), T(2, 2048)), head_dim=128),
     Variant("coatnet-7", 192, (C(2, 256), C(4, 512), C(8, 1024), T(42, 2048, 1), T(2, 3072)), head_dim=128),
-    # chosen: for small data, the shape of coatnet-0 at two thirds, half and a third of its width.
+    # chosen: for small data, the stages of coatnet-0 at two thirds, half and a third of their width.
     Variant("coatnet-nano", 64, (C(2, 64), C(3, 128), T(5, 256), T(2, 512))),
     Variant("coatnet-pico", 48, (C(2, 48), C(3, 96), T(5, 192), T(2, 384))),
     Variant("coatnet-femto", 32, (C(2, 32), C(3, 64), T(4, 128), T(2, 256))),
@@ -212,7 +223,7 @@ PUBLISHED = {
 
 
 def list_variants() -> list[str]:
-    """The names that `create_model` knows, largest family first, then the small rows."""
+    """The names that `create_model` knows: the family of the paper, then the small rows."""
     return list(VARIANTS)
 
 

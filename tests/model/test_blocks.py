@@ -1,0 +1,62 @@
+"""The two blocks equal their equations, written out with torch's own operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from coatnet.model.attention import RelativeAttention
+from coatnet.model.mbconv import MBConv
+from coatnet.model.transformer import Transformer
+
+
+def strong(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    for name, buffer in module.named_buffers():
+        if "running" in name:
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    return module.double().eval()
+
+
+def batch_norm(x, norm):
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3)
+
+
+@pytest.mark.parametrize(("stride", "downsample"), [(1, "expand"), (2, "expand"), (2, "depthwise")])
+def test_an_mbconv_block_is_equation_5(stride, downsample):
+    block = strong(MBConv(6, 8, stride, downsample=downsample, norm="batch", stochastic_depth=0.0))
+    x = torch.randn(2, 6, 7, 6, dtype=torch.float64)
+    expand, depthwise, gate = block.expand, block.depthwise, block.squeeze_excite
+    strides = (stride, 1) if downsample == "expand" else (1, stride)
+    h = F.conv2d(batch_norm(x, block.norm), expand[0].weight, stride=strides[0])
+    h = F.gelu(batch_norm(h, expand[1]))
+    h = F.conv2d(h, depthwise[0].weight, stride=strides[1], padding=1, groups=32)
+    h = F.gelu(batch_norm(h, depthwise[1]))
+    squeezed = F.silu(F.linear(h.mean((2, 3)), gate.squeeze.weight, gate.squeeze.bias))
+    h = h * F.linear(squeezed, gate.excite.weight, gate.excite.bias).sigmoid()[:, :, None, None]
+    residual = F.conv2d(h, block.project.weight, block.project.bias)
+    pooled = F.max_pool2d(x, 2, ceil_mode=True) if stride == 2 else x
+    shortcut = F.conv2d(pooled, block.shortcut[-1].weight, block.shortcut[-1].bias)
+    torch.testing.assert_close(block(x), shortcut + residual)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_transformer_block_is_equation_4(stride):
+    grid = (4, 3) if stride == 2 else (7, 6)
+    attention = RelativeAttention(6, 8, 4, grid)
+    block = strong(Transformer(6, 8, stride, attention=attention, stochastic_depth=0.0))
+    x = torch.randn(2, 6, 7, 6, dtype=torch.float64)
+
+    def pool(each):
+        return F.max_pool2d(each, 2, ceil_mode=True) if stride == 2 else each
+
+    def layer_norm(each, norm):
+        normed = F.layer_norm(each.movedim(1, -1), norm.normalized_shape, norm.weight, norm.bias, eps=1e-5)
+        return normed.movedim(-1, 1)
+
+    shortcut = F.conv2d(pool(x), block.shortcut[-1].weight, block.shortcut[-1].bias)
+    middle = shortcut + attention(pool(layer_norm(x, block.attention_norm)))
+    first, _, second = block.feed_forward
+    hidden = F.gelu(F.conv2d(layer_norm(middle, block.feed_forward_norm), first.weight, first.bias))
+    torch.testing.assert_close(block(x), middle + F.conv2d(hidden, second.weight, second.bias))

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from coatnet.errors import UserError
 from coatnet.suggestions import nearest
@@ -31,7 +31,12 @@ def refuse_unknown_options(parser: argparse.ArgumentParser, arguments: Sequence[
         if option == "--":
             return
         if option.startswith("--") and option not in known and not option.startswith("--variations."):
-            raise UserError(f"{parser.prog} has no option {option}{nearest(option, known)}; --help lists them")
+            part, _, name = option.partition(".")
+            names = [other.removeprefix(f"{part}.") for other in known if other.startswith(f"{part}.")]
+            hint = f"{nearest(name, names)}; {part[2:]} has {', '.join(names)}"
+            if not names:
+                hint = f"{nearest(option, known)}; --help lists them"
+            raise UserError(f"{parser.prog} has no option {option}{hint}")
 
 
 class Layout(argparse.RawDescriptionHelpFormatter):
@@ -90,8 +95,8 @@ def predict_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def models_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "models",
-        "The family: parameters, and multiply-accumulates of one image at 224, 384 and 512 pixels, counted\n"
-        "as you wait (the largest take some seconds), with the paper's figures beside them.",
+        "The family: parameters, and multiply-accumulates of one image at 224, 384 and 512 pixels (the table:\n"
+        "only of the paper's rows), counted as you wait, with the paper's figures beside them.",
         "examples:\n  coatnet models\n  coatnet models coatnet-0 coatnet-1 --json",
     )
     parser.add_argument("names", nargs="*", metavar="MODEL", help="only these")
@@ -126,6 +131,7 @@ MAIN_OPTIONS = {
 
 def train_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
     """The recipe that is meant (a named one, --config over it, options over both), and the rest."""
+    from coatnet.training.recipe import Recipe
     from coatnet.training.recipes import merge, named
     from coatnet.training.values import read_yaml
 
@@ -135,9 +141,13 @@ def train_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     try:
         given = parser.parse_args(spelt, defaults=False).as_dict()
     except argparse.ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}; `coatnet train --help` shows how") from None
+        message = " ".join(str(error).split()).replace("<class 'dict'>", "mapping such as {downsample: depthwise}")
+        raise UserError(f"{message}; `coatnet train --help` shows how") from None
     shell = {key: given.pop(key, None) for key in ("recipe", "config", "out", "print_config")}
-    values = read_yaml(shell["config"]) if shell["config"] else {}
+    values: dict[str, Any] = {}
+    if shell["config"]:
+        Recipe.from_yaml(shell["config"])  # says what is wrong with it in the file's name
+        values = read_yaml(shell["config"])
     name = shell["recipe"] or values.get("name", "scratch")
     recipe = named(name, merge(values, given) | {"name": name})
     for option, value in (("--data", recipe.data), ("--out", shell["out"])):
@@ -182,7 +192,7 @@ def _train_parser() -> "ArgumentParser":
         elif name == "variations":
             rest.add_argument("--variations", type=dict, metavar="X", help="such as --variations.downsample depthwise")
         elif hint is bool:
-            rest.add_argument(f"--{name}", type=bool, nargs="?", const=True, metavar="X", help=_in_words(hint))
+            rest.add_argument(f"--{name}", type=Any, nargs="?", const=True, metavar="X", help=_in_words(hint))
         elif name != "name":
             rest.add_argument(f"--{name}", type=_read_as(hint), metavar="X", help=_in_words(hint))
     return parser
@@ -196,7 +206,7 @@ def _read_as(hint: Any) -> Any:
 def _in_words(hint: Any) -> str:
     from coatnet.training.values import describe
 
-    return "numbers, such as [0.8,1.0]" if get_origin(hint) is tuple else describe(hint).removesuffix(" or null")
+    return describe(hint).removesuffix(" or null")
 
 
 def _underscored(argument: str) -> str:

@@ -19,6 +19,7 @@ from coatnet.arguments import (
     train_arguments,
 )
 from coatnet.errors import UserError
+from coatnet.runtime import best_device, sleep_while_waiting
 from coatnet.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     from coatnet.bundle import load
     from coatnet.evaluation.evaluate import evaluate as evaluate_bundle
 
-    report = evaluate_bundle(load(given.bundle), given.data, split=given.split)
+    bundle = load(given.bundle)
+    bundle.model.to(best_device())
+    report = evaluate_bundle(bundle, given.data, split=given.split)
     print(report.to_json() if given.json else report.to_markdown(), end="")
     return 0
 
@@ -75,6 +78,7 @@ def predict(arguments: Sequence[str]) -> int:
 
     bad = 0
     bundle = load(given.bundle)
+    bundle.model.to(best_device())
     for answer in predict_pictures(bundle, given.paths, top_k=given.top_k, batch_size=given.batch_size):
         show_prediction(answer, given.json)
         bad += answer.error is not None
@@ -100,7 +104,7 @@ def models(arguments: Sequence[str]) -> int:
 
     from coatnet.family import measure_family, show_family
 
-    rows = measure_family(given.names)
+    rows = measure_family(given.names, shown_only=not given.json)
     if given.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -143,6 +147,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program `coatnet`: a mistake of the person at the keyboard is one line and exit code 2."""
+    sleep_while_waiting()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be text in this encoding

@@ -28,7 +28,7 @@ def train(dataset, *, first_step=0, num_steps=5, batch_size=8, num_workers=0, ba
             first_step=first_step,
             num_steps=num_steps,
             num_workers=num_workers,
-            bad_images=bad_images or BadImages(),
+            bad_images=bad_images or BadImages(24),
             **options,
         )
     )
@@ -41,7 +41,7 @@ def evaluate(dataset, *, batch_size=10, num_workers=0, bad_images=None):
             preprocessing=SMALL,
             batch_size=batch_size,
             num_workers=num_workers,
-            bad_images=bad_images or BadImages(),
+            bad_images=bad_images or BadImages(24),
         )
     )
 
@@ -50,7 +50,7 @@ def test_a_bad_picture_is_replaced_by_the_next_good_one_counted_once_and_named(f
     good = train(files, num_steps=6)
     for name in ("a/3.png", "a/4.png"):
         (files.root / name).write_bytes(b"")
-    bad_images = BadImages(budget=0.1)
+    bad_images = BadImages(24, budget=0.1)
     batches = train(files, num_steps=6, bad_images=bad_images)
     assert {name.rsplit("/", 1)[1] for name in bad_images.records} == {"3.png", "4.png"}
     assert set(bad_images.records.values()) == {"empty: the file has 0 bytes"}
@@ -68,7 +68,7 @@ def test_a_bad_picture_is_replaced_by_the_next_good_one_counted_once_and_named(f
 
 def test_evaluation_leaves_a_bad_picture_out(files):
     (files.root / "a/3.png").unlink()
-    bad_images = BadImages()
+    bad_images = BadImages(24)
     indices = torch.cat([indices for _, _, indices in evaluate(files, bad_images=bad_images)])
     assert indices.tolist() == [index for index in range(24) if index != 3]
     assert list(bad_images.records) == [files.locate(3)]
@@ -77,14 +77,13 @@ def test_evaluation_leaves_a_bad_picture_out(files):
 def test_a_batch_of_bad_pictures_only_is_not_evaluated(files):
     for index in range(10, 20):
         files.path(index).unlink()
-    batches = evaluate(files, bad_images=BadImages(budget=0.5))
+    batches = evaluate(files, bad_images=BadImages(24, budget=0.5))
     assert [len(images) for images, _, _ in batches] == [10, 4]
 
 
 @pytest.mark.parametrize(("budget", "allowed"), [(0.001, 1), (0.0, 0), (0.1, 2), (1.0, 24)])
 def test_the_budget_is_a_fraction_of_the_pictures_and_one_is_always_forgiven(files, budget, allowed):
-    bad_images = BadImages(budget)
-    bad_images.expect(len(files))
+    bad_images = BadImages(len(files), budget)
     assert bad_images.allowed == allowed
 
 
@@ -92,7 +91,7 @@ def test_more_bad_pictures_than_the_budget_end_the_run_with_the_list(files):
     for index in (3, 4):
         files.path(index).write_bytes(b"<html>")
     with pytest.raises(UserError, match="2 of 24 pictures cannot be used, 1 may be") as caught:
-        train(files, num_steps=6, bad_images=BadImages(0.001))
+        train(files, num_steps=6, bad_images=BadImages(24, 0.001))
     assert files.locate(3) in str(caught.value) and files.locate(4) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -100,19 +99,19 @@ def test_more_bad_pictures_than_the_budget_end_the_run_with_the_list(files):
 def test_no_budget_means_the_first_bad_picture_ends_the_run(files):
     files.path(3).write_bytes(b"<html>")
     with pytest.raises(UserError, match="1 of 24 pictures cannot be used, 0 may be"):
-        evaluate(files, bad_images=BadImages(0.0))
+        evaluate(files, bad_images=BadImages(24, 0.0))
 
 
 def test_pictures_that_are_all_bad_end_the_run_even_within_the_budget(files):
     for index in range(24):
         files.path(index).unlink()
     with pytest.raises(UserError, match="in a row cannot be used"):
-        train(files, bad_images=BadImages(1.0))
+        train(files, bad_images=BadImages(24, 1.0))
 
 
 def test_an_impossible_budget_is_refused():
     with pytest.raises(UserError, match="budget"):
-        BadImages(1.5)
+        BadImages(24, 1.5)
 
 
 def test_bad_images_survive_the_way_from_a_worker():

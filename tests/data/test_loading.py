@@ -42,7 +42,7 @@ def train(dataset, *, first_step=0, num_steps=5, batch_size=8, num_workers=0, ba
             first_step=first_step,
             num_steps=num_steps,
             num_workers=num_workers,
-            bad_images=bad_images or BadImages(),
+            bad_images=bad_images or BadImages(24),
             **options,
         )
     )
@@ -55,7 +55,7 @@ def evaluate(dataset, *, batch_size=10, num_workers=0, bad_images=None):
             preprocessing=SMALL,
             batch_size=batch_size,
             num_workers=num_workers,
-            bad_images=bad_images or BadImages(),
+            bad_images=bad_images or BadImages(24),
         )
     )
 
@@ -75,7 +75,7 @@ def test_resumed_batches_equal_uninterrupted_batches(kind, request):
 @pytest.mark.parametrize("augmentation", [Augmentation("shift"), Augmentation("crop", rand_augment_layers=2)])
 def test_two_workers_give_the_batches_of_none(files, augmentation):
     (files.root / "a/3.png").write_bytes(b"not a picture")
-    alone, shared = BadImages(), BadImages()
+    alone, shared = BadImages(24), BadImages(24)
     expected = train(files, augmentation=augmentation, bad_images=alone)
     assert_same(train(files, augmentation=augmentation, num_workers=2, bad_images=shared), expected)
     assert dict(shared.records) == dict(alone.records) != {}
@@ -140,7 +140,7 @@ def test_a_picture_that_comes_twice_in_balanced_batches_is_varied_anew(tmp_path)
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(files):
     batches = training_batches(
         files, preprocessing=SMALL, augmentation=Augmentation("shift"), batch_size=4, seed=0,
-        first_step=0, num_steps=10_000, num_workers=1, bad_images=BadImages(),
+        first_step=0, num_steps=10_000, num_workers=1, bad_images=BadImages(24),
     )  # fmt: skip
     next(batches)
     (worker,) = multiprocessing.active_children()
@@ -163,7 +163,7 @@ print("once")
 paths = [f"a/{{number}}.png" for number in range(16)]
 dataset = FileDataset("some", "ab", Path({str(files.root)!r}), paths, np.zeros(16, int))
 batches = evaluation_batches(
-    dataset, preprocessing=Preprocessing(12), batch_size=4, num_workers=1, bad_images=BadImages()
+    dataset, preprocessing=Preprocessing(12), batch_size=4, num_workers=1, bad_images=BadImages(24)
 )
 print(sum(len(images) for images, _, _ in batches))
 """)
@@ -196,7 +196,7 @@ def test_small_pictures_flow_faster_than_a_model_takes_them():
     preprocessing = Preprocessing(28, crop_fraction=1.0, mean=(0.3,), std=(0.3,))
     batches = training_batches(
         splits.training, preprocessing=preprocessing, augmentation=Augmentation("shift"), batch_size=128,
-        seed=0, first_step=0, num_steps=80, num_workers=0, bad_images=BadImages(),
+        seed=0, first_step=0, num_steps=80, num_workers=0, bad_images=BadImages(24),
     )  # fmt: skip
     next(batches)
     started = time.thread_time()

@@ -136,7 +136,7 @@ def test_a_wrong_row_is_refused_with_its_number(write, rows, message):
         ("", "no column 'path'; it has nothing"),
         ("file,label\n0.png,cat\n", "no column 'path'; it has file, label"),
         ("path,class\n0.png,cat\n", "no column 'label'; it has path, class"),
-        ('path,label\n"0.png,cat\n', "line 2: unexpected end of data"),
+        ('path,label\n"0.png,cat\n', "line 2: unexpected end of data; is a quotation mark left open"),
         (b"path,label\n\xff\xfe.png,cat\n", "not UTF-8"),
         ("path,label\n0.png," + "x" * 200_000, "field larger than field limit"),
     ],

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.decoding import BadImage
 from coatnet.data.splits import Splits, choose_validation, class_counts, summarise
+from coatnet.errors import UserError
 
 NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
 LABELS = np.arange(4000) % 4
@@ -72,8 +72,8 @@ def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
     assert (summary.smallest, summary.largest) == ((10, 20), (14, 20))
 
 
-def test_summary_of_nothing_readable_raises_the_reason(tmp_path):
-    with pytest.raises(BadImage, match="unreadable"):
+def test_summary_of_nothing_readable_says_so_with_a_reason(tmp_path):
+    with pytest.raises(UserError, match=r"some: none of 2 pictures looked at can be used, the last one .*unreadable"):
         summarise(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
 
 

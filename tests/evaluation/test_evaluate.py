@@ -164,3 +164,11 @@ def test_a_loaded_bundle_has_the_same_report(bundle: Bundle, tmp_path: Path) -> 
     digits = bundle_of(splits.classes)
     assert evaluate(load(digits.save(tmp_path / "bundle")), splits) == evaluate(digits, splits)
     assert evaluate(digits, "digits") == replace(evaluate(digits, splits), seconds=0.0)
+
+
+def test_data_is_split_as_it_was_for_training() -> None:
+    classes = tuple(open_dataset("digits").classes)
+    trained = replace(bundle_of(classes), record={"recipe": {"validation_fraction": 0.02}})
+    held_out = open_dataset("digits", validation_fraction=0.02).validation
+    report = evaluate(trained, "digits")
+    assert report.figures["n"] == len(held_out) < len(open_dataset("digits").validation)

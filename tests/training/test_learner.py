@@ -57,6 +57,18 @@ def test_it_learns_one_batch_by_heart():
     assert losses[-1] < 0.05
 
 
+def test_the_first_batch_starts_the_statistics_that_evaluation_uses():
+    """From 0 and 1 they would be wrong for some 150 steps, and so would every evaluation until then."""
+    model = learner()
+    images, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
+    with torch.no_grad():
+        seen_in_training = model.model(images)
+    model.model.load_state_dict(learner().model.state_dict())
+    model.step(images, labels, step=0, learning_rate=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.eval()(images), seen_in_training, rtol=0.05, atol=0.05)
+
+
 def test_a_second_sigint_aborts():
     with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -166,6 +167,12 @@ def test_another_recipe_in_the_same_folder_is_refused(changes, named, tmp_path):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_a_foreign_recipe_in_the_folder_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("flour: 500 g")
+    with pytest.raises(UserError, match=r"recipe\.yaml: flour is unknown"):
+        train(BRIEF, tmp_path, console=Told())
+
+
 def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("ten years of work")
     with pytest.raises(UserError, match="not the folder of a run"):
@@ -200,6 +207,28 @@ def test_a_run_folder_holds_what_is_promised(whole):
     assert bundle.record["report"]["figures"] == dict(report.figures)
 
 
+def pictures_with_bad_ones(root):
+    """Twelve in train/ and six in val/, four of them bad in both."""
+    for split, number in (("train", 12), ("val", 6)):
+        for index in range(number):
+            path = root / split / ("ab"[index % 2]) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (20 * index,) * 3).save(path)
+            if index in (2, 3, 4, 5):
+                path.write_bytes(path.read_bytes()[:20])
+    return root
+
+
+def test_a_run_with_too_many_bad_pictures_says_so_and_goes_on_with_a_larger_budget(tmp_path):
+    recipe = Recipe(data=str(pictures_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
+    with pytest.raises(UserError, match=r"of 18 pictures cannot be used, 1 may be \(bad_image_budget 0.001"):
+        train(recipe, tmp_path / "run", console=Told())
+    console = Told()
+    report = train(replace(recipe, bad_image_budget=0.5), tmp_path / "run", console=console)
+    assert len(report.bad_images) == 8
+    assert "8 pictures could not be used" in console.text
+
+
 def test_a_limit_in_minutes_ends_with_a_measured_bundle(tmp_path):
     console = Told()
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
@@ -224,6 +253,9 @@ def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(wh
     assert end.model.variant == start.model.variant
     settled = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
     assert settled.optimizer["layer_decay"] == 0.8
+    with pytest.raises(UserError, match=f"model is 'coatnet-0', but init holds a {start.model.variant.name}"):
+        train(replace(recipe, model="coatnet-0"), tmp_path / "other", console=Told())
+    assert not (tmp_path / "other").exists()
     fresh = Learner(
         fit_to(recipe, coatnet.open_dataset("digits"), start), coatnet.open_dataset("digits").training, start
     )

@@ -12,7 +12,7 @@ from coatnet.training.recipes import RECIPES
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"epoch": 3}, "epoch is unknown"),
+        ({"epoch": 3}, r"epoch is unknown \(did you mean 'epochs'"),
         ({"epochs": "many"}, "epochs must be"),
         ({"epochs": float("nan")}, "epochs must be"),
         ({"epochs": -1}, "epochs must be above 0"),
@@ -24,7 +24,10 @@ from coatnet.training.recipes import RECIPES
         ({"ema_decay": 1.0}, "ema_decay must be"),
         ({"optimizer": {"lr": 1}}, "optimizer.lr is unknown; Optimization has learning_rate"),
         ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate must be a finite number"),
-        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas must be"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas must be two numbers"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate must be above 0"),
+        ({"augmentation": {"flip_rate": 2}}, "flip_rate must be 0 to 1"),
+        ({"mixing": {"mixup_alpha": -1}}, "mixup_alpha must be 0 or above"),
         ({"schedule": {"decay": "step"}}, "schedule.decay must be one of cosine, linear, constant"),
         ({"augmentation": {"class_path": "os.system"}}, "augmentation.class_path is unknown"),
         ({"mixing": 3}, "mixing"),

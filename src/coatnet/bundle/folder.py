@@ -28,12 +28,12 @@ def publish(folder: str | Path) -> Iterator[Path]:
         staged.mkdir(parents=True)
         yield staged
         for file in staged.iterdir():
-            _flush(file)
-        _flush(staged)
+            flush(file)
+        flush(staged)
         if target.exists():
             target.rename(replaced)
         staged.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         if replaced.exists() and not target.exists():
             replaced.rename(target)
@@ -44,7 +44,8 @@ def publish(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the operating system put a file or a folder's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,12 +10,12 @@ _LISTED = 20
 class BadImages:
     """One entry a picture, however often it was met. One is always allowed, unless the budget is 0."""
 
-    def __init__(self, budget: float = 0.001) -> None:
-        """`budget` is a fraction of the pictures of the largest dataset that was read."""
+    def __init__(self, num_pictures: int, budget: float = 0.001) -> None:
+        """`budget` is a fraction of the `num_pictures` of all datasets that are read."""
         if not 0 <= budget <= 1:
             raise UserError(f"the budget for bad pictures must be a fraction from 0 to 1, got {budget!r}")
         self.budget = budget
-        self.num_pictures = 0
+        self.num_pictures = num_pictures
         self._records: dict[str, str] = {}
 
     @property
@@ -27,9 +27,6 @@ class BadImages:
     def allowed(self) -> int:
         return max(1, int(self.budget * self.num_pictures)) if self.budget else 0
 
-    def expect(self, num_pictures: int) -> None:
-        self.num_pictures = max(self.num_pictures, num_pictures)
-
     def add(self, name: str, reason: str) -> None:
         self._records.setdefault(name, reason)
 
@@ -40,5 +37,5 @@ class BadImages:
             more = f"; and {num_bad - _LISTED} more" if num_bad > _LISTED else ""
             raise UserError(
                 f"{num_bad} of {self.num_pictures:,} pictures cannot be used, {self.allowed} may be "
-                f"(budget {self.budget:g}): {listed}{more}"
+                f"(bad_image_budget {self.budget:g}; raise it, or remove them): {listed}{more}"
             )

@@ -17,6 +17,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.decoding import BadImage
 from coatnet.data.sources import open_dataset
 from coatnet.data.splits import Splits
+from coatnet.errors import UserError
 
 _LISTED = 20
 _STANDARD_ERROR = 2
@@ -42,7 +43,7 @@ class Inspection:
         """The findings for people, one a line."""
         try:
             lines = [self.splits.describe()]
-        except BadImage:  # not one picture can be read: the list below says so
+        except UserError:  # not one picture can be read: the list below says so
             lines = [f"{self.splits.name}:"]
         complaints = [f"{name}: {text}" for name, text in self.warnings.items()]
         lines += _section("pictures cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])

@@ -60,7 +60,7 @@ def evaluation_batches(
     *,
     preprocessing: Preprocessing,
     batch_size: int,
-    num_workers: int,
+    num_workers: int | None,
     bad_images: BadImages,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Every picture once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
@@ -81,15 +81,11 @@ def _run(
     num_workers: int | None,
     bad_images: BadImages,
 ) -> Iterator[Batch]:
-    bad_images.expect(len(batches.dataset))
     if isinstance(batches.dataset, ArrayDataset):
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
         num_workers = max(0, min(_MOST_WORKERS, _num_cores(), len(numbers) - 1))
-    if num_workers:
-        produced = _from_workers(batches, numbers, num_workers)
-    else:
-        produced = (batches[number] for number in numbers)
+    produced = _from_workers(batches, numbers, num_workers) if num_workers else (batches[number] for number in numbers)
     for batch in produced:
         for name, reason in batch.bad.items():
             bad_images.add(name, reason)

@@ -163,7 +163,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
         ) from error
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num if reader else 1}: {error}") from error
+        raise UserError(
+            f"{path}, line {reader.line_num if reader else 1}: {error}; is a quotation mark left open or too many?"
+        ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, tuple[str, object, str]]]:

@@ -14,6 +14,7 @@ from coatnet.data.named import (
 )
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
+from coatnet.suggestions import nearest
 
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
@@ -36,10 +37,10 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
             return open_digits(validation_fraction)
 
     path = Path(source).expanduser()
-    names = ", ".join(NAMES)
     if not path.exists():
         raise UserError(
-            f"no dataset at {str(source)!r}: give a folder, a .csv, .tsv or .parquet file, or one of {names}"
+            f"no dataset at {str(source)!r}{nearest(str(source), NAMES)}: "
+            f"give a folder, a .csv, .tsv or .parquet file, or one of {', '.join(NAMES)}"
         )
     if path.is_dir():
         path = path.resolve()

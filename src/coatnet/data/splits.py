@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from coatnet.data.datasets import Dataset
 from coatnet.data.decoding import BadImage, decode, picture_size
+from coatnet.errors import UserError
 
 _SAMPLED = 200  # pictures, evenly spread: enough for a median, little enough for a slow disk
 
@@ -83,7 +84,7 @@ class Splits:
 def summarise(dataset: Dataset) -> Summary:
     """Look at up to 200 pictures, evenly spread. A picture that cannot be read does not count.
 
-    Raises `BadImage`, the last one, if none can be read.
+    Raises `UserError` with the last reason if none can be read.
     """
     numbers = np.unique(np.linspace(0, len(dataset) - 1, min(_SAMPLED, len(dataset))).astype(np.int64))
     sizes: list[tuple[int, int]] = []
@@ -101,8 +102,10 @@ def summarise(dataset: Dataset) -> Summary:
                 grey = grey and encoded.ndim == 2
         except BadImage as bad:
             failure = bad
-    if not sizes and failure:
-        raise failure
+    if not sizes:
+        raise UserError(
+            f"{dataset.name}: none of {len(numbers)} pictures looked at can be used, the last one {failure}"
+        )
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])

@@ -1,7 +1,6 @@
 """Measuring a finished model on pictures whose classes are known. Shapes: B batch, K classes."""
 
 import heapq
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.thumbnails import thumbnail
 
 NUM_MISTAKES = 24
+IN_PROCESS = 2000  # chosen: workers take about as long to start as one process takes to read as many small photographs
 
 # Probability of the wrong answer, picture (place in the list of datasets, index), truth, wrong answer.
 _Wrong = tuple[float, tuple[int, int], str, str]
@@ -47,21 +47,21 @@ def evaluate(
         UserError: a class of the data is unknown to the model, or not a single picture can be read.
     """
     started = time.perf_counter()
-    name, datasets, split_name = _choose(data, split)
+    name, datasets, split_name = _choose(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
-    bad: dict[str, str] = {}
     total, done = sum(map(len, datasets)), 0
+    bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
     was_training = bundle.model.training
     bundle.model.eval()
     try:
         for number, dataset in enumerate(datasets):
-            translate, bad_images = _label_translation(dataset, bundle), BadImages(budget=1.0)
+            translate = _label_translation(dataset, bundle)
             for images, labels, indices in evaluation_batches(
                 dataset,
                 preprocessing=bundle.preprocessing,
                 batch_size=batch_size,
-                num_workers=_workers_for(dataset) if num_workers is None else num_workers,
+                num_workers=0 if num_workers is None and len(dataset) <= IN_PROCESS else num_workers,
                 bad_images=bad_images,
             ):
                 labels = translate(labels)
@@ -72,7 +72,6 @@ def evaluate(
                 done += len(indices)
                 if progress is not None:
                     progress(done, total)
-            bad |= bad_images.records
     finally:
         bundle.model.train(was_training)
     if done == 0:
@@ -101,27 +100,27 @@ def evaluate(
             Mistake(datasets[number].locate(index), truth, predicted, probability)
             for probability, (number, index), truth, predicted in worst
         ),
-        bad_images=bad,
+        bad_images=dict(bad_images.records),
         seconds=seconds,
         thumbnails=tuple(thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
     )
 
 
-def _choose(data: str | Path | Dataset | Splits, split: str) -> tuple[str, Sequence[Dataset], str]:
-    """The name of the data, the datasets to go through, and what to call the split."""
+def _choose(data: str | Path | Dataset | Splits, split: str, bundle: Bundle) -> tuple[str, Sequence[Dataset], str]:
+    """The name of the data, the datasets to go through, and what to call the split.
+
+    Data without a split of its own is split as it was for the training of the bundle, or pictures that the model
+    has learned would be among those held out.
+    """
     if isinstance(data, str | Path):
-        data = open_dataset(data)
+        fraction = bundle.record.get("recipe", {}).get("validation_fraction", 0.1)
+        data = open_dataset(data, validation_fraction=fraction)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
     if split not in ("validation", "training", "all"):
         raise UserError(f"split {split!r} is unknown; it is validation, training or all")
     datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
     return data.name, datasets, split
-
-
-def _workers_for(dataset: Dataset) -> int:
-    # chosen: workers take about as long to start as one process takes to read 2,000 small photographs.
-    return min(8, os.cpu_count() or 1) if len(dataset) > 2000 else 0
 
 
 def _label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:

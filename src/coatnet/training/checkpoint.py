@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coatnet.bundle.folder import flush
 from coatnet.errors import UserError
 
 FORMAT = 1
@@ -58,11 +60,10 @@ def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
         remove(folder / name)
         os.rename(staged, folder / name)
         flush(folder)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {folder / name} was not written: {error}; free some space there") from None
+    finally:
         shutil.rmtree(staged, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise UserError(f"the checkpoint {folder / name} was not written: {error}; free some space there") from None
-        raise
     return folder / name
 
 
@@ -117,15 +118,6 @@ def write_file(path: Path, text: str) -> None:
     staged.write_text(text)
     flush(staged)
     os.replace(staged, path)
-
-
-def flush(path: Path) -> None:
-    """Have the operating system put a file or a folder's entries on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -54,6 +54,8 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     if row.needs_init and init is None:
         raise UserError(f"recipe {recipe.name!r} starts from a bundle: give init, a folder such as RUN/bundle")
     number = len(splits.training)
+    if init and recipe.model not in ("auto", row.recipe.model, init.model.variant.name):
+        raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
     preprocessing = fit_preprocessing(recipe, splits, init)
     small = preprocessing.resolution <= SMALL
     model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
@@ -64,7 +66,7 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     epochs = recipe.epochs or fit_epochs(number, finetune=init is not None)
     total_steps = steps_of(epochs, number, batch_size)
     published = recipe.name not in ("scratch", "finetune")
-    regular = {} if published else regularisation(splits, small=small, finetune=init is not None)
+    regular = {} if published else regularisation(splits, preprocessing.resolution, finetune=init is not None)
     rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, finetune=init is not None)}
     if init is not None and not published:
         rate["layer_decay"] = 0.8
@@ -119,17 +121,17 @@ def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Pr
     return whole
 
 
-def regularisation(splits: Splits, *, small: bool, finetune: bool) -> dict[str, dict[str, Any]]:
+def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
     """Augmentation and mixing: shifts for small pictures, crops and RandAugment for photographs."""
+    small = resolution <= SMALL
     # A letter in a mirror is no letter, and most small grey pictures are signs; garments are not.
     flip_rate = 0.0 if small and splits.grey and not splits.name.startswith("fashion-mnist") else 0.5
     smoothing = 0.0 if splits.training.multilabel else 0.1
     if small:
-        shift = max(1, splits.native_resolution // 14)
         return {
             "augmentation": {
                 "placement": "shift",
-                "shift": shift,
+                "shift": max(1, resolution // 14),
                 "flip_rate": flip_rate,
                 "erasing_rate": 0.0,
             },

@@ -15,6 +15,7 @@ from coatnet.data.order import hash_words
 from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet, create_model
 from coatnet.model.surgery import change_resolution
+from coatnet.runtime import best_device
 from coatnet.training.checkpoint import Checkpoint
 from coatnet.training.losses import balancing_weights, build_loss
 from coatnet.training.optimization import WeightAverage, build_optimizer, gradient_norm, take_step
@@ -32,12 +33,12 @@ class Learner:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, init: Bundle | None) -> None:
         self.recipe, self.num_classes = recipe, len(dataset.classes)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         seed_step(recipe.seed, INITIALISATION)
         self.model = build_model(recipe, self.num_classes, init).to(self.device).train()
         self.average = WeightAverage(self.model, recipe.ema_decay or 0.0)
         self.optimizer = build_optimizer(self.model, parts(recipe).optimizer)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         weights = balancing_weights(dataset.labels, self.num_classes) if recipe.balance == "weights" else None
         self._loss = build_loss(recipe.loss or "softmax", weights if weights is None else weights.to(self.device))
         self._forward = compiled(self.model, self.device) if recipe.compile else self.model
@@ -59,22 +60,23 @@ class Learner:
 
         Raises NotFinite before anything is updated.
         """
-        recipe, (batch_size, *_) = self.recipe, images.shape
-        seed_step(recipe.seed, step)
-        mixing = parts(recipe).mixing
+        recipe, whole, (batch_size, *_) = self.recipe, parts(self.recipe), images.shape
+        seed = step_seed(recipe.seed, step)
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        images, targets = mix(
-            images, labels, num_classes=self.num_classes, mixing=mixing, seed=step_seed(recipe.seed, step)
-        )
-        total = torch.zeros((), device=self.device)
         micro = recipe.micro_batch_size or batch_size
+        if step == 0 and recipe.init is None:
+            start_statistics(self.model, images[:micro])
+        seed_step(recipe.seed, step)
+        images, targets = mix(images, labels, num_classes=self.num_classes, mixing=whole.mixing, seed=seed)
+        total = torch.zeros((), device=self.device)
         for part, part_targets in zip(images.split(micro), targets.split(micro), strict=True):
             with self.autocast():
                 logits = self._forward(part)
             loss = self._loss(logits, part_targets) / batch_size
             loss.backward()
             total += loss.detach()
-        norm = gradient_norm(self._parameters)
+        parameters = list(self._parameters.values())
+        norm = gradient_norm(parameters)
         loss_value, norm_value = torch.stack((total, norm)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -83,7 +85,7 @@ class Learner:
                 "Lower optimizer.learning_rate, or use precision fp32"
             )
         self.last_learning_rate = learning_rate
-        take_step(self.optimizer, self._parameters, learning_rate, norm, parts(recipe).optimizer.grad_clip_norm)
+        take_step(self.optimizer, parameters, learning_rate, norm, whole.optimizer.grad_clip_norm)
         self.average.update(step)
         return loss_value, norm_value
 
@@ -92,7 +94,7 @@ class Learner:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.average.decay > 0:
             tensors |= {f"average.{name}": value for name, value in self.average.model.state_dict().items()}
-        for name, parameter in self._named_parameters():
+        for name, parameter in self._parameters.items():
             tensors |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         return {name: value.detach() for name, value in tensors.items()}
 
@@ -101,7 +103,7 @@ class Learner:
         self.model.load_state_dict(_below("model.", checkpoint))
         if self.average.decay > 0:
             self.average.model.load_state_dict(_below("average.", checkpoint))
-        for name, parameter in self._named_parameters():
+        for name, parameter in self._parameters.items():
             saved = {
                 key: checkpoint.tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
             }
@@ -116,9 +118,6 @@ class Learner:
         """The averaged weights as a finished model."""
         recipe = self.recipe
         return Bundle(self.average.model, dataset.classes, parts(recipe).preprocessing, dataset.multilabel, record)
-
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
 
 def build_model(recipe: Recipe, num_classes: int, init: Bundle | None) -> CoAtNet:
@@ -145,6 +144,22 @@ def build_model(recipe: Recipe, num_classes: int, init: Bundle | None) -> CoAtNe
     if preprocessing.resolution != model.resolution:
         change_resolution(model, preprocessing.resolution)
     return model
+
+
+@torch.no_grad()
+def start_statistics(model: nn.Module, images: Tensor) -> None:
+    """Take BatchNorm's running statistics from a first batch.
+
+    Variances in an untrained network are far below the customary 1, which needs 150 steps to be forgotten:
+    until then (a run of 51 steps on digits) evaluation is mere chance where the batch's own statistics give 0.58.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -1,12 +1,18 @@
 """How long a run is: the steps of its recipe, or what fits into its minutes."""
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import fmean, median
 
 from coatnet.training.fitting import steps_of
 from coatnet.training.recipe import Recipe
 
 RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
 WARMING_STEPS = 10  # compilation and first touches of memory say nothing about the speed to come
+RECENT_STEPS = 512  # that the speed is taken from
+STEPS_TOGETHER = 8  # averaged before the median: every n-th step may wait for the n worker processes
+EVALUATION_COST = 1 / 3  # of a training picture's time: there is no backward pass
+FINAL_COST = 1.5  # of an evaluation on the way: the final one also gathers its report
 EVALUATIONS = 12  # at most, under a limit in minutes
 
 
@@ -25,9 +31,8 @@ class Plan:
     batch_size: int
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
-    _timed_steps: int = 0
-    _timed_seconds: float = 0.0
-    _evaluation_seconds: float = 0.0
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _evaluations: list[float] = field(default_factory=list)
     _warming: int = WARMING_STEPS
 
     def __post_init__(self) -> None:
@@ -43,19 +48,25 @@ class Plan:
         if self._warming > 0:
             self._warming -= 1
         else:
-            self._timed_steps, self._timed_seconds = self._timed_steps + 1, self._timed_seconds + seconds
+            self._recent.append(seconds)
+
+    def resumed(self, step: int, seconds: float) -> None:
+        """Take in that earlier processes made `step` steps; their speed is the first estimate."""
+        self.last_evaluation = seconds
+        if step:
+            self._recent.append(seconds / step)
 
     def update(self, step: int, seconds: float) -> None:
         """Estimate the last step again, with `step` steps made in `seconds`."""
         if self.limit_seconds is None:
             return
-        left = self.limit_seconds - seconds - self._reserve()
+        left = self.limit_seconds - seconds - self._reserve(self.limit_seconds)
         if left <= 0:
             self.total_steps = min(step, self.recipe_steps)
-        elif self._timed_steps:
+        elif self._recent:
             # what evaluations on the way will take is spread over the steps between them
             between = max(self.evaluate_steps * self._step_seconds(), self.limit_seconds / EVALUATIONS)
-            share = between / (between + self._evaluation_seconds)
+            share = between / (between + self._evaluation_seconds())
             self.total_steps = min(self.recipe_steps, step + max(1, int(left * share / self._step_seconds())))
 
     def evaluation_due(self, step: int, seconds: float) -> bool:
@@ -66,16 +77,25 @@ class Plan:
 
     def evaluated(self, seconds: float, took: float) -> None:
         """Take in that an evaluation ended at `seconds` and how long it took."""
-        self.last_evaluation, self._evaluation_seconds = seconds, took
+        self.last_evaluation = seconds
+        self._evaluations.append(took)
 
     def _step_seconds(self) -> float:
-        return self._timed_seconds / self._timed_steps
+        """Of a recent step; a slow one now and then, as the machine has other work, does not count."""
+        recent = list(self._recent)
+        return median(fmean(recent[i : i + STEPS_TOGETHER]) for i in range(0, len(recent), STEPS_TOGETHER))
 
-    def _reserve(self) -> float:
-        # the final evaluation also gathers its report: half as long again as one on the way
-        measured = 1.5 * self._evaluation_seconds
-        guess = self.final_pictures / self.batch_size * self._step_seconds() if self._timed_steps else 0.0
-        return RESERVE_SECONDS + (measured or guess)
+    def _evaluation_seconds(self) -> float:
+        if self._evaluations:
+            return median(self._evaluations)
+        if not self._recent:
+            return 0.0
+        return EVALUATION_COST * self._step_seconds() * self.final_pictures / self.batch_size
+
+    def _reserve(self, limit_seconds: float) -> float:
+        """What the end of the run takes. While that is a guess, it takes no more than half of the limit."""
+        reserve = RESERVE_SECONDS + FINAL_COST * self._evaluation_seconds()
+        return reserve if self._evaluations else min(reserve, limit_seconds / 2)
 
 
 def plan_for(recipe: Recipe, num_pictures: int, final_pictures: int) -> Plan:

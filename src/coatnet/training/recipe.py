@@ -85,6 +85,8 @@ class Recipe:
         for name, value in checked(Recipe, shallow(self)).items():
             if name in PARTS and isinstance(value, dict):
                 value = checked(PARTS[name], value, f"{name}.")
+                if name != "preprocessing":  # its fields can be judged only together
+                    PARTS[name](**value)
             object.__setattr__(self, name, value)
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
@@ -109,7 +111,10 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
         """A recipe from a YAML file, such as the `recipe.yaml` of a run."""
-        return cls.from_dict(read_yaml(path))
+        try:
+            return cls.from_dict(read_yaml(path))
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or YAML; `from_dict` gives the same recipe back."""

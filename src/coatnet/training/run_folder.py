@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "evaluate_every",
     "checkpoint_every_minutes",
     "num_workers",
+    "bad_image_budget",
 )
 
 

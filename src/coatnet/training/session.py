@@ -1,6 +1,5 @@
 """One run in progress: where it stands, what it logs, how it is measured on the way, saved and resumed."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -60,9 +59,8 @@ class Session:
         self.learner, self.plan, self.splits, self.run, self.progress = learner, plan, splits, run, progress
         self.recipe = learner.recipe
         self.position = Position(seconds=time.monotonic() - began)
-        self.bad_images = BadImages(self.recipe.bad_image_budget)
-        cores = os.cpu_count() or 1
-        self.num_workers = min(8, cores) if self.recipe.num_workers is None else self.recipe.num_workers
+        num_pictures = len(splits.training) + len(splits.validation)
+        self.bad_images = BadImages(num_pictures, self.recipe.bad_image_budget)
         self._log_steps = max(1, plan.recipe_steps // LOGS_PER_RUN)
         self._saved_at = self._logged_at = time.monotonic()
 
@@ -93,7 +91,7 @@ class Session:
             seed=recipe.seed,
             first_step=self.position.step,
             num_steps=self.plan.recipe_steps - self.position.step,
-            num_workers=self.num_workers,
+            num_workers=recipe.num_workers,
             balanced=recipe.balance == "sampler",
             bad_images=self.bad_images,
         )
@@ -117,7 +115,7 @@ class Session:
         )
         self.plan.timed(seconds)
         if at.step % self._log_steps == 0 or at.step >= self.plan.total_steps:
-            self._log(at.loss_sum / at.since_log, at.norm_sum / at.since_log)
+            self._log_training(at.loss_sum / at.since_log, at.norm_sum / at.since_log)
             self.position = replace(at, loss_sum=0.0, norm_sum=0.0, since_log=0)
 
     def measure(self) -> None:
@@ -133,7 +131,7 @@ class Session:
             self.position, seconds=seconds, best=max(score, self.position.best), evaluations_since_best=waited
         )
         self.plan.evaluated(seconds, took)
-        self.run.log({"step": self.position.step, "epoch": self.epoch, **figures})
+        self.log(figures)
         self.progress.evaluated(self.position.step, self.epoch, figures)
         if better and self.recipe.patience is not None:
             self._publish(BEST)
@@ -163,7 +161,7 @@ class Session:
             self.position = replace(saved, seconds=saved.seconds + self.position.seconds)
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name, reason)
-            self.plan.last_evaluation = self.position.seconds
+            self.plan.resumed(self.position.step, self.position.seconds)
             self.progress.say(f"resuming {self.run.path} at step {self.position.step:,}")
         self.run.rewind(self.position.step)
 
@@ -174,21 +172,20 @@ class Session:
         except CorruptCheckpoint as reason:
             self.progress.say(f"warning: the best weights are lost ({reason}); the last ones are taken")
 
-    def finish(self, figures: Mapping[str, float]) -> None:
-        """Log the figures of the finished model as the last evaluation."""
-        self.run.log({"step": self.position.step, "epoch": self.epoch, **figures})
+    def log(self, values: Mapping[str, float]) -> None:
+        """A line in the run's log, with where the run stands."""
+        self.run.log({"step": self.position.step, "epoch": self.epoch, **values})
 
     def _publish(self, name: str) -> None:
         state = {"position": asdict(self.position), "bad_images": dict(self.bad_images.records)}
         save_checkpoint(self.run.checkpoints, name, Checkpoint(self.learner.tensors(), state))
 
-    def _log(self, loss: float, norm: float) -> None:
+    def _log_training(self, loss: float, norm: float) -> None:
         now = time.monotonic()
         speed = self.position.since_log * self.plan.batch_size / max(now - self._logged_at, 1e-9)
         self._logged_at = now
-        record = {"loss": loss, "learning_rate": self.learner.last_learning_rate, "grad_norm": norm}
-        clock = {"images_per_second": round(speed, 1), "seconds": round(self.position.seconds, 3)}
-        self.run.log({"step": self.position.step, "epoch": self.epoch, **record, **clock})
+        values = {"loss": loss, "learning_rate": self.learner.last_learning_rate, "grad_norm": norm}
+        self.log({**values, "images_per_second": round(speed, 1), "seconds": round(self.position.seconds, 3)})
         self.progress.update(
             self.position.step,
             self.plan.total_steps,
@@ -208,7 +205,7 @@ class Session:
             dataset,
             preprocessing=parts(self.recipe).preprocessing,
             batch_size=max(self.plan.batch_size, 64),
-            num_workers=self.num_workers,
+            num_workers=self.recipe.num_workers,
             bad_images=self.bad_images,
         ):
             with self.learner.autocast():

@@ -43,7 +43,6 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
     splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
     init = load(run.given.init) if run.given.init else None
     recipe = run.settle(fit_to(run.given, splits, init))
-    progress.say(splits.describe())
     if run.finished:
         progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
         return evaluate(load(run.bundle), splits)
@@ -53,6 +52,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
         plan = plan_for(recipe, len(splits.training), len(splits.validation))
         session = Session(learner, plan, splits, run, progress, began)
         run.start()
+        progress.say(splits.describe())  # only now: a mistake before here is answered by one line
         session.resume()
         progress.say(f"{learner.describe()}; {plan.describe()}; run folder {run.path}")
         with progress, Interruption() as interruption:
@@ -61,9 +61,11 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
     if session.out_of_patience:
         session.restore_best()
     bundle = learner.bundle(splits.training, record={"recipe": recipe.to_dict()})
-    report = evaluate(bundle, splits, num_workers=session.num_workers)
+    report = evaluate(bundle, splits, num_workers=recipe.num_workers)
     report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
-    session.finish(report.figures)
+    if report.bad_images:
+        progress.say(f"{len(report.bad_images)} pictures could not be used; {run.path}/report.md names them")
+    session.log(report.figures)
     write(report, run.path)
     draw_curves(run.metrics, run.path / "curves.png")
     replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(run.bundle)

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from coatnet.errors import UserError
+from coatnet.suggestions import nearest
 
 MAX_YAML_BYTES = 1_000_000
 T = TypeVar("T")
@@ -41,7 +42,9 @@ def checked(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str,
         )
     for key in values:
         if key not in hints:
-            raise UserError(f"{where}{key} is unknown; {kind.__name__} has {', '.join(hints)}")
+            raise UserError(
+                f"{where}{key} is unknown{nearest(str(key), hints)}; {kind.__name__} has {', '.join(hints)}"
+            )
     return {key: convert(hints[key], value, where + key) for key, value in values.items()}
 
 
@@ -84,11 +87,14 @@ def describe(hint: Any) -> str:
     }
     if hint in words:
         return words[hint]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return str(hint).replace("typing.", "") if not isinstance(hint, type) else hint.__name__
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(part) for part in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return "numbers, such as [0.5]" if Ellipsis in arguments else "two numbers, such as [0.8,1.0]"
+    return "names with values, such as {name: value}" if origin is dict else hint.__name__
 
 
 def plain(value: Any) -> Any:
@@ -146,7 +152,8 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     try:
         return convert(kinds[-1], value, where)
     except UserError:
-        raise UserError(f"{where} must be {' or '.join(describe(k) for k in kinds)}, got {value!r:.80}") from None
+        right = " or ".join(describe(kind) for kind in kinds if not is_dataclass(kind))
+        raise UserError(f"{where} must be {right}, got {value!r:.80}") from None
 
 
 def _convert_float(value: Any, where: str) -> float:

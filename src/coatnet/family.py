@@ -15,7 +15,7 @@ CAPTION = "Millions of parameters, billions of MACs an image; in brackets the pa
 
 
 def measure_family(names: Sequence[str] = (), *, shown_only: bool = False) -> list[dict[str, Any]]:
-    """For each name, or all: parameters, MACs by resolution in pixels, and the same as published, or None.
+    """For each name, or all: parameters, MACs and activation bytes by resolution, and what is published, or None.
 
     With `shown_only`, MACs are counted only for the cells of `show_family`, in half of the time.
 
@@ -62,6 +62,7 @@ def _measure(variant: Variant, sides: Sequence[int]) -> dict[str, Any]:
         "resolution": variant.resolution,
         "parameters": counted[variant.resolution].parameters,
         "macs": {str(side): cost.macs for side, cost in counted.items()},
+        "activation_bytes": {str(side): cost.activation_bytes for side, cost in counted.items()},
         "published": paper
         and {
             "parameters": round(paper.parameters),

@@ -5,7 +5,7 @@ import pytest
 from coatnet.errors import UserError
 from coatnet.model.coatnet import create_model
 from coatnet.model.complexity import complexity
-from coatnet.model.variants import PUBLISHED, VARIANTS, Variant, default_variant, list_variants
+from coatnet.model.variants import PUBLISHED, VARIANTS, Stage, Variant, default_variant, list_variants
 
 OURS = {name for name in VARIANTS if name not in PUBLISHED}
 # The derived counts of parameters and, at 224, of multiply-accumulates in units of 10 M.
@@ -70,14 +70,27 @@ def test_counts_of_a_tiny_network_equal_the_arithmetic():
     for in_width, side in ((8, 56), (width, 56)):
         blocks += 2 * in_width + in_width * hidden + 9 * hidden + 4 * hidden
         blocks += 2 * hidden * squeezed + squeezed + hidden + hidden * width + width
-        macs += side * side * (in_width * hidden + 9 * hidden + hidden * width + hidden)
+        macs += side * side * (in_width * hidden + 9 * hidden + hidden * width)
         macs += 2 * hidden * squeezed
     shortcut = 8 * width + width
     head = 2 * width + width * width + width + width * 10 + 10
-    macs += 56 * 56 * 8 * width + 56 * 56 * width + width * width + width * 10
+    macs += 56 * 56 * 8 * width + width * width + width * 10
     counted = complexity(row, 224, num_classes=10)
     assert counted.parameters == 27 * 8 + 16 + 72 * 8 + 8 + blocks + shortcut + head
     assert counted.macs == macs
+
+
+def test_activation_bytes_are_what_an_mbconv_keeps():
+    """Of one block in a stage of its own, on a 56 x 56 grid behind a stem on 112 x 112, in units of 4 bytes."""
+    row = Variant("tiny", 8, (Stage("mbconv", 1, 16),))
+    stem, grid, hidden = 112 * 112, 56 * 56, 64
+    kept = 3 * 224 * 224 + 8 * stem + 8 * stem + 8 * stem  # image; before and behind BatchNorm; behind GELU
+    kept += 8 * stem + 8 * stem  # the map behind the stem, behind the first norm
+    kept += hidden * grid * 3 * 2  # before BatchNorm, behind it, behind GELU: twice
+    kept += hidden * grid  # gated
+    kept += 8 * grid + 2 * 8 * grid  # pooled, and where each maximum stood (8 bytes)
+    counted = complexity(row, 224, num_classes=10).activation_bytes
+    assert counted == pytest.approx(4 * kept, rel=0.01)  # vectors of a few hundred bytes are left out here
 
 
 def test_vit_rel_has_the_size_of_its_row():

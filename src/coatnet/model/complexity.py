@@ -1,5 +1,6 @@
 """What a network costs, counted on the meta device: no memory, no arithmetic, any size in seconds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,26 @@ def complexity(
     with torch.device("meta"):
         model = create_model(variant, resolution=table_resolution, **variations)
         images = torch.empty(1, 3, resolution, resolution)
-    kept: dict[int, int] = {}
+    kept = KeptStorages()
+    with FlopCounterMode(display=False) as counter, kept:
+        model(images)
+    parameters = list(model.parameters())
+    activation_bytes = kept.nbytes(but=parameters)
+    return Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2, activation_bytes)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        storages.append(tensor.untyped_storage())  # or another storage could take the same id
+
+class KeptStorages(saved_tensors_hooks):
+    """Collects the memory that a forward pass keeps for the backward pass; views of one storage count once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    storages: list[torch.UntypedStorage] = [p.untyped_storage() for p in model.parameters()]
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images)
-    weights = {id(p.untyped_storage()) for p in model.parameters()}
-    activation_bytes = sum(size for storage, size in kept.items() if storage not in weights)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Complexity(parameters, counter.get_total_flops() // 2, activation_bytes)
+    def nbytes(self, *, but: Iterable[torch.Tensor]) -> int:
+        """Bytes of all of it, except of these tensors."""
+        excepted = {tensor.untyped_storage()._cdata for tensor in but}
+        return sum(each.nbytes() for address, each in self._storages.items() if address not in excepted)

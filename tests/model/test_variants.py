@@ -59,7 +59,7 @@ def test_both_strides_have_equal_parameters_and_differ_by_the_published_macs():
     for name, difference in (("coatnet-0", 0.41), ("coatnet-1", 0.40), ("coatnet-2", 0.93)):
         expand, depthwise = (complexity(name, 224, downsample=d) for d in ("expand", "depthwise"))
         assert expand.parameters == depthwise.parameters
-        assert round((depthwise.macs - expand.macs) / 1e9, 2) == difference
+        assert (depthwise.macs - expand.macs) / 1e9 == pytest.approx(difference, abs=0.01)
 
 
 def test_counts_of_a_tiny_network_equal_the_arithmetic():
@@ -143,7 +143,7 @@ def test_small_images_get_rows_that_leave_cells_to_attend_over():
     ],
 )
 def test_what_makes_no_sense_is_refused_with_a_reason(variations, message):
-    with pytest.raises(UserError, match="") as caught:
+    with pytest.raises(UserError) as caught:
         create_model("coatnet-0", **variations)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

@@ -100,8 +100,8 @@ class CoAtNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from stem to head, as timm reads them: a group a block (a stage if coarse)."""
-        stages = [(r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": [*stages, (r"^head", (99999,))]}
+        # What no pattern names, the head, is to timm a group of its own behind all others.
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute Transformer blocks in the backward pass instead of keeping what they computed."""

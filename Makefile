@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(COATNET) train scratch --data fashion-mnist-small --out $(DEMO) --max_minutes 3.5
+	@$(COATNET) train scratch --data fashion-mnist-small --model coatnet-femto-64 --out $(DEMO) --max_minutes 3.5
 	@echo
 	@$(COATNET) evaluate $(DEMO)/bundle --data fashion-mnist-small
 	@echo

@@ -29,7 +29,7 @@ def test_digits_are_learned_measured_and_kept(tmp_path: Path) -> None:
 def test_the_demo_reaches_88_percent_and_knows_three_pictures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coatnet"]
     run = str(tmp_path / "run")
-    given = ["--data", "fashion-mnist-small", "--out", run, "--max_minutes", "3.5"]
+    given = ["--data", "fashion-mnist-small", "--model", "coatnet-femto-64", "--out", run, "--max_minutes", "3.5"]
     subprocess.run([*command, "train", "scratch", *given], check=True)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["top1"] >= 0.88
     asked = [*command, "predict", f"{run}/bundle", str(PICTURES), "--top-k", "1", "--json"]

@@ -155,7 +155,7 @@ def as_pictures(array: Picture) -> Tensor:
     """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor stays what it is."""
     if isinstance(array, Tensor):
         return array
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     colour = array.ndim > 2 and array.shape[-1] == 3
     return tensor.movedim(-1, -3) if colour else tensor.unsqueeze(-3)
 

@@ -51,7 +51,14 @@ class CoAtNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """`(B, in_channels, H, W)` -> the last map `(B, num_features, H / 32, W / 32)`, rounded up."""
-        return self.forward_intermediates(images, indices=0)[0]
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        for blocks in self.stages:
+            x = self.forward_stage(blocks, x)
+        return x
+
+    def forward_stage(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        """One stage, `(B, C, H, W) -> (B, C', H', W')`."""
+        return checkpoint_blocks(blocks, x) if self.grad_checkpointing and self.training else blocks(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits `(B, K)`, or the features `(B, num_features)` that make them."""
@@ -69,12 +76,10 @@ class CoAtNet(nn.Module):
         if indices is None:
             indices = num_maps
         wanted = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
-        maps = {0: x}
-        for index, blocks in enumerate(self.stages, start=1):
-            x = checkpoint_blocks(blocks, x) if self.grad_checkpointing and self.training else blocks(x)
-            maps[index] = x
-        return x, [maps[index] for index in wanted]
+        maps = [self.stem(images.contiguous(memory_format=torch.channels_last))]
+        for blocks in self.stages:
+            maps.append(self.forward_stage(blocks, maps[-1]))
+        return maps[-1], [maps[index] for index in wanted]
 
     def train(self, mode: bool = True) -> "CoAtNet":
         """As in torch, except that a BatchNorm with frozen weights keeps its statistics too."""

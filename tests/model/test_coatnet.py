@@ -272,3 +272,10 @@ def test_meta_device_builds_the_largest_member_without_memory():
         model = create_model("coatnet-7")
     assert all(p.is_meta for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) > 2.4e9
+
+
+def test_weights_begin_at_one_over_fan_in():
+    torch.manual_seed(0)
+    for name, weight in create_model("coatnet-nano").named_parameters():
+        if weight.ndim > 1 and weight.numel() > 50_000:
+            assert weight.std().item() == pytest.approx(weight[0].numel() ** -0.5, rel=0.03), name

@@ -62,7 +62,7 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     model = init.model.variant.name if init else model
     table = row.by_model.get(model, {})
 
-    batch_size = recipe.batch_size or fit_batch_size(number, small)
+    batch_size = recipe.batch_size or fit_batch_size(number)
     epochs = recipe.epochs or fit_epochs(number, finetune=init is not None)
     total_steps = steps_of(epochs, number, batch_size)
     published = recipe.name not in ("scratch", "finetune")
@@ -153,10 +153,9 @@ def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[s
     }
 
 
-def fit_batch_size(number: int, small: bool) -> int:
-    """Some thirty steps an epoch, but 16 pictures at least for BatchNorm, and no more than help."""
-    largest = 128 if small else 64
-    return int(min(max(16, 2 ** round(math.log2(max(1, number) / 32))), largest, max(1, number)))
+def fit_batch_size(number: int) -> int:
+    """Some thirty steps an epoch, but 16 pictures at least for BatchNorm, and 64 at most: more are no faster."""
+    return int(min(max(16, 2 ** round(math.log2(max(1, number) / 32))), 64, max(1, number)))
 
 
 def fit_epochs(number: int, *, finetune: bool) -> float:

@@ -57,7 +57,6 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     if init and recipe.model not in ("auto", row.recipe.model, init.model.variant.name):
         raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
     preprocessing = fit_preprocessing(recipe, splits, init)
-    small = preprocessing.resolution <= SMALL
     model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
     model = init.model.variant.name if init else model
     table = row.by_model.get(model, {})

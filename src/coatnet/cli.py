@@ -19,7 +19,7 @@ from coatnet.arguments import (
     train_arguments,
 )
 from coatnet.errors import UserError
-from coatnet.runtime import best_device, sleep_while_waiting
+from coatnet.runtime import best_device
 from coatnet.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -147,7 +147,6 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program `coatnet`: a mistake of the person at the keyboard is one line and exit code 2."""
-    sleep_while_waiting()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name need not be text in this encoding

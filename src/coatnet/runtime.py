@@ -1,7 +1,6 @@
 """What the machine under a run is told, once, before the work begins."""
 
 import ctypes
-import os
 import platform
 from typing import TYPE_CHECKING
 
@@ -24,16 +23,6 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
     return all(libc.mallopt(option, value) for option, value in settings.items())
-
-
-def sleep_while_waiting() -> None:
-    """Have threads that wait for each other sleep rather than spin; before torch is imported, or it is too late.
-
-    A thread that spins takes the core from the one it waits for as soon as the machine does anything else: beside one
-    other busy process on two cores, `coatnet-pico-64` trained at 65 images/s spinning and at 300 sleeping. On an idle
-    machine spinning is the faster by a tenth; set OMP_WAIT_POLICY=active there.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def best_device() -> "torch.device":

@@ -5,7 +5,6 @@ its tokens `(B, N, C)` are a view of it and never a copy.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # chosen: 1e-3, from the authors' later code; the paper gives no epsilon.
@@ -32,14 +31,6 @@ class MapLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class GELU(nn.Module):
-    """The activation of every block (appendix A.1), `x * Phi(x)`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # chosen: the exact form, on CPUs the faster one (24 ms against 29 ms for 19 M bf16 values).
-        return F.gelu(x)
 
 
 class Pool(nn.MaxPool2d):

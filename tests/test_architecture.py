@@ -15,11 +15,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("verbs",),
     ("arguments", "family"),
     ("coatnet",),
     ("training",),
     ("evaluation",),
     ("bundle",),
+    ("weights",),
     ("data", "model"),
     ("errors", "runtime", "suggestions"),
 )

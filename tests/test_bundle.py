@@ -117,7 +117,7 @@ def test_a_failed_save_leaves_the_old_bundle(
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coatnet.bundle.write_weights", full_disk)
+    monkeypatch.setattr("coatnet.bundle.write_tensors", full_disk)
     with pytest.raises(UserError, match="could not be written: No space left on device"):
         bundle.save(saved)
     assert load(saved).classes == CLASSES
@@ -128,7 +128,7 @@ def test_what_is_no_bundle_is_said_in_one_line(saved: Path, tmp_path: Path) -> N
     (tmp_path / "weights.pt").write_bytes(b"\x80\x04cos\nsystem\n")
     for path, reason in (
         (tmp_path / "nowhere", "there is no such folder"),
-        (tmp_path / "weights.pt", "it is a file"),
+        (tmp_path / "weights.pt", "is a file, which does not say what network it is for"),
         (tmp_path, r"the one of this run is .*bundle"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -195,7 +195,7 @@ TABLE = "stages.2.0.attention.relative_bias.table"
     [
         (lambda s: s.pop("head.hidden.bias"), "head.hidden.bias is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra is not part of the model"),
-        (lambda s: s.update({"head.hidden.bias": s["head.hidden.bias"].half()}), "head.hidden.bias is F16"),
+        (lambda s: s.update({"head.hidden.bias": s["head.hidden.bias"].double()}), "head.hidden.bias is F64"),
         (lambda s: s.update({"head.hidden.bias": torch.zeros(7)}), r"head.hidden.bias is F32 \[7\]"),
         (lambda s: s.update({TABLE: s[TABLE].flatten(1).contiguous()}), "relative_bias.table is F32"),
         (lambda s: s["head.hidden.bias"].fill_(float("nan")), "head.hidden.bias holds NaN"),

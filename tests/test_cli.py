@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coatnet import list_variants
 from coatnet.bundle import Bundle
 from coatnet.cli import VERBS, main
 from coatnet.data.transforms import Preprocessing
@@ -264,6 +265,23 @@ def test_models_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert re.search(r"coatnet-femto +2\.79 +0\.53 +\n", table)  # one resolution is enough outside of the paper
     assert "25.0 (25)" in table and "at 8: 0.01" in table and "4.14 (4.2)" in table
+
+
+def test_models_lists_timms_checkpoints_with_their_published_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == set(list_variants())
+    checkpoints = {each["id"]: each for row in rows.values() for each in row["pretrained"]}
+    assert len(checkpoints) == 16
+    best = checkpoints["timm/coatnet_rmlp_2_rw_384.sw_in12k_ft_in1k"]
+    assert best == rows["coatnet_rmlp_2_rw_384"]["pretrained"][0] and best["top1"] == 0.87388
+    assert checkpoints["timm/coatnet_3_rw_224.sw_in12k"]["top1"] is None
+    assert rows["coatnet_0_rw_224"]["parameters"] == pytest.approx(27.44e6, rel=1e-3)
+    assert rows["coatnet_0_rw_224"]["macs"]["224"] == pytest.approx(4.43e9, rel=0.01)
+
+    assert main(["models", "coatnet_2_rw_224"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"coatnet_2_rw_224 +73\.9 +15\.0 +\.sw_in12k_ft_in1k +86\.6 %", table) and ".sw_in12k " in table
 
 
 def test_a_reader_that_leaves_is_not_an_error() -> None:

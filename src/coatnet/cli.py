@@ -1,29 +1,17 @@
-"""The command line: a verb reads its arguments, calls one function of the package and prints what it returns.
-
-Only what a verb needs is imported, when it runs: `coatnet --help` does not wait for torch.
-"""
+"""The command line: which verbs there are, and what becomes of a mistake. `coatnet --help` does not wait for torch."""
 
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from coatnet import __version__
-from coatnet.arguments import (
-    doctor_arguments,
-    evaluate_arguments,
-    models_arguments,
-    predict_arguments,
-    train_arguments,
-)
 from coatnet.errors import UserError
-from coatnet.runtime import best_device
 from coatnet.suggestions import nearest
-
-if TYPE_CHECKING:
-    from coatnet.evaluation.prediction import Prediction
+from coatnet.verbs.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_MISTAKE
+from coatnet.verbs.finished import evaluate, export, features, predict, probe, push
+from coatnet.verbs.looking import doctor, models
+from coatnet.verbs.train import train
 
 HELP = """\
 coatnet: from a folder of pictures to a measured, finished classifier
@@ -31,6 +19,10 @@ coatnet: from a folder of pictures to a measured, finished classifier
   coatnet train [RECIPE] --data X --out RUN   train on pictures, measure, leave a finished model (a bundle)
   coatnet evaluate BUNDLE --data X            measure a finished model
   coatnet predict BUNDLE PATH...              classify pictures and folders of pictures
+  coatnet features BUNDLE --data X --out F    write the features of pictures to a .npy or .parquet file
+  coatnet probe BUNDLE --data X               judge a model's features: linear probe and nearest neighbours
+  coatnet export BUNDLE --format F --out X    write a finished model for another program
+  coatnet push BUNDLE OWNER/NAME              publish it on the Hugging Face hub
   coatnet models                              the family, with the paper's figures beside the counted ones
   coatnet doctor DATA                         find bad files, duplicates and leaks before they cost a training
 
@@ -41,91 +33,15 @@ a first hour:
 
 `coatnet VERB --help` tells the rest; `coatnet --version` tells the version."""
 
-FAILED, USER_MISTAKE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-
-
-def train(arguments: Sequence[str]) -> int:
-    """Train, measure, and leave a finished model."""
-    recipe, given = train_arguments(arguments)
-    if given.print_config:
-        print(recipe.to_yaml(), end="")
-        return 0
-    from coatnet.training.trainer import train as train_recipe
-
-    print(train_recipe(recipe, given.out).headline())
-    print(f"The whole report is {given.out}/report.md, the finished model {given.out}/bundle.")
-    return 0
-
-
-def evaluate(arguments: Sequence[str]) -> int:
-    """Measure a finished model."""
-    given = evaluate_arguments(arguments)
-    from coatnet.bundle import load
-    from coatnet.evaluation.evaluate import evaluate as evaluate_bundle
-
-    bundle = load(given.bundle)
-    bundle.model.to(best_device())
-    report = evaluate_bundle(bundle, given.data, split=given.split)
-    print(report.to_json() if given.json else report.to_markdown(), end="")
-    return 0
-
-
-def predict(arguments: Sequence[str]) -> int:
-    """Classify pictures."""
-    given = predict_arguments(arguments)
-    from coatnet.bundle import load
-    from coatnet.evaluation.prediction import predict as predict_pictures
-
-    bad = 0
-    bundle = load(given.bundle)
-    bundle.model.to(best_device())
-    for answer in predict_pictures(bundle, given.paths, top_k=given.top_k, batch_size=given.batch_size):
-        show_prediction(answer, given.json)
-        bad += answer.error is not None
-    return FAILED if bad else 0
-
-
-def show_prediction(answer: "Prediction", as_json: bool) -> None:
-    """One line; what is wrong with a bad file goes to standard error, so that the answers stay clean."""
-    found = dict(zip(answer.classes, answer.probabilities, strict=True))
-    if as_json:
-        line = {"path": str(answer.path), "error": answer.error, "probabilities": found}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif answer.error is not None:
-        print(f"coatnet: error: {answer.path}: {answer.error}", file=sys.stderr)
-    else:
-        print(f"{answer.path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in found.items())}", flush=True)
-
-
-def models(arguments: Sequence[str]) -> int:
-    """The family."""
-    given = models_arguments(arguments)
-    from rich.console import Console
-
-    from coatnet.family import measure_family, show_family
-
-    rows = measure_family(given.names, shown_only=not given.json)
-    if given.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        show_family(rows, Console(highlight=False))
-    return 0
-
-
-def doctor(arguments: Sequence[str]) -> int:
-    """Look a data source over before training on it."""
-    given = doctor_arguments(arguments)
-    from coatnet.data.inspection import inspect
-
-    inspection = inspect(given.data, strict=given.strict)
-    print(inspection.describe())
-    return 0 if inspection.healthy else FAILED
-
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "features": features,
+    "probe": probe,
+    "export": export,
+    "push": push,
     "models": models,
     "doctor": doctor,
 }

@@ -1,4 +1,4 @@
-"""The family as a table: what is counted, and what the paper publishes beside it."""
+"""The models as tables: what is counted, and what the paper and timm publish beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,14 +8,19 @@ from rich.console import Console
 from rich.table import Table
 
 from coatnet.model.complexity import complexity
+from coatnet.model.timm.variants import TimmVariant
 from coatnet.model.variants import PUBLISHED, Variant, find_variant, list_variants
+from coatnet.weights.timm_catalog import pretrained_of
 
 RESOLUTIONS = (224, 384, 512)  # of the paper
 CAPTION = "Millions of parameters, billions of MACs an image; in brackets the paper's."
+TIMM_CAPTION = "timm's architectures; hub ids begin with timm/ and load with their weights; top-1 on ImageNet-1k."
 
 
 def measure_family(names: Sequence[str] = (), *, shown_only: bool = False) -> list[dict[str, Any]]:
-    """For each name, or all: parameters, MACs and activation bytes by resolution, and what is published, or None.
+    """For each name, or all: parameters, MACs and activation bytes by resolution, and what is published.
+
+    `published` holds the paper's figures or None, `pretrained` the checkpoints of timm.
 
     With `shown_only`, MACs are counted only for the cells of `show_family`, in half of the time.
 
@@ -27,34 +32,64 @@ def measure_family(names: Sequence[str] = (), *, shown_only: bool = False) -> li
         rows = []
         for variant in variants:
             status.update(f"counting {variant.name}")
-            rows.append(_measure(variant, shown_sides(variant) if shown_only else (variant.resolution, *RESOLUTIONS)))
+            shown = shown_only or isinstance(variant, TimmVariant)
+            rows.append(_measure(variant, shown_sides(variant) if shown else (variant.resolution, *RESOLUTIONS)))
     return rows
 
 
 def show_family(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Prints the rows as a table that fits into 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=CAPTION, caption_justify="left")
-    table.add_column("model", no_wrap=True)
-    for heading in ("parameters", *(f"MACs at {side}" for side in RESOLUTIONS)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Prints the rows as tables that fit into 80 columns: the paper's and our own, then timm's."""
+    table = _table(CAPTION, "model", "parameters", *(f"MACs at {side}" for side in RESOLUTIONS))
+    timms = _table(TIMM_CAPTION, "model", "parameters", "MACs", "pretrained", "top-1")
     for row in rows:
-        paper = row["published"] or {"parameters": None, "macs": {}}
-        own = str(row["resolution"])
-        if row["resolution"] < RESOLUTIONS[0]:  # larger images are not what such a row is for
-            macs = [f"at {own}: {_beside(row['macs'][own], None, 1e9)}"]
+        if isinstance(find_variant(row["name"]), TimmVariant):
+            _add_timm_row(timms, row)
         else:
-            sides = [side for side in map(str, RESOLUTIONS) if side in row["macs"]]
-            macs = [_beside(row["macs"][side], paper["macs"].get(side), 1e9) for side in sides]
-        table.add_row(row["name"], _beside(row["parameters"], paper["parameters"], 1e6), *macs)
-    console.print(table)
+            _add_row(table, row)
+    for each in (table, timms):
+        if each.row_count:
+            console.print(each)
 
 
-def shown_sides(variant: Variant) -> tuple[int, ...]:
+def _table(caption: str, first: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "pretrained" else "right", no_wrap=True)
+    return table
+
+
+def _add_row(table: Table, row: dict[str, Any]) -> None:
+    paper = row["published"] or {"parameters": None, "macs": {}}
+    own = str(row["resolution"])
+    if row["resolution"] < RESOLUTIONS[0]:  # larger images are not what such a row is for
+        macs = [f"at {own}: {_beside(row['macs'][own], None, 1e9)}"]
+    else:
+        sides = [side for side in map(str, RESOLUTIONS) if side in row["macs"]]
+        macs = [_beside(row["macs"][side], paper["macs"].get(side), 1e9) for side in sides]
+    table.add_row(row["name"], _beside(row["parameters"], paper["parameters"], 1e6), *macs)
+
+
+def _add_timm_row(table: Table, row: dict[str, Any]) -> None:
+    """One line a checkpoint; the architecture and its cost on the first of them."""
+    cost = (
+        row["name"],
+        _beside(row["parameters"], None, 1e6),
+        _beside(row["macs"][str(row["resolution"])], None, 1e9),
+    )
+    for checkpoint in row["pretrained"] or [None]:
+        tag = checkpoint["id"].partition(".")[2] if checkpoint else ""
+        top1 = f"{100 * checkpoint['top1']:.1f} %" if checkpoint and checkpoint["top1"] else ""
+        table.add_row(*cost, f".{tag}" if tag else "", top1)
+        cost = ("", "", "")
+
+
+def shown_sides(variant: Variant | TimmVariant) -> tuple[int, ...]:
     """The resolutions of a row of the table: the paper's for its own sizes, one for the others."""
     return RESOLUTIONS if variant.name in PUBLISHED else (variant.resolution,)
 
 
-def _measure(variant: Variant, sides: Sequence[int]) -> dict[str, Any]:
+def _measure(variant: Variant | TimmVariant, sides: Sequence[int]) -> dict[str, Any]:
     counted = {side: complexity(variant, side, table_resolution=variant.resolution) for side in sorted({*sides})}
     paper = PUBLISHED.get(variant.name)
     return {
@@ -68,6 +103,9 @@ def _measure(variant: Variant, sides: Sequence[int]) -> dict[str, Any]:
             "parameters": round(paper.parameters),
             "macs": {str(side): round(macs) for side, macs in paper.macs.items()},
         },
+        "pretrained": [
+            {"id": each.hub_id, "top1": each.top1, "top5": each.top5} for each in pretrained_of(variant.name)
+        ],
     }
 
 

@@ -5,45 +5,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tests.data.loaders import SMALL, evaluate, train
 
 from coatnet.data.bad_images import BadImages
 from coatnet.data.batches import read_picture
 from coatnet.data.decoding import BadImage
-from coatnet.data.loading import evaluation_batches, training_batches
 from coatnet.data.order import Order, hash_words
-from coatnet.data.transforms import Augmentation, Preprocessing, TrainingTransform
+from coatnet.data.transforms import Augmentation, TrainingTransform
 from coatnet.errors import UserError
-
-SMALL = Preprocessing(resolution=12, crop_fraction=1.0)
-
-
-def train(dataset, *, first_step=0, num_steps=5, batch_size=8, num_workers=0, bad_images=None, **options):
-    return list(
-        training_batches(
-            dataset,
-            preprocessing=SMALL,
-            augmentation=options.pop("augmentation", Augmentation("shift")),
-            batch_size=batch_size,
-            seed=7,
-            first_step=first_step,
-            num_steps=num_steps,
-            num_workers=num_workers,
-            bad_images=bad_images or BadImages(24),
-            **options,
-        )
-    )
-
-
-def evaluate(dataset, *, batch_size=10, num_workers=0, bad_images=None):
-    return list(
-        evaluation_batches(
-            dataset,
-            preprocessing=SMALL,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bad_images=bad_images or BadImages(24),
-        )
-    )
 
 
 def test_a_bad_picture_is_replaced_by_the_next_good_one_counted_once_and_named(files):

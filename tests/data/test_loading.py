@@ -12,52 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.data.loaders import SMALL, evaluate, train
 
 import coatnet.data
 from coatnet.data.bad_images import BadImages
 from coatnet.data.batches import read_picture
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.loading import evaluation_batches, training_batches
+from coatnet.data.loading import training_batches
 from coatnet.data.sources import open_dataset
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-
-SMALL = Preprocessing(resolution=12, crop_fraction=1.0)
 
 
 @pytest.fixture
 def arrays() -> ArrayDataset:
     pictures = np.random.default_rng(0).integers(0, 256, (50, 12, 12), dtype=np.uint8)
     return ArrayDataset("some", ("a", "b", "c"), pictures, np.arange(50) % 3)
-
-
-def train(dataset, *, first_step=0, num_steps=5, batch_size=8, num_workers=0, bad_images=None, **options):
-    return list(
-        training_batches(
-            dataset,
-            preprocessing=SMALL,
-            augmentation=options.pop("augmentation", Augmentation("shift")),
-            batch_size=batch_size,
-            seed=7,
-            first_step=first_step,
-            num_steps=num_steps,
-            num_workers=num_workers,
-            bad_images=bad_images or BadImages(24),
-            **options,
-        )
-    )
-
-
-def evaluate(dataset, *, batch_size=10, num_workers=0, bad_images=None):
-    return list(
-        evaluation_batches(
-            dataset,
-            preprocessing=SMALL,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bad_images=bad_images or BadImages(24),
-        )
-    )
 
 
 def assert_same(batches, others) -> None:

@@ -57,13 +57,13 @@ def formula(attention, x, *, post):
 
 @pytest.mark.parametrize(("kind", "post"), [(RelativeAttention, False), (PostRelativeAttention, True)])
 def test_attention_equals_the_double_loop(kind, post):
-    attention = strong(kind(8, 12, 4, GRID), 0.5)
+    attention = strong(kind(8, 12, 4, RelativeBias(3, GRID)), 0.5)
     x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     torch.testing.assert_close(attention(x), formula(attention, x, post=post))
 
 
 def test_plain_attention_is_relative_attention_with_a_zero_table():
-    plain, relative = PlainAttention(8, 12, 4).double(), RelativeAttention(8, 12, 4, GRID).double()
+    plain, relative = PlainAttention(8, 12, 4).double(), RelativeAttention(8, 12, 4, RelativeBias(3, GRID)).double()
     relative.load_state_dict({**plain.state_dict(), "relative_bias.table": 0 * relative.relative_bias.table})
     x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     torch.testing.assert_close(plain(x), relative(x))
@@ -88,7 +88,7 @@ def test_the_bias_matrix_is_block_toeplitz():
 def test_a_constant_on_the_table_changes_nothing_in_pre_and_something_in_post():
     x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     for kind, changes in ((RelativeAttention, False), (PostRelativeAttention, True)):
-        attention = strong(kind(8, 12, 4, GRID))
+        attention = strong(kind(8, 12, 4, RelativeBias(3, GRID)))
         before = attention(x)
         with torch.no_grad():
             attention.relative_bias.table += 3.0
@@ -100,7 +100,7 @@ def test_without_content_pre_is_a_depthwise_convolution_with_a_normalised_global
 
     The convolution divides by the kernel's own sum over the map, which is a convolution of ones.
     """
-    attention = RelativeAttention(8, 8, 4, GRID)
+    attention = RelativeAttention(8, 8, 4, RelativeBias(2, GRID))
     torch.nn.init.normal_(attention.relative_bias.table)
     torch.nn.init.zeros_(attention.qkv.weight[:16])  # queries and keys
     x = torch.randn(2, 8, *GRID)

@@ -1,11 +1,14 @@
 """The two blocks equal their equations, written out with torch's own operations."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from coatnet.model.attention import RelativeAttention
 from coatnet.model.mbconv import MBConv
+from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.transformer import Transformer
 
 
@@ -44,7 +47,7 @@ def test_an_mbconv_block_is_equation_5(stride, downsample):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_transformer_block_is_equation_4(stride):
     grid = (4, 3) if stride == 2 else (7, 6)
-    attention = RelativeAttention(6, 8, 4, grid)
+    attention = RelativeAttention(6, 8, 4, RelativeBias(2, grid))
     block = strong(Transformer(6, 8, stride, attention=attention, stochastic_depth=0.0))
     x = torch.randn(2, 6, 7, 6, dtype=torch.float64)
 
@@ -60,3 +63,43 @@ def test_a_transformer_block_is_equation_4(stride):
     first, _, second = block.feed_forward
     hidden = F.gelu(F.conv2d(layer_norm(middle, block.feed_forward_norm), first.weight, first.bias))
     torch.testing.assert_close(block(x), middle + F.conv2d(hidden, second.weight, second.bias))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_folded_batch_norm_changes_nothing_and_follows_its_statistics(stride):
+    block = MBConv(6, 8, stride, downsample="depthwise", norm="batch", stochastic_depth=0.0).eval()
+    x = torch.randn(2, 6, 9, 7)
+    norm = block.depthwise[1]
+    for buffer in (norm.running_mean, norm.running_var, norm.bias):
+        with torch.no_grad():
+            buffer.add_(1.0)
+        expected = block(x).detach()  # with gradients nothing is folded
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(block(x), expected)  # it is another way to compute the same
+
+
+def test_a_copy_folds_for_itself():
+    block = MBConv(6, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0).eval()
+    x = torch.randn(1, 6, 5, 5)
+    with torch.no_grad():
+        before, copied = block(x), copy.deepcopy(block)
+        copied.depthwise[1].running_mean += 1.0
+        assert torch.equal(block(x), before) and not torch.allclose(copied(x), before)
+
+
+def test_what_is_kept_is_forgotten_when_a_fused_optimizer_has_changed_the_weights():
+    """A fused step leaves the version of a weight as it is, so the version alone would not do."""
+    torch.manual_seed(0)
+    block = Transformer(8, 8, 1, attention=RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))), stochastic_depth=0.0)
+    network = torch.nn.Sequential(
+        MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0), block
+    ).eval()
+    optimizer, x = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True), torch.randn(2, 8, 3, 3)
+    with torch.no_grad():
+        network(x)
+    network(x).square().sum().backward()
+    optimizer.step()
+    expected = network(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,8 @@ import pytest
 from coatnet.errors import UserError
 from coatnet.model.coatnet import create_model
 from coatnet.model.complexity import complexity
-from coatnet.model.variants import PUBLISHED, VARIANTS, Stage, Variant, default_variant, list_variants
+from coatnet.model.row import Stage
+from coatnet.model.variants import PUBLISHED, VARIANTS, Variant, default_variant, list_variants
 
 OURS = {name for name in VARIANTS if name not in PUBLISHED}
 # The derived counts of parameters and, at 224, of multiply-accumulates in units of 10 M.

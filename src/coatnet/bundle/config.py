@@ -4,7 +4,6 @@ The schema is a superset of the one that timm publishes on the Hugging Face hub 
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +16,12 @@ import torch
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet, create_model
+from coatnet.weights.checked_json import read_preprocessing, read_table
 
 FORMAT = 1
 _KEYS = {"format", "architecture", "num_classes", "num_features", "model_args", "multilabel"}
 _KEYS |= {"pretrained_cfg", "record"}
-# Far above anything sensible and far below what hurts: a stranger's numbers are checked before they are used.
-_LIMITS = {"num_classes": 1_000_000, "in_channels": 1_024, "resolution": 16_384}
 _MOST_STAGES = 16
-_LONGEST_FILE = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -93,13 +90,7 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: a key is missing, unknown, of the wrong type or out of bounds; the message names it.
     """
-    if path.stat().st_size > _LONGEST_FILE:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes; a config.json has at most {_LONGEST_FILE:,}")
-    try:
-        raw = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    config = _Table(raw, path)
+    config = read_table(path)
     unknown = sorted(config.values.keys() - _KEYS)
     if unknown:
         raise UserError(f"{path}: unknown key {short(unknown[0])}; a bundle has {', '.join(sorted(_KEYS))}")
@@ -109,9 +100,9 @@ def read_config(path: Path) -> Config:
         )
 
     num_classes = config.whole("num_classes")
-    model_args = _Table(config.take("model_args", dict), path)
-    variant = _Table(model_args.take("variant", dict), path)
-    if len(variant.take("stages", list)) > _MOST_STAGES:
+    model_args = config.table("model_args")
+    variant = model_args.table("variant")
+    if "stages" in variant.values and len(variant.take("stages", list)) > _MOST_STAGES:
         raise UserError(f"{path}: stages: {len(variant.values['stages'])}; a network has at most {_MOST_STAGES}")
     if variant.take("name", str) != config.take("architecture", str):
         raise UserError(f"{path}: architecture {config.values['architecture']!r} is not the model_args' variant")
@@ -124,65 +115,10 @@ def read_config(path: Path) -> Config:
     for name in sorted(model_args.values.keys() - arguments.keys()):
         raise UserError(f"{path}: unknown key {short(name)} in model_args; it has {', '.join(sorted(arguments))}")
 
-    seen = _Table(config.take("pretrained_cfg", dict), path)
+    seen = config.table("pretrained_cfg")
     classes = seen.items("label_names", str)
     if len(classes) != num_classes:
         raise UserError(f"{path}: label_names has {len(classes)} names for num_classes {num_classes}")
-    preprocessing = _read_preprocessing(seen)
+    preprocessing = read_preprocessing(seen)
     record = config.take("record", dict)
     return Config(path, arguments, classes, preprocessing, config.take("multilabel", bool), record)
-
-
-def _read_preprocessing(seen: "_Table") -> Preprocessing:
-    size = seen.items("input_size", int)
-    try:
-        preprocessing = Preprocessing(
-            resolution=size[-1] if size else 0,
-            crop=seen.take("crop_mode", str),
-            crop_fraction=seen.take("crop_pct", float),
-            interpolation=seen.take("interpolation", str),
-            mean=seen.items("mean", float),
-            std=seen.items("std", float),
-        )
-    except UserError as error:
-        raise UserError(f"{seen.path}: pretrained_cfg: {error}") from None
-    if size != (preprocessing.channels, preprocessing.resolution, preprocessing.resolution):
-        seen.refuse("input_size", f"[{preprocessing.channels} (as many as mean), side, side]")
-    return preprocessing
-
-
-class _Table:
-    """A JSON object whose values are asked for by key and type."""
-
-    def __init__(self, values: Any, path: Path) -> None:
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not a JSON object but {short(values)}")
-        self.values: dict[str, Any] = values
-        self.path = path
-
-    def refuse(self, key: str, right: str) -> None:
-        raise UserError(f"{self.path}: {key} is {short(self.values[key])}; it must be {right}")
-
-    def take(self, key: str, kind: type) -> Any:
-        if key not in self.values:
-            raise UserError(f"{self.path}: {key} is missing")
-        if not _is(self.values[key], kind):
-            self.refuse(key, f"of type {kind.__name__}")
-        return self.values[key]
-
-    def whole(self, key: str) -> int:
-        if not 1 <= self.take(key, int) <= _LIMITS[key]:
-            self.refuse(key, f"from 1 to {_LIMITS[key]:,}")
-        return self.values[key]
-
-    def items(self, key: str, kind: type) -> tuple[Any, ...]:
-        if not all(_is(item, kind) for item in self.take(key, list)):
-            self.refuse(key, f"a list of type {kind.__name__}")
-        return tuple(kind(item) for item in self.values[key])
-
-
-def _is(value: Any, kind: type) -> bool:
-    """JSON's idea of a type: a bool is no number, a whole number is a float too, NaN and infinity are not."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -47,7 +47,7 @@ def evaluate(
         UserError: a class of the data is unknown to the model, or not a single picture can be read.
     """
     started = time.perf_counter()
-    name, datasets, split_name = _choose(data, split, bundle)
+    name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     total, done = sum(map(len, datasets)), 0
     bad_images = BadImages(total, budget=1.0)
@@ -106,7 +106,9 @@ def evaluate(
     )
 
 
-def _choose(data: str | Path | Dataset | Splits, split: str, bundle: Bundle) -> tuple[str, Sequence[Dataset], str]:
+def choose_datasets(
+    data: str | Path | Dataset | Splits, split: str, bundle: Bundle
+) -> tuple[str, Sequence[Dataset], str]:
     """The name of the data, the datasets to go through, and what to call the split.
 
     Data without a split of its own is split as it was for the training of the bundle, or pictures that the model

@@ -43,7 +43,7 @@ def predict(
 def _predictions(bundle: Bundle, paths: Iterable[str | Path], top_k: int, batch_size: int) -> Iterator[Prediction]:
     transform = EvaluationTransform(bundle.preprocessing)
     waiting: list[tuple[Path, Tensor | str]] = []  # in order: a picture, or why it is none
-    for path, error in _expand(paths):
+    for path, error in expand_paths(paths):
         waiting.append((path, error or _read(path, transform)))
         if len(waiting) == batch_size:
             yield from _answer(bundle, waiting, top_k)
@@ -51,7 +51,7 @@ def _predictions(bundle: Bundle, paths: Iterable[str | Path], top_k: int, batch_
     yield from _answer(bundle, waiting, top_k)
 
 
-def _expand(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str | None]]:
+def expand_paths(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str | None]]:
     """The files behind the paths, or why there are none."""
     for path in map(Path, paths):
         if not path.is_dir():

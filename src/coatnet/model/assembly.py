@@ -1,10 +1,6 @@
-"""From a row of the family to the parts of a network: which class stands where, and how weights begin.
+"""From a row of the family to the parts of a network: which class stands where, and how weights begin."""
 
-Shapes: B batch, C width, H W feature map, K classes.
-"""
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coatnet.model.attention import (
     LinearAttention,
@@ -13,10 +9,12 @@ from coatnet.model.attention import (
     PostRelativeAttention,
     RelativeAttention,
 )
-from coatnet.model.layers import LAYER_NORM_EPSILON, mean_over_cells
-from coatnet.model.mbconv import MBConv, conv_norm_gelu
+from coatnet.model.head import Head
+from coatnet.model.mbconv import ConvNormGELU, MBConv
+from coatnet.model.relative_bias import RelativeBias
+from coatnet.model.row import Stage
 from coatnet.model.transformer import Transformer
-from coatnet.model.variants import PATCH_STRIDE, Stage, Variant
+from coatnet.model.variants import PATCH_STRIDE, Variant
 
 
 def build_stem(variant: Variant, in_channels: int) -> nn.Module:
@@ -25,24 +23,8 @@ def build_stem(variant: Variant, in_channels: int) -> nn.Module:
     if variant.stem == "patch":
         return nn.Conv2d(in_channels, width, kernel_size=PATCH_STRIDE, stride=PATCH_STRIDE)
     # chosen: BatchNorm and GELU between the two and nothing after them, from the authors' later code.
-    first = conv_norm_gelu(in_channels, width, 3, norm="batch", stride=variant.stem_stride)
+    first = ConvNormGELU(in_channels, width, 3, norm="batch", stride=variant.stem_stride)
     return nn.Sequential(first, nn.Conv2d(width, width, kernel_size=3, padding=1))
-
-
-def build_stages(variant: Variant, resolution: int, stochastic_depth: float) -> nn.ModuleList:
-    """The stages, each a sequence of blocks; their relative biases are made for images of that many pixels."""
-    depth = sum(stage.depth for stage in variant.stages)
-    # chosen: linear from 0 at the first block to the full rate at the last; the paper gives the rate only.
-    rates = iter([stochastic_depth * index / max(1, depth - 1) for index in range(depth)])
-    width, stages = variant.stem_width, nn.ModuleList()
-    for stage, side in zip(variant.stages, variant.grids(resolution), strict=True):
-        blocks = nn.Sequential()
-        for index in range(stage.depth):
-            stride = stage.stride if index == 0 else 1
-            blocks.append(build_block(variant, stage, width, stride, side, next(rates)))
-            width = stage.width
-        stages.append(blocks)
-    return stages
 
 
 def build_block(
@@ -72,29 +54,12 @@ def build_attention(variant: Variant, in_width: int, width: int, side: int) -> n
     if not variant.relative_bias:
         return PlainAttention(*shape)
     kind = PostRelativeAttention if variant.attention == "post" else RelativeAttention
-    return kind(*shape, (side, side))
+    return kind(*shape, RelativeBias(width // variant.head_dim, (side, side)))
 
 
-class Head(nn.Module):
-    """W tanh(V Norm(mean(x))): `(B, C, H, W) -> (B, K)`.
-
-    chosen: LayerNorm and a hidden tanh layer; without them the published sizes of CoAtNet-0, -5 and -7 are missed.
-    """
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPSILON)
-        self.hidden = nn.Linear(width, width)
-        self.classifier = build_classifier(width, num_classes)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        features = torch.tanh(self.hidden(self.norm(mean_over_cells(x))))
-        return features if pre_logits else self.classifier(features)
-
-
-def build_classifier(width: int, num_classes: int) -> nn.Module:
-    """Features to logits; nothing at all for 0 classes."""
-    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+def build_head(variant: Variant, num_classes: int) -> Head:
+    """What makes logits of the last map."""
+    return Head(variant.stages[-1].width, num_classes)
 
 
 def initialise(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coatnet.model.layers import grid_of, to_map, to_tokens
-from coatnet.model.relative_bias import RelativeBias, WindowBias
+from coatnet.model.relative_bias import GlobalBias, WindowBias
 
 
 class Projections(nn.Module):
@@ -54,11 +54,15 @@ class PlainAttention(Projections):
 
 
 class RelativeAttention(Projections):
-    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) + w_{i-j}) v_j: equation (3), "pre", the paper's choice."""
+    """y_i = sum_j softmax_j(q_i . k_j / sqrt(D) + w_{i-j}) v_j: equation (3), "pre", the paper's choice.
 
-    def __init__(self, in_width: int, width: int, head_dim: int, grid: tuple[int, int]) -> None:
+    Args:
+        relative_bias: gives w, for width / head_dim heads.
+    """
+
+    def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalBias) -> None:
         super().__init__(in_width, width, head_dim)
-        self.relative_bias = RelativeBias(self.num_heads, grid)
+        self.relative_bias = relative_bias
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
@@ -66,12 +70,8 @@ class RelativeAttention(Projections):
         return self.merge(attend(q, k, v, bias), grid_of(x))
 
 
-class PostRelativeAttention(Projections):
+class PostRelativeAttention(RelativeAttention):
     """y_i = sum_j (softmax_j(q_i . k_j / sqrt(D)) + w_{i-j}) v_j: equation (3), "post"."""
-
-    def __init__(self, in_width: int, width: int, head_dim: int, grid: tuple[int, int]) -> None:
-        super().__init__(in_width, width, head_dim)
-        self.relative_bias = RelativeBias(self.num_heads, grid)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)

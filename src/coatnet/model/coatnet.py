@@ -3,7 +3,7 @@
 Shapes: B batch, C width, H W feature map, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coatnet.errors import UserError
-from coatnet.model.assembly import Head, build_classifier, build_stages, build_stem, initialise
-from coatnet.model.transformer import Transformer
-from coatnet.model.variants import Variant, find_variant
+from coatnet.model import assembly
+from coatnet.model.head import build_classifier
+from coatnet.model.timm import assembly as timm_assembly
+from coatnet.model.timm.variants import TimmVariant
+from coatnet.model.variants import Variant, find_variant, read_row
 
 
 class CoAtNet(nn.Module):
@@ -28,7 +30,7 @@ class CoAtNet(nn.Module):
 
     def __init__(
         self,
-        variant: Variant,
+        variant: Variant | TimmVariant,
         *,
         num_classes: int,
         in_channels: int,
@@ -39,10 +41,11 @@ class CoAtNet(nn.Module):
         self.variant, self.in_channels, self.resolution = variant, in_channels, resolution
         self.num_classes, self.num_features = num_classes, variant.stages[-1].width
         self.grad_checkpointing = False
-        self.stem = build_stem(variant, in_channels)
-        self.stages = build_stages(variant, resolution, stochastic_depth)
-        self.head = Head(self.num_features, num_classes)
-        self.apply(initialise)
+        parts: Any = timm_assembly if isinstance(variant, TimmVariant) else assembly
+        self.stem = parts.build_stem(variant, in_channels)
+        self.stages = build_stages(variant, parts.build_block, resolution, stochastic_depth)
+        self.head = parts.build_head(variant, num_classes)
+        self.apply(assembly.initialise)
         # With channels-last weights every map is channels-last, so that maps become tokens without a copy.
         self.to(memory_format=torch.channels_last)
 
@@ -96,12 +99,12 @@ class CoAtNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new, untrained classifier for that many classes; none (features come out) for 0."""
         self.num_classes = num_classes
-        device = self.head.hidden.weight.device
-        self.head.classifier = build_classifier(self.num_features, num_classes).apply(initialise).to(device)
+        device = next(self.parameters()).device
+        self.head.classifier = build_classifier(self.num_features, num_classes).apply(assembly.initialise).to(device)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the relative bias tables: not to be decayed, beside every one-dimensional parameter."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_bias.table")}
+        """Names of what makes relative biases: not to be decayed, beside every one-dimensional parameter."""
+        return {name for name, _ in self.named_parameters() if ".relative_bias." in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from stem to head, as timm reads them: a group a block (a stage if coarse)."""
@@ -109,7 +112,7 @@ class CoAtNet(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute Transformer blocks in the backward pass instead of keeping what they computed."""
+        """Recompute blocks without BatchNorm in the backward pass instead of keeping what they computed."""
         self.grad_checkpointing = enable
 
     def config(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class CoAtNet(nn.Module):
 
 
 def create_model(
-    variant: str | Variant | Mapping[str, Any],
+    variant: str | Variant | TimmVariant | Mapping[str, Any],
     *,
     num_classes: int = 1000,
     in_channels: int = 3,
@@ -146,7 +149,7 @@ def create_model(
     if isinstance(variant, str):
         row = find_variant(variant)
     else:
-        row = variant if isinstance(variant, Variant) else Variant.from_dict(variant)
+        row = read_row(variant) if isinstance(variant, Mapping) else variant
     row = row.vary(**variations)
     resolution = row.resolution if resolution is None else resolution
     for name, value, smallest in (
@@ -167,8 +170,27 @@ def create_model(
     )
 
 
+def build_stages(
+    variant: Variant | TimmVariant, build_block: Callable[..., nn.Module], resolution: int, stochastic_depth: float
+) -> nn.ModuleList:
+    """The stages, each a sequence of blocks; their relative biases are made for images of that many pixels."""
+    depth = sum(stage.depth for stage in variant.stages)
+    # chosen: linear from 0 at the first block to the full rate at the last; the paper gives the rate only.
+    rates = iter([stochastic_depth * index / max(1, depth - 1) for index in range(depth)])
+    width, stages = variant.stem_width, nn.ModuleList()
+    for stage, side in zip(variant.stages, variant.grids(resolution), strict=True):
+        blocks = nn.Sequential()
+        for index in range(stage.depth):
+            stride = stage.stride if index == 0 else 1
+            blocks.append(build_block(variant, stage, width, stride, side, next(rates)))
+            width = stage.width
+        stages.append(blocks)
+    return stages
+
+
 def checkpoint_blocks(blocks: nn.Module, x: Tensor) -> Tensor:
-    """The blocks in turn; a Transformer keeps its input only. MBConv would count its BatchNorm statistics twice."""
+    """The blocks in turn, each keeping its input only; one with BatchNorm would count its statistics twice."""
     for each in blocks.children():
-        x = checkpoint(each, x, use_reentrant=False) if isinstance(each, Transformer) else each(x)
+        counts = any(isinstance(module, nn.BatchNorm2d) for module in each.modules())
+        x = each(x) if counts else checkpoint(each, x, use_reentrant=False)
     return x

@@ -1,15 +1,17 @@
 """What a network costs, counted on the meta device: no memory, no arithmetic, any size in seconds."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from coatnet.model.coatnet import create_model
-from coatnet.model.variants import Variant
+from coatnet.model.timm.variants import TimmVariant
+from coatnet.model.variants import Variant, find_variant
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,21 @@ class Complexity:
     macs: int
     activation_bytes: int
 
+    def __add__(self, other: "Complexity") -> "Complexity":
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Complexity(*(one + another for one, another in pairs))
+
+    def __mul__(self, times: int) -> "Complexity":
+        return Complexity(*(times * each for each in astuple(self)))
+
 
 def complexity(
-    variant: str | Variant, resolution: int, *, table_resolution: int = 224, **variations: Any
+    variant: str | Variant | TimmVariant,
+    resolution: int,
+    *,
+    table_resolution: int = 224,
+    num_classes: int = 1000,
+    **variations: Any,
 ) -> Complexity:
     """The cost of one square image of `resolution` pixels.
 
@@ -31,15 +45,31 @@ def complexity(
         table_resolution: resolution that the relative bias tables are made for; the paper counts them at 224.
         variations: as in `create_model`.
     """
+    row = find_variant(variant) if isinstance(variant, str) else variant
+    row = row.vary(**variations)
+    # All blocks of a stage behind its first are the same, so one of them speaks for the rest.
+    short = replace(row, stages=tuple(replace(stage, depth=min(stage.depth, 2)) for stage in row.stages))
     with torch.device("meta"):
-        model = create_model(variant, resolution=table_resolution, **variations)
-        images = torch.empty(1, 3, resolution, resolution)
+        model = create_model(short, num_classes=num_classes, resolution=table_resolution)
+        x = torch.empty(1, 3, resolution, resolution)
+    total = Complexity(0, 0, 0)
+    x, cost = _run(model.stem, x)
+    total += cost
+    for stage, blocks in zip(row.stages, model.stages, strict=True):
+        for block, times in zip(blocks.children(), (1, stage.depth - 1), strict=False):
+            x, cost = _run(block, x)
+            total += cost * times
+    return total + _run(model.head, x)[1]
+
+
+def _run(part: nn.Module, x: Tensor) -> tuple[Tensor, Complexity]:
+    """What a part of a network makes of a map, and what that costs."""
     kept = KeptStorages()
     with FlopCounterMode(display=False) as counter, kept:
-        model(images)
-    parameters = list(model.parameters())
+        result = part(x)
+    parameters = list(part.parameters())
     activation_bytes = kept.nbytes(but=parameters)
-    return Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2, activation_bytes)
+    return result, Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2, activation_bytes)
 
 
 class KeptStorages(saved_tensors_hooks):

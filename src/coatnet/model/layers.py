@@ -26,8 +26,8 @@ class MapLayerNorm(nn.LayerNorm):
     `(B, C, H, W) -> (B, C, H, W)`
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=LAYER_NORM_EPSILON)
+    def __init__(self, width: int, epsilon: float = LAYER_NORM_EPSILON) -> None:
+        super().__init__(width, eps=epsilon)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet, create_model
-from coatnet.model.variants import Stage, Variant
+from coatnet.model.row import Stage
+from coatnet.model.variants import Variant
 
 KINDS = {"C": "mbconv", "T": "transformer"}
 

@@ -7,47 +7,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coatnet.model.kept import Kept
+
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
 
-class RelativeBias(nn.Module):
+class GlobalBias(nn.Module):
     """The matrix w_{i-j} for all pairs of cells of a grid, read out of one table of offsets.
 
-    The table `(A, 2H-1, 2W-1)` belongs to the grid it was made for; for any other grid it is resampled bilinearly
-    (appendix A.1). In evaluation the last matrix is kept until grid, dtype, device or table changes.
+    In evaluation the last matrix is kept until grid, dtype, device or weights change.
     """
 
-    def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
-        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
-        self._kept: tuple[object, Tensor] | None = None
+        self._kept: Kept[Tensor] = Kept()
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the grid that the table belongs to, in cells."""
-        return (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
+    def table_for(self, grid: tuple[int, int]) -> Tensor:
+        """One scalar for each offset of query minus key on that grid, for each head: `(A, 2H-1, 2W-1)`."""
+        raise NotImplementedError
 
     def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The bias `(A, N, N)` of queries (rows) and keys (columns), both row by row over the grid."""
-        # A graph holds no state of ours; there the gather costs next to nothing, fused with its neighbours.
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self._kept.serves(self):  # in a graph, the gather costs next to nothing, fused with its neighbours
             return self.matrix(grid).to(dtype)
-        key = (grid, dtype, self.table.device, self.table.data_ptr(), self.table._version)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self.matrix(grid).to(dtype))
-        return self._kept[1]
+        return self._kept.get((grid, dtype), self.parameters(), lambda: self.matrix(grid).to(dtype))
 
     def matrix(self, grid: tuple[int, int]) -> Tensor:
         """P[i - i' + H - 1, j - j' + W - 1] for query (i, j) and key (i', j'), `(A, N, N)`.
 
         Windows of H x W offsets slide over the table: window (i, j) is row (i, j) of the matrix, keys mirrored.
         """
-        windows = resample(self.table, grid).unfold(1, grid[0], 1).unfold(2, grid[1], 1)  # (A, H, W, H, W)
+        windows = self.table_for(grid).unfold(1, grid[0], 1).unfold(2, grid[1], 1)  # (A, H, W, H, W)
         return windows.flip(3, 4).flatten(3, 4).flatten(1, 2)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}  # a copy or a pickle makes its own
+
+class RelativeBias(GlobalBias):
+    """The paper's: every offset of a grid has a parameter of its own.
+
+    The table `(A, 2H-1, 2W-1)` belongs to the grid it was made for; for any other grid it is resampled bilinearly
+    (appendix A.1).
+    """
+
+    def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the grid that the table belongs to, in cells."""
+        return (self.table.shape[1] + 1) // 2, (self.table.shape[2] + 1) // 2
+
+    def table_for(self, grid: tuple[int, int]) -> Tensor:
+        return resample(self.table, grid)
 
 
 class WindowBias(nn.Module):

@@ -8,6 +8,7 @@ from torch import nn
 from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet
 from coatnet.model.relative_bias import RelativeBias, resample
+from coatnet.suggestions import nearest
 
 
 @torch.no_grad()
@@ -37,15 +38,18 @@ def freeze(model: CoAtNet, prefixes: Iterable[str]) -> CoAtNet:
         prefixes: names of modules as in `named_modules`, such as "stem" or "stages.0".
 
     Raises:
-        UserError: if a prefix names no part of the network.
+        UserError: if a prefix names no part of the network; nothing is frozen then.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
+    prefixes = list(prefixes)
     for prefix in prefixes:
         if prefix not in modules:
             parts = ", ".join(name for name, _ in model.named_children())
             raise UserError(
-                f"cannot freeze {prefix!r}: the network has {parts}, and inside stages 'stages.0' and so on"
+                f"cannot freeze {prefix!r}{nearest(prefix, modules)}: "
+                f"the network has {parts}, and inside stages 'stages.0' and so on"
             )
+    for prefix in prefixes:
         modules[prefix].requires_grad_(False)
     model.train(model.training)
     return model

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from coatnet.errors import UserError
+from coatnet.model.row import Row, Stage
+from coatnet.model.timm.variants import TIMM_VARIANTS, TimmVariant
 from coatnet.suggestions import nearest
 
 CHOICES = {
@@ -25,36 +27,18 @@ MAX_DEPTH, MAX_WIDTH = 128, 8192
 
 
 @dataclass(frozen=True)
-class Stage:
-    """`depth` blocks of one kind ("mbconv" or "transformer") at `width`; the first has the stride."""
-
-    kind: str
-    depth: int
-    width: int
-    stride: int = 2
-
-
-@dataclass(frozen=True)
-class Variant:
+class Variant(Row):
     """A row of the family, complete: equal rows build equal networks.
 
     Args:
         stem: "convolution" (two 3x3), or "patch", the 16x16 patches of the ViT_REL study.
-        resolution: side of the square images that the relative biases are made for by default, pixels.
-        head_dim: width of an attention head.
         downsample: where MBConv strides: its "expand" convolution (equation 5) or "depthwise" (Table 9).
         mbconv_norm: "batch" or "layer" (Table 8).
         attention: "pre" or "post" (equation 3), "local" or "linear" (section 2.2, B and C).
         window: side of the neighbourhood of local attention, cells, odd.
     """
 
-    name: str
-    stem_width: int
-    stages: tuple[Stage, ...]
-    head_dim: int = 32
-    resolution: int = 224
     stem: str = "convolution"
-    stem_stride: int = 2
     downsample: str = "expand"
     mbconv_norm: str = "batch"
     attention: str = "pre"
@@ -97,14 +81,6 @@ class Variant:
             raise UserError(f"{stage}: depth is 1 to {MAX_DEPTH} and width 1 to {MAX_WIDTH}")
         if stage.kind == "transformer" and stage.width % self.head_dim:
             raise UserError(f"head_dim={self.head_dim} does not divide the width {stage.width} of a stage")
-
-    def grids(self, resolution: int) -> tuple[int, ...]:
-        """Side of the square map after each stage, in cells, for square images of that many pixels."""
-        sides, side = [], -(-resolution // self.stem_stride)
-        for stage in self.stages:
-            side = -(-side // stage.stride)
-            sides.append(side)
-        return tuple(sides)
 
     def vary(self, *, layout: str | None = None, block_counts: str | None = None, **changes: Any) -> "Variant":
         """This row with the variations of the paper: a layout, block counts, or any field of a row.
@@ -223,8 +199,8 @@ PUBLISHED = {
 
 
 def list_variants() -> list[str]:
-    """The names that `create_model` knows: the family of the paper, then the small rows."""
-    return list(VARIANTS)
+    """The names that `create_model` knows: the family of the paper, the small rows, and timm's architectures."""
+    return [*VARIANTS, *TIMM_VARIANTS]
 
 
 def default_variant(resolution: int) -> str:
@@ -237,8 +213,18 @@ def default_variant(resolution: int) -> str:
     return "coatnet-femto" if resolution <= 160 else "coatnet-pico"
 
 
-def find_variant(name: str) -> Variant:
+def find_variant(name: str) -> Variant | TimmVariant:
     """The row of that name. Raises UserError with the nearest names if there is none."""
-    if name not in VARIANTS:
-        raise UserError(f"unknown model {name!r}{nearest(name, list(VARIANTS))}; there are {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+    rows = {**VARIANTS, **TIMM_VARIANTS}
+    if name not in rows:
+        raise UserError(f"unknown model {name!r}{nearest(name, list(rows))}; `coatnet models` lists all {len(rows)}")
+    return rows[name]
+
+
+def read_row(values: Mapping[str, Any]) -> Variant | TimmVariant:
+    """The row that `to_dict` wrote: in full, or only its name for a row that knows no variations.
+
+    Raises:
+        UserError: if a key is unknown or missing, or a value is absurd.
+    """
+    return find_variant(values["name"]) if values.keys() == {"name"} else Variant.from_dict(values)

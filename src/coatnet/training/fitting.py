@@ -23,7 +23,7 @@ from coatnet.training.optimization import Optimization, Schedule
 from coatnet.training.recipe import Recipe, complete
 from coatnet.training.recipes import find_recipe
 
-SMALL = 64  # pixels: up to here a picture keeps its own size and is shifted, not cropped
+SMALL = 64  # pixels: up to here a picture keeps its own size, if it may, and is shifted, not cropped
 SAMPLE = 256  # pictures looked at
 
 
@@ -50,12 +50,8 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
 
     What the recipe gives is kept. Raises UserError if it contradicts the data or the bundle it starts from.
     """
-    row = find_recipe(recipe.name)
-    if row.needs_init and init is None:
-        raise UserError(f"recipe {recipe.name!r} starts from a bundle: give init, a folder such as RUN/bundle")
-    number = len(splits.training)
-    if init and recipe.model not in ("auto", row.recipe.model, init.model.variant.name):
-        raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
+    check_start(recipe, splits, init)
+    row, number = find_recipe(recipe.name), len(splits.training)
     preprocessing = fit_preprocessing(recipe, splits, init)
     model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
     model = init.model.variant.name if init else model
@@ -64,6 +60,11 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     batch_size = recipe.batch_size or fit_batch_size(number)
     epochs = recipe.epochs or fit_epochs(number, finetune=init is not None)
     total_steps = steps_of(epochs, number, batch_size)
+    if recipe.head_first_epochs and steps_of(recipe.head_first_epochs, number, batch_size) >= total_steps:
+        raise UserError(
+            f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs:g} epochs for the rest of the "
+            "network: give less, or freeze the rest"
+        )
     published = recipe.name not in ("scratch", "finetune")
     regular = {} if published else regularisation(splits, preprocessing.resolution, finetune=init is not None)
     rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, finetune=init is not None)}
@@ -71,12 +72,15 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
         rate["layer_decay"] = 0.8
     warmup = {} if published else {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5}
     average = recipe.ema_decay if recipe.ema_decay is not None else fit_ema_decay(total_steps)
-    depth = recipe.stochastic_depth if recipe.stochastic_depth is not None else table.get("stochastic_depth", 0.1)
+    depth = recipe.stochastic_depth
+    if depth is None:
+        # The few blocks of the rows for small pictures learn too little rather than too much.
+        depth = table.get("stochastic_depth", 0.0 if preprocessing.resolution <= SMALL else 0.1)
     return replace(
         recipe,
         data=recipe.data if recipe.data in NAMES else str(Path(recipe.data).expanduser().resolve()),
         model=model,
-        init=str(Path(recipe.init).resolve()) if recipe.init else None,
+        init=lasting(recipe.init) if recipe.init else None,
         resolution=preprocessing.resolution,
         channels=preprocessing.channels,
         epochs=epochs,
@@ -96,6 +100,36 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
         # at most a dozen evaluations: on small pictures one costs as much as a sixth of an epoch
         evaluate_every=recipe.evaluate_every or (1.0 if recipe.max_minutes else max(1.0, round(epochs / 12))),
     )
+
+
+def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
+    """Raises UserError if recipe, data and the bundle to start from contradict each other."""
+    row = find_recipe(recipe.name)
+    if init is None:
+        if row.needs_init:
+            raise UserError(
+                f"recipe {recipe.name!r} starts from a bundle: give init, "
+                "a folder such as RUN/bundle or an id of the hub"
+            )
+        for name in ("freeze", "head_first_epochs"):
+            if getattr(recipe, name):
+                raise UserError(f"{name} is for a network that has learned already: give init as well, or leave it out")
+        return
+    if recipe.model not in ("auto", row.recipe.model, init.model.variant.name):
+        raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
+    if init.classes == splits.classes and init.multilabel != splits.multilabel:
+        # More often a stray separator in a table than a wish.
+        kinds = {True: "several labels a picture", False: "one label a picture"}
+        raise UserError(
+            f"{splits.name} has {kinds[splits.multilabel]}, but init learned the same classes with "
+            f"{kinds[init.multilabel]}: give data of the same kind"
+        )
+
+
+def lasting(init: str) -> str:
+    """A folder or file by its full path; anything else, such as an id of the hub, as it is."""
+    path = Path(init).expanduser()
+    return str(path.resolve()) if path.exists() else init
 
 
 def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Preprocessing:
@@ -121,12 +155,12 @@ def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Pr
 
 
 def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
-    """Augmentation and mixing: shifts for small pictures, crops and RandAugment for photographs."""
-    small = resolution <= SMALL
+    """Augmentation and mixing: shifts for small pictures, enlarged or not, crops and RandAugment for photographs."""
     # A letter in a mirror is no letter, and most small grey pictures are signs; garments are not.
-    flip_rate = 0.0 if small and splits.grey and not splits.name.startswith("fashion-mnist") else 0.5
+    signs = is_small(splits) and splits.grey and not splits.name.startswith("fashion-mnist")
+    flip_rate = 0.0 if signs else 0.5
     smoothing = 0.0 if splits.training.multilabel else 0.1
-    if small:
+    if is_small(splits) or resolution <= SMALL:
         return {
             "augmentation": {
                 "placement": "shift",
@@ -176,3 +210,9 @@ def fit_ema_decay(total_steps: int) -> float:
 def steps_of(epochs: float, number: int, batch_size: int) -> int:
     """Optimizer steps that show each of `number` pictures `epochs` times."""
     return max(1, math.ceil(epochs * number / batch_size))
+
+
+def head_first_steps(recipe: Recipe, number: int) -> int:
+    """Optimizer steps in which the classifier learns alone."""
+    assert recipe.batch_size is not None
+    return steps_of(recipe.head_first_epochs, number, recipe.batch_size) if recipe.head_first_epochs else 0

@@ -3,7 +3,6 @@
 import math
 import shutil
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,14 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.mixing import mix
 from coatnet.data.order import hash_words
 from coatnet.errors import UserError
-from coatnet.model.coatnet import CoAtNet, create_model
-from coatnet.model.surgery import change_resolution
 from coatnet.runtime import best_device
 from coatnet.training.checkpoint import Checkpoint
+from coatnet.training.fitting import head_first_steps
+from coatnet.training.freezing import HeadFirst
 from coatnet.training.losses import balancing_weights, build_loss
 from coatnet.training.optimization import WeightAverage, build_optimizer, gradient_norm, take_step
 from coatnet.training.recipe import Recipe, parts
+from coatnet.training.start import build_model, describe_start, start_statistics
 
 INITIALISATION = -1  # the step whose randomness the untrained weights come from
 
@@ -35,21 +35,28 @@ class Learner:
         self.recipe, self.num_classes = recipe, len(dataset.classes)
         self.device = best_device()
         seed_step(recipe.seed, INITIALISATION)
-        self.model = build_model(recipe, self.num_classes, init).to(self.device).train()
+        self.model = build_model(recipe, dataset, init).to(self.device).train()
         self.average = WeightAverage(self.model, recipe.ema_decay or 0.0)
         self.optimizer = build_optimizer(self.model, parts(recipe).optimizer)
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self._head_first = HeadFirst(self.model, head_first_steps(recipe, len(dataset)))
         weights = balancing_weights(dataset.labels, self.num_classes) if recipe.balance == "weights" else None
         self._loss = build_loss(recipe.loss or "softmax", weights if weights is None else weights.to(self.device))
         self._forward = compiled(self.model, self.device) if recipe.compile else self.model
         self._bf16 = runs_bf16(recipe.precision, self.device)
+        self._start = describe_start(recipe, dataset, init)
         self.last_learning_rate = 0.0
 
     def describe(self) -> str:
-        """Model, size and precision in half a line."""
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        precision = "bf16" if self._bf16 else "fp32"
-        return f"{self.recipe.model}, {size / 1e6:.2f} M parameters, {precision} on {self.device.type}"
+        """Model, where its weights come from, size and precision in half a line."""
+        size, learning = (sum(p.numel() for p in each) for each in (self.model.parameters(), self._parameters.values()))
+        told = [f"{self.recipe.model}{self._start}", f"{size / 1e6:.2f} M parameters"]
+        if learning < size:
+            told.append(f"{(size - learning) / 1e6:.2f} M of them frozen")
+        if self._head_first.steps:
+            told.append(f"for {self._head_first.steps:,} steps only the classifier learns")
+        told.append(f"{'bf16' if self._bf16 else 'fp32'} on {self.device.type}")
+        return ", ".join(told)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the recipe: weights in fp32, and matrix products in bf16 where it says so."""
@@ -64,6 +71,7 @@ class Learner:
         seed = step_seed(recipe.seed, step)
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         micro = recipe.micro_batch_size or batch_size
+        self._head_first.enter(step)
         if step == 0 and recipe.init is None:
             start_statistics(self.model, images[:micro])
         seed_step(recipe.seed, step)
@@ -118,48 +126,6 @@ class Learner:
         """The averaged weights as a finished model."""
         recipe = self.recipe
         return Bundle(self.average.model, dataset.classes, parts(recipe).preprocessing, dataset.multilabel, record)
-
-
-def build_model(recipe: Recipe, num_classes: int, init: Bundle | None) -> CoAtNet:
-    """The network of the recipe; with a bundle to start from, its weights under a new classifier."""
-    preprocessing = parts(recipe).preprocessing
-    depth = recipe.stochastic_depth or 0.0
-    if init is None:
-        return create_model(
-            recipe.model,
-            num_classes=num_classes,
-            in_channels=preprocessing.channels,
-            resolution=preprocessing.resolution,
-            stochastic_depth=depth,
-            **recipe.variations,
-        )
-    if recipe.variations:
-        raise UserError("variations can not be given together with init: the bundle's network is what it is")
-    config: dict[str, Any] = init.model.config()
-    if config["in_channels"] != preprocessing.channels:
-        raise UserError(f"the bundle takes {config['in_channels']} channels, got channels {preprocessing.channels}")
-    model = create_model(config.pop("variant"), stochastic_depth=depth, **config)
-    model.load_state_dict(init.model.state_dict())
-    model.reset_classifier(num_classes)
-    if preprocessing.resolution != model.resolution:
-        change_resolution(model, preprocessing.resolution)
-    return model
-
-
-@torch.no_grad()
-def start_statistics(model: nn.Module, images: Tensor) -> None:
-    """Take BatchNorm's running statistics from a first batch.
-
-    Variances in an untrained network are far below the customary 1, which needs 150 steps to be forgotten:
-    until then (a run of 51 steps on digits) evaluation is mere chance where the batch's own statistics give 0.58.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet
 from coatnet.model.surgery import layer_groups
+from coatnet.training.freezing import frozen_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -122,13 +123,18 @@ class WeightAverage(Generic[Model]):
     """An exponential moving average of weights and BatchNorm statistics, kept as a second model in `.model`.
 
     The decay warms up as min(decay, (1 + t) / (10 + t)), so that early averages forget the random start.
-    With decay 0 the average is the model itself.
+    With decay 0 the average is the model itself. What is frozen in the model stays as it is here.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        still, averages = frozen_modules(model), self.model.state_dict()
+        pairs = [
+            (averages[name], value)
+            for name, value in model.state_dict().items()
+            if name.rpartition(".")[0] not in still
+        ]
         self._moving = [(average, value) for average, value in pairs if value.is_floating_point()]
         self._counters = [(average, value) for average, value in pairs if not value.is_floating_point()]
 

@@ -43,7 +43,9 @@ class Recipe:
     `optimizer`, `schedule`, `augmentation`, `mixing` and `preprocessing` may be given whole, or as a dict of
     what should differ from the choice: `Recipe(data="digits", augmentation={"shift": 1})`.
 
-    `name` is a row of `recipes.RECIPES`; `model` a variant, or "auto"; `init` a bundle folder to start from.
+    `name` is a row of `recipes.RECIPES`; `model` a variant, or "auto"; `init` a bundle to start from,
+    a folder or an id of the hub. With it, `freeze` names parts that do not learn ("stem,stages.0", or a list), and
+    in the first `head_first_epochs` only the classifier learns.
     `epochs` and `evaluate_every` count passes over the training pictures, `batch_size` the pictures of one
     optimizer step, `micro_batch_size` those that pass through the model at once. `ema_decay` 0 means no
     averaging. `patience` is in evaluations without a better top-1 (or mAP). Under `max_minutes` the schedule
@@ -55,6 +57,8 @@ class Recipe:
     model: str = "auto"
     variations: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
+    freeze: tuple[str, ...] | str = ()
+    head_first_epochs: float = 0.0
     resolution: int | None = None
     channels: int | None = None
     epochs: float | None = None
@@ -88,6 +92,9 @@ class Recipe:
                 if name != "preprocessing":  # its fields can be judged only together
                     PARTS[name](**value)
             object.__setattr__(self, name, value)
+        if isinstance(self.freeze, str):
+            names = (name.strip() for name in self.freeze.split(","))
+            object.__setattr__(self, "freeze", tuple(name for name in names if name))
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -96,6 +103,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+        if not self.head_first_epochs >= 0:
+            raise UserError(f"head_first_epochs must be 0 or more, got {self.head_first_epochs}")
         if self.channels not in (None, 1, 3):
             raise UserError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
         if not 0 <= self.seed < 2**63:

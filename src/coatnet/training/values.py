@@ -93,6 +93,8 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
+        if arguments[0] is str:
+            return "names, such as [stem,head]"
         return "numbers, such as [0.5]" if Ellipsis in arguments else "two numbers, such as [0.8,1.0]"
     return "names with values, such as {name: value}" if origin is dict else hint.__name__
 

@@ -2,53 +2,81 @@
 
 import json
 import math
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from coatnet.errors import UserError
 
-_KINDS = {"F32": torch.float32, "I64": torch.int64}
+_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # The format's own limit; also keeps a header that lies about its length from being believed.
 _LONGEST_HEADER = 100_000_000
 
 
-def write_weights(model: nn.Module, path: Path) -> None:
-    """The state of a model, single precision, whatever device and memory format it lives in."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The tensors in single precision (counters as they are), whatever device and memory format they live in."""
     kinds = {True: torch.float32, False: torch.int64}
-    state = {
+    plain = {
         name: tensor.detach().to("cpu", kinds[tensor.is_floating_point()]).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in tensors.items()
     }
     try:
-        save_file(state, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from error
 
 
-def read_weights(model: nn.Module, path: Path) -> None:
-    """Fill a model, which may live on the meta device, with the tensors of a file.
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exactly the expected tensors, in single precision; those may live on the meta device.
 
     Raises:
-        UserError: the file is damaged, or its tensors are not exactly the model's, or one is not finite.
+        UserError: the file is damaged, its tensors are not exactly the expected, or one is not finite; the message
+            names the first.
     """
-    _check_header(_read_header(path), model.state_dict(), path)
+    check_shapes({name: (row["dtype"], row["shape"]) for name, row in read_header(path).items()}, expected, path)
     try:
-        state = load_file(path)
+        found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
-    for name, tensor in state.items():
+    return finite(found, path)
+
+
+def read_pickled_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `read_tensors`, from a file of `torch.save`; nothing in it is executed, but it is read whole first."""
+    found = load_pickle(path)
+    names = {kind: name for name, kind in _KINDS.items()}
+    kinds = {name: (names.get(each.dtype, str(each.dtype)), list(each.shape)) for name, each in found.items()}
+    check_shapes(kinds, expected, path)
+    return finite(found, path)
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`, on their own or under "state_dict". Raises UserError if it has none."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a file of tensors: {(str(error) or 'it is cut short').splitlines()[0]}") from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
+        raise UserError(f"{path}: not a table of tensors by name")
+    return found
+
+
+def finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors in single precision. Raises UserError if one holds NaN or infinity."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; the file is damaged or training failed")
-    model.load_state_dict(state, assign=True)
-    model.to(memory_format=torch.channels_last)
+    return {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     """The table of contents: tensor name -> dtype, shape and place in the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -84,7 +112,9 @@ def _check_places(header: dict[str, Any], size: int, path: Path) -> None:
     end = 0
     for first, last, length, name in places:
         if length is None:
-            raise UserError(f"{path}: {name} is {header[name]['dtype']}; weights are F32 (and counters I64)")
+            raise UserError(
+                f"{path}: {name} is {header[name]['dtype']}; weights are F32, F16 or BF16 (and counters I64)"
+            )
         if first != end or last - first != length:
             raise UserError(f"{path}: {name} does not lie where its shape and the tensors before it put it")
         end = last
@@ -101,16 +131,18 @@ def _place_and_length(row: dict[str, Any]) -> tuple[int, int, int | None]:
     return first, last, None if kind is None else math.prod(row["shape"]) * kind.itemsize
 
 
-def _check_header(header: dict[str, Any], expected: dict[str, torch.Tensor], path: Path) -> None:
-    """Exactly the model's tensors, by name, kind and shape; tells the first that differs."""
+def check_shapes(found: Mapping[str, tuple[str, Sequence[int]]], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError that names the first tensor that is missing, of another kind or shape, or too many."""
     for name, tensor in expected.items():
-        if name not in header:
+        if name not in found:
             raise UserError(f"{path}: {name} is missing; the weights are not those of the model in config.json")
-        row = header[name]
-        if _KINDS[row["dtype"]] != tensor.dtype or tuple(row["shape"]) != tuple(tensor.shape):
+        kind, shape = found[name]
+        same_kind = kind in _KINDS and _KINDS[kind].is_floating_point == tensor.is_floating_point()
+        if not same_kind or tuple(shape) != tuple(tensor.shape):
             raise UserError(
-                f"{path}: {name} is {row['dtype']} {row['shape']}, "
+                f"{path}: {name} is {kind} {list(shape)}, "
                 f"the model in config.json has {tensor.dtype} {list(tensor.shape)}"
             )
-    for name in header.keys() - expected.keys():
-        raise UserError(f"{path}: {name} is not part of the model in config.json")
+    for name in found:
+        if name not in expected:
+            raise UserError(f"{path}: {name} is not part of the model in config.json")

@@ -1,0 +1,103 @@
+"""Arguments of the verbs that use a finished model."""
+
+import argparse
+from collections.abc import Sequence
+
+from coatnet.arguments.parser import BUNDLE_HELP, DATA_HELP, Parser
+
+
+def evaluate_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "evaluate",
+        "Measure a finished model: top-1, top-5, likelihood, calibration, every class (several labels: mAP).",
+        "examples:\n"
+        "  coatnet evaluate runs/clothes/bundle --data fashion-mnist-small\n"
+        "  coatnet evaluate runs/mine/bundle --data other/pictures --split all --json > report.json\n\n"
+        f"{DATA_HELP}",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--data", required=True, metavar="X", help="what to measure on; classes are matched by name")
+    parser.add_argument("--split", choices=("validation", "training", "all"), default="validation", help="which part")
+    parser.add_argument("--json", action="store_true", help="numbers for a program rather than a page for people")
+    return parser.parse(arguments)
+
+
+def predict_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "predict",
+        "Classify pictures, one line each. A file that is no picture gets its own line, and exit code 1.",
+        "examples:\n"
+        "  coatnet predict runs/mine/bundle holiday.jpg more/pictures\n"
+        "  coatnet predict runs/mine/bundle more/pictures --top-k 1 --json > answers.jsonl",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="answers for each picture (5)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line rather than words")
+    return parser.parse(arguments)
+
+
+def features_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "features",
+        "Write what a finished model makes of each picture in front of its classifier, a row of numbers a picture.",
+        "examples:\n"
+        "  coatnet features runs/mine/bundle --data labels.csv --out all.npy      # all.csv names the rows\n"
+        "  coatnet features runs/mine/bundle --pictures holiday.jpg more/pictures --out found.parquet\n\n" + DATA_HELP,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="X", help="pictures with labels, of any classes")
+    source.add_argument("--pictures", nargs="+", metavar="PATH", help="or without: pictures, and folders of pictures")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".npy with a .csv beside it, or .parquet; new")
+    parser.add_argument(
+        "--split", choices=("validation", "training", "all"), default="all", help="which part of X (all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
+    given = parser.parse(arguments)
+    if given.pictures and given.split != "all":
+        parser.error("--split is for --data; of --pictures all are taken")
+    return given
+
+
+def probe_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "probe",
+        "Judge a model's features: a linear probe and nearest neighbours, learned on the training split and measured\n"
+        "on the validation split.",
+        f"examples:\n  coatnet probe runs/mine/bundle --data other/pictures --k 10 --json\n\n{DATA_HELP}",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--data", required=True, metavar="X", help="training and validation pictures of any classes")
+    parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours that vote (20)")
+    parser.add_argument("--json", action="store_true", help="numbers for a program rather than lines for people")
+    return parser.parse(arguments)
+
+
+def export_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "export",
+        "Write a finished model in the format of another program.\n"
+        "  timm   for models of timm's rows: what timm.create_model('local-dir:FOLDER', pretrained=True) opens",
+        "examples:\n  coatnet export runs/mine/bundle --format timm --out exported",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--format", required=True, choices=("timm",), help="whose format")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write it, new")
+    return parser.parse(arguments)
+
+
+def push_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "push",
+        "Publish a finished model on the Hugging Face hub: weights, config and model card in one commit.\n"
+        "Log in first (`hf auth login`) or set HF_TOKEN.",
+        "examples:\n"
+        "  coatnet push runs/mine/bundle my-name/garments\n"
+        "  coatnet predict my-name/garments picture.jpg           # by anyone, anywhere",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a finished model, such as RUN/bundle")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make it private, if it is made")
+    return parser.parse(arguments)

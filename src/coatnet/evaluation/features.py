@@ -1,0 +1,146 @@
+"""What a finished model makes of pictures in front of its classifier. Shapes: B batch, N pictures, D features."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coatnet.bundle import Bundle
+from coatnet.data.bad_images import BadImages
+from coatnet.data.datasets import Dataset, FileDataset
+from coatnet.data.loading import evaluation_batches
+from coatnet.data.splits import Splits
+from coatnet.errors import UserError
+from coatnet.evaluation.evaluate import IN_PROCESS, choose_datasets
+from coatnet.evaluation.prediction import expand_paths
+from coatnet.evaluation.progress import with_bar
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureBatch:
+    """Features (B, D) float32, labels (B,) or (B, K) of the dataset's own classes, and where each picture lies."""
+
+    features: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The pictures of some datasets, in their order; iterating computes a batch at a time and holds no more.
+
+    `bad_images` tells why each picture left out was no use, once all batches have been seen.
+    """
+
+    bundle: Bundle
+    name: str
+    split: str
+    datasets: Sequence[Dataset]
+    batch_size: int
+    num_workers: int | None
+    bad_images: dict[str, str] = field(default_factory=dict, init=False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the labels mean; empty for pictures without labels, whose labels are all -1."""
+        return self.datasets[0].classes
+
+    @property
+    def num_features(self) -> int:
+        return self.bundle.model.num_features
+
+    @property
+    def num_batches(self) -> int:
+        return sum(-(-len(dataset) // self.batch_size) for dataset in self.datasets)
+
+    def __len__(self) -> int:
+        """Pictures, those that may turn out bad among them."""
+        return sum(map(len, self.datasets))
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        """Raises UserError if the split is empty, not a picture of it can be read, or a feature is not finite."""
+        if not len(self):
+            raise UserError(f"{self.name}: the {self.split} split holds no pictures")
+        bad_images = BadImages(len(self), budget=1.0)
+        found_any = False
+        was_training = self.bundle.model.training
+        self.bundle.model.eval()
+        try:
+            for dataset in self.datasets:
+                for images, labels, indices in evaluation_batches(
+                    dataset,
+                    preprocessing=self.bundle.preprocessing,
+                    batch_size=self.batch_size,
+                    num_workers=0 if self.num_workers is None and len(dataset) <= IN_PROCESS else self.num_workers,
+                    bad_images=bad_images,
+                ):
+                    found_any = True
+                    names = tuple(map(dataset.locate, indices.tolist()))
+                    yield FeatureBatch(_features(self.bundle, images), labels, names)
+        finally:
+            self.bad_images.update(bad_images.records)
+            self.bundle.model.train(was_training)
+        if not found_any:
+            raise UserError(f"{self.name}: none of the {len(self):,} pictures of the {self.split} split could be read")
+
+    def gather(self) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """All of them at once: features (N, D), labels (N,) or (N, K), names."""
+        table = torch.empty(len(self), self.num_features)
+        labels, names = [], []
+        for batch in with_bar(self, f"features of {self.split}", self.num_batches):
+            table[len(names) : len(names) + len(batch.names)] = batch.features
+            labels.append(batch.labels)
+            names += batch.names
+        return table[: len(names)], torch.cat(labels), tuple(names)
+
+
+def extract(
+    bundle: Bundle,
+    data: str | Path | Dataset | Splits,
+    *,
+    split: Literal["validation", "training", "all"] = "all",
+    batch_size: int = 64,
+    num_workers: int | None = None,
+) -> Features:
+    """The features of a dataset or a split of it, to be iterated or gathered; its classes need not be the model's.
+
+    Data is split as it was for the training of the bundle. Without `num_workers`, up to 2,000 pictures are read in
+    this process, and more of them by a worker process a core.
+
+    Raises:
+        UserError: there is no such data or split, or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    name, datasets, split_name = choose_datasets(data, split, bundle)
+    return Features(bundle, name, split_name, datasets, batch_size, num_workers)
+
+
+def open_pictures(paths: Iterable[str | Path]) -> FileDataset:
+    """Pictures without labels: files, and folders that are searched as `predict` does.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no picture. Files that are no pictures are found later.
+    """
+    files = []
+    for path, error in expand_paths(paths):
+        if error is not None:
+            raise UserError(f"{path}: {error}")
+        files.append(str(path))
+    return FileDataset("pictures", (), Path(), files, np.full(len(files), -1))
+
+
+# Not inference mode: autograd refuses its tensors, and a new head is often trained on features.
+@torch.no_grad()
+def _features(bundle: Bundle, images: Tensor) -> Tensor:
+    model = bundle.model
+    device = next(model.parameters()).device
+    maps = model.forward_features(images.to(device, memory_format=torch.channels_last))
+    features = model.forward_head(maps, pre_logits=True).float().cpu()
+    if not torch.isfinite(features).all():
+        raise UserError("the model's features are not finite (NaN or infinity): its weights are broken")
+    return features

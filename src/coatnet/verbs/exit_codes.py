@@ -1,0 +1,3 @@
+"""What the program tells the shell."""
+
+FAILED, USER_MISTAKE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141

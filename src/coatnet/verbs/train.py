@@ -1,0 +1,18 @@
+"""The verb that trains."""
+
+from collections.abc import Sequence
+
+from coatnet.arguments.train import train_arguments
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train, measure, and leave a finished model."""
+    recipe, given = train_arguments(arguments)
+    if given.print_config:
+        print(recipe.to_yaml(), end="")
+        return 0
+    from coatnet.training.trainer import train as train_recipe
+
+    print(train_recipe(recipe, given.out).headline())
+    print(f"The whole report is {given.out}/report.md, the finished model {given.out}/bundle.")
+    return 0

@@ -19,7 +19,9 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 import coatnet
+from coatnet.bundle import Bundle
 from coatnet.data.bad_images import BadImages
+from coatnet.data.datasets import Dataset
 from coatnet.data.loading import evaluation_batches
 from coatnet.model.coatnet import CoAtNet
 from coatnet.model.relative_bias import RelativeBias
@@ -51,7 +53,7 @@ def main() -> None:
     print(f"{bundle.model.variant.name}, tables made at {bundle.model.resolution} pixels, {len(labels):,} pictures")
 
 
-def read(bundle: coatnet.bundle.Bundle, dataset: object, number: int) -> tuple[Tensor, Tensor]:
+def read(bundle: Bundle, dataset: Dataset, number: int) -> tuple[Tensor, Tensor]:
     """Images as the bundle sees them, and labels."""
     batches = evaluation_batches(
         dataset,

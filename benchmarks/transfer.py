@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist", help="or fashion-mnist-small, for a quick look")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--pretraining-minutes", type=float, default=4.0)
-    parser.add_argument("--draws", type=int, nargs=len(PICTURES), default=[3, 3, 1], help="for 10, 50 and 250 pictures")
+    parser.add_argument("--draws", type=int, nargs=len(PICTURES), default=[3, 1, 1], help="for 10, 50 and 250 pictures")
     parser.add_argument("--epochs", type=float, help="of every run on the new classes; the recipes' own by default")
     arguments = parser.parse_args()
     splits = coatnet.open_dataset(arguments.data)
@@ -57,7 +57,7 @@ def main() -> None:
 
 def run(recipe: str, data: Path, out: Path, **changes: object) -> float:
     """Top-1 of one training, a fraction."""
-    changes = {"data": str(data), "model": "auto", "num_workers": 1, **changes}
+    changes = {"data": str(data), "model": "auto", "num_workers": 0, "evaluate_every": 1e9, **changes}
     return coatnet.train(named(recipe, changes), out).figures["top1"]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,3 +250,13 @@ def test_weights_cut_short_are_refused(saved: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(UserError, match="cut short"):
         load(saved)
+
+
+def test_loading_does_not_import_torchs_compiler(tmp_path: Path) -> None:
+    """Which takes longer than the rest of loading; arithmetic on the meta device would import it."""
+    model = create_model("coatnet-femto-64", num_classes=2, resolution=28).eval()
+    Bundle(model, ("ant", "bee"), Preprocessing(resolution=28)).save(tmp_path / "bundle")
+    program = (
+        f"import coatnet, sys; coatnet.load({str(tmp_path / 'bundle')!r}); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 MAIN_OPTIONS = {
     "data": "what to learn from, see below",
     "model": "a name of `coatnet models`; auto: chosen for the data",
-    "init": "bundle to start from, for fine-tuning",
+    "init": "model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k",
+    "freeze": "with init: parts that do not learn, such as stem,stages.0",
+    "head_first_epochs": "with init: epochs in which only the classifier learns",
     "epochs": "passes over the training pictures",
     "batch_size": "pictures of one optimizer step",
     "resolution": "side of the square pictures that the model sees, pixels",

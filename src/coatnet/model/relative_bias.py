@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coatnet.model.kept import Kept
 
+# torch.normal and not normal_: see assembly.initialise on the meta device.
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
 
@@ -50,8 +51,7 @@ class RelativeBias(GlobalBias):
 
     def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
-        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
+        self.table = nn.Parameter(torch.normal(0.0, INITIAL_DEVIATION, (num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1)))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -67,8 +67,7 @@ class WindowBias(nn.Module):
 
     def __init__(self, num_heads: int, window: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.empty(num_heads, window, window))
-        nn.init.normal_(self.table, std=INITIAL_DEVIATION)
+        self.table = nn.Parameter(torch.normal(0.0, INITIAL_DEVIATION, (num_heads, window, window)))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """`(A, 1, S * S)` for neighbours row by row; indexed by query minus key, like the global table."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from coatnet.model.kept import Kept
 
-# torch.normal and not normal_: see assembly.initialise on the meta device.
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
 
@@ -51,7 +50,12 @@ class RelativeBias(GlobalBias):
 
     def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.normal(0.0, INITIAL_DEVIATION, (num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1)))
+        self.table = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin untrained."""
+        draw(self.table)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -67,11 +71,22 @@ class WindowBias(nn.Module):
 
     def __init__(self, num_heads: int, window: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.normal(0.0, INITIAL_DEVIATION, (num_heads, window, window)))
+        self.table = nn.Parameter(torch.empty(num_heads, window, window))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin untrained."""
+        draw(self.table)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """`(A, 1, S * S)` for neighbours row by row; indexed by query minus key, like the global table."""
         return self.table.flip(1, 2).flatten(1)[:, None].to(dtype)
+
+
+def draw(table: Tensor) -> None:
+    """Untrained biases, in place; nothing on the meta device, where normal_ imports torch's compiler for a second."""
+    if not table.is_meta:
+        nn.init.normal_(table, std=INITIAL_DEVIATION)
 
 
 def resample(table: Tensor, grid: tuple[int, int]) -> Tensor:

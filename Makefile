@@ -11,11 +11,12 @@ SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench clean
+.PHONY: help install demo test test-slow test-faults check format bench clean
 
 help:
 	@echo 'make demo       train on 10,000 pictures of clothes, report, classify three: about five minutes'
-	@echo 'make test       the tests (make test-slow: those that train for minutes)'
+	@echo 'make test       the tests (make test-slow: those that train for minutes;'
+	@echo '                make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make check      format, lint, types and architecture'
 	@echo 'make format     rewrite the files as make check wants them'
 	@echo 'make bench      our speed beside timm'\''s'
@@ -60,7 +61,11 @@ test: $(INSTALLED)
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	@$(PYTEST) -m slow --timeout=7200
+	@$(PYTEST) -m 'slow and not faults' --timeout=7200
+
+# One after the other: they take times, and each uses two processes or the whole disk.
+test-faults: $(INSTALLED)
+	@$(PYTEST) -m faults tests/faults
 
 check: $(INSTALLED)
 	@.venv/bin/ruff format --check

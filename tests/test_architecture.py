@@ -18,6 +18,7 @@ LAYERS = (
     ("verbs",),
     ("arguments", "family"),
     ("coatnet",),
+    ("planning",),
     ("training",),
     ("evaluation",),
     ("bundle",),

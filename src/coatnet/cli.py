@@ -10,7 +10,7 @@ from coatnet.errors import UserError
 from coatnet.suggestions import nearest
 from coatnet.verbs.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_MISTAKE
 from coatnet.verbs.finished import evaluate, export, features, predict, probe, push
-from coatnet.verbs.looking import doctor, models
+from coatnet.verbs.looking import doctor, models, pack, plan
 from coatnet.verbs.train import train
 
 HELP = """\
@@ -25,6 +25,8 @@ coatnet: from a folder of pictures to a measured, finished classifier
   coatnet push BUNDLE OWNER/NAME              publish it on the Hugging Face hub
   coatnet models                              the family, with the paper's figures beside the counted ones
   coatnet doctor DATA                         find bad files, duplicates and leaks before they cost a training
+  coatnet plan MODEL --gpus N --gpu-memory G  what a training on many GPUs will take, and how to start it
+  coatnet pack DATA OUT                       write pictures as tar shards, for disks and object stores
 
 a first hour:
   coatnet train --data fashion-mnist-small --out runs/clothes    # pictures that come with the package
@@ -44,6 +46,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "push": push,
     "models": models,
     "doctor": doctor,
+    "plan": plan,
+    "pack": pack,
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from coatnet.data.datasets import ArrayDataset, Dataset
 from coatnet.data.decoding import BadImage, decode
 from coatnet.data.order import BalancedOrder, Order, hash_words
-from coatnet.data.transforms import EvaluationTransform, Picture, TrainingTransform, as_pictures
+from coatnet.data.transforms import EvaluationTransform, Picture, Preprocessing, TrainingTransform, as_pictures
 from coatnet.errors import UserError
 
 _REPLACEMENTS = 64  # tried for one bad picture; after as many in a row the batch stays short
@@ -27,7 +27,10 @@ class Batch:
 
 
 class TrainingBatches:
-    """Batch b of the endless run; a bad picture is replaced by the next good one of the dataset."""
+    """Batch b of the endless run; a bad picture is replaced by the next good one of the dataset.
+
+    `places` are those of its pictures, 0 to `batch_size` - 1, that are made here, in their order; all if None.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class TrainingBatches:
         order: Order | BalancedOrder,
         batch_size: int,
         seed: int,
+        places: NDArray[np.int64] | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be 1 or more, got {batch_size}")
@@ -44,9 +48,20 @@ class TrainingBatches:
         self.order = order
         self.batch_size = batch_size
         self.seed = seed
+        self.places = np.arange(batch_size) if places is None else places
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the images of a batch."""
+        return len(self.places) * bytes_of(self.transform.preprocessing)
+
+    def first_index(self, number: int) -> int:
+        """Of the first picture of that batch."""
+        indices, _ = self.order.visits(number * self.batch_size + self.places[:1])
+        return int(indices[0])
 
     def __getitem__(self, number: int) -> Batch:
-        indices, epochs = self.order.visits(np.arange(number * self.batch_size, (number + 1) * self.batch_size))
+        indices, epochs = self.order.visits(number * self.batch_size + self.places)
         seeds = hash_words(self.seed, epochs, indices)
         if isinstance(self.dataset, ArrayDataset):
             images = self.transform.batch(as_pictures(self.dataset.pictures[indices]), seeds)
@@ -80,6 +95,15 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the images of a batch."""
+        return self.batch_size * bytes_of(self.transform.preprocessing)
+
+    def first_index(self, number: int) -> int:
+        """Of the first picture of that batch."""
+        return number * self.batch_size
+
     def __getitem__(self, number: int) -> Batch:
         indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
         if isinstance(self.dataset, ArrayDataset):
@@ -98,12 +122,23 @@ class EvaluationBatches:
         return _stack(images, labels, used, bad)
 
 
+def bytes_of(preprocessing: Preprocessing) -> int:
+    """What one image takes."""
+    return 4 * preprocessing.channels * preprocessing.resolution**2
+
+
 def read_picture(dataset: Dataset, index: int) -> tuple[Picture, NDArray]:
     """Pixels and label; raises `BadImage` if the picture cannot be read or decoded."""
-    encoded, label = dataset.read(index)
-    if isinstance(encoded, bytes):
-        return decode(encoded, dataset.locate(index)), label
-    return encoded, label
+    try:
+        encoded, label = dataset.read(index)
+        if isinstance(encoded, bytes):
+            return decode(encoded, dataset.locate(index)), label
+        return encoded, label
+    except BadImage:
+        raise
+    except Exception as error:
+        error.add_note(f"while reading picture {index} of {dataset.name}")
+        raise
 
 
 def _stack(images: list[Tensor], labels: list[NDArray], indices: list[int], bad: dict[str, str]) -> Batch:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from coatnet.data.folder import open_folder
+from coatnet.data.hugging_face import SCHEME, is_saved_folder, open_hugging_face
 from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
 from coatnet.data.named import (
     FASHION_CLASSES,
@@ -12,6 +13,7 @@ from coatnet.data.named import (
     open_fashion_mnist_small,
     open_idx_folder,
 )
+from coatnet.data.shards.opening import is_shard_folder, open_remote_shards, open_shard_folder
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.suggestions import nearest
@@ -20,7 +22,8 @@ NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
 def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Splits:
-    """Recognise a named set, a folder of pictures, a folder of IDX files, or a CSV, TSV or Parquet manifest.
+    """Recognise a named set, a folder (of pictures, tar shards, IDX files, or one that Hugging Face `datasets` saved),
+    a CSV, TSV or Parquet manifest, the URL of a folder of shards, or `hf://` and the name of a dataset.
 
     `validation_fraction` is held out where the source does not say what to hold out.
 
@@ -36,16 +39,24 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
         case "digits":
             return open_digits(validation_fraction)
 
+    if str(source).startswith(SCHEME):
+        return open_hugging_face(str(source), validation_fraction)
+    if "://" in str(source):
+        return open_remote_shards(str(source), validation_fraction)
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(
             f"no dataset at {str(source)!r}{nearest(str(source), NAMES)}: "
-            f"give a folder, a .csv, .tsv or .parquet file, or one of {', '.join(NAMES)}"
+            f"give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"
         )
     if path.is_dir():
         path = path.resolve()
         if is_idx_folder(path):
             return open_idx_folder(path, path.name, FASHION_CLASSES if "fashion" in path.name.lower() else None)
+        if is_saved_folder(path):
+            return open_hugging_face(str(path), validation_fraction)
+        if is_shard_folder(path):
+            return open_shard_folder(path, validation_fraction)
         return open_folder(path, validation_fraction)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return open_manifest(path, validation_fraction)

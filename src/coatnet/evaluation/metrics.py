@@ -58,6 +58,15 @@ class Metrics:
             raise UserError("the model's output is not finite (NaN or infinity): its weights are broken")
         self._counts.update(scores, truth)
 
+    @property
+    def parts(self) -> list[tuple[np.ndarray, ...]]:
+        """What each batch left behind; may be set to those of several counts, one after the other."""
+        return self._counts.batches
+
+    @parts.setter
+    def parts(self, parts: list[tuple[np.ndarray, ...]]) -> None:
+        self._counts.batches = parts
+
     def compute(self) -> dict[str, float]:
         """The figures of all pictures so far as fractions, and `n`, their number."""
         return self._counts.figures()

@@ -11,7 +11,7 @@ class MultilabelCounts:
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self._batches: list[tuple[np.ndarray, ...]] = []
+        self.batches: list[tuple[np.ndarray, ...]] = []
 
     def update(self, logits: np.ndarray, labels: np.ndarray) -> None:
         if not np.isin(labels, (0, 1)).all():
@@ -20,12 +20,12 @@ class MultilabelCounts:
         # log(1 + exp(-z)) for present labels, log(1 + exp(z)) for absent ones: exact for large logits.
         losses = np.logaddexp(0, np.where(labels, -logits, logits)).mean(axis=1)
         probabilities = 0.5 * (1 + np.tanh(logits / 2))
-        self._batches.append((labels, probabilities, losses))
+        self.batches.append((labels, probabilities, losses))
 
     def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if not self._batches:
+        if not self.batches:
             raise ValueError("no pictures were counted")
-        labels, probabilities, losses = zip(*self._batches, strict=True)
+        labels, probabilities, losses = zip(*self.batches, strict=True)
         return np.concatenate(labels), np.concatenate(probabilities), np.concatenate(losses)
 
     def figures(self) -> dict[str, float]:

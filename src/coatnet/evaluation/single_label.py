@@ -16,7 +16,7 @@ class SingleLabelCounts:
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self._batches: list[tuple[np.ndarray, ...]] = []
+        self.batches: list[tuple[np.ndarray, ...]] = []
 
     def update(self, logits: np.ndarray, labels: np.ndarray) -> None:
         labels = labels.astype(np.int64)
@@ -33,12 +33,12 @@ class SingleLabelCounts:
         probabilities = np.exp(log_probabilities)
         nll = -log_probabilities[rows, labels]
         brier = (probabilities**2).sum(axis=1) - 2 * probabilities[rows, labels] + 1
-        self._batches.append((labels, predicted, rank, probabilities[rows, predicted], nll, brier))
+        self.batches.append((labels, predicted, rank, probabilities[rows, predicted], nll, brier))
 
     def _columns(self) -> tuple[np.ndarray, ...]:
-        if not self._batches:
+        if not self.batches:
             raise ValueError("no pictures were counted")
-        return tuple(np.concatenate(column) for column in zip(*self._batches, strict=True))
+        return tuple(np.concatenate(column) for column in zip(*self.batches, strict=True))
 
     def figures(self) -> dict[str, float]:
         labels, _, rank, confidence, nll, brier = self._columns()

@@ -1,8 +1,8 @@
 """Checkpoints as folders that are either whole or absent: staged, flushed to disk, then renamed into place.
 
-A checkpoint is `step-000000123/` with `tensors.safetensors`, `state.json` and `manifest.json` (size and
-CRC-32 of the others). There is no pointer to the latest one: it is found by looking for the highest step that
-is whole.
+A checkpoint is `step-000000123/` with `tensors.safetensors` (or, of a sharded run, `tensors-00000-of-00008.safetensors`
+and so on), `state.json` and `manifest.json` (size and CRC-32 of the others). There is no pointer to the latest one: it
+is found by looking for the highest step that is whole. Nothing in it is executed when it is read.
 """
 
 import json
@@ -12,20 +12,25 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from coatnet.bundle.folder import flush
 from coatnet.errors import UserError
+from coatnet.training.stored_tensors import StoredTensors
 
 FORMAT = 1
 KEEP = 2
 _NAME = re.compile(r"step-(\d{9})$")
+_PART = re.compile(r"tensors(-\d{5}-of-\d{5})?\.safetensors")
+
+Fingerprint = list[int]  # size and CRC-32 of a file
 
 
 class CorruptCheckpoint(Exception):
@@ -38,6 +43,7 @@ class Checkpoint:
 
     tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
+    path: Path | None = None  # where it was read from
 
 
 def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
@@ -45,39 +51,83 @@ def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
 
     Raises UserError when the disk is too full or not writable; earlier checkpoints are untouched.
     """
-    staged = folder / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
+    staged = staging_place(folder, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_full_disk(folder, checkpoint.tensors)
-        staged.mkdir()
-        tensors = {key: tensor.detach().contiguous() for key, tensor in checkpoint.tensors.items()}
-        save_file(tensors, staged / "tensors.safetensors")
-        (staged / "state.json").write_text(json.dumps(checkpoint.state))
-        files = {path.name: _fingerprint(path) for path in sorted(staged.iterdir())}
-        (staged / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
-        for path in [*staged.iterdir(), staged]:
-            flush(path)
-        remove(folder / name)
-        os.rename(staged, folder / name)
-        flush(folder)
+        stage(staged, checkpoint.tensors)
+        written = {part_name(0, 1): write_part(staged / part_name(0, 1), checkpoint.tensors)}
+        publish(staged, folder / name, written, checkpoint.state)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint {folder / name} was not written: {error}; free some space there") from None
+        raise not_written(folder / name, error) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder / name
 
 
+def staging_place(folder: Path, name: str) -> Path:
+    """Where a checkpoint is put together; a new place every time."""
+    return folder / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
+
+
+def stage(staged: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Make that place. Raises OSError, also if the disk has too little room for the tensors."""
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_full_disk(staged.parent, tensors)
+    staged.mkdir()
+
+
+def part_name(part: int, num_parts: int) -> str:
+    """The file of tensors that one of several processes writes."""
+    return "tensors.safetensors" if num_parts == 1 else f"tensors-{part:05d}-of-{num_parts:05d}.safetensors"
+
+
+def write_part(path: Path, tensors: Mapping[str, Tensor]) -> Fingerprint:
+    """Write tensors and flush them to the disk. Raises OSError or SafetensorError."""
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    flush(path)
+    return _fingerprint(path)
+
+
+def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state: Mapping[str, Any]) -> None:
+    """Complete a staged checkpoint and give it its name. Raises OSError."""
+    (staged / "state.json").write_text(json.dumps(state))
+    files = {**parts, "state.json": _fingerprint(staged / "state.json")}
+    (staged / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
+    for path in (staged / "state.json", staged / "manifest.json", staged):
+        flush(path)
+    remove(target)
+    os.rename(staged, target)
+    flush(target.parent)
+
+
+def not_written(target: Path, reason: object) -> UserError:
+    """What to say of a checkpoint that could not be written."""
+    return UserError(f"the checkpoint {target} was not written: {reason}; free some space there")
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`. Raises CorruptCheckpoint, before reading any tensor, if it is not whole."""
+    verify(path)
+    return open_checkpoint(path)
+
+
+def verify(path: Path) -> None:
+    """Raises CorruptCheckpoint unless every file is there as it was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT} of this version")
-        for name in ("tensors.safetensors", "state.json"):
-            if _fingerprint(path / name) != manifest["files"][name]:
-                raise CorruptCheckpoint(f"{name} is not what was written")
-        return Checkpoint(load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text()))
+        files = _read_manifest(path)
+        with ThreadPoolExecutor(8) as threads:
+            for name, found in zip(files, threads.map(lambda name: _fingerprint(path / name), files), strict=True):
+                if found != files[name]:
+                    raise CorruptCheckpoint(f"{name} is not what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that is known to be whole; its tensors are read when they are asked for."""
+    try:
+        parts = [path / name for name in _read_manifest(path) if name != "state.json"]
+        return Checkpoint(StoredTensors(parts), json.loads((path / "state.json").read_text()), path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
 
 
@@ -96,11 +146,27 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir())
 
 
-def retain(folder: Path, keep: int = KEEP) -> None:
-    """Remove all but the last `keep` steps, and what interrupted saves have left."""
+def retain(folder: Path, keep: int = KEEP, keep_every_hours: float | None = None) -> None:
+    """Remove all but the last `keep` steps and the first of every so many hours of training, and what interrupted
+    saves have left."""
     leftovers = [path for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(".trash-")]
-    for path in [*published(folder)[:-keep], *leftovers]:
+    steps = published(folder)
+    lasting = milestones(steps, keep_every_hours) if keep_every_hours else set()
+    for path in [*(path for path in steps[:-keep] if path not in lasting), *leftovers]:
         remove(path)
+
+
+def milestones(steps: list[Path], hours: float) -> set[Path]:
+    """The first checkpoint after each `hours` hours of training, by the clock of the run."""
+    found: dict[int, Path] = {}
+    for path in steps:
+        try:
+            seconds = json.loads((path / "state.json").read_text())["position"]["seconds"]
+            found.setdefault(int(seconds / 3600 / hours), path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one is no milestone
+    found.pop(0, None)
+    return set(found.values())
 
 
 def remove(path: Path) -> None:
@@ -120,7 +186,19 @@ def write_file(path: Path, text: str) -> None:
     os.replace(staged, path)
 
 
-def _fingerprint(path: Path) -> list[int]:
+def _read_manifest(path: Path) -> dict[str, Fingerprint]:
+    """The files of a checkpoint and what they should be."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["format"] != FORMAT:
+        raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT} of this version")
+    files = manifest["files"]
+    parts = [name for name in files if _PART.fullmatch(name)]
+    if not parts or {*parts, "state.json"} != set(files):
+        raise CorruptCheckpoint(f"the manifest names {', '.join(sorted(files))}, not tensors and a state")
+    return files
+
+
+def _fingerprint(path: Path) -> Fingerprint:
     """Size and CRC-32 of a file."""
     checksum = 0
     with path.open("rb") as file:

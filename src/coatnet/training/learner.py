@@ -1,11 +1,10 @@
 """What learns: a network, its averaged weights and its optimizer, moved together one step at a time."""
 
 import math
-import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
@@ -17,9 +16,15 @@ from coatnet.training.checkpoint import Checkpoint
 from coatnet.training.fitting import head_first_steps
 from coatnet.training.freezing import HeadFirst
 from coatnet.training.losses import balancing_weights, build_loss
-from coatnet.training.optimization import WeightAverage, build_optimizer, gradient_norm, take_step
+from coatnet.training.memory import shortage_explained
+from coatnet.training.optimization import build_optimizer, gradient_norm, take_step
+from coatnet.training.parallel.processes import ALONE, Processes, others
+from coatnet.training.parallel.rows import fill
+from coatnet.training.parallel.scaling import build_network, parallelism_of, scale
+from coatnet.training.parallel.share import share_of
 from coatnet.training.recipe import Recipe, parts
-from coatnet.training.start import build_model, describe_start, start_statistics
+from coatnet.training.start import describe_start, start_statistics
+from coatnet.training.stored_tensors import StoredTensors
 
 INITIALISATION = -1  # the step whose randomness the untrained weights come from
 
@@ -31,19 +36,22 @@ class NotFinite(UserError):
 class Learner:
     """Model, averaged weights and optimizer; all randomness of a step follows from its number."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, init: Bundle | None) -> None:
-        self.recipe, self.num_classes = recipe, len(dataset.classes)
-        self.device = best_device()
+    def __init__(self, recipe: Recipe, dataset: Dataset, init: Bundle | None, processes: Processes = ALONE) -> None:
+        """Raises UserError if recipe, bundle and processes do not fit together."""
+        self.recipe, self.num_classes, self.processes = recipe, len(dataset.classes), processes
+        self.device, self._bf16 = best_device(), runs_bf16(recipe.precision, best_device())
+        self.share = share_of(recipe.batch_size or 1, parts(recipe).mixing, processes)
+        self.parallelism = parallelism_of(recipe, init, processes)
         seed_step(recipe.seed, INITIALISATION)
-        self.model = build_model(recipe, dataset, init).to(self.device).train()
-        self.average = WeightAverage(self.model, recipe.ema_decay or 0.0)
+        self.model = build_network(recipe, dataset, init, self.parallelism).train()
+        self.parallel, self.average = scale(
+            self.model, recipe, processes, self.device, parallelism=self.parallelism, bf16=self._bf16
+        )
         self.optimizer = build_optimizer(self.model, parts(recipe).optimizer)
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self._head_first = HeadFirst(self.model, head_first_steps(recipe, len(dataset)))
         weights = balancing_weights(dataset.labels, self.num_classes) if recipe.balance == "weights" else None
         self._loss = build_loss(recipe.loss or "softmax", weights if weights is None else weights.to(self.device))
-        self._forward = compiled(self.model, self.device) if recipe.compile else self.model
-        self._bf16 = runs_bf16(recipe.precision, self.device)
         self._start = describe_start(recipe, dataset, init)
         self.last_learning_rate = 0.0
 
@@ -56,6 +64,8 @@ class Learner:
         if self._head_first.steps:
             told.append(f"for {self._head_first.steps:,} steps only the classifier learns")
         told.append(f"{'bf16' if self._bf16 else 'fp32'} on {self.device.type}")
+        if not self.processes.alone:
+            told.append(f"{self.processes.world_size} processes ({self.parallelism})")
         return ", ".join(told)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -63,31 +73,26 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=True)
 
     def step(self, images: Tensor, labels: Tensor, *, step: int, learning_rate: float) -> tuple[float, float]:
-        """Optimizer step `step` (0 is the first) on one batch: loss a picture, and norm of the gradients.
+        """Optimizer step `step` (0 is the first) on this process's share of a batch: loss a picture, and norm of the
+        gradients, both of the whole batch.
 
-        Raises NotFinite before anything is updated.
+        Raises NotFinite, on all processes and before anything is updated; UserError if the memory is too small.
         """
-        recipe, whole, (batch_size, *_) = self.recipe, parts(self.recipe), images.shape
-        seed = step_seed(recipe.seed, step)
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        micro = recipe.micro_batch_size or batch_size
+        whole = parts(self.recipe)
         self._head_first.enter(step)
-        if step == 0 and recipe.init is None:
-            start_statistics(self.model, images[:micro])
-        seed_step(recipe.seed, step)
-        images, targets = mix(images, labels, num_classes=self.num_classes, mixing=whole.mixing, seed=seed)
-        total = torch.zeros((), device=self.device)
-        for part, part_targets in zip(images.split(micro), targets.split(micro), strict=True):
-            with self.autocast():
-                logits = self._forward(part)
-            loss = self._loss(logits, part_targets) / batch_size
-            loss.backward()
-            total += loss.detach()
-        parameters = list(self._parameters.values())
-        norm = gradient_norm(parameters)
-        loss_value, norm_value = torch.stack((total, norm)).tolist()
+        self.parallel.prepare()
+        buffers = list(self.model.buffers()) if self.recipe.non_finite_budget else []
+        before = [buffer.clone() for buffer in buffers]
+        at_once = self.recipe.micro_batch_size or len(self.share.places) - self.share.num_extra
+        with others(), shortage_explained(step, at_once, whole.preprocessing.resolution):
+            total = self._accumulate(images, labels, step)
+            parameters = list(self._parameters.values())
+            total, norm = self.parallel.agree(total, gradient_norm(parameters))
+            loss_value, norm_value = torch.stack((total, norm)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad(set_to_none=True)
+            for buffer, value in zip(buffers, before, strict=True):  # BatchNorm has counted the batch already
+                buffer.copy_(value)
             raise NotFinite(
                 f"step {step}: loss {loss_value:.4g}, gradient norm {norm_value:.4g}; nothing was updated. "
                 "Lower optimizer.learning_rate, or use precision fp32"
@@ -97,47 +102,71 @@ class Learner:
         self.average.update(step)
         return loss_value, norm_value
 
+    def _accumulate(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Add up the gradients of a batch, part by part; this process's part of its mean loss."""
+        recipe, (_, num_extra), alone = self.recipe, self.share, self.processes.alone
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        # What is averaged over processes is divided by their mean share.
+        num_pictures = len(images) if alone else (recipe.batch_size or 1) / self.processes.world_size
+        micro = recipe.micro_batch_size or len(images)
+        if step == 0 and recipe.init is None:
+            with nullcontext() if alone else self.autocast():  # the weights of shards may come in bf16
+                start_statistics(self.model, images[num_extra:][:micro])
+        seed_step(recipe.seed, step, self.processes.rank)
+        seed = step_seed(recipe.seed, step)
+        images, targets = mix(images, labels, num_classes=self.num_classes, mixing=parts(recipe).mixing, seed=seed)
+        image_parts, target_parts = images[num_extra:].split(micro), targets[num_extra:].split(micro)
+        total = torch.zeros((), device=self.device)
+        for number, (part, part_targets) in enumerate(zip(image_parts, target_parts, strict=True), start=1):
+            with nullcontext() if number == len(image_parts) else self.parallel.accumulating():
+                with self.autocast():
+                    logits = self.parallel(part)
+                loss = self._loss(logits, part_targets) / num_pictures
+                loss.backward()
+            total += loss.detach()
+        return total
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, by name: model, average and optimizer."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.average.decay > 0:
-            tensors |= {f"average.{name}": value for name, value in self.average.model.state_dict().items()}
+            tensors |= {f"average.{name}": value for name, value in self.average.tensors().items()}
         for name, parameter in self._parameters.items():
             tensors |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         return {name: value.detach() for name, value in tensors.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to what `tensors` gave."""
-        self.model.load_state_dict(_below("model.", checkpoint))
-        if self.average.decay > 0:
-            self.average.model.load_state_dict(_below("average.", checkpoint))
+        stored = checkpoint.tensors
+        assert isinstance(stored, StoredTensors)
+        self.optimizer.state.clear()
+        for name, target in self.tensors().items():
+            fill(target, stored, name)
         for name, parameter in self._parameters.items():
-            saved = {
-                key: checkpoint.tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            self.optimizer.state[parameter] = {
-                # in the memory order of the parameter: the fused step walks both side by side
-                key: value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
-                for key, value in saved.items()
-                if value is not None
-            }
+            # in the memory order of the parameter: the fused step walks both side by side
+            moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            state = {"step": torch.zeros((), device=self.device), **moments}
+            # a parameter that has not learned yet has no state
+            for key in [key for key in state if f"optimizer.{key}.{name}" in stored]:
+                fill(state[key], stored, f"optimizer.{key}.{name}")
+                self.optimizer.state[parameter][key] = state[key]
 
     def bundle(self, dataset: Dataset, record: dict) -> Bundle:
-        """The averaged weights as a finished model."""
+        """The averaged weights as a finished model; all processes must ask for it."""
         recipe = self.recipe
-        return Bundle(self.average.model, dataset.classes, parts(recipe).preprocessing, dataset.multilabel, record)
+        return Bundle(self.average.whole(), dataset.classes, parts(recipe).preprocessing, dataset.multilabel, record)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for the randomness of one step, the same after a resume."""
-    return int(hash_words(seed, step)[0] >> 1)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for the randomness of one step on one process, the same after a resume."""
+    return int(hash_words(seed, step, *([rank] if rank else []))[0] >> 1)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch for a step: stochastic depth draws from here (`torch.manual_seed` takes 78 µs, this 1)."""
-    torch.default_generator.manual_seed(step_seed(seed, step))
+    torch.default_generator.manual_seed(step_seed(seed, step, rank))
     if torch.cuda.is_available():
-        torch.cuda.manual_seed(step_seed(seed, step))
+        torch.cuda.manual_seed(step_seed(seed, step, rank))
 
 
 def runs_bf16(precision: str, device: torch.device) -> bool:
@@ -147,14 +176,3 @@ def runs_bf16(precision: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model through torch.compile. Raises UserError where there is no compiler to do it with."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        raise UserError("compile needs a C++ compiler (g++) on the PATH: install one, or set compile to false")
-    return torch.compile(model)  # type: ignore[return-value]
-
-
-def _below(prefix: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}

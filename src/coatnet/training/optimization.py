@@ -13,6 +13,7 @@ from coatnet.errors import UserError
 from coatnet.model.coatnet import CoAtNet
 from coatnet.model.surgery import layer_groups
 from coatnet.training.freezing import frozen_modules
+from coatnet.training.parallel.rows import here
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,7 +107,7 @@ def take_step(
     limit: float,
 ) -> None:
     """One AdamW step with the gradients scaled down to the norm `limit`; clears the gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [here(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, torch.clamp(limit / (grad_norm + 1e-6), max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"]
@@ -115,15 +116,20 @@ def take_step(
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    """The Euclidean norm of all gradients together, a scalar; of what this process holds of them."""
+    return nn.utils.get_total_norm([here(p.grad) for p in parameters if p.grad is not None], foreach=True)
+
+
+def decay_at(step: int, limit: float) -> float:
+    """How much of an average the update after optimizer step `step` keeps; less at first, to forget the start."""
+    return min(limit, (1 + step) / (10 + step))
 
 
 class WeightAverage(Generic[Model]):
     """An exponential moving average of weights and BatchNorm statistics, kept as a second model in `.model`.
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)), so that early averages forget the random start.
-    With decay 0 the average is the model itself. What is frozen in the model stays as it is here.
+    The decay warms up, see `decay_at`. With decay 0 the average is the model itself. What is frozen in the model
+    stays as it is here.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -143,7 +149,15 @@ class WeightAverage(Generic[Model]):
         """Take in the weights after optimizer step `step` (0 is the first)."""
         if self.decay == 0:
             return
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([a for a, _ in self._moving], [v for _, v in self._moving], 1 - decay)
+        weight = 1 - decay_at(step, self.decay)
+        torch._foreach_lerp_([a for a, _ in self._moving], [v for _, v in self._moving], weight)
         for average, value in self._counters:
             average.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by the names of the model."""
+        return self.model.state_dict()
+
+    def whole(self) -> Model:
+        """The averaged model."""
+        return self.model

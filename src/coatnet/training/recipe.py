@@ -31,8 +31,14 @@ _ABOVE_ZERO = (
     "max_minutes",
     "evaluate_every",
     "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "keep_every_hours",
 )
 _BELOW_ONE = ("stochastic_depth", "ema_decay", "validation_fraction", "bad_image_budget")
+
+
+Parallelism = Literal["ddp", "fsdp", "hsdp"]
+Recomputed = Literal["none", "transformer", "all"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,13 @@ class Recipe:
     in the first `head_first_epochs` only the classifier learns.
     `epochs` and `evaluate_every` count passes over the training pictures, `batch_size` the pictures of one
     optimizer step, `micro_batch_size` those that pass through the model at once. `ema_decay` 0 means no
-    averaging. `patience` is in evaluations without a better top-1 (or mAP). Under `max_minutes` the schedule
+    averaging. On several processes (`torchrun`) each takes its share of the batch; `parallelism` says whether each
+    has a copy of the weights (ddp) or a part, spread over all (fsdp) or over each machine (hsdp); auto is by size.
+    `activation_checkpointing` computes Transformer blocks, or all, twice rather than keep what they computed.
+    `keep_checkpoints` is how many of the last ones stay; with `keep_every_hours` one of every so many hours as well.
+    `non_finite_budget` is how many steps may be left out because their loss or gradient is not finite.
+    `loggers` are told the figures as well: tensorboard, wandb, mlflow.
+    `patience` is in evaluations without a better top-1 (or mAP). Under `max_minutes` the schedule
     is planned to end at the limit, so the run is repeatable in its steps only without it.
     """
 
@@ -67,6 +79,8 @@ class Recipe:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    parallelism: Parallelism | Literal["auto"] = "auto"
+    activation_checkpointing: Recomputed = "none"
     stochastic_depth: float | None = None
     ema_decay: float | None = None
     loss: Literal["softmax", "sigmoid"] | None = None
@@ -80,9 +94,13 @@ class Recipe:
     max_minutes: float | None = None
     evaluate_every: float | None = None
     checkpoint_every_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    keep_every_hours: float | None = None
     validation_fraction: float = 0.1
     num_workers: int | None = None
     bad_image_budget: float = 0.001
+    non_finite_budget: int = 0
+    loggers: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         """Raises UserError naming the field, whatever way the value came in."""
@@ -92,9 +110,10 @@ class Recipe:
                 if name != "preprocessing":  # its fields can be judged only together
                     PARTS[name](**value)
             object.__setattr__(self, name, value)
-        if isinstance(self.freeze, str):
-            names = (name.strip() for name in self.freeze.split(","))
-            object.__setattr__(self, "freeze", tuple(name for name in names if name))
+        for name in ("freeze", "loggers"):
+            if isinstance(listed := getattr(self, name), str):
+                each = (part.strip() for part in listed.split(","))
+                object.__setattr__(self, name, tuple(part for part in each if part))
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -109,6 +128,8 @@ class Recipe:
             raise UserError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
+        if self.non_finite_budget < 0:
+            raise UserError(f"non_finite_budget must be 0 or more, got {self.non_finite_budget}")
         if self.num_workers is not None and self.num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {self.num_workers}")
 

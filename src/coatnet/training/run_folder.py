@@ -17,8 +17,14 @@ MAY_CHANGE = (
     "patience",
     "evaluate_every",
     "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "keep_every_hours",
+    "parallelism",
+    "activation_checkpointing",
     "num_workers",
     "bad_image_budget",
+    "non_finite_budget",
+    "loggers",
 )
 
 
@@ -99,7 +105,13 @@ def filled(given: Recipe, stored: Recipe) -> Recipe:
         ours = getattr(given, name)
         if name in PARTS:
             changes[name] = {**plain(value), **plain(ours)}
-        elif ours is None and name not in ("patience", "max_minutes", "num_workers", "micro_batch_size"):
+        elif ours is None and name not in (
+            "patience",
+            "max_minutes",
+            "num_workers",
+            "micro_batch_size",
+            "keep_every_hours",
+        ):
             changes[name] = value
     if given.model == "auto" or stored.init:
         changes["model"] = stored.model

@@ -1,46 +1,37 @@
-"""One run in progress: where it stands, what it logs, how it is measured on the way, saved and resumed."""
+"""One run in progress: where it stands, what it logs, how it is measured on the way, saved and resumed.
 
+With several processes each has a session, and all call every method together; the first one's clock counts.
+"""
+
+import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from coatnet.data.loading import BadImages, evaluation_batches, training_batches
+from coatnet.data.bad_images import BadImages
+from coatnet.data.loading import order_of, training_batches
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.metrics import Metrics
-from coatnet.training.checkpoint import (
-    Checkpoint,
-    CorruptCheckpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    retain,
-    save_checkpoint,
-)
-from coatnet.training.learner import Learner
+from coatnet.training.checkpoint import CorruptCheckpoint, latest_checkpoint, load_checkpoint, open_checkpoint
+from coatnet.training.learner import Learner, NotFinite
+from coatnet.training.loggers import Loggers, open_loggers
+from coatnet.training.measuring import measure
 from coatnet.training.optimization import learning_rate_at
+from coatnet.training.parallel.agreement import Agreement
+from coatnet.training.parallel.share import workers_of_one
 from coatnet.training.plan import Plan
+from coatnet.training.position import Position
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.recipe import parts
 from coatnet.training.run_folder import RunFolder
+from coatnet.training.saver import Saver
 
 LOGS_PER_RUN = 400
 BEST = "best"
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: all that a resumption needs beside tensors. Sums are since the last log."""
-
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    since_log: int = 0
-    best: float = -1.0
-    evaluations_since_best: int = 0
 
 
 class Session:
@@ -57,7 +48,9 @@ class Session:
     ) -> None:
         """`began` is when this process took up the run, on the monotonic clock."""
         self.learner, self.plan, self.splits, self.run, self.progress = learner, plan, splits, run, progress
-        self.recipe = learner.recipe
+        self.recipe, self.processes = learner.recipe, learner.processes
+        self.saver = Saver(run.checkpoints, self.processes, self.recipe.keep_checkpoints, self.recipe.keep_every_hours)
+        self.agreement, self.loggers = Agreement(self.processes), Loggers({}, progress.say)
         self.position = Position(seconds=time.monotonic() - began)
         num_pictures = len(splits.training) + len(splits.validation)
         self.bad_images = BadImages(num_pictures, self.recipe.bad_image_budget)
@@ -80,8 +73,8 @@ class Session:
         """Whether as many evaluations as the recipe has patience for brought nothing better."""
         return self.recipe.patience is not None and self.position.evaluations_since_best >= self.recipe.patience
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that are still to come."""
+    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """This process's share of the batches that are still to come."""
         recipe, whole = self.recipe, parts(self.recipe)
         return training_batches(
             self.splits.training,
@@ -91,9 +84,10 @@ class Session:
             seed=recipe.seed,
             first_step=self.position.step,
             num_steps=self.plan.recipe_steps - self.position.step,
-            num_workers=recipe.num_workers,
+            num_workers=workers_of_one(recipe.num_workers, self.processes),
             balanced=recipe.balance == "sampler",
             bad_images=self.bad_images,
+            places=self.learner.share.places,
         )
 
     @property
@@ -102,68 +96,113 @@ class Session:
         self.plan.update(self.position.step, self.position.seconds)
         return self.position.step >= self.plan.total_steps or self.out_of_patience
 
-    def count(self, loss: float, norm: float, seconds: float) -> None:
-        """Take in one optimizer step; log at every interval."""
-        at = self.position
-        self.position = at = replace(
-            at,
-            step=at.step + 1,
-            seconds=at.seconds + seconds,
-            loss_sum=at.loss_sum + loss,
-            norm_sum=at.norm_sum + norm,
-            since_log=at.since_log + 1,
-        )
-        self.plan.timed(seconds)
-        if at.step % self._log_steps == 0 or at.step >= self.plan.total_steps:
-            self._log_training(at.loss_sum / at.since_log, at.norm_sum / at.since_log)
-            self.position = replace(at, loss_sum=0.0, norm_sum=0.0, since_log=0)
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float] | None:
+        """One optimizer step: loss and norm of the gradients. None if they were not finite and the step is left out.
 
-    def measure(self) -> None:
-        """Evaluate the averaged weights on the held-out pictures; keep the best, for patience."""
+        Raises NotFinite, and logs whose pictures they were, once the recipe has no budget for it (left).
+        """
+        at = self.position
+        try:
+            return self.learner.step(images, labels, step=at.step, learning_rate=self.learning_rate)
+        except NotFinite as error:
+            size, balanced = self.plan.batch_size, self.recipe.balance == "sampler"
+            order = order_of(self.splits.training, self.recipe.seed, balanced)
+            pictures, _ = order.visits(np.arange(at.step * size, (at.step + 1) * size))
+            if self.processes.leads:
+                self.run.log({"step": at.step + 1, "not_finite": True, "pictures": pictures.tolist()})
+            if at.left_out >= self.recipe.non_finite_budget:
+                raise self.processes.once(error) from None
+            self.progress.say(f"warning: {error}; the step is left out")
+            return None
+
+    def agree(self, seconds: float, told: signal.Signals | None) -> float:
+        """After a step: how long it took, whether anyone was told to stop, whether it is time to save; the seconds."""
+        due = time.monotonic() - self._saved_at >= 60 * self.recipe.checkpoint_every_minutes
+        return self.agreement.after_step(seconds, told, save_due=due, written=self.saver.written)
+
+    def count(self, outcome: tuple[float, float] | None, seconds: float) -> None:
+        """Take in what came of one optimizer step; log at every interval."""
+        self.position = at = self.position.after_step(outcome, seconds)
+        self.plan.timed(seconds)
+        if at.since_log and (at.step % self._log_steps == 0 or at.step >= self.plan.total_steps):
+            self._log_training(at.loss_sum / at.since_log, at.norm_sum / at.since_log)
+            self.position = at.after_log()
+
+    def catch_up(self, told: Callable[[], signal.Signals | None]) -> None:
+        """Make the evaluation that was due at this step, if the run was stopped in it."""
+        step = self.position.step
+        if step > self.position.measured and self.plan.evaluation_due(step, self.position.seconds):
+            self.measure(told)
+
+    def measure(self, told: Callable[[], signal.Signals | None]) -> None:
+        """Evaluate the averaged weights on the held-out pictures; keep the best, for patience.
+
+        Once `told` gives a signal on any process it is given up, to be made when the run is resumed.
+        """
         began = time.monotonic()
-        figures = self._figures()
-        score = figures.get("top1", figures.get("mean_average_precision", 0.0))
-        better = score > self.position.best
-        waited = 0 if better else self.position.evaluations_since_best + 1
-        took = time.monotonic() - began
-        seconds = self.position.seconds + took
-        self.position = replace(
-            self.position, seconds=seconds, best=max(score, self.position.best), evaluations_since_best=waited
+        figures = measure(
+            self.learner,
+            self.splits.validation,
+            batch_size=self.plan.batch_size,
+            num_workers=workers_of_one(self.recipe.num_workers, self.processes),
+            bad_images=self.bad_images,
+            told_to_stop=lambda: self.agreement.stops_measuring(told()),
         )
-        self.plan.evaluated(seconds, took)
+        if figures is None:
+            return
+        score = figures.get("top1", figures.get("mean_average_precision", 0.0))
+        better, took = score > self.position.best, self.processes.broadcast(time.monotonic() - began)
+        self.position = self.position.after_evaluation(score, took)
+        self.plan.evaluated(self.position.seconds, took)
         self.log(figures)
         self.progress.evaluated(self.position.step, self.epoch, figures)
         if better and self.recipe.patience is not None:
-            self._publish(BEST)
+            self.saver.finish_or_tell(self.progress.say)
+            self._begin_saving(BEST)
+            self.saver.finish()
 
     def save(self) -> None:
-        """Publish a checkpoint of this step and remove the older ones."""
-        self._publish(f"step-{self.position.step:09d}")
-        retain(self.run.checkpoints)
-        self._saved_at = time.monotonic()
+        """Publish a checkpoint of this step, and wait for it. Raises UserError if it can not be written."""
+        self.saver.finish_or_tell(self.progress.say)
+        if self.saver.last != (self._name, self._state):
+            self._begin_saving(self._name)
+            self.saver.finish()
 
     def save_if_due(self) -> None:
-        """Save after the minutes that the recipe sets. A save that fails is told, and training goes on."""
-        if time.monotonic() - self._saved_at < 60 * self.recipe.checkpoint_every_minutes:
-            return
-        try:
-            self.save()
-        except UserError as error:
-            self.progress.say(f"warning: {error}; training goes on")
+        """Publish what has been written meanwhile, and begin to save after the minutes that the recipe sets.
+
+        A save that fails is told, and training goes on.
+        """
+        if self.agreement.written:
+            self.saver.finish_or_tell(self.progress.say)
+        if self.agreement.save_due and not self.saver.busy:
             self._saved_at = time.monotonic()
+            try:
+                self._begin_saving(self._name)
+            except UserError as error:
+                self.progress.say(f"warning: {error}; training goes on")
 
     def resume(self) -> None:
         """Go back to the last whole checkpoint of the run folder, if there is one."""
-        checkpoint = latest_checkpoint(self.run.checkpoints, lambda text: self.progress.say(f"warning: {text}"))
-        if checkpoint is not None:
+        checkpoint = None
+        if self.processes.leads:
+            checkpoint = latest_checkpoint(self.run.checkpoints, lambda text: self.progress.say(f"warning: {text}"))
+        path = self.processes.broadcast(checkpoint.path if checkpoint else None)
+        if path is not None:
+            checkpoint = checkpoint or open_checkpoint(path)
             self.learner.restore(checkpoint)
             saved = Position(**checkpoint.state["position"])
             self.position = replace(saved, seconds=saved.seconds + self.position.seconds)
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name, reason)
+            self.position = self.processes.broadcast(self.position)
+            self.saver.last = (path.name, self._state)
             self.plan.resumed(self.position.step, self.position.seconds)
             self.progress.say(f"resuming {self.run.path} at step {self.position.step:,}")
-        self.run.rewind(self.position.step)
+        if self.processes.leads:
+            self.run.rewind(self.position.step)
+            self.loggers = open_loggers(self.recipe.loggers, self.run.path, self.position.step, self.progress.say)
+            self.loggers.log_config(self.recipe.to_dict())
 
     def restore_best(self) -> None:
         """Take the weights of the best evaluation."""
@@ -174,11 +213,25 @@ class Session:
 
     def log(self, values: Mapping[str, float]) -> None:
         """A line in the run's log, with where the run stands."""
-        self.run.log({"step": self.position.step, "epoch": self.epoch, **values})
+        if self.processes.leads:
+            self.run.log({"step": self.position.step, "epoch": self.epoch, **values})
+            self.loggers.log_metrics(self.position.step, {"epoch": self.epoch, **values})
 
-    def _publish(self, name: str) -> None:
-        state = {"position": asdict(self.position), "bad_images": dict(self.bad_images.records)}
-        save_checkpoint(self.run.checkpoints, name, Checkpoint(self.learner.tensors(), state))
+    @property
+    def _name(self) -> str:
+        """Of a checkpoint of this step."""
+        return f"step-{self.position.step:09d}"
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {"position": asdict(self.position), "bad_images": dict(self.bad_images.records)}
+
+    def _begin_saving(self, name: str) -> None:
+        for records in self.processes.gather(dict(self.bad_images.records)):
+            for picture, reason in records.items():
+                self.bad_images.add(picture, reason)
+        self.saver.begin(name, self.learner.tensors(), self._state)
 
     def _log_training(self, loss: float, norm: float) -> None:
         now = time.monotonic()
@@ -194,22 +247,3 @@ class Session:
             learning_rate=self.learner.last_learning_rate,
             images_per_second=speed,
         )
-
-    @torch.inference_mode()
-    def _figures(self) -> dict[str, float]:
-        dataset, model = self.splits.validation, self.learner.average.model
-        metrics = Metrics(len(dataset.classes), dataset.multilabel)
-        training = model.training
-        model.eval()
-        for images, labels, _ in evaluation_batches(
-            dataset,
-            preprocessing=parts(self.recipe).preprocessing,
-            batch_size=max(self.plan.batch_size, 64),
-            num_workers=self.recipe.num_workers,
-            bad_images=self.bad_images,
-        ):
-            with self.learner.autocast():
-                logits = model(images.to(self.learner.device))
-            metrics.update(logits.float(), labels)
-        model.train(training)
-        return metrics.compute()

@@ -70,7 +70,7 @@ def start_statistics(model: nn.Module, images: Tensor) -> None:
     Variances in an untrained network are far below the customary 1, which needs 150 steps to be forgotten:
     until then (a run of 51 steps on digits) evaluation is mere chance where the batch's own statistics give 0.58.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0

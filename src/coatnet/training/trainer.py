@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +10,17 @@ import torch
 import torch.utils.deterministic
 from rich.console import Console
 
-from coatnet.bundle import load
+from coatnet.bundle import Bundle, load
 from coatnet.data.sources import open_dataset
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report, write
 from coatnet.runtime import keep_freed_memory
 from coatnet.training.fitting import fit_to
-from coatnet.training.interruption import Interrupted, Interruption
+from coatnet.training.interruption import Interrupted, Interruption, exit_code
 from coatnet.training.learner import Learner
+from coatnet.training.loggers import check_loggers
+from coatnet.training.parallel.processes import joined
 from coatnet.training.plan import plan_for
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.recipe import Recipe
@@ -31,36 +33,51 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
 
     On the folder of an unfinished run it goes on where the last checkpoint stands; the result is that of a
     run never interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation
-    if patience ended the run. Progress goes to `console` (standard error if None).
+    if patience ended the run. Progress goes to `console` (standard error if None). Started by `torchrun`, all processes
+    share the work, the first of them prints and writes, and each returns the report.
 
     Raises:
         UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
-        Interrupted: SIGINT or SIGTERM arrived; everything is saved, and the same call resumes.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
     """
     keep_freed_memory()
-    began, progress = time.monotonic(), TrainingProgress(console)
-    run = RunFolder(out, recipe)
-    splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
-    init = load(run.given.init) if run.given.init else None
-    recipe = run.settle(fit_to(run.given, splits, init))
-    if run.finished:
-        progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
-        return evaluate(load(run.bundle), splits)
+    began = time.monotonic()
+    with joined() as processes:
+        progress = TrainingProgress(console if processes.leads else Console(quiet=True))
+        with processes.together():
+            run = RunFolder(out, recipe)
+            splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
+            init = load(run.given.init) if run.given.init else None
+            recipe = run.settle(fit_to(run.given, splits, init))
+            check_loggers(recipe.loggers)
+        if run.finished:
+            progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
+            return processes.first_does(lambda: evaluate(load(run.bundle), splits))
 
-    with repeatable():
-        learner = Learner(recipe, splits.training, init)
-        plan = plan_for(recipe, len(splits.training), len(splits.validation))
-        session = Session(learner, plan, splits, run, progress, began)
-        run.start()
-        progress.say(splits.describe())  # only now: a mistake before here is answered by one line
-        session.resume()
-        progress.say(f"{learner.describe()}; {plan.describe()}; run folder {run.path}")
-        with progress, Interruption() as interruption:
-            learn(session, interruption)
+        with repeatable():
+            with processes.together():
+                learner = Learner(recipe, splits.training, init, processes)
+                plan = plan_for(recipe, len(splits.training), len(splits.validation))
+                session = Session(learner, plan, splits, run, progress, began)
+                if processes.leads:
+                    run.start()
+            progress.say(splits.describe())  # only now: a mistake before here is answered by one line
+            session.resume()
+            progress.say(f"{learner.describe()}; {plan.describe()}; run folder {run.path}")
+            try:
+                with progress, Interruption() as interruption:
+                    learn(session, interruption)
+                if session.out_of_patience:
+                    session.restore_best()
+                bundle = learner.bundle(splits.training, record={"recipe": recipe.to_dict()})
+                return processes.first_does(lambda: finish(session, bundle))
+            finally:
+                session.loggers.close()
 
-    if session.out_of_patience:
-        session.restore_best()
-    bundle = learner.bundle(splits.training, record={"recipe": recipe.to_dict()})
+
+def finish(session: Session, bundle: Bundle) -> Report:
+    """Measure what was learned and write report, curves and bundle."""
+    recipe, splits, run, progress = session.recipe, session.splits, session.run, session.progress
     report = evaluate(bundle, splits, num_workers=recipe.num_workers)
     report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
     if report.bad_images:
@@ -75,23 +92,26 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
 def learn(session: Session, interruption: Interruption) -> None:
     """The loop: from where the session stands to the end of its plan, saved at the end.
 
-    Raises Interrupted when a signal came, after saving; NotFinite, with the weights of the step before.
+    Raises Interrupted when a signal came to any process, after saving; NotFinite, with the weights of the step before.
     """
-    plan, learner = session.plan, session.learner
-    batches = iter(session.batches())
-    while not session.over:
-        began = time.monotonic()
-        images, labels = next(batches)
-        loss, norm = learner.step(images, labels, step=session.position.step, learning_rate=session.learning_rate)
-        session.count(loss, norm, time.monotonic() - began)
-        if plan.evaluation_due(session.position.step, session.position.seconds):
-            session.measure()
-        if interruption.signal is not None:
-            session.save()
-            session.progress.say(f"stopped by {interruption.signal.name} and saved; the same command resumes")
-            raise Interrupted(128 + interruption.signal)
-        session.save_if_due()
-    session.save()
+    plan, told = session.plan, lambda: interruption.signal
+    with closing(session.batches()) as batches:
+        batch = next(batches, None)
+        session.catch_up(told)
+        while not (session.over or session.agreement.stop):
+            began = time.monotonic()
+            assert batch is not None
+            outcome = session.step(*batch)
+            batch = next(batches, None)  # what goes wrong with it is known before the processes meet
+            session.count(outcome, session.agree(time.monotonic() - began, told()))
+            if plan.evaluation_due(session.position.step, session.position.seconds):
+                session.measure(told)
+            if not session.agreement.stops(told()):
+                session.save_if_due()
+        session.save()
+    if stop := session.agreement.stop:
+        session.progress.say(f"stopped by {stop.name} and saved; the same command resumes")
+        raise Interrupted(exit_code(stop))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The verb that trains."""
 
+import os
 from collections.abc import Sequence
 
 from coatnet.arguments.train import train_arguments
@@ -13,6 +14,8 @@ def train(arguments: Sequence[str]) -> int:
         return 0
     from coatnet.training.trainer import train as train_recipe
 
-    print(train_recipe(recipe, given.out).headline())
-    print(f"The whole report is {given.out}/report.md, the finished model {given.out}/bundle.")
+    report = train_recipe(recipe, given.out)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first speaks
+        print(report.headline())
+        print(f"The whole report is {given.out}/report.md, the finished model {given.out}/bundle.")
     return 0

@@ -1,0 +1,244 @@
+"""Pictures a second of the input alone, on one core, beside torchvision's and timm's, alternately in one process.
+
+    python benchmarks/input.py                  # folder and tar shards of JPEGs, IDX files, and an index of 3e9
+    python benchmarks/input.py --size 2048x1536
+
+Every contender decodes the same JPEGs, cuts a random resized crop of 224 pixels (bicubic, antialiased), flips half of
+them, and gives normalised float32 batches; one process, one thread, the files in the page cache. The peers are
+torchvision's ImageFolder with its transforms in a DataLoader, and timm's ImageDataset in timm's loader. The IDX rows
+are 28 x 28 pictures, shifted by up to 2 pixels, beside torchvision's FashionMNIST on the same files.
+
+The JPEGs (quality 90) are mosaics of pieces of scikit-learn's two photographs at their own resolution, so their fine
+detail, which decides the time of decoding, is that of photographs.
+"""
+
+import argparse
+import contextlib
+import io
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from coatnet.data.bad_images import BadImages
+from coatnet.data.loading import training_batches
+from coatnet.data.order import Order
+from coatnet.data.shards.block_order import BlockOrder
+from coatnet.data.shards.packing import pack
+from coatnet.data.sources import open_dataset
+from coatnet.data.transforms import Augmentation, Preprocessing
+
+RESOLUTION = 224
+HALF = (0.5, 0.5, 0.5)
+BILLIONS = 3 * 10**9
+Work = Callable[[], int]
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in arguments.size:
+            width, height = map(int, size.split("x"))
+            root = Path(folder) / size
+            mean = write_photographs(root, width, height, arguments.pictures)
+            pack(root, root.with_name(f"{size}-packed"), num_workers=1)
+            works = {
+                "coatnet, folder": ours(root, Augmentation("crop"), arguments.batch_size),
+                "coatnet, tar shards": ours(
+                    root.with_name(f"{size}-packed"), Augmentation("crop"), arguments.batch_size
+                ),
+                "torchvision": torchvision_folder(root / "train", arguments.batch_size),
+                "timm": timm_folder(root / "train", arguments.batch_size),
+            }
+            show(f"JPEGs of {size}, {mean / 1e3:,.0f} KB each", works, arguments.rounds)
+        idx = write_idx(Path(folder))
+        small = {
+            "coatnet, IDX": ours(
+                idx, Augmentation("shift"), 128, Preprocessing(28, crop_fraction=1.0, mean=(0.5,), std=(0.5,))
+            ),
+            "torchvision": torchvision_idx(Path(folder), 128),
+        }
+        show("IDX files of 28 x 28", small, arguments.rounds)
+    show_index()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", default=["500x375", "2048x1536"], metavar="WxH")
+    parser.add_argument("--pictures", type=int, default=128, help="a round shows each once")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds; medians are printed")
+    parser.add_argument("--smoke", action="store_true", help="a few pictures, to see that it runs")
+    given = parser.parse_args()
+    if given.smoke:
+        given.size, given.pictures, given.batch_size, given.rounds = ["500x375"], 8, 4, 1
+    return given
+
+
+def write_photographs(root: Path, width: int, height: int, count: int) -> float:
+    """`count` JPEGs below train/, one below val/; their mean bytes."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images  # 427 x 640 each
+    generator = np.random.default_rng(0)
+    sizes = []
+    for number in range(count + 1):
+        folder = root / ("train" if number else "val") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        Image.fromarray(mosaic(photographs, width, height, generator)).save(buffer, "JPEG", quality=90)
+        (folder / f"{number}.jpg").write_bytes(buffer.getvalue())
+        sizes.append(len(buffer.getvalue()))
+    return statistics.mean(sizes)
+
+
+def mosaic(photographs: list[np.ndarray], width: int, height: int, generator: np.random.Generator) -> np.ndarray:
+    """Pieces of 500 x 375 at most, from random places, left and right sometimes exchanged."""
+    picture = np.empty((height, width, 3), dtype=np.uint8)
+    for top in range(0, height, 375):
+        for left in range(0, width, 500):
+            place = picture[top : top + 375, left : left + 500]
+            photograph = photographs[generator.integers(len(photographs))]
+            down = generator.integers(photograph.shape[0] - place.shape[0] + 1)
+            right = generator.integers(photograph.shape[1] - place.shape[1] + 1)
+            piece = photograph[down : down + place.shape[0], right : right + place.shape[1]]
+            place[:] = piece[:, ::-1] if generator.random() < 0.5 else piece
+    return picture
+
+
+def ours(source: Path, augmentation: Augmentation, batch_size: int, preprocessing: Preprocessing | None = None) -> Work:
+    dataset = open_dataset(source).training
+    num_steps = len(dataset) // batch_size
+
+    def work() -> int:
+        batches = training_batches(
+            dataset,
+            preprocessing=preprocessing or Preprocessing(RESOLUTION),
+            augmentation=augmentation,
+            batch_size=batch_size,
+            seed=0,
+            first_step=0,
+            num_steps=num_steps,
+            num_workers=0,
+            bad_images=BadImages(len(dataset)),
+        )
+        return count(images for images, _ in batches)
+
+    return work
+
+
+def torchvision_folder(root: Path, batch_size: int) -> Work:
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [
+        transforms.RandomResizedCrop(RESOLUTION, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(HALF, HALF),
+    ]
+    dataset = ImageFolder(str(root), transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
+    return lambda: count(images for images, _ in loader)
+
+
+def timm_folder(root: Path, batch_size: int) -> Work:
+    from timm.data import ImageDataset, create_loader
+
+    loader = create_loader(
+        ImageDataset(str(root)),
+        input_size=(3, RESOLUTION, RESOLUTION),
+        batch_size=batch_size,
+        is_training=True,
+        use_prefetcher=False,  # it moves batches to a GPU
+        persistent_workers=False,
+        num_workers=0,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=HALF,
+        std=HALF,
+        device=torch.device("cpu"),
+    )
+    return lambda: count(images for images, _ in loader)
+
+
+def write_idx(folder: Path) -> Path:
+    """The excerpt of Fashion-MNIST that comes with the package, where both programs look for it."""
+    splits = open_dataset("fashion-mnist-small")
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, part in (("train", splits.training), ("t10k", splits.validation)):
+        pixels = np.stack([part.read(index)[0] for index in range(len(part))])
+        labels = part.labels.astype(np.uint8)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return raw
+
+
+def torchvision_idx(root: Path, batch_size: int) -> Work:
+    from torchvision import transforms
+    from torchvision.datasets import FashionMNIST
+
+    steps = [
+        transforms.RandomCrop(28, padding=2),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(0.5, 0.5),
+    ]
+    dataset = FashionMNIST(str(root), transform=transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
+    return lambda: count(images for images, _ in loader)
+
+
+def count(batches: Iterable[torch.Tensor]) -> int:
+    return sum(len(images) for images in batches)
+
+
+def show(title: str, works: dict[str, Work], rounds: int) -> None:
+    """A row for each contender; the ratio is to the faster peer of the same round."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(1 + rounds):  # the first is not counted: imports, and files on their way into memory
+        for name, work in works.items():
+            began = time.perf_counter()
+            pictures = work()
+            if number:
+                rates[name].append(pictures / (time.perf_counter() - began))
+    peers = [taken for name, taken in rates.items() if not name.startswith("coatnet")]
+    best = [max(each) for each in zip(*peers, strict=True)]
+    table = Table("contender", "images/s per core", "times the faster peer", "in the rounds", title=title)
+    for name, taken in rates.items():
+        ratios = sorted(own / other for own, other in zip(taken, best, strict=True))
+        row = (name, f"{statistics.median(taken):,.0f}", f"{statistics.median(ratios):.2f}")
+        table.add_row(*row, f"{ratios[0]:.2f} - {ratios[-1]:.2f}")
+    Console(width=110).print(table)
+
+
+def show_index() -> None:
+    """An order of three billion pictures, from the middle of an epoch on."""
+    table = Table("order", "ms for 1,024 positions", "MB more memory", title=f"{BILLIONS:,} pictures")
+    for name, order in (("all pictures", Order(BILLIONS, 0)), ("blocks of 136", BlockOrder(BILLIONS, 0, 136))):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, taken = 7 * BILLIONS + BILLIONS // 2, []
+        for batch in range(1000):
+            began = time.perf_counter()
+            order.indices(start + batch * 1024 + np.arange(1024))
+            taken.append(time.perf_counter() - began)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        table.add_row(name, f"{1000 * statistics.median(taken):.2f}", f"{grown:.0f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

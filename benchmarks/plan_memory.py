@@ -1,0 +1,148 @@
+"""Memory of an optimizer step: what `coatnet plan` says before it, beside what real steps of the same network take.
+
+    python benchmarks/plan_memory.py
+    torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # in shards (FSDP2)
+
+Real: the second step of a learner on random pictures, on the CPU. Its split is counted by storages. The allocator's
+figure is what it had given out at most, from the making of the learner to the end of that step.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from coatnet.data.datasets import ArrayDataset
+from coatnet.planning.live_memory import LiveMemory
+from coatnet.planning.memory import Memory, rehearse
+from coatnet.training.learner import Learner
+from coatnet.training.parallel.processes import Processes, joined
+from coatnet.training.recipe import Recipe
+
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bytes: planned, counted in a real step, and given out by the allocator in another."""
+
+    planned: Memory
+    counted: Memory
+    allocated: int
+
+    @property
+    def error(self) -> float:
+        """Of the plan's total, as a share of the allocator's."""
+        return self.planned.total / self.allocated - 1
+
+
+def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -> Recipe:
+    """A recipe with all that memory depends on."""
+    given = {"model": model, "resolution": resolution, "batch_size": batch_size, "micro_batch_size": batch_size}
+    given |= {"precision": "fp32", "ema_decay": 0.99, "stochastic_depth": 0.1, "parallelism": "fsdp", "channels": 3}
+    return Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes})
+
+
+# As many pictures as make a step take some hundred megabytes.
+RECIPES = (
+    recipe_of("coatnet-femto-64", 32, 128),
+    recipe_of("coatnet-femto", 128, 16, precision="bf16"),
+    recipe_of("coatnet-pico", 128, 16, activation_checkpointing="transformer", micro_batch_size=8),
+)
+
+
+def compare(recipes: Sequence[Recipe], num_processes: int = 1) -> list[Comparison]:
+    """The plan of a step of one of the processes, and two real ones of this process among them."""
+    # Before the processes meet: the plan's are of a group that does not exist, and torch has one group at a time.
+    imagined = Processes(world_size=num_processes, local_world_size=num_processes)
+    shares = [(recipe.batch_size or 0) // num_processes for recipe in recipes]
+    planned = [
+        rehearse(recipe, num_classes=NUM_CLASSES, share=share, processes=imagined, on_gpu=False).memory
+        for recipe, share in zip(recipes, shares, strict=True)
+    ]
+    with joined() as processes:
+        return [
+            Comparison(plan, counted(recipe, processes), allocated(recipe, processes))
+            for recipe, plan in zip(recipes, planned, strict=True)
+        ]
+
+
+def counted(recipe: Recipe, processes: Processes) -> Memory:
+    """What is alive at the peak of a real step, by kind."""
+    learner, images, labels = beginning(recipe, processes)
+    learner.step(images, labels, step=0, learning_rate=1e-3)
+    memory = LiveMemory()
+    with memory:
+        memory.label("average", learner.average.tensors().values())
+        memory.label("parameters", learner.model.state_dict().values())
+        for state in learner.optimizer.state.values():
+            memory.label("optimizer", state.values())
+        # Before the first pass the rest is the batch, before the second one the gradients of the first.
+        rest = iter(("activations", "gradients"))
+        learner.model.register_forward_pre_hook(lambda *_: memory.label_rest(next(rest, "gradients")))
+        for parameter in learner.model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda each: memory.label("gradients", [each.grad]))
+        learner.step(images, labels, step=1, learning_rate=1e-3)
+    return Memory(**memory.at_peak())
+
+
+def allocated(recipe: Recipe, processes: Processes) -> int:
+    """What the allocator of the CPU has given out at most, from the making of a learner to its second step."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        learner, images, labels = beginning(recipe, processes)
+        for step in range(2):
+            learner.step(images, labels, step=step, learning_rate=1e-3)
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def beginning(recipe: Recipe, processes: Processes) -> tuple[Learner, Tensor, Tensor]:
+    """A learner, and the pictures and labels of its share of a batch."""
+    side, number = recipe.resolution or 0, recipe.batch_size or 0
+    recipe = replace(recipe, preprocessing={"resolution": side, "mean": [0.5] * 3, "std": [0.5] * 3}, mixing={})
+    labels = torch.arange(number).remainder(NUM_CLASSES)
+    pictures = torch.zeros(number, side, side, 3, dtype=torch.uint8)
+    dataset = ArrayDataset("pictures", [f"class {k}" for k in range(NUM_CLASSES)], pictures.numpy(), labels.numpy())
+    share = number // processes.world_size
+    images = torch.randn(share, 3, side, side).contiguous(memory_format=torch.channels_last)
+    return Learner(recipe, dataset, None, processes), images, labels[:share]
+
+
+def show(recipe: Recipe, found: Comparison, console: Console) -> None:
+    """A table of one network."""
+    about = f"{recipe.model}, {recipe.batch_size} pictures of {recipe.resolution} pixels, {recipe.precision}"
+    if recipe.micro_batch_size != recipe.batch_size:
+        about += f", {recipe.micro_batch_size} a pass, {recipe.activation_checkpointing} blocks recomputed"
+    console.print(about)
+    table = Table("MB", "planned", "real")
+    for kind in (field.name for field in fields(Memory)):
+        table.add_row(kind, *(f"{getattr(each, kind) / 1e6:.1f}" for each in (found.planned, found.counted)))
+    table.add_row("together", *(f"{each.total / 1e6:.1f}" for each in (found.planned, found.counted)))
+    table.add_row("allocator", "", f"{found.allocated / 1e6:.1f}")
+    table.add_row("error", f"{found.error:+.1%}", "")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="only these")
+    given = parser.parse_args()
+    recipes = [recipe for recipe in RECIPES if recipe.model in (given.models or [recipe.model])]
+    found = compare(recipes, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        for recipe, each in zip(recipes, found, strict=True):
+            show(recipe, each, Console())
+
+
+if __name__ == "__main__":
+    main()

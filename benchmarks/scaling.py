@@ -1,0 +1,94 @@
+"""Two processes against one with the same global batch: images a second, and how much of twice the speed is reached.
+
+    python benchmarks/scaling.py [--model coatnet-femto-64] [--batch-size 64] [--parallelism ddp fsdp]
+
+Whole optimizer steps (forward, backward, gradients added up, AdamW, average) on random pictures. One process on one
+core, one process on two cores and two processes on one core each take turns; medians over the rounds, with the range.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WARMING = 5
+ROUNDS = 5
+
+
+def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> float | None:
+    """Images a second of these processes together, told by the first of them."""
+    import torch
+
+    from coatnet import Recipe, open_dataset
+    from coatnet.training.fitting import fit_to
+    from coatnet.training.learner import Learner
+    from coatnet.training.parallel.processes import joined
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with joined() as processes:
+        splits = open_dataset("fashion-mnist-small")
+        recipe = Recipe(
+            data="fashion-mnist-small", model=model, batch_size=batch_size, parallelism=parallelism, ema_decay=0.99
+        )
+        recipe = fit_to(recipe, splits)
+        learner = Learner(recipe, splits.training, None, processes)
+        share, side, channels = len(learner.share.places), recipe.resolution or 0, recipe.channels or 0
+        images, labels = torch.randn(share, channels, side, side), torch.arange(share) % 10
+        for step in range(WARMING + num_steps):
+            if step == WARMING:
+                processes.sum([0.0])
+                began = time.perf_counter()
+            learner.step(images, labels, step=step, learning_rate=1e-4)
+        processes.sum([0.0])
+        return num_steps * batch_size / (time.perf_counter() - began) if processes.leads else None
+
+
+def measured(processes: int, threads: int, given: argparse.Namespace, parallelism: str) -> float:
+    """The same in processes of their own."""
+    program = [str(Path(__file__)), "--inside", "--model", given.model, "--batch-size", str(given.batch_size)]
+    program += ["--steps", str(given.steps), "--parallelism", parallelism]
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    told = subprocess.run([*launch, *program], env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(told.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="coatnet-femto-64")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--parallelism", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.inside:
+        speed = measure(given.model, given.batch_size, given.parallelism[0], given.steps)
+        if speed is not None:
+            print(json.dumps(speed))
+        return
+    ways = {"one process, one core": (1, 1, "ddp"), "one process, two cores": (1, 2, "ddp")}
+    ways |= {f"two processes, one core each, {kind}": (2, 1, kind) for kind in given.parallelism}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(given.rounds):
+        for name, (processes, threads, kind) in ways.items():
+            speeds[name].append(measured(processes, threads, given, kind))
+    medians = {name: statistics.median(each) for name, each in speeds.items()}
+    one_core, two_cores = list(medians.values())[:2]
+    print(f"{given.model}, {given.batch_size} pictures a step, medians of {given.rounds} (range)")
+    for name, each in speeds.items():
+        speed = medians[name]
+        told = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"
+        if name.startswith("two"):
+            told += f": {speed / (2 * one_core):.0%} of twice one core, {speed / two_cores:.2f} x one process on two"
+        print(told)
+
+
+if __name__ == "__main__":
+    main()

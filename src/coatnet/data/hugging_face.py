@@ -1,0 +1,197 @@
+"""Hugging Face `datasets` as a source: a name on the hub, or what `save_to_disk` wrote; pictures stay encoded."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatnet.data.datasets import as_labels, printable
+from coatnet.data.decoding import BadImage
+from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
+from coatnet.data.splits import Splits, choose_validation
+from coatnet.errors import UserError
+
+SCHEME = "hf://"
+_PICTURE_NAMES = ("image", "img", "picture")
+_LABEL_NAMES = ("label", "labels", "class", "fine_label")
+
+
+class HuggingFaceDataset:
+    """Rows of a table with a picture column, of which only that column is read."""
+
+    def __init__(
+        self, name: str, classes: Sequence[str], table: Any, column: str, rows: NDArray[np.int64], labels: NDArray
+    ) -> None:
+        """`table` is a `datasets.Dataset`; this split has its `rows`, with `labels`."""
+        self.name = name
+        self.classes = tuple(classes)
+        self.labels = as_labels(labels)
+        self.multilabel = self.labels.ndim == 2
+        self._rows = rows
+        self._column = column
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> tuple[bytes, NDArray]:
+        cell = self._table[int(self._rows[index])][self._column]
+        if cell is None:
+            raise BadImage(self.locate(index), "empty: the row has no picture")
+        if cell["bytes"] is not None:
+            return cell["bytes"], self.labels[index]
+        try:
+            return Path(cell["path"]).read_bytes(), self.labels[index]
+        except OSError as error:
+            raise BadImage(self.locate(index), f"unreadable: {cell['path']}: {error.strerror}") from error
+
+    def locate(self, index: int) -> str:
+        return f"{self.name}[{self._rows[index]}]"
+
+
+def is_saved_folder(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def open_hugging_face(source: str, validation_fraction: float) -> Splits:
+    """`hf://owner/name`, `hf://owner/name:configuration`, or a saved folder.
+
+    Raises `UserError` if there is no such dataset, or its columns of pictures and labels cannot be told.
+    """
+    place = source.removeprefix(SCHEME)
+    name = printable(Path(place).name if Path(place).exists() else place)
+    tables = _load(place)
+    splits = _splits(source, tables)
+    features = tables[splits[0]].features
+    picture, label = _picture_column(source, features), _label_column(source, features)
+    for split in splits:
+        if not {picture, label} <= tables[split].features.keys():
+            raise UserError(f"{source}: {split} lacks {picture} or {label}, which {splits[0]} has")
+    values = [_values(f"{source}, {split}", tables[split], label) for split in splits]
+    class_names = getattr(_inner(features[label]), "names", None)
+    classes = _classes(source, class_names, values[0])
+    pictures, labels = [], []
+    for split, found in zip(splits, values, strict=True):
+        pictures.append(_undecoded(tables[split], picture))
+        labels.append(_encode(f"{source}, {split}", found, classes, named=class_names is not None))
+
+    if len(splits) == 2:
+        rows = [np.arange(len(part)) for part in labels]
+        note = f"its splits {splits[0]} and {splits[1]}"
+    else:
+        held_out = choose_validation(
+            [f"{name}[{row}]" for row in range(len(labels[0]))], labels[0], validation_fraction
+        )
+        if not held_out.any():
+            raise UserError(f"{source}: no class has two pictures, so none can be held out")
+        rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
+        note = f"held out {held_out.mean():.0%} of {splits[0]}, class by class, by the hash of the row's number"
+        splits, pictures, labels = splits * 2, pictures * 2, [labels[0][part] for part in rows]
+    training, validation = (
+        HuggingFaceDataset(f"{name}/{split}", list(classes), table, picture, numbers, part)
+        for split, table, numbers, part in zip(splits, pictures, rows, labels, strict=True)
+    )
+    return Splits(name, training, validation, (f"{note}; pictures are {picture}, labels {label}",))
+
+
+def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
+    """The names of training and of what is held out, if anything is."""
+    by_name = {name.lower(): name for name in tables}
+    training = next((by_name[name] for name in TRAINING_NAMES if name in by_name), None)
+    if training is None and len(tables) == 1:
+        (training,) = tables
+    if training is None:
+        raise UserError(f"{source}: no split is called train; it has {', '.join(tables)}")
+    held_out = next((by_name[name] for name in (*VALIDATION_NAMES, *TEST_NAMES) if name in by_name), training)
+    return [training] if held_out == training else [training, held_out]
+
+
+def _load(name: str) -> Mapping[str, Any]:
+    try:
+        import datasets  # pyrefly: ignore[missing-import]  # an extra
+    except ImportError as error:
+        raise UserError(f"{name}: Hugging Face datasets need `pip install 'coatnet[datasets]'`") from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if is_saved_folder(Path(name)):
+            loaded = datasets.load_from_disk(name)
+        else:
+            path, _, configuration = name.partition(":") if not Path(name).exists() else (name, "", "")
+            loaded = datasets.load_dataset(path, configuration or None)
+    except Exception as error:  # the library lets through what files, parsers and the network raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason})") from error
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _picture_column(source: str, features: Mapping[str, Any]) -> str:
+    found = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    return _choose(source, "pictures", found, _PICTURE_NAMES, features)
+
+
+def _label_column(source: str, features: Mapping[str, Any]) -> str:
+    found = [name for name, feature in features.items() if hasattr(_inner(feature), "names")]
+    if not found:  # plain numbers or texts will do, under a name that says what they are
+        found = [name for name in features if name in _LABEL_NAMES]
+    return _choose(source, "labels", found, _LABEL_NAMES, features)
+
+
+def _choose(source: str, what: str, found: list[str], preferred: Sequence[str], features: Mapping[str, Any]) -> str:
+    named = [name for name in preferred if name in found]
+    if len(found) == 1 or named:
+        return named[0] if named else found[0]
+    problem = f"{' and '.join(found)} could all be" if found else "no column holds"
+    columns = ", ".join(features)
+    raise UserError(f"{source}: {problem} {what}; call one of them {preferred[0]!r} (its columns: {columns})")
+
+
+def _inner(feature: Any) -> Any:
+    """The feature of a list's items; the feature itself where it is no list."""
+    return getattr(feature, "feature", feature)
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    import datasets  # pyrefly: ignore[missing-import]  # an extra
+
+    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _values(where: str, table: Any, column: str) -> list[Any]:
+    found = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
+    for row, value in enumerate(found):
+        if value is None or value != value or (isinstance(value, int) and value < 0):  # -1 where labels are secret
+            raise UserError(f"{where}, row {row}: the label is {value!r}; remove the row, or the split")
+    return found
+
+
+def _classes(source: str, names: Sequence[str] | None, values: list[Any]) -> dict[str, int]:
+    """The number of each class, by name; without names they are what the rows hold."""
+    if names is None:
+        items = (item for value in values for item in (value if isinstance(value, list) else [value]))
+        names = sorted({str(item) for item in items}, key=natural_key)
+    if len(names) < 2:
+        raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs two at least")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named: bool) -> NDArray:
+    """Class indices (n,), or 0 and 1 a class (n, K); `named` columns hold indices already."""
+    several = any(isinstance(value, list) for value in values)
+    labels = np.zeros((len(values), len(classes)) if several else len(values), dtype=np.int64)
+    for row, value in enumerate(values):
+        for item in value if several else [value]:
+            number = item if named else classes.get(str(item), -1)
+            if not 0 <= number < len(classes):
+                raise UserError(f"{where}, row {row}: the label {item!r} is none of the {len(classes)} classes")
+            if several:
+                labels[row, number] = 1
+            else:
+                labels[row] = number
+    return labels

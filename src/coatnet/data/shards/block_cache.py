@@ -1,0 +1,119 @@
+"""A folder of blocks fetched from elsewhere: bounded in bytes, least recently used out first, shared by processes."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zlib import crc32
+
+from coatnet.errors import UserError
+
+_DEFAULT_BYTES = 16_000_000_000
+_NUM_LOCKS = 256
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class BlockCache:
+    """Blocks by name. A block that several processes want is fetched by one of them, while the others wait."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def open(self, name: str, num_bytes: int, fetch: Callable[[], bytes]) -> int:
+        """A descriptor of the block, for the caller to close; the block stays readable, even if it is evicted.
+
+        Raises:
+            UserError: the block alone is over the limit, or the disk refuses.
+        """
+        path = self.folder / name
+        try:
+            if (descriptor := _open_whole(path, num_bytes)) is not None:
+                return descriptor
+            if num_bytes > self.limit:
+                raise UserError(f"a block of {num_bytes:,} bytes is over COATNET_CACHE_SIZE, {self.limit:,} bytes")
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            with locked(self.folder / "locks" / str(crc32(name.encode()) % _NUM_LOCKS)):
+                if (descriptor := _open_whole(path, num_bytes)) is not None:  # another process was faster
+                    return descriptor
+                data = fetch()
+                with locked(self.folder / "locks" / "eviction"):
+                    self._make_room(num_bytes)
+                    return _write(path, data)
+        except OSError as error:
+            advice = "COATNET_CACHE_DIR names another folder, COATNET_CACHE_SIZE less"
+            raise UserError(f"{self.folder}: the cache cannot be written ({error.strerror}); {advice}") from error
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove what was used longest ago, and what a process that died left half-written."""
+        blocks = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".tmp"):  # writers hold the lock that is held here: this one is dead
+                os.unlink(entry.path)
+            elif entry.is_file():
+                status = entry.stat()
+                blocks.append((status.st_mtime_ns, status.st_size, entry.path))
+        excess = sum(size for _, size, _ in blocks) + num_bytes - self.limit
+        for _, size, path in sorted(blocks):
+            if excess <= 0:
+                return
+            os.unlink(path)
+            excess -= size
+
+
+def default_cache() -> BlockCache:
+    """In COATNET_CACHE_DIR or the user's cache folder, of COATNET_CACHE_SIZE bytes ("16GB")."""
+    return BlockCache(cache_folder() / "blocks", sized(os.environ.get("COATNET_CACHE_SIZE", str(_DEFAULT_BYTES))))
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again."""
+    if own := os.environ.get("COATNET_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatnet"
+
+
+def sized(text: str) -> int:
+    """Bytes from "256MB", "1.5 GB" or plain digits; the units are powers of 1000."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    try:
+        num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except ValueError:
+        num_bytes = 0
+    if num_bytes < 1:
+        raise UserError(f"{text!r} is not a size; write it as 256MB or 2GB")
+    return num_bytes
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a file's lock, which the system releases when its holder dies. Without `wait`, raises `BlockingIOError`."""
+    import fcntl
+
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def _open_whole(path: Path, num_bytes: int) -> int | None:
+    """None if the block is not there, or not whole, as after a power failure."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    if os.fstat(descriptor).st_size != num_bytes:
+        os.close(descriptor)
+        return None
+    os.utime(path if os.utime not in os.supports_fd else descriptor)
+    return descriptor
+
+
+def _write(path: Path, data: bytes) -> int:
+    staged = path.with_name(f"{path.name}.tmp")
+    with staged.open("w+b") as file:
+        file.write(data)
+        file.flush()
+        staged.rename(path)
+        file.seek(0)
+        return os.dup(file.fileno())

@@ -1,0 +1,200 @@
+"""The command, or the file for a scheduler, that starts a training on many machines; text only, nothing is started.
+
+Each hands the signal of a preemption on to every process and gives the run ten minutes to save. The schedulers start it
+again: `coatnet train` on the folder of an unfinished run resumes it.
+"""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from textwrap import indent
+
+PORT = 29500  # torchrun's own default
+SAVING_SECONDS = 600  # between the signal and the end by force
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun hands on the first four unless told
+# What the processes were doing is written down when one of them no longer answers; a crash in C leaves a traceback.
+ENVIRONMENT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000", "PYTHONFAULTHANDLER": "1"}
+# Or machines that start again look for the others under the addresses of their dead.
+ENVIRONMENT_OF_MANY = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started on how much. `arguments` are those of `coatnet`, without the pictures and the run folder."""
+
+    name: str  # of the job: letters, digits and hyphens
+    arguments: tuple[str, ...]
+    num_nodes: int
+    gpus_per_node: int
+    gpu: str  # SkyPilot's name for it
+
+
+def torchrun(launch: Launch) -> str:
+    """For a shell: once on one machine, or the same on each of several."""
+    where = ["DATA=path/to/pictures", f"RUN=runs/{launch.name}"]
+    if launch.num_nodes == 1:
+        return _script(_exports(launch, where), _command(launch, ""))
+    about = (
+        f"# The same on each of the {launch.num_nodes} machines. HEAD: one of them, by a name that the others know.",
+        "# DATA and RUN: paths under which all of them find the same files.",
+    )
+    return _script(*about, _exports(launch, ["HEAD=node-0", *where]), _command(launch, launch.name))
+
+
+def slurm(launch: Launch) -> str:
+    """For `sbatch`: a script that is queued again, and resumes, when its time is over or its machines are needed."""
+    head = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
+    settings = {
+        "job-name": launch.name,
+        "nodes": launch.num_nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": launch.gpus_per_node,
+        "exclusive": None,
+        "time": "1-00:00:00",
+        "signal": f"B:TERM@{SAVING_SECONDS}",
+        "requeue": None,
+        "open-mode": "append",
+        "output": "%x-%j.log",
+    }
+    started = f'srun --cpus-per-task="$SLURM_CPUS_ON_NODE" {_command(launch, "$SLURM_JOB_ID")} &'
+    return _script(
+        "#!/bin/bash",
+        *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in settings.items()),
+        "",
+        f"# Save as {launch.name}.sh; start with: sbatch {launch.name}.sh",
+        _exports(launch, [f"HEAD={head}", "DATA=path/to/pictures", f'RUN="$SLURM_SUBMIT_DIR/runs/{launch.name}"']),
+        started,
+        "step=$!",
+        "# Ten minutes before the time is over this shell gets SIGTERM: the run saves, stops, and is queued again.",
+        "trap 'stopped=yes; kill -TERM \"$step\"' TERM",
+        'wait "$step"',
+        "code=$?",
+        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
+        'if [ "${stopped:-no}" = yes ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"',
+    )
+
+
+def kubernetes(launch: Launch) -> str:
+    """For `kubectl apply`: a Job with a pod a machine, and the Service by which they meet (from 1.33 on)."""
+    name, nodes = launch.name, launch.num_nodes
+    start = _script(
+        _exports(launch, [f"HEAD={name}-0.{name}", "DATA=/shared/pictures", f"RUN=/shared/runs/{name}"]),
+        f"exec {_command(launch, name)}",
+    )
+    return f"""\
+# Save as {name}.yaml; start with: kubectl apply -f {name}.yaml
+# Yours to set: the image (Python with coatnet), and the claim: a volume that all pods can write (ReadWriteMany).
+apiVersion: v1
+kind: Service
+metadata:
+  name: {name}
+spec:
+  clusterIP: None
+  publishNotReadyAddresses: true
+  selector:
+    job-name: {name}
+---
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {name}
+spec:
+  completionMode: Indexed
+  completions: {nodes}
+  parallelism: {nodes}
+  backoffLimitPerIndex: 10
+  podFailurePolicy:
+    rules:
+      - action: Ignore  # a drained or preempted machine is no failure
+        onPodConditions:
+          - type: DisruptionTarget
+  template:
+    spec:
+      subdomain: {name}
+      restartPolicy: Never
+      terminationGracePeriodSeconds: {SAVING_SECONDS}
+      containers:
+        - name: train
+          image: coatnet:latest
+          command: [bash, -c]
+          args:
+            - |
+{indent(start, " " * 14)}\
+          resources:
+            limits:
+              nvidia.com/gpu: {launch.gpus_per_node}
+          volumeMounts:
+            - name: shared
+              mountPath: /shared
+            - name: workers  # the processes that decode pictures hand them over in shared memory
+              mountPath: /dev/shm
+      volumes:
+        - name: shared
+          persistentVolumeClaim:
+            claimName: shared
+        - name: workers
+          emptyDir:
+            medium: Memory
+"""
+
+
+def skypilot(launch: Launch) -> str:
+    """For `sky jobs launch`: a managed job, which gets new machines when a cloud takes the old ones back."""
+    head = '"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
+    start = _script(
+        _exports(launch, [f"HEAD={head}", "DATA=/shared/pictures", f"RUN=/shared/runs/{launch.name}"]),
+        _command(launch, launch.name),
+    )
+    return f"""\
+# Save as {launch.name}.yaml; start with: sky jobs launch {launch.name}.yaml
+# Yours to make first: the volume, which must outlive the machines. A mounted bucket will not do: it cannot rename a
+# folder in one step, and that is how a checkpoint becomes whole.
+name: {launch.name}
+num_nodes: {launch.num_nodes}
+resources:
+  accelerators: {launch.gpu}:{launch.gpus_per_node}
+  use_spot: true
+volumes:
+  /shared: shared
+setup: pip install coatnet
+run: |
+{indent(start, "  ")}"""
+
+
+LAUNCHERS: dict[str, Callable[[Launch], str]] = {
+    "torchrun": torchrun,
+    "slurm": slurm,
+    "kubernetes": kubernetes,
+    "skypilot": skypilot,
+}
+
+
+def _command(launch: Launch, rendezvous: str) -> str:
+    """`torchrun ... -m coatnet train ...`, or `coatnet train ...` where one process is enough."""
+    train = (shlex.join(launch.arguments), '--data "$DATA" --out "$RUN"')
+    if launch.num_nodes == launch.gpus_per_node == 1:
+        return " \\\n    ".join((f"coatnet {train[0]}", train[1]))
+    found = "--standalone"
+    if launch.num_nodes > 1:
+        found = (
+            f'--nnodes {launch.num_nodes} --rdzv-backend c10d --rdzv-endpoint "$HEAD:{PORT}" --rdzv-id "{rendezvous}"'
+        )
+    return " \\\n    ".join(
+        (
+            f"torchrun --nproc-per-node {launch.gpus_per_node} {found}",
+            f"--max-restarts 3 --shutdown-timeout {SAVING_SECONDS} --signals-to-handle {SIGNALS}",
+            f"-m coatnet {train[0]}",
+            train[1],
+        )
+    )
+
+
+def _exports(launch: Launch, settings: Sequence[str]) -> str:
+    """`settings` are `NAME=value`, quoted where they need it."""
+    environment = ENVIRONMENT | (ENVIRONMENT_OF_MANY if launch.num_nodes > 1 else {})
+    return "\n".join(f"export {each}" for each in (*settings, *(f"{k}={v}" for k, v in environment.items())))
+
+
+def _script(*lines: str) -> str:
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,218 @@
+"""Packed shards: every picture one read away, and nothing wrong with them is left for the middle of a run."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.data.loaders import evaluate, train
+
+from coatnet.data.loading import order_of
+from coatnet.data.shards.dataset import ShardDataset
+from coatnet.data.shards.packing import pack
+from coatnet.data.sources import open_dataset
+from coatnet.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, encode) -> Path:
+    """200 pictures of 12 x 16 in two classes, in shards of some 20 KB."""
+    root = tmp_path_factory.mktemp("shards")
+    for number in range(200):
+        path = root / "pictures" / ("cat" if number % 3 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)))
+    pack(root / "pictures", root / "packed", shard_bytes=20_000, num_workers=1)
+    return root / "packed"
+
+
+@pytest.fixture
+def folder(packed, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def test_labels_read_and_counts_agree(packed):
+    dataset = open_dataset(packed).training
+    assert isinstance(dataset, ShardDataset)
+    labels = [dataset.read(index)[1] for index in range(len(dataset))]
+    assert np.array_equal(labels, dataset.labels) and dataset.labels.dtype == labels[0].dtype == np.int64
+    assert np.array_equal(np.bincount(dataset.labels), dataset.class_counts)
+
+
+def test_the_folder_may_move(folder):
+    there = folder.rename(folder.with_name("elsewhere"))
+    dataset = open_dataset(there).training
+    assert dataset.locate(0).startswith(f"{there}/train-000000.tar/000000000-")
+
+
+def test_the_description_says_what_is_there(packed):
+    text = open_dataset(packed).describe()
+    assert text.startswith("pictures: 200 pictures, 2 classes") and "packed from pictures in" in text
+
+
+def test_a_dataset_survives_the_way_to_a_worker(packed):
+    dataset = open_dataset(packed).training
+    picture, label = dataset.read(7)
+    assert len(dataset.labels) == len(dataset)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 50_000  # open files, mapped tables and labels stay behind
+    copy = pickle.loads(sent)
+    assert copy.read(7) == (picture, label) and np.array_equal(copy.labels, dataset.labels)
+
+
+def test_batches_do_not_depend_on_workers(packed):
+    dataset = open_dataset(packed).training
+    for (images, labels), (others, other_labels) in zip(train(dataset), train(dataset, num_workers=2), strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+    indices = torch.cat([indices for _, _, indices in evaluate(dataset)])
+    assert torch.equal(indices, torch.arange(len(dataset)))
+
+
+def test_resumed_batches_equal_uninterrupted_batches(packed):
+    dataset = open_dataset(packed).training
+    whole = train(dataset, num_steps=10)
+    for batch, other in zip(train(dataset, first_step=4, num_steps=6), whole[4:], strict=True):
+        assert all(torch.equal(one, another) for one, another in zip(batch, other, strict=True))
+
+
+def test_blocks_are_about_eight_mebibytes(packed, monkeypatch):
+    dataset = open_dataset(packed).training
+    size = dataset.table["num_bytes"].sum() / len(dataset)
+    assert dataset.block_size * size == pytest.approx(8 * 2**20, rel=0.01)
+    monkeypatch.setattr("coatnet.data.shards.dataset.BLOCK_BYTES", 10_000)
+    assert open_dataset(packed).training.block_size == round(10_000 / size)
+
+
+def test_training_reads_the_pictures_of_a_window_from_many_shards(packed, monkeypatch):
+    monkeypatch.setattr("coatnet.data.shards.dataset.BLOCK_BYTES", 5_000)
+    dataset = open_dataset(packed).training
+    order = order_of(dataset, seed=3)
+    assert np.array_equal(np.sort(order.indices(np.arange(len(dataset)))), np.arange(len(dataset)))
+    shards = np.searchsorted(np.cumsum(dataset.table["num_samples"]), order.indices(np.arange(len(dataset))), "right")
+    num_shards = len(dataset.table)
+    assert (shards[1:] == shards[:-1]).mean() < 2.5 / num_shards
+    assert len(np.unique(shards[:32])) > num_shards / 2
+
+
+def test_shards_without_a_picture_do_no_harm(make_folder, tmp_path):
+    root = make_folder({"train/cat": 6, "train/dog": 6, "val/cat": 1, "val/dog": 1})
+    for name in [f"cat/{number}" for number in range(5)] + [f"dog/{number}" for number in range(5)]:
+        (root / f"train/{name}.png").write_bytes(b"")
+    pack(root, tmp_path / "packed", shard_bytes=1, num_workers=1)
+    dataset = open_dataset(tmp_path / "packed").training
+    assert sorted(dataset.table["num_samples"].tolist()) == [0] * 10 + [1] * 2
+    assert {dataset.read(index)[0] for index in range(2)} == {
+        (root / f"train/{name}/5.png").read_bytes() for name in ("cat", "dog")
+    }
+    assert sorted(dataset.labels.tolist()) == [0, 1]
+
+
+def one_line(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_dataset(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_truncated_shard_is_found_at_open(folder, split):
+    shard = sorted(folder.glob(f"{split}-*.tar"))[-1]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    assert one_line(folder) == (
+        f"{shard}: truncated, it has {size - 1:,} bytes where the index says {size:,}; fetch or pack it again"
+    )
+
+
+def test_a_shard_of_another_size_is_found_at_open(folder):
+    with (folder / "train-000001.tar").open("ab") as file:
+        file.write(bytes(512))
+    assert f"{folder}/train-000001.tar: changed, it has" in one_line(folder)
+
+
+def test_a_missing_shard_is_found_at_open(folder):
+    (folder / "train-000002.tar").unlink()
+    assert f"{folder}/train-000002.tar: missing" in one_line(folder)
+
+
+def test_a_shard_that_the_index_does_not_know_is_found_at_open(folder):
+    shutil.copy(folder / "train-000000.tar", folder / "train-000000 (copy).tar")
+    assert f"{folder}/train-000000 (copy).tar: not in the index" in one_line(folder)
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped", "another", "short"])
+def test_a_table_of_samples_that_does_not_belong_is_found_at_open(folder, harm):
+    table = folder / "train-000001.npy"
+    data = table.read_bytes()
+    match harm:
+        case "missing":
+            table.unlink()
+        case "flipped":
+            table.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        case "another":
+            shutil.copy(folder / "train-000002.npy", table)
+        case "short":
+            table.write_bytes(data[:-10])
+    assert f"{folder}/train-000001.npy: " in one_line(folder)
+
+
+def test_a_table_of_shards_that_does_not_belong_is_found_at_open(folder):
+    shutil.copy(folder / "val.shards.npy", folder / "train.shards.npy")
+    assert f"{folder}/train.shards.npy: does not belong to coatnet-shards.json" in one_line(folder)
+    (folder / "train.shards.npy").unlink()
+    assert f"{folder}/train.shards.npy: missing" in one_line(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.update(version=2), "version 2 of the index; this coatnet reads 1"),
+        (lambda head: head.update(format="something"), "its format is 'something'"),
+        (lambda head: head.pop("classes"), "not the index of a folder of shards ('classes')"),
+        (lambda head: head.update(classes=["cat"]), "1 classes, and counts"),
+        (lambda head: head.update(classes=["cat", 3]), "3 where a text should be"),
+        (lambda head: head["splits"].pop("val"), "not the index of a folder of shards ('val')"),
+        (lambda head: head["splits"]["val"].update(num_samples=-1), "-1 where a count should be"),
+        (lambda head: head["splits"]["val"].update(num_samples=3), "samples where coatnet-shards.json says 3"),
+        (lambda head: head["splits"]["val"].update(num_shards=10**12), "1,000,000,000,000 rows were expected"),
+    ],
+)
+def test_a_head_that_is_wrong_is_one_line(folder, change, message):
+    path = folder / "coatnet-shards.json"
+    head = json.loads(path.read_text())
+    change(head)
+    path.write_text(json.dumps(head))
+    assert message in one_line(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", "[" * 100_000, "\xff"])
+def test_a_head_that_is_none_is_one_line(folder, text):
+    (folder / "coatnet-shards.json").write_text(text, encoding="latin-1")
+    assert "not the index of a folder of shards" in one_line(folder)
+
+
+def test_verifying_finds_a_flipped_byte_and_names_the_shard(folder):
+    dataset = open_dataset(folder).training
+    assert sum(dataset.verify()) == dataset.table["num_bytes"].sum()
+    path = folder / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(f"{path}: changed, its checksum is another")):
+        list(open_dataset(folder).training.verify())
+
+
+def test_a_shard_that_shrinks_during_a_run_ends_it_in_one_line(folder):
+    dataset = open_dataset(folder).training
+    for path in folder.glob("train-*.tar"):
+        os.truncate(path, 512)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"train-\d+\.tar: has become shorter; fetch or pack it again") as caught:
+            train(dataset, num_workers=workers)
+        assert "\n" not in str(caught.value)

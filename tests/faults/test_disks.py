@@ -1,0 +1,112 @@
+"""A disk that refuses costs checkpoints, not the training; what was saved before stays."""
+
+import os
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.faults.running import LAST_STEP, RECIPE, event, last_checkpoint, last_step, leftovers, run
+
+needs_mounts = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 48 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this system lets no one mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    ended = run(folder)
+    assert ended.code == 0, ended.output
+    return ended.out
+
+
+def assert_completed(ended, whole):
+    assert ended.code == 0, ended.output
+    assert "training goes on" in ended.output
+    assert last_step(ended.out) == LAST_STEP and leftovers(ended.out) == []
+    torch.testing.assert_close(last_checkpoint(ended.out).tensors, last_checkpoint(whole).tensors, rtol=0, atol=0)
+
+
+@needs_mounts
+@pytest.mark.fault(
+    "B7", "the disk full from step 4 to 7 (tmpfs of 48 MB)", "told with what is needed; training goes on"
+)
+def test_a_full_disk_is_told_and_the_run_completes(disk, whole, tmp_path):
+    ended = run(tmp_path, event("step", 4, "fill_disk"), event("step", 7, "empty_disk"), out=disk / "run")
+    assert_completed(ended, whole)
+    assert "disk full, it needs" in ended.output or "No space left on device" in ended.output
+
+
+@needs_mounts
+@pytest.mark.fault("B7", "the disk full to the end", "one line, exit 2; the last whole checkpoint stays, resumable")
+def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(disk, tmp_path):
+    ended = run(tmp_path, event("step", 5, "fill_disk"), out=disk / "run")
+    assert ended.code != 0 and "Traceback" not in ended.output
+    assert 1 <= last_step(ended.out) < LAST_STEP
+    (ended.out / "filler").unlink()
+    again = run(tmp_path, out=disk / "run")
+    assert again.code == 0, again.output
+
+
+@pytest.mark.fault(
+    "B7", "files limited to 300 kB from step 4 to 7 (EFBIG)", "told; training goes on, nothing is left over"
+)
+def test_a_limit_on_files_is_told_and_the_run_completes(whole, tmp_path):
+    limited = event("step", 4, "limit_files", num_bytes=300_000)
+    ended = run(tmp_path, limited, event("step", 7, "free_files"))
+    assert_completed(ended, whole)
+
+
+@pytest.mark.fault(
+    "B7", "fsync fails from step 4 to 7 (EIO)", "told; training goes on, nothing half-written gets a name"
+)
+def test_a_disk_with_errors_is_told_and_the_run_completes(whole, tmp_path):
+    ended = run(tmp_path, event("step", 4, "break_fsync"), event("step", 7, "mend_fsync"))
+    assert_completed(ended, whole)
+    assert "Input/output error" in ended.output
+
+
+@needs_mounts
+@pytest.mark.fault("B7", "the disk read-only from step 4 to 7", "told; training goes on")
+def test_a_disk_that_becomes_read_only_is_told_and_the_run_completes(disk, tmp_path):
+    ended = run(
+        tmp_path,
+        event("step", 4, "remount", how="ro"),
+        event("step", 7, "remount", how="rw"),
+        out=disk / "run",
+    )
+    assert ended.code == 0, ended.output
+    assert "Read-only file system" in ended.output and "training goes on" in ended.output
+    assert last_step(ended.out) == LAST_STEP
+
+
+@needs_mounts
+@pytest.mark.fault("B7", "a read-only folder from the start", "one line, exit 2, before any training")
+def test_a_read_only_folder_is_told_before_the_training(disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    ended = run(tmp_path, out=disk / "run")
+    assert ended.code == 2 and "can not be written (Read-only file system)" in ended.output
+    assert "Traceback" not in ended.output
+
+
+@needs_mounts
+@pytest.mark.fault("B7", "two processes, the disk full from step 4 to 7", "told once; both go on and complete")
+@pytest.mark.timeout(150)
+def test_a_full_disk_does_not_stop_two_processes(disk, tmp_path):
+    recipe = replace(RECIPE, parallelism="fsdp")
+    events = (event("step", 4, "fill_disk"), event("step", 7, "empty_disk"))
+    ended = run(tmp_path, *events, recipe=recipe, out=disk / "run", processes=2)
+    assert ended.code == 0, ended.output
+    assert "training goes on" in ended.output
+    assert last_step(ended.out) == LAST_STEP and leftovers(ended.out) == []

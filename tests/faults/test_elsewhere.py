@@ -1,0 +1,44 @@
+"""Rows of the table that the default suite holds already: here they are run once more, for the table."""
+
+import subprocess
+import sys
+
+import pytest
+from tests.training import launching
+
+
+def passes(*chosen: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not faults", *chosen]
+    ended = subprocess.run(command, cwd=launching.ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+
+
+@pytest.mark.fault("B3", "a NaN picture on one of two processes (DDP, FSDP2)", "both stop, no weight moved")
+@pytest.mark.fault("B8", "stopped after step 3 of 6: 1 process, DDP, FSDP2, accumulating", "bit for bit")
+def test_two_processes():
+    passes("tests/training/parallel/test_processes.py")
+
+
+@pytest.mark.fault("B8", "one process stopped, or killed, and started again", "bit for bit the run never stopped")
+def test_one_process():
+    passes("tests/training/test_trainer.py", "-k", "resumed or interrupted or killed")
+
+
+@pytest.mark.fault("B12", "checkpoints with a missing, cut, flipped, foreign or future file", "the one before, loudly")
+def test_damaged_checkpoints():
+    passes("tests/training/test_checkpoint.py", "tests/training/test_saver.py")
+
+
+@pytest.mark.fault("B13", "a logger that raises or hangs", "one line, training goes on")
+def test_loggers():
+    passes("tests/training/test_loggers.py")
+
+
+@pytest.mark.fault("B15", "schedule, decay groups and average by value", "equal to their formulas")
+def test_optimization():
+    passes("tests/training/test_optimization.py")
+
+
+@pytest.mark.fault("B16", "recipes with unknown keys, wrong types, NaN, alias bombs, 10 MB", "the key by its name")
+def test_recipes():
+    passes("tests/training/test_values.py")

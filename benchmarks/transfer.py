@@ -2,8 +2,9 @@
 
     python benchmarks/transfer.py --out runs/transfer          # some twenty minutes on two cores
 
-Pretraining sees every other class (30,000 pictures). The rest are then learned from 10, 50 and 250 pictures a class with the default recipes, `scratch` and `finetune`, and by a linear probe on frozen features, all on
-the same pictures; each figure is the mean over several draws of pictures, measured on the 5,000 test pictures.
+Pretraining sees every other class (30,000 pictures). The rest are then learned from 10, 50 and 250 pictures a class
+with the default recipes, `scratch` and `finetune`, and by a linear probe on frozen features, all on the same pictures;
+each figure is the mean over several draws of pictures, measured on the 5,000 test pictures.
 Everything goes through image folders, as a user's own pictures would. Runs that are finished are not repeated.
 """
 

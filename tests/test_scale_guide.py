@@ -1,25 +1,73 @@
-"""Every command of the guide to many machines is one that the program understands."""
+"""Every command of the guide to many machines is one that the program understands; its plans are really made."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from coatnet.arguments.looking import pack_arguments, plan_arguments
+import coatnet
+from coatnet.arguments.looking import pack_arguments
 from coatnet.arguments.train import train_arguments
+from coatnet.cli import main
+from coatnet.training.recipes import RECIPES
 
-GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guides" / "scale.md"
-READERS = {"plan": plan_arguments, "train": train_arguments, "pack": pack_arguments}
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line[line.index("coatnet ") :] for line in lines if "coatnet " in line]
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "guides" / "scale.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", commands())
-def test_the_command_is_understood(command: str) -> None:
-    _, verb, *arguments = shlex.split(command, comments=True)
-    READERS[verb](arguments)
+def lines() -> list[list[str]]:
+    """The words of each line of the guide's blocks of commands."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)).replace("\\\n", " ")
+    return [words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of each call of a program."""
+    return [arguments for name, *arguments in lines() if name == program]
+
+
+def of_verb(verb: str) -> list[list[str]]:
+    return [arguments for given, *arguments in commands("coatnet") if given == verb]
+
+
+def test_no_command_is_left_out():
+    assert {name for name, *_ in lines()} == {"coatnet", "torchrun", "pip"}
+    assert {verb for verb, *_ in commands("coatnet")} == {"plan", "train", "pack"}
+
+
+@pytest.mark.parametrize("arguments", of_verb("plan"), ids=" ".join)
+def test_a_plan_is_made(arguments, capsys):
+    model, *rest = arguments
+    assert model in coatnet.list_variants()
+    assert main(["plan", "coatnet-femto", *rest]) == 0  # a small network, for the time it takes
+    page = capsys.readouterr().out
+    assert "torchrun" in page and "gradients" in page
+
+
+@pytest.mark.parametrize("arguments", of_verb("train"), ids=" ".join)
+def test_a_training_is_understood(arguments):
+    recipe, shell = train_arguments(arguments)
+    assert recipe.data and shell.out
+
+
+@pytest.mark.parametrize("arguments", of_verb("pack"), ids=" ".join)
+def test_a_packing_is_understood(arguments):
+    assert pack_arguments(arguments).out
+
+
+@pytest.mark.parametrize("arguments", commands("torchrun"), ids=" ".join)
+def test_torchrun_understands_how_it_starts_a_training(arguments):
+    given = get_args_parser().parse_args(arguments)
+    assert given.module and given.training_script == "coatnet"
+    verb, *rest = given.training_script_args
+    recipe, shell = train_arguments(rest)
+    assert verb == "train" and recipe.data and shell.out
+
+
+def test_step_counts_are_those_of_the_recipes():
+    rows = re.findall(r"(?m)^\| (`.*?`[^|]*)\|.*\| ([\d,]+) \|$", GUIDE)
+    assert len(rows) == 7
+    for names, steps in rows:
+        first, *_ = re.findall(r"`(.*?)`", names)
+        assert RECIPES[first].steps == int(steps.replace(",", "")), first

@@ -147,8 +147,9 @@ def test_wandb_keeps_one_run_over_a_resumption(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(loggers, "CLOSING_SECONDS", 60.0)
-    for first_step in (0, 2):
-        write("wandb", tmp_path, first_step, [(first_step + 1, 2.0)])
+    write("wandb", tmp_path, 0, [(1, 2.0)])
+    time.sleep(1.1)  # it names its folders by the second
+    write("wandb", tmp_path, 2, [(3, 2.0)])
     number = (tmp_path / "wandb-run-id").read_text()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{number}/run-{number}.wandb"))) == 2
 

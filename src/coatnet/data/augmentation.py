@@ -31,8 +31,12 @@ _ERASED_RATIO = (0.3, 3.3)
 
 def flip(pictures: Tensor, seeds: Words, rate: float) -> Tensor:
     """Mirror left and right, each picture of (B, C, H, W) with probability `rate`."""
-    mirrored = torch.from_numpy(_draw(seeds, _FLIP, 1)[:, 0] < rate)
-    return torch.where(mirrored[:, None, None, None], pictures.flip(-1), pictures)
+    chosen = np.flatnonzero(_draw(seeds, _FLIP, 1)[:, 0] < rate)
+    if len(chosen) in (0, len(pictures)):  # always so where pictures come one by one
+        return pictures.flip(-1) if len(chosen) else pictures
+    mirrored = pictures.clone()
+    mirrored[chosen] = pictures[chosen].flip(-1)
+    return mirrored
 
 
 def shift(pictures: Tensor, seeds: Words, limit: int) -> Tensor:

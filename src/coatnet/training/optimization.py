@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -125,19 +125,17 @@ def decay_at(step: int, limit: float) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
-class WeightAverage(Generic[Model]):
-    """An exponential moving average of weights and BatchNorm statistics, kept as a second model in `.model`.
+class MovingAverage:
+    """Averages, by the names of a model, that follow its weights and BatchNorm statistics exponentially.
 
-    The decay warms up, see `decay_at`. With decay 0 the average is the model itself. What is frozen in the model
-    stays as it is here.
+    The decay warms up, see `decay_at`. Counters are copied; what is frozen in the model stays as it is in `averages`.
+    With decay 0 the averages are the model's own tensors.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
-        still, averages = frozen_modules(model), self.model.state_dict()
+    def __init__(self, averages: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
+        self.decay, self._averages, still = decay, averages, frozen_modules(model)
         pairs = [
-            (averages[name], value)
+            (here(averages[name]), here(value))
             for name, value in model.state_dict().items()
             if name.rpartition(".")[0] not in still
         ]
@@ -156,7 +154,15 @@ class WeightAverage(Generic[Model]):
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by the names of the model."""
-        return self.model.state_dict()
+        return dict(self._averages)
+
+
+class WeightAverage(MovingAverage, Generic[Model]):
+    """Kept as a second model in `.model`; with decay 0 that is the model itself."""
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
+        super().__init__(self.model.state_dict(), model, decay)
 
     def whole(self) -> Model:
         """The averaged model."""

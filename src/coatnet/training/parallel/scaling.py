@@ -4,6 +4,7 @@ In this order: BatchNorm over all GPUs, copies or shards, compilation, recomputa
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -135,6 +136,8 @@ def rework_blocks(model: CoAtNet, recipe: Recipe, device: torch.device) -> None:
     """Have the blocks compiled, one by one, and computed twice, as the recipe says."""
     if recipe.compile:
         refuse_without_compiler(device)
+        # The compiler looks for the gradients of what comes from the block before, and warns of itself.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
     for block in (block for stage in model.stages for block in stage.children()):
         if recipe.compile:
             # One by one, since blocks differ in their rate of stochastic depth, and eight kinds are the default limit.

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # every optimizer imports it, for two seconds: not in each child anew
 from rich.console import Console
 from tests.faults.running import RECIPE
 

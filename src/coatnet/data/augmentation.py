@@ -65,12 +65,11 @@ def rand_augment(pictures: Tensor, seeds: Words, *, layers: int, magnitude: int,
     return torch.stack(changed)
 
 
-def erase(images: Tensor, seeds: Words, rate: float) -> Tensor:
-    """Set a random box of each normalised image in (B, C, H, W) to the mean, 0, with probability `rate`."""
+def erase_(images: Tensor, seeds: Words, rate: float) -> Tensor:
+    """In place, set a random box of each normalised image in (B, C, H, W) to the mean, 0, with probability `rate`."""
     if rate == 0:
         return images
     height, width = images.shape[-2:]
-    images = images.clone()
     for image, numbers in zip(images, _draw(seeds, _ERASE, 5), strict=True):
         if numbers[0] < rate:
             area = height * width * _between(numbers[1], _ERASED_AREA)

@@ -1,11 +1,13 @@
 """Whole batches by number, each a pure function of that number: what a worker process computes."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from coatnet.data.datasets import ArrayDataset, Dataset
 from coatnet.data.decoding import BadImage, decode
@@ -67,19 +69,21 @@ class TrainingBatches:
             images = self.transform.batch(as_pictures(self.dataset.pictures[indices]), seeds)
             return _batch(images, self.dataset.labels[indices], indices)
 
-        images, labels, used, bad = [], [], [], {}
-        for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
+        images = empty_images(len(indices), self.transform.preprocessing)
+        labels, used, bad = [], [], {}
+        for place, index in enumerate(indices.tolist()):
             for candidate in range(index, index + _REPLACEMENTS):
                 try:
                     picture, label = read_picture(self.dataset, candidate % len(self.dataset))
                 except BadImage as error:
                     bad[error.name] = error.reason
                     continue
-                images.append(self.transform(picture, seed))
+                at = len(used)
+                self.transform.batch(as_pictures(picture)[None], seeds[place : place + 1], images[at : at + 1])
                 labels.append(label)
                 used.append(candidate % len(self.dataset))
                 break
-        return _stack(images, labels, used, bad)
+        return _filled(images, labels, used, bad)
 
 
 class EvaluationBatches:
@@ -109,17 +113,18 @@ class EvaluationBatches:
         if isinstance(self.dataset, ArrayDataset):
             images = self.transform.batch(as_pictures(self.dataset.pictures[indices]))
             return _batch(images, self.dataset.labels[indices], indices)
-        images, labels, used, bad = [], [], [], {}
+        images = empty_images(len(indices), self.transform.preprocessing)
+        labels, used, bad = [], [], {}
         for index in indices.tolist():
             try:
                 picture, label = read_picture(self.dataset, index)
             except BadImage as error:
                 bad[error.name] = error.reason
                 continue
-            images.append(self.transform(picture))
+            self.transform.batch(as_pictures(picture)[None], images[len(used) : len(used) + 1])
             labels.append(label)
             used.append(index)
-        return _stack(images, labels, used, bad)
+        return _filled(images, labels, used, bad)
 
 
 def bytes_of(preprocessing: Preprocessing) -> int:
@@ -141,11 +146,21 @@ def read_picture(dataset: Dataset, index: int) -> tuple[Picture, NDArray]:
         raise
 
 
-def _stack(images: list[Tensor], labels: list[NDArray], indices: list[int], bad: dict[str, str]) -> Batch:
-    if not images:
+def empty_images(count: int, preprocessing: Preprocessing) -> Tensor:
+    """float32 (B, C, R, R), channels last, to be filled; in a worker in shared memory, so that it is not copied there
+    on its way out."""
+    shape = (count, preprocessing.resolution, preprocessing.resolution, preprocessing.channels)
+    if get_worker_info() is None:
+        return torch.empty(shape).movedim(-1, 1)
+    size = math.prod(shape)
+    shared = torch.UntypedStorage._new_shared(4 * size)  # as torch's own collation does
+    return torch.empty(0).set_(shared, 0, (size,), (1,)).view(shape).movedim(-1, 1)
+
+
+def _filled(images: Tensor, labels: list[NDArray], indices: list[int], bad: dict[str, str]) -> Batch:
+    if not indices:
         return _batch(torch.empty(0), np.empty(0), np.empty(0, np.int64), bad)
-    stacked = torch.stack(images).contiguous(memory_format=torch.channels_last)
-    return _batch(stacked, np.stack(labels), np.array(indices), bad)
+    return _batch(images[: len(indices)], np.stack(labels), np.array(indices), bad)
 
 
 def _batch(images: Tensor, labels: NDArray, indices: NDArray[np.int64], bad: dict[str, str] | None = None) -> Batch:

@@ -1,26 +1,21 @@
 """A look at every picture before training: what cannot be read, what leaks from training into validation."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from coatnet.data.batches import read_picture
 from coatnet.data.datasets import Dataset
-from coatnet.data.decoding import BadImage
+from coatnet.data.decoding import BadImage, complaint
 from coatnet.data.sources import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 
 _LISTED = 20
-_STANDARD_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -86,43 +81,17 @@ def _digests(
     dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
 ) -> Iterator[tuple[int, bytes]]:
     """The number and a digest of the pixels of each picture; the others go to `bad`."""
-    with tempfile.TemporaryFile() as complaints:
-        for index in range(len(dataset)):
-            try:
-                if strict:
-                    with _standard_error_to(complaints):
-                        picture, _ = read_picture(dataset, index)
-                    if text := _take(complaints):
-                        warnings[dataset.locate(index)] = text
-                else:
-                    picture, _ = read_picture(dataset, index)
-            except BadImage as error:
-                bad[error.name] = error.reason
-                continue
-            pixels = picture.numpy() if isinstance(picture, torch.Tensor) else picture
-            size = str(pixels.shape).encode()
-            yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=size).digest()
-
-
-@contextmanager
-def _standard_error_to(file: BinaryIO) -> Iterator[None]:
-    """libjpeg writes to file descriptor 2 itself, beneath Python's `sys.stderr`."""
-    saved = os.dup(_STANDARD_ERROR)
-    os.dup2(file.fileno(), _STANDARD_ERROR)
-    try:
-        yield
-    finally:
-        os.dup2(saved, _STANDARD_ERROR)
-        os.close(saved)
-
-
-def _take(file: BinaryIO) -> str:
-    """What was written, on one line; the file is empty afterwards."""
-    file.seek(0)
-    text = " ".join(file.read().decode("utf-8", "replace").split())
-    file.seek(0)
-    file.truncate()
-    return text
+    for index in range(len(dataset)):
+        try:
+            picture, _ = read_picture(dataset, index)
+            if strict and (text := complaint(dataset.read(index)[0])):
+                warnings[dataset.locate(index)] = text
+        except BadImage as error:
+            bad[error.name] = error.reason
+            continue
+        pixels = picture.numpy() if isinstance(picture, torch.Tensor) else picture
+        size = str(pixels.shape).encode()
+        yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=size).digest()
 
 
 def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:

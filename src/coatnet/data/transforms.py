@@ -99,9 +99,13 @@ class EvaluationTransform:
         """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
         return self.batch(as_pictures(picture)[None])[0]
 
-    def batch(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) to float32 (B, C, R, R), channels last."""
-        return normalise(fit(match_channels(pictures, self.preprocessing), self.preprocessing), self.preprocessing)
+    def batch(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) to float32 (B, C, R, R), channels last; written to `out` if it is given."""
+        return normalise(self.fitted(pictures), self.preprocessing, out)
+
+    def fitted(self, pictures: Tensor) -> Tensor:
+        """All but normalising: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
+        return fit(match_channels(pictures, self.preprocessing), self.preprocessing)
 
 
 class TrainingTransform:
@@ -115,8 +119,8 @@ class TrainingTransform:
         """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
         return self.batch(as_pictures(picture)[None], np.array([seed], dtype=np.uint64))[0]
 
-    def batch(self, pictures: Tensor, seeds: Words) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last."""
+    def batch(self, pictures: Tensor, seeds: Words, out: Tensor | None = None) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last; written to `out` if given."""
         pictures = self.place(match_channels(pictures, self.preprocessing), seeds)
         pictures = augment.flip(pictures, seeds, self.augmentation.flip_rate)
         if self.augmentation.rand_augment_layers:
@@ -126,8 +130,8 @@ class TrainingTransform:
                 self.augmentation.rand_augment_magnitude,
             )
             pictures = augment.rand_augment(pictures, seeds, layers=layers, magnitude=magnitude, fill=fill)
-        images = normalise(pictures, self.preprocessing)
-        return augment.erase(images, seeds, self.augmentation.erasing_rate)
+        images = normalise(pictures, self.preprocessing, out)
+        return augment.erase_(images, seeds, self.augmentation.erasing_rate)
 
     def place(self, pictures: Tensor, seeds: Words) -> Tensor:
         """uint8 (B, C, H, W) to uint8 (B, C, R, R), cut out as the augmentation says."""
@@ -140,11 +144,14 @@ class TrainingTransform:
                     ratio=self.augmentation.crop_ratio,
                 )
                 resolution = (self.preprocessing.resolution, self.preprocessing.resolution)
+                # Channels last, as they are decoded, the kernel neither turns its input nor its output over.
                 cuts = [
-                    picture[:, top : top + height, left : left + width]
+                    picture[None, :, top : top + height, left : left + width].contiguous(
+                        memory_format=torch.channels_last
+                    )
                     for picture, (top, left, height, width) in zip(pictures, boxes, strict=True)
                 ]
-                return torch.cat([resize(cut[None], resolution, self.preprocessing.interpolation) for cut in cuts])
+                return torch.cat([resize(cut, resolution, self.preprocessing.interpolation) for cut in cuts])
             case "shift":
                 return augment.shift(fit(pictures, self.preprocessing), seeds, self.augmentation.shift)
             case "none":
@@ -170,17 +177,22 @@ def match_channels(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
 def fit(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, R, R): resized, then the middle cut out."""
     resolution = preprocessing.resolution
+    return center(scale(pictures, preprocessing), resolution, resolution)
+
+
+def scale(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 (B, C, H, W) to uint8 (B, C, H', W'), neither side below R: resized, with the margin that is cut off."""
     height, width = pictures.shape[-2:]
-    side = math.floor(resolution / preprocessing.crop_fraction)  # as timm computes it
+    side = math.floor(preprocessing.resolution / preprocessing.crop_fraction)  # as timm computes it
     if preprocessing.crop == "center":
         # A 1 x 5000 picture would grow to 256 x 1,280,000 before the cut, which shows 1 x 1 of it.
         short = min(height, width)
-        pictures = _center(pictures, min(height, 4 * short), min(width, 4 * short))
+        pictures = center(pictures, min(height, 4 * short), min(width, 4 * short))
         height, width = pictures.shape[-2:]
         size = (max(side, side * height // width), max(side, side * width // height))
     else:
         size = (side, side)
-    return _center(resize(pictures, size, preprocessing.interpolation), resolution, resolution)
+    return resize(pictures, size, preprocessing.interpolation)
 
 
 def resize(pictures: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -190,15 +202,23 @@ def resize(pictures: Tensor, size: tuple[int, int], interpolation: str) -> Tenso
     return F.interpolate(pictures, size=size, mode=interpolation, antialias=True)
 
 
-def normalise(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (B, 1 or C, R, R) to float32 (B, C, R, R), channels last: (value / 255 - mean) / std."""
-    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
-    images = pictures.float().mul_(1 / 255).sub(mean).div_(std)
-    return images.contiguous(memory_format=torch.channels_last)
+def normalise(pictures: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
+    """uint8 (B, 1 or C, H, W) to float32 (B, C, H, W), channels last: (value / 255 - mean) / std.
+
+    Whole rows of pixels are computed at once: a broadcast over three channels innermost takes six times as long (0.50
+    against 0.08 ms at 224 pixels).
+    """
+    batch, _, height, width = pictures.shape
+    images = torch.empty(batch, height, width, preprocessing.channels).movedim(-1, 1) if out is None else out
+    images.copy_(pictures.contiguous(memory_format=torch.channels_last))
+    rows = images.movedim(1, -1).view(batch, height, -1)  # the same memory
+    mean, std = torch.tensor(preprocessing.mean).repeat(width), torch.tensor(preprocessing.std).repeat(width)
+    rows.mul_(1 / 255).sub_(mean).div_(std)
+    return images
 
 
-def _center(pictures: Tensor, height: int, width: int) -> Tensor:
+def center(pictures: Tensor, height: int, width: int) -> Tensor:
+    """The middle of (..., H, W), of that height and width."""
     top = round((pictures.shape[-2] - height) / 2)
     left = round((pictures.shape[-1] - width) / 2)
     return pictures[..., top : top + height, left : left + width]

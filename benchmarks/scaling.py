@@ -4,6 +4,7 @@
 
 Whole optimizer steps (forward, backward, gradients added up, AdamW, average) on random pictures. One process on one
 core, one process on two cores and two processes on one core each take turns; medians over the rounds, with the range.
+Two processes apart, each with half the batch and nothing to tell the other, show what two cores give at the most.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 WARMING = 5
@@ -47,6 +50,13 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
         return num_steps * batch_size / (time.perf_counter() - began) if processes.leads else None
 
 
+def apart(given: argparse.Namespace) -> float:
+    """Images a second of two processes at once that know nothing of each other, half the batch each."""
+    half = argparse.Namespace(**vars(given) | {"batch_size": given.batch_size // 2})
+    with ThreadPoolExecutor(2) as both:
+        return sum(both.map(lambda _: measured(1, 1, half, "ddp"), range(2)))
+
+
 def measured(processes: int, threads: int, given: argparse.Namespace, parallelism: str) -> float:
     """The same in processes of their own."""
     program = [str(Path(__file__)), "--inside", "--model", given.model, "--batch-size", str(given.batch_size)]
@@ -73,20 +83,26 @@ def main() -> None:
         if speed is not None:
             print(json.dumps(speed))
         return
-    ways = {"one process, one core": (1, 1, "ddp"), "one process, two cores": (1, 2, "ddp")}
-    ways |= {f"two processes, one core each, {kind}": (2, 1, kind) for kind in given.parallelism}
+    ways = {
+        "one process, one core": lambda: measured(1, 1, given, "ddp"),
+        "one process, two cores": lambda: measured(1, 2, given, "ddp"),
+        "two processes apart, one core each": lambda: apart(given),
+    }
+    for kind in given.parallelism:
+        ways[f"two processes, one core each, {kind}"] = partial(measured, 2, 1, given, kind)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(given.rounds):
-        for name, (processes, threads, kind) in ways.items():
-            speeds[name].append(measured(processes, threads, given, kind))
+        for name, way in ways.items():
+            speeds[name].append(way())
     medians = {name: statistics.median(each) for name, each in speeds.items()}
-    one_core, two_cores = list(medians.values())[:2]
+    one_core, two_cores, most = list(medians.values())[:3]
     print(f"{given.model}, {given.batch_size} pictures a step, medians of {given.rounds} (range)")
     for name, each in speeds.items():
         speed = medians[name]
         told = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"
         if name.startswith("two"):
             told += f": {speed / (2 * one_core):.0%} of twice one core, {speed / two_cores:.2f} x one process on two"
+            told += f", {speed / most:.0%} of two apart"
         print(told)
 
 

@@ -36,6 +36,23 @@ def test_the_papers_score_is_expected_of_the_papers_recipe_only():
         assert "the paper" not in plan_training("coatnet-0", **given, **change).describe()
 
 
+def test_the_networks_of_the_papers_jft_scores_are_told_apart():
+    given = {"gpus": 8, "gpu_memory": 80, "recipe": "jft-to-1k-384"}
+    assert "--variations.downsample depthwise" in plan_training("coatnet-3", **given).describe()
+    assert "depthwise" not in plan_training("coatnet-4", **given).describe()
+
+
+def test_a_batch_that_lets_no_weights_lie_in_shards_is_told_beside_one_that_does():
+    given = {"gpus": 3, "gpus_per_node": 3, "gpu_memory": 200, "resolution": 64, "recipe": "jft-3b"}
+    told = plan_training("coatnet-6", batch_size=64, **given)
+    assert told.layout.recipe.parallelism == "ddp" and "batch-size 63 or 66 would let" in told.describe()
+    for batch_size in (63, 66):
+        plan = plan_training("coatnet-6", batch_size=batch_size, **given)
+        assert plan.layout.recipe.parallelism == "fsdp" and "would let" not in plan.describe()
+    with pytest.raises(UserError, match="batch-size 63 or 66 would let"):
+        plan_training("coatnet-6", batch_size=64, **given | {"gpu_memory": 16})
+
+
 def test_days_are_the_arithmetic_at_the_stated_rate():
     plan = plan_training("coatnet-0", gpus=8, gpu_memory=80, gpu="H100", mfu=0.4)
     assert (plan.layout.recipe.name, plan.steps, plan.layout.recipe.parallelism) == ("imagenet-1k", 93_836, "ddp")

@@ -70,13 +70,14 @@ class Choosing:
         least, how = smallest.rehearsal.memory.total / 1e9, describe_layout(smallest.recipe, self.processes)
         raise UserError(
             f"{self.recipe.model} at {self.recipe.resolution} pixels takes {least:.1f} GB of each GPU at the least "
-            f"({how}), and {self.limit / 1e9:.1f} GB are free there: give larger GPUs, or more of them"
+            f"({how}), and {self.limit / 1e9:.1f} GB are free there: "
+            + (why_no_shards(self.recipe, self.processes) or "give larger GPUs, or more of them")
         )
 
     def _parallelisms(self) -> Iterator[Parallelism]:
         """In the order of what they exchange between machines in a step; copies only of what is not too large."""
         assert self.recipe.batch_size is not None
-        shards = not self.processes.alone and self.recipe.batch_size % self.processes.world_size == 0
+        shards = not (self.processes.alone or why_no_shards(self.recipe, self.processes))
         if not shards or self._num_parameters <= SHARDED_ABOVE:
             yield "ddp"
         if shards:
@@ -106,6 +107,18 @@ class Choosing:
         return Layout(
             recipe, rehearse(recipe, num_classes=self.num_classes, share=self.share, processes=self.processes)
         )
+
+
+def why_no_shards(recipe: Recipe, processes: Processes) -> str:
+    """Why the weights can not lie in shards, and what would let them; empty if they can, or there is one process."""
+    batch_size, gpus = recipe.batch_size or 0, processes.world_size
+    if batch_size % gpus == 0:
+        return ""
+    below, above = batch_size // gpus * gpus, -(-batch_size // gpus) * gpus
+    return (
+        f"no shards, as {batch_size:,} pictures are not a multiple of {gpus} GPUs: "
+        f"batch-size {below} or {above} would let the weights lie in shards"
+    )
 
 
 def describe_layout(recipe: Recipe, processes: Processes) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 from coatnet.errors import UserError
 from coatnet.model.variants import find_variant
-from coatnet.planning.choice import Choosing, Layout, describe_layout
+from coatnet.planning.choice import Choosing, Layout, describe_layout, why_no_shards
 from coatnet.planning.gpus import Gpu, find_gpu, gpu_with
 from coatnet.planning.launchers import LAUNCHERS, Launch
 from coatnet.training.named_recipe import NamedRecipe
 from coatnet.training.parallel.processes import Processes
+from coatnet.training.parallel.scaling import SHARDED_ABOVE
 from coatnet.training.recipe import Recipe
 from coatnet.training.recipes import RECIPES, find_recipe
 
@@ -52,6 +53,10 @@ class TrainingPlan:
     @property
     def days(self) -> float:
         return self.steps * self.seconds_per_step / 86_400
+
+    @property
+    def _is_large(self) -> bool:
+        return self.layout.rehearsal.num_parameters > SHARDED_ABOVE
 
     def launch(self, launcher: str) -> str:
         """The command, or the file for a scheduler, that starts it."""
@@ -100,6 +105,7 @@ class TrainingPlan:
             "",
             f"on {world} GPU{'s' * (world > 1)} of {self.gpu_memory:g} GB{machines}:",
             f"  {describe_layout(recipe, self.processes)}; {recipe.batch_size:,} pictures a step, {recipe.precision}",
+            *([f"  {remedy}"] if (remedy := why_no_shards(recipe, self.processes)) and self._is_large else []),
             "",
             "memory of a GPU at the peak of a step, GB",
             *(f"  {name if name != 'average' else 'average (EMA)':15}{value / 1e9:8.2f}" for name, value in rows),
@@ -121,6 +127,8 @@ class TrainingPlan:
             lines.append(f"the paper reports {row.published_top1[recipe.model]:.2%} top-1 on ImageNet-1K")
         if row.silent:
             lines.append(f"the paper is silent here: {row.silent}")
+        if recipe.model in row.remarks:
+            lines.append(row.remarks[recipe.model])
         return ["", *lines] if lines else []
 
 

@@ -120,6 +120,10 @@ _SILENT_3B = (
     "coatnet-6 and -7 come with sizes, core-days and scores only; the values are those of coatnet-5, and 5 epochs are "
     "what the core-days of coatnet-7 amount to (3 for coatnet-6)"
 )
+# paper: Table 5, of coatnet-3 only.
+_STRIDED_DEPTHWISE = {
+    "coatnet-3": "the paper's coatnet-3 on JFT strides in its depthwise convolutions: --variations.downsample depthwise"
+}
 _JFT_TO_1K_384 = replace(_21K_TO_1K_384, name="jft-to-1k-384", model="coatnet-3", batch_size=512, augmentation=_LIGHT)
 
 
@@ -184,9 +188,13 @@ TABLE_10 = (
         (4, 0.884),
         (4, 0.8856),
     ),
-    NamedRecipe(_JFT, "paper: pre-training on JFT-300M at 224", _BY_SIZE_JFT, data=_ON_JFT),
-    # paper: Table 5, coatnet-3 with downsample=depthwise.
-    *_both_resolutions(_JFT_TO_1K_384, "jft", _depths(3, 0.1, 0.3, 0.2), (3, 0.8852), (3, 0.8881, 0.8911, 0.8977)),
+    NamedRecipe(_JFT, "paper: pre-training on JFT-300M at 224", _BY_SIZE_JFT, data=_ON_JFT, remarks=_STRIDED_DEPTHWISE),
+    *(
+        replace(row, remarks=_STRIDED_DEPTHWISE)
+        for row in _both_resolutions(
+            _JFT_TO_1K_384, "jft", _depths(3, 0.1, 0.3, 0.2), (3, 0.8852), (3, 0.8881, 0.8911, 0.8977)
+        )
+    ),
     NamedRecipe(
         _JFT_3B,
         "paper (sizes and scores only): JFT-3B at 224",

@@ -19,7 +19,7 @@ LAYERS = (
     ("arguments", "family"),
     ("coatnet",),
     ("planning",),
-    ("training",),
+    ("deploy", "training"),
     ("evaluation",),
     ("bundle",),
     ("weights",),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coatnet.bundle import load as load
     from coatnet.data.sources import open_dataset as open_dataset
+    from coatnet.deploy.predictor import Predictor as Predictor
     from coatnet.evaluation.evaluate import evaluate as evaluate
     from coatnet.model.coatnet import create_model as create_model
     from coatnet.model.variants import list_variants as list_variants
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Predictor": "coatnet.deploy.predictor",
     "Recipe": "coatnet.training.recipe",
     "create_model": "coatnet.model.coatnet",
     "evaluate": "coatnet.evaluation.evaluate",
@@ -27,7 +29,7 @@ _HOMES = {
     "train": "coatnet.training.trainer",
 }
 
-__all__ = ["Recipe", "create_model", "evaluate", "list_variants", "load", "open_dataset", "train"]
+__all__ = ["Predictor", "Recipe", "create_model", "evaluate", "list_variants", "load", "open_dataset", "train"]
 
 
 def __getattr__(name: str) -> object:

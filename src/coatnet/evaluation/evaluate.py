@@ -56,7 +56,7 @@ def evaluate(
     bundle.model.eval()
     try:
         for number, dataset in enumerate(datasets):
-            translate = _label_translation(dataset, bundle)
+            translate = label_translation(dataset, bundle)
             for images, labels, indices in evaluation_batches(
                 dataset,
                 preprocessing=bundle.preprocessing,
@@ -125,7 +125,7 @@ def choose_datasets(
     return data.name, datasets, split
 
 
-def _label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
+def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
     """From the dataset's labels to the model's outputs, by the names of the classes."""
     place = {name: index for index, name in enumerate(bundle.classes)}
     unknown = [name for name in dataset.classes if name not in place]

@@ -13,10 +13,10 @@ from coatnet.bundle import Bundle
 from coatnet.data.bad_images import BadImages
 from coatnet.data.datasets import Dataset, FileDataset
 from coatnet.data.loading import evaluation_batches
+from coatnet.data.paths import expand_paths
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import IN_PROCESS, choose_datasets
-from coatnet.evaluation.prediction import expand_paths
 from coatnet.evaluation.progress import with_bar
 
 

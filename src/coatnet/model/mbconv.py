@@ -86,7 +86,7 @@ class MBConv(nn.Module):
         hidden = EXPANSION * width
         expand_stride, depthwise_stride = (stride, 1) if downsample == "expand" else (1, stride)
         self.shortcut = Shortcut(in_width, width, stride)
-        self.norm = NORMS[norm](in_width)
+        self.norm: nn.Module = NORMS[norm](in_width)
         self.expand = ConvNormGELU(in_width, hidden, 1, norm=norm, stride=expand_stride)
         self.depthwise = ConvNormGELU(hidden, hidden, 3, norm=norm, stride=depthwise_stride, groups=hidden)
         # paper: squeeze ratio 0.25; of the output width, as the published parameter counts show.

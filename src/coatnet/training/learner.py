@@ -11,7 +11,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.mixing import mix
 from coatnet.data.order import hash_words
 from coatnet.errors import UserError
-from coatnet.runtime import best_device
+from coatnet.runtime import best_device, multiplies_bf16
 from coatnet.training.checkpoint import Checkpoint
 from coatnet.training.fitting import head_first_steps
 from coatnet.training.freezing import HeadFirst
@@ -171,8 +171,4 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 def runs_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16; "auto" is yes where the hardware multiplies it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return multiplies_bf16(device) if precision == "auto" else precision == "bf16"

@@ -1,0 +1,178 @@
+"""Pictures a second of our engines beside timm's model, with the same weights, alternately in one process.
+
+    python benchmarks/inference.py                              # coatnet-0 at 224, batches of 1 and 16: ten minutes
+    python benchmarks/inference.py --engine openvino torch --batch-size 16
+
+timm's model runs eagerly in fp32, and as what OpenVINO makes of it in fp32 and bf16. It is given images that are
+normalised already, where ours takes uint8 pictures. The floor is the time that the multiply-accumulates would take at
+the rate of a large matrix product in the same precision, measured in the same process: "of the rate" is that time over
+the contender's.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import coatnet
+from coatnet.data.named import open_fashion_mnist_small
+from coatnet.data.transforms import Preprocessing, normalise
+from coatnet.deploy.engines import ENGINES, Engine, open_engine
+from coatnet.deploy.graphs import quiet
+from coatnet.deploy.predictor import Predictor
+from coatnet.errors import UserError
+from coatnet.model.complexity import complexity
+from coatnet.runtime import keep_freed_memory
+
+WARMING_ROUNDS = 3  # not counted
+REST_SECONDS = 0.3  # between two contenders: threads of one runtime spin for a while, on cores that the next one needs
+Work = Callable[[], NDArray[np.float32]]
+
+
+def main() -> None:
+    arguments = parse()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    theirs, bundle = same_weights(arguments.model)
+    macs = complexity(bundle.model.variant.name, bundle.preprocessing.resolution).macs
+    engines = [engine for name in arguments.engine for engine in opened(bundle, name, arguments.precision)]
+    console = Console(width=120)
+    for batch_size in arguments.batch_size:
+        pictures = some_pictures(bundle, batch_size)
+        works = timms(theirs, pictures, bundle.preprocessing)
+        works |= {f"coatnet {engine.name} {engine.precision}": running(engine, pictures) for engine in engines}
+        logits = {name: work() for name, work in works.items()}
+        seconds = alternate(works, arguments.rounds)
+        rates = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
+        table = Table(
+            f"batch of {batch_size}", "pictures/s", "x timm eager", "x timm openvino bf16", "of the rate", "max |d|"
+        )
+        for name in works:
+            share = 2 * macs * batch_size / rates[name[-4:]] / statistics.median(seconds[name])
+            ratios = [ratio(seconds, name, other) for other in ("timm torch fp32", "timm openvino bf16")]
+            difference = (
+                np.abs(logits[name] - logits["timm torch fp32"]).max() / np.abs(logits["timm torch fp32"]).max()
+            )
+            rate = f"{batch_size / statistics.median(seconds[name]):.1f}"
+            table.add_row(name, rate, *ratios, f"{share:.0%}", f"{difference:.0e}")
+        console.print(table)
+    console.print(
+        f"{arguments.model}, {macs / 1e9:.2f} G multiply-accumulates a picture; the products of {rates_in_words(rates)}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="coatnet_0_224", help="a row of timm's")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds; the medians are printed")
+    return parser.parse_args()
+
+
+def same_weights(name: str) -> tuple[torch.nn.Module, coatnet.bundle.Bundle]:
+    """timm's network, and ours with its weights, as the hub would carry them from one to the other."""
+    import timm
+    from timm.models import save_for_hf
+
+    theirs = timm.create_model(name, num_classes=1000).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(theirs, folder, safe_serialization=True)
+        return theirs, coatnet.load(folder)
+
+
+def opened(bundle: coatnet.bundle.Bundle, name: str, precisions: list[str]) -> list[Engine]:
+    """The engine in each precision that it has."""
+    engines = []
+    for precision in precisions:
+        try:
+            engines.append(open_engine(bundle, name, precision))
+        except UserError as error:
+            print(error)
+    return engines
+
+
+def some_pictures(bundle: coatnet.bundle.Bundle, number: int) -> NDArray[np.uint8]:
+    """Real ones, enlarged: uint8 (N, R, R, 3)."""
+    data = open_fashion_mnist_small().validation
+    predictor = Predictor(bundle, "torch", "fp32")
+    return np.concatenate([predictor.prepare(np.asarray(data.read(index)[0])) for index in range(number)])
+
+
+def running(engine: Engine, pictures: NDArray[np.uint8]) -> Work:
+    return lambda: engine.run(pictures)
+
+
+def timms(network: torch.nn.Module, pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> dict[str, Work]:
+    """timm's model as people run it: eager, and through OpenVINO where that is installed."""
+    images = normalise(torch.from_numpy(pictures).permute(0, 3, 1, 2), preprocessing)
+
+    def eager() -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return network(images).numpy()
+
+    works: dict[str, Work] = {"timm torch fp32": eager}
+    if find_spec("openvino"):
+        import openvino
+
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+        with torch.no_grad(), quiet():
+            program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+            graph = openvino.convert_model(program)
+        for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
+            settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+            request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+            # contiguous as (N, 3, R, R), which is what OpenVINO reads
+            given = np.ascontiguousarray(images.numpy())
+            works[f"timm openvino {precision}"] = lambda request=request, given=given: request.infer([given])[0].copy()
+    return works
+
+
+def alternate(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each counted round of each contender, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for index in range(WARMING_ROUNDS + rounds):
+        for name, work in works.items():
+            time.sleep(REST_SECONDS)
+            began = time.perf_counter()
+            work()
+            if index >= WARMING_ROUNDS:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, other: str) -> str:
+    """How many times as fast, round by round: the median, and the lowest and highest."""
+    if other not in seconds:
+        return "-"
+    ratios = sorted(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
+
+
+def product_rate(dtype: torch.dtype, side: int = 2048) -> float:
+    """Operations a second of a large matrix product, the best of five."""
+    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def rates_in_words(rates: dict[str, float]) -> str:
+    return " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in rates.items())
+
+
+if __name__ == "__main__":
+    main()

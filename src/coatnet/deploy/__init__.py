@@ -1,0 +1,1 @@
+"""WHERE a finished model runs: engines, predictor, exports, batch jobs, a server."""

@@ -1,0 +1,39 @@
+"""ONNX Runtime: on CPUs between torch and OpenVINO, and widely there."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from coatnet.bundle import Bundle
+from coatnet.data.loading import num_cores
+from coatnet.deploy.engines.kept_graphs import kept_graph
+from coatnet.deploy.graphs import to_onnx, to_program
+from coatnet.deploy.network import PictureNetwork, example_pictures
+from coatnet.errors import UserError
+
+
+class OnnxRuntimeEngine:
+    """The folded network in ONNX Runtime, on all cores that this process may use."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, precision: str) -> None:
+        if precision != "fp32":
+            raise UserError(f"engine onnxruntime computes in fp32 on CPUs, not in {precision}; openvino and torch do")
+        self.precision = precision
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = num_cores()
+        graph = kept_graph(bundle, "model.onnx", onnxruntime.__version__, lambda path: export(bundle, path))
+        self._session = onnxruntime.InferenceSession(graph, settings, ["CPUExecutionProvider"])
+
+    def run(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, R, R, C) to logits (N, K)."""
+        return np.asarray(self._session.run(None, {"pictures": pictures})[0])
+
+
+def export(bundle: Bundle, path: Path) -> None:
+    """Write the network for ONNX Runtime."""
+    graph = to_onnx(to_program(PictureNetwork(bundle), example_pictures(bundle)))
+    path.write_bytes(graph.SerializeToString())

@@ -1,0 +1,34 @@
+"""The network as every engine and export has it: folded, behind its own normalisation.
+
+Shapes: N pictures, R resolution, C channels, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from coatnet.bundle import Bundle
+from coatnet.deploy.folding import fold
+
+
+class PictureNetwork(nn.Module):
+    """Pictures uint8 `(N, R, R, C)` to logits `(N, K)`, float32, computed in `dtype`."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
+        super().__init__()
+        self.network = fold(bundle.model, any_size=any_size).to(dtype)
+        self.dtype = dtype
+        for name, values in (("mean", bundle.preprocessing.mean), ("deviation", bundle.preprocessing.std)):
+            self.register_buffer(name, 255 * torch.tensor(values))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        images = (pictures.float() - self.mean) / self.deviation
+        return self.network(images.to(self.dtype).permute(0, 3, 1, 2)).float()
+
+
+def example_pictures(bundle: Bundle) -> Tensor:
+    """Two black pictures, for an exporter to follow through the network."""
+    side = bundle.preprocessing.resolution
+    return torch.zeros(2, side, side, bundle.preprocessing.channels, dtype=torch.uint8)

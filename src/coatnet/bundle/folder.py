@@ -27,7 +27,7 @@ def publish(folder: str | Path) -> Iterator[Path]:
     try:
         staged.mkdir(parents=True)
         yield staged
-        for file in staged.iterdir():
+        for file in staged.rglob("*"):
             flush(file)
         flush(staged)
         if target.exists():

@@ -1,0 +1,96 @@
+"""What exports contain: the folded network, behind all that its pictures need and in front of probabilities.
+
+Shapes: B batch, H W pixels, N cells, R resolution, C channels, A heads, K classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coatnet.bundle import Bundle
+from coatnet.data.transforms import Preprocessing
+from coatnet.deploy.folding import fold
+from coatnet.deploy.network import PictureNetwork
+from coatnet.deploy.resizing import Fit, match_colour
+from coatnet.model.coatnet import CoAtNet
+from coatnet.model.relative_bias import GlobalBias, RelativeBias
+
+
+class Classifier(nn.Module):
+    """Colour pictures uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`.
+
+    Args:
+        any_size: the network sees a picture at the size it has, its biases resampled; otherwise the picture is
+            resized and cut as the preprocessing says.
+    """
+
+    def __init__(self, bundle: Bundle, *, any_size: bool = False) -> None:
+        super().__init__()
+        self.fit = MatchColour(bundle.preprocessing) if any_size else Fit(bundle.preprocessing)
+        self.network = PictureProbabilities(bundle, any_size=any_size)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network(self.fit(pictures))
+
+
+class PictureProbabilities(nn.Module):
+    """Pictures uint8 `(B, R, R, C)` to probabilities `(B, K)`: a softmax, or K sigmoids for several labels."""
+
+    def __init__(self, bundle: Bundle, *, any_size: bool = False) -> None:
+        super().__init__()
+        self.network = PictureNetwork(bundle, any_size=any_size)
+        if any_size:
+            free_biases(self.network.network)
+        self.multilabel = bundle.multilabel
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        logits = self.network(pictures)
+        return logits.sigmoid() if self.multilabel else logits.softmax(1)
+
+
+class MatchColour(nn.Module):
+    """Pictures uint8 `(B, H, W, 3)` to `(B, H, W, C)`."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return match_colour(pictures, self.preprocessing)
+
+
+class AnyGridBias(nn.Module):
+    """The relative bias of any grid, in a graph whose height and width are free: no branch depends on them."""
+
+    def __init__(self, bias: GlobalBias) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """`(A, N, N)`: the table, resampled, read at the offset of each query from each key."""
+        height, width = grid
+        size = (2 * height - 1, 2 * width - 1)
+        if isinstance(self.bias, RelativeBias):  # at its own size, resampling is the identity
+            table = F.interpolate(self.bias.table[None], size=size, mode="bilinear", align_corners=False)[0]
+        else:
+            table = self.bias.table_for(grid)
+        rows, columns = (torch.arange(side)[:, None] - torch.arange(side) + side - 1 for side in grid)
+        place = rows[:, None, :, None] * size[1] + columns[None, :, None, :]  # (H, W, H, W)
+        places = place.flatten(2, 3).flatten(0, 1)
+        return table.flatten(1)[:, places].to(dtype)
+
+
+def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
+    """Images float32 `(B, C, R, R)`, normalised, to logits `(B, K)`."""
+    network = fold(bundle.model, any_size=any_size)
+    if any_size:
+        free_biases(network)
+    return network
+
+
+def free_biases(network: CoAtNet) -> None:
+    """Let biases follow the size of the picture in a graph, in place."""
+    for parent in list(network.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, GlobalBias) and not isinstance(parent, AnyGridBias):
+                setattr(parent, name, AnyGridBias(module))

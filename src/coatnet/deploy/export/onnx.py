@@ -1,0 +1,58 @@
+"""ONNX: one file that ONNX Runtime and many others open. Needs onnx, onnxscript and onnxruntime."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatnet.bundle import Bundle
+from coatnet.deploy.export.interface import Interface, Run, as_strings
+from coatnet.deploy.graphs import to_onnx
+from coatnet.errors import UserError
+
+LARGEST = 2_000_000_000  # bytes; protobuf ends at 2^31
+FILE = "model.onnx"
+
+
+def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Fill the folder with model.onnx; a model above 2 GB has its weights in model.onnx.data beside it.
+
+    Raises:
+        UserError: ONNX is not installed.
+    """
+    write_file(bundle, interface, metadata, folder / FILE)
+
+
+def write_file(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], path: Path) -> None:
+    model = to_onnx(interface.program(bundle), inputs=interface.input, outputs=interface.output)
+    import onnx
+
+    onnx.helper.set_model_props(model, as_strings(metadata))
+    parts = f"{path.name}.data" if model.ByteSize() > LARGEST else None
+    onnx.save(model, str(path), save_as_external_data=parts is not None, location=parts)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def reopen(folder: Path, interface: Interface) -> Run:
+    """The model in the file, in ONNX Runtime."""
+    return open_file(folder / FILE, interface)
+
+
+def open_file(path: Path, interface: Interface) -> Run:
+    """Raises UserError if ONNX Runtime is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("an ONNX model is checked with ONNX Runtime: pip install 'coatnet[onnx]'") from None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda given: np.asarray(session.run(None, {interface.input: given})[0])
+
+
+def snippet(folder: Path, interface: Interface) -> str:
+    """How to use the file."""
+    return (
+        "import onnxruntime\n"
+        f'session = onnxruntime.InferenceSession("{folder / FILE}")\n'
+        f'{interface.output} = session.run(None, {{"{interface.input}": {interface.input}}})[0]'
+    )

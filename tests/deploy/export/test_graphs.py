@@ -1,0 +1,151 @@
+"""An exported graph answers as its bundle does, at any batch and size, opened by the program it is for alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from coatnet.bundle import load
+from coatnet.cli import main
+from coatnet.data.transforms import EvaluationTransform, Preprocessing, match_channels, normalise
+
+Pictures = dict[str, torch.Tensor]
+Opened = tuple[Callable[[NDArray], NDArray], dict[str, str]]
+SLOW = pytest.mark.slow
+GRAPHS = ["onnx", "openvino", "torch-export", pytest.param("aoti", marks=SLOW)]
+FEW = ["openvino", *(pytest.param(name, marks=SLOW) for name in ("onnx", "torch-export", "aoti"))]
+
+
+def open_export(folder: Path, format: str, given: str, made: str) -> Opened:
+    """What runs it, and the metadata inside the model's own file."""
+    match format:
+        case "onnx":
+            session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+            assert [each.name for each in session.get_outputs()] == [made]
+            inside = session.get_modelmeta().custom_metadata_map
+            return lambda pictures: session.run(None, {given: pictures})[0], inside
+        case "openvino":
+            model = openvino.Core().read_model(folder / "model.xml")
+            exact = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            inside = {key: model.get_rt_info(["coatnet", key]).value for key in model.get_rt_info()["coatnet"]}
+            return lambda pictures: exact({given: pictures})[made], inside
+        case "torch-export":
+            files = {"metadata.json": ""}
+            module = torch.export.load(folder / "model.pt2", extra_files=files).module()
+            values = json.loads(files["metadata.json"]).items()
+            inside = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values}
+            return lambda pictures: module(torch.from_numpy(pictures)).detach().numpy(), inside
+        case "aoti":
+            compiled = torch._inductor.aoti_load_package(str(folder / "model.pt2"))
+            return lambda pictures: compiled(torch.from_numpy(pictures)).numpy(), compiled.loader.get_metadata()
+    raise AssertionError(format)
+
+
+def as_given(pictures: torch.Tensor) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(pictures.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, on opening
+@pytest.mark.parametrize("format", GRAPHS)
+def test_pictures_of_any_size_become_the_probabilities_of_the_bundle(
+    clothes_folder: Path, pictures: Pictures, tmp_path: Path, format: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(clothes_folder), "--format", format, "--out", str(out)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.startswith(f"{out}: on 64 pictures of fashion-mnist-small within ") and str(out) in printed.out
+    assert printed.err == ""
+
+    run, inside = open_export(out, format, "pictures", "probabilities")
+    bundle = load(clothes_folder)
+    for batch in pictures.values():
+        with torch.no_grad():
+            expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).softmax(1)
+        np.testing.assert_allclose(run(as_given(batch)), expected.numpy(), atol=1e-3)
+    assert len(expected.unique()) > 1
+
+    metadata = json.loads((out / "metadata.json").read_text(encoding="utf-8"))
+    assert metadata["classes"] == list(bundle.classes) == json.loads(inside["classes"])
+    assert metadata["preprocessing"]["inside"] == ["resize", "cut", "normalise"]
+    assert json.loads(inside["preprocessing"]) == metadata["preprocessing"] and inside["format"] == format
+    assert metadata["input"]["shape"] == [-1, -1, -1, 3] and metadata["output"]["activation"] == "softmax"
+
+    parity = json.loads((out / "parity.json").read_text(encoding="utf-8"))
+    assert parity["num_pictures"] == 64 and parity["batch_sizes"] == [1, 2, 5]
+    assert parity["probability_difference"] < 1e-3 and parity["agreement"] == 1.0
+    assert [each["batch_size"] for each in parity["latency"]] == [1, 5]
+    assert "largest difference of a probability" in (out / "parity.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch-export", "onnx", "openvino"])
+def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
+    colourful: Path, pictures: Pictures, tmp_path: Path, format: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(colourful), "--format", format, "--out", str(out)]) == 0
+    run, inside = open_export(out, format, "pictures", "probabilities")
+    bundle = load(colourful)
+    for batch in pictures.values():
+        with torch.no_grad():
+            expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).sigmoid()
+        np.testing.assert_allclose(run(as_given(batch)), expected.numpy(), atol=1e-3)
+    assert json.loads(inside["classes"]) == ["é", "<b>", "c"] and json.loads(inside["multilabel"]) is True
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("format", FEW)
+def test_with_logits_it_is_the_bare_network(colourful: Path, tmp_path: Path, format: str) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(colourful), "--format", format, "--logits", "--out", str(out)]) == 0
+    run, inside = open_export(out, format, "images", "logits")
+    bundle, images = load(colourful), torch.randn(7, 3, 64, 64)
+    for number in (1, 2, 5, 7):
+        with torch.no_grad():
+            expected = bundle.model(images[:number])
+        np.testing.assert_allclose(run(images[:number].numpy()), expected.numpy(), rtol=1e-3, atol=1e-3)
+    assert json.loads(inside["input"])["shape"] == [-1, 3, 64, 64]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=SLOW)], ids=["pictures", "images"])
+@pytest.mark.parametrize("format", FEW)
+def test_with_dynamic_size_the_network_sees_a_picture_at_its_own(
+    clothes_folder: Path, pictures: Pictures, tmp_path: Path, format: str, logits: bool
+) -> None:
+    out = tmp_path / "out"
+    options = ["--dynamic-size", *(["--logits"] if logits else [])]
+    assert main(["export", str(clothes_folder), "--format", format, "--out", str(out), *options]) == 0
+    run, _ = open_export(out, format, *(("images", "logits") if logits else ("pictures", "probabilities")))
+    bundle = load(clothes_folder)
+    for batch in (pictures["five"], pictures["two"][..., :64, :96], pictures["tall"][..., :33, :32]):
+        images = normalise(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
+        with torch.no_grad():
+            expected = bundle.model(images)
+        found = run(images.contiguous().numpy() if logits else as_given(batch))
+        np.testing.assert_allclose(found, (expected if logits else expected.softmax(1)).numpy(), atol=2e-3)
+
+
+def test_an_onnx_model_is_one_file_that_the_checker_accepts(clothes_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(clothes_folder), "--format", "onnx", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["metadata.json", "model.onnx", "parity.json", "parity.md"]
+    model = onnx.load(out / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert not {node.op_type for node in model.graph.node} & {"BatchNormalization"}
+
+
+def test_preprocessing_is_that_of_the_bundle(clothes_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(clothes_folder), "--format", "torch-export", "--out", str(out)]) == 0
+    told = json.loads((out / "metadata.json").read_text(encoding="utf-8"))["preprocessing"]
+    del told["inside"]
+    assert Preprocessing(**told) == load(clothes_folder).preprocessing

@@ -22,22 +22,6 @@ def evaluate_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def predict_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        "predict",
-        "Classify pictures, one line each. A file that is no picture gets its own line, and exit code 1.",
-        "examples:\n"
-        "  coatnet predict runs/mine/bundle holiday.jpg more/pictures\n"
-        "  coatnet predict runs/mine/bundle more/pictures --top-k 1 --json > answers.jsonl",
-    )
-    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="pictures, and folders of pictures")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="answers for each picture (5)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line rather than words")
-    return parser.parse(arguments)
-
-
 def features_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "features",
@@ -72,19 +56,6 @@ def probe_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, metavar="X", help="training and validation pictures of any classes")
     parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours that vote (20)")
     parser.add_argument("--json", action="store_true", help="numbers for a program rather than lines for people")
-    return parser.parse(arguments)
-
-
-def export_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        "export",
-        "Write a finished model in the format of another program.\n"
-        "  timm   for models of timm's rows: what timm.create_model('local-dir:FOLDER', pretrained=True) opens",
-        "examples:\n  coatnet export runs/mine/bundle --format timm --out exported",
-    )
-    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
-    parser.add_argument("--format", required=True, choices=("timm",), help="whose format")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write it, new")
     return parser.parse(arguments)
 
 

@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, na
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
 
+REQUIRED = ("path", "label")
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
 _SEPARATORS = re.compile(r"[;|]")
 
@@ -58,6 +59,19 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
         for part in (~held_out, held_out)
     ]
     return Splits(path.stem, datasets[0], datasets[1], tuple(notes))
+
+
+def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
+    """Path, from the manifest's folder, and label of each row, as written: all rows, whatever their split.
+
+    There need be no labels: without one it is empty. Raises `UserError` with the row's number as `open_manifest` does.
+    """
+    root = path.resolve().parent
+    required = ("path",)
+    cells = _read_parquet(path, required) if path.suffix.lower() == ".parquet" else _read_csv(path, required)
+    for number, (picture, label, _) in cells:
+        text = ";".join(map(str, label)) if isinstance(label, list) else str(label)
+        yield _below(root, f"{path}, row {number}", picture), text
 
 
 def _split(
@@ -120,16 +134,22 @@ def _encode(rows: list[_Row], classes: tuple[str, ...], multilabel: bool) -> NDA
 
 def _parse(path: Path, root: Path, number: int, picture: str, label: object, split: str) -> _Row:
     where = f"{path}, row {number}"
-    if not picture:
-        raise UserError(f"{where}: the path is empty")
-    relative = os.path.normpath(os.path.join(root, picture))
-    if os.path.commonpath([root, relative]) != str(root) or relative == str(root):
-        raise UserError(f"{where}: the path {picture!r} leads out of {root}; keep the pictures below the manifest")
+    relative = _below(root, where, picture)
     parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
     labels = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if any(name.lower() in ("nan", "null", "none") for name in labels):
         raise UserError(f"{where}: the label is {label!r}, a missing value; write a class name or remove the row")
-    return _Row(number, os.path.relpath(relative, root), labels, _parse_split(where, split))
+    return _Row(number, relative, labels, _parse_split(where, split))
+
+
+def _below(root: Path, where: str, picture: str) -> str:
+    """The path from `root` on."""
+    if not picture:
+        raise UserError(f"{where}: the path is empty")
+    whole = os.path.normpath(os.path.join(root, picture))
+    if os.path.commonpath([root, whole]) != str(root) or whole == str(root):
+        raise UserError(f"{where}: the path {picture!r} leads out of {root}; keep the pictures below the manifest")
+    return os.path.relpath(whole, root)
 
 
 def _parse_split(where: str, split: str) -> str:
@@ -143,14 +163,14 @@ def _parse_split(where: str, split: str) -> str:
     return ""
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:
+def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[int, tuple[str, str, str]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
-            columns = _columns(path, header)
+            columns = _columns(path, header, required)
             for number, cells in enumerate(reader, start=2):
                 if not any(cells):
                     continue
@@ -168,7 +188,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, tuple[str, str, str]]]:
         ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, tuple[str, object, str]]]:
+def _read_parquet(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[int, tuple[str, object, str]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -178,20 +198,18 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, tuple[str, object, str]]]:
     try:
         file = parquet.ParquetFile(path)
         header = [name.lower() for name in file.schema_arrow.names]
-        columns = _columns(path, header)
-        names = [file.schema_arrow.names[column] for column in columns if column is not None]
-        table = file.read(columns=names).to_pydict()
+        columns = _columns(path, header, required)
+        names = [None if column is None else file.schema_arrow.names[column] for column in columns]
+        table = file.read(columns=[name for name in names if name]).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({' '.join(str(error).split())[:120]})") from error
-    values = [table[name] for name in names]
-    if len(values) == 2:
-        values.append([""] * len(values[0]))
+    values = [table[name] if name else [""] * file.metadata.num_rows for name in names]
     for number, (picture, label, split) in enumerate(zip(*values, strict=True), start=1):
         yield number, (str(picture or ""), "" if label is None else label, str(split or ""))
 
 
-def _columns(path: Path, header: list[str]) -> list[int | None]:
-    for name in ("path", "label"):
+def _columns(path: Path, header: list[str], required: Sequence[str]) -> list[int | None]:
+    for name in required:
         if name not in header:
             raise UserError(f"{path} has no column {name!r}; it has {', '.join(header) or 'nothing'}")
-    return [header.index("path"), header.index("label"), header.index("split") if "split" in header else None]
+    return [header.index(name) if name in header else None for name in ("path", "label", "split")]

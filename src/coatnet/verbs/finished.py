@@ -1,23 +1,16 @@
 """The verbs that use a finished model."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from coatnet.arguments.finished import (
     evaluate_arguments,
-    export_arguments,
     features_arguments,
-    predict_arguments,
     probe_arguments,
     push_arguments,
 )
 from coatnet.runtime import best_device
 from coatnet.verbs.exit_codes import FAILED
-
-if TYPE_CHECKING:
-    from coatnet.evaluation.prediction import Prediction
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -33,33 +26,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         report = evaluate_bundle(bundle, given.data, split=given.split, progress=progress)
     print(report.to_json() if given.json else report.to_markdown(), end="")
     return 0
-
-
-def predict(arguments: Sequence[str]) -> int:
-    """Classify pictures."""
-    given = predict_arguments(arguments)
-    from coatnet.bundle import load
-    from coatnet.evaluation.prediction import predict as predict_pictures
-
-    bad = 0
-    bundle = load(given.bundle)
-    bundle.model.to(best_device())
-    for answer in predict_pictures(bundle, given.paths, top_k=given.top_k, batch_size=given.batch_size):
-        show_prediction(answer, given.json)
-        bad += answer.error is not None
-    return FAILED if bad else 0
-
-
-def show_prediction(answer: "Prediction", as_json: bool) -> None:
-    """One line; what is wrong with a bad file goes to standard error, so that the answers stay clean."""
-    found = dict(zip(answer.classes, answer.probabilities, strict=True))
-    if as_json:
-        line = {"path": str(answer.path), "error": answer.error, "probabilities": found}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif answer.error is not None:
-        print(f"coatnet: error: {answer.path}: {answer.error}", file=sys.stderr)
-    else:
-        print(f"{answer.path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in found.items())}", flush=True)
 
 
 def features(arguments: Sequence[str]) -> int:
@@ -94,21 +60,6 @@ def probe(arguments: Sequence[str]) -> int:
     bundle.model.to(best_device())
     report = probe_bundle(bundle, given.data, k=given.k)
     print(report.to_json() if given.json else report.to_text(), end="")
-    return 0
-
-
-def export(arguments: Sequence[str]) -> int:
-    """Write a finished model in the format of another program."""
-    given = export_arguments(arguments)
-    from coatnet.bundle import load
-    from coatnet.bundle.folder import publish
-    from coatnet.weights.timm import write_timm_folder
-
-    bundle = load(given.bundle)
-    with publish(given.out) as staged:
-        write_timm_folder(bundle.model, bundle.classes, bundle.preprocessing, staged)
-    print(f"{given.out}: {bundle.model.variant.name} as timm has it; open it with")
-    print(f"  timm.create_model('local-dir:{given.out}', pretrained=True)")
     return 0
 
 

@@ -9,8 +9,11 @@ from coatnet import __version__
 from coatnet.errors import UserError
 from coatnet.suggestions import nearest
 from coatnet.verbs.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_MISTAKE
-from coatnet.verbs.finished import evaluate, export, features, predict, probe, push
+from coatnet.verbs.export import export
+from coatnet.verbs.finished import evaluate, features, probe, push
 from coatnet.verbs.looking import doctor, models, pack, plan
+from coatnet.verbs.predict import predict
+from coatnet.verbs.serve import serve
 from coatnet.verbs.train import train
 
 HELP = """\
@@ -18,10 +21,11 @@ coatnet: from a folder of pictures to a measured, finished classifier
 
   coatnet train [RECIPE] --data X --out RUN   train on pictures, measure, leave a finished model (a bundle)
   coatnet evaluate BUNDLE --data X            measure a finished model
-  coatnet predict BUNDLE PATH...              classify pictures and folders of pictures
+  coatnet predict BUNDLE PATH... [--out F]    classify pictures; any number of them into a .parquet file
   coatnet features BUNDLE --data X --out F    write the features of pictures to a .npy or .parquet file
   coatnet probe BUNDLE --data X               judge a model's features: linear probe and nearest neighbours
-  coatnet export BUNDLE --format F --out X    write a finished model for another program
+  coatnet export BUNDLE --format F --out X    write it for ONNX, OpenVINO, torch, Triton or timm, and check that
+  coatnet serve BUNDLE                        answer over HTTP: a page, predictions, metrics
   coatnet push BUNDLE OWNER/NAME              publish it on the Hugging Face hub
   coatnet models                              the family, with the paper's figures beside the counted ones
   coatnet doctor DATA                         find bad files, duplicates and leaks before they cost a training
@@ -43,6 +47,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "features": features,
     "probe": probe,
     "export": export,
+    "serve": serve,
     "push": push,
     "models": models,
     "doctor": doctor,

@@ -42,6 +42,7 @@ def test_the_networks_of_the_papers_jft_scores_are_told_apart():
     assert "depthwise" not in plan_training("coatnet-4", **given).describe()
 
 
+@pytest.mark.slow
 def test_a_batch_that_lets_no_weights_lie_in_shards_is_told_beside_one_that_does():
     given = {"gpus": 3, "gpus_per_node": 3, "gpu_memory": 200, "resolution": 64, "recipe": "jft-3b"}
     told = plan_training("coatnet-6", batch_size=64, **given)

@@ -36,6 +36,7 @@ def test_the_papers_score_is_expected_of_the_papers_recipe_only():
         assert "the paper" not in plan_training("coatnet-0", **given, **change).describe()
 
 
+@pytest.mark.slow
 def test_the_networks_of_the_papers_jft_scores_are_told_apart():
     given = {"gpus": 8, "gpu_memory": 80, "recipe": "jft-to-1k-384"}
     assert "--variations.downsample depthwise" in plan_training("coatnet-3", **given).describe()

@@ -26,6 +26,7 @@ def live(bundle: Path, pictures: Path, folder: Path, *how: str) -> dict:
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_killed_before_any_step_on_the_disk_it_goes_on(bundle: Path, pictures: Path, tmp_path: Path) -> None:
     found = live(bundle, pictures, tmp_path, "every")

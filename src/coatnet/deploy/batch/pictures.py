@@ -59,7 +59,7 @@ class Pictures:
         return Taken(name, label_name(dataset, label), picture)
 
     def identity(self) -> str:
-        """SHA-256 of the names in their order; of shards, of what their index says. Two seconds a million names."""
+        """SHA-256 of the names in their order; of shards, of what their index says."""
         digest = hashlib.sha256()
         for dataset in self._datasets:
             digest.update(f"{dataset.name} {len(dataset)}\n".encode())

@@ -50,9 +50,9 @@ def serve(
 
 
 def warm(predictor: Predictor, settings: Settings) -> Predictor:
-    """The same, after a first batch of one and a full one: what engines prepare at first, they have prepared."""
-    for count in (1, settings.batch_size):
-        predictor.probabilities(np.zeros((count, *predictor.picture_shape), np.uint8))
+    """The same, after a batch of each size that engines prepare for: no request waits for that."""
+    for power in range(settings.batch_size.bit_length()):
+        predictor.probabilities(np.zeros((1 << power, *predictor.picture_shape), np.uint8))
     return predictor
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from floor import product_rate
 from rich.console import Console
 from rich.table import Table
 
@@ -117,17 +118,6 @@ def alternate(works: list[Callable[[], None]], rounds: int) -> list[list[float]]
             if index >= WARMING_ROUNDS:
                 taken.append(time.perf_counter() - began)
     return seconds
-
-
-def product_rate(dtype: torch.dtype, side: int = 2048) -> float:
-    """Operations a second of a large matrix product, the best of five."""
-    a, b = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ server pays for its clients. Four questions:
 
 - saturation: 2 batches of clients, each asking again as soon as it is answered, in turns with the predictor on the
   same pictures as one list. To show: at least 85 % of the predictor's rate.
-- half the rate: pictures at random times (Poisson), none waiting for another; latency counts from the time that was
-  meant. To show: 99 % within 4 times the time of one request to the idle server.
+- half the rate: pictures that come whether or not others are answered, at an even pace and at random times (Poisson);
+  latency counts from the time that was meant. To show: 99 % within 4 times the time of one request to the idle server.
+  At random times pictures queue whatever the server does: where a batch takes as long as its pictures one by one, which
+  is nearly so on a CPU, the best server needs 4.3 times (the queue M/D/1 at a load of one half).
 - a flood: 500 requests at once. To show: 200 or 503 only.
 - with --soak: 10,000 requests. To show: memory that does not grow.
 
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +66,12 @@ def main() -> None:
                 offline.append(offline_rate(predictor, pictures, batch_size, arguments.seconds))
                 saturated.append(asyncio.run(load.closed(2 * batch_size, arguments.seconds)).rate)
             rate = statistics.median(saturated)
-            half = asyncio.run(load.open(rate / 2, 2 * arguments.seconds))
+            source = random.Random(0)
+            arrivals: dict[str, Callable[[], float]] = {
+                "evenly": lambda: 2 / rate,
+                "at random": lambda: source.expovariate(rate / 2),
+            }
+            half = {how: asyncio.run(load.open(gap, 4 * arguments.seconds)) for how, gap in arrivals.items()}
             flood = asyncio.run(load.flood(FLOOD))
             table = Table("what", "measured", "to show", title=f"coatnet serve: {name}")
             share = rate / statistics.median(offline)
@@ -72,9 +79,10 @@ def main() -> None:
             table.add_row("server, images/s", f"{rate:.1f}", "")
             table.add_row("server / predictor", f"{share:.2f}", ">= 0.85")
             table.add_row("one request, idle, ms", f"{1e3 * single:.1f}", "")
-            table.add_row(f"at {rate / 2:.1f} a second: p50, ms", f"{1e3 * percentile(half.latencies, 50):.1f}", "")
-            table.add_row("p99, ms", f"{1e3 * percentile(half.latencies, 99):.1f}", "")
-            table.add_row("p99 / one request", f"{percentile(half.latencies, 99) / single:.2f}", "< 4")
+            for (how, outcome), goal in zip(half.items(), ("< 4", "4.3 at best"), strict=True):
+                p50, p99 = (percentile(outcome.latencies, percent) for percent in (50, 99))
+                table.add_row(f"{rate / 2:.1f} a second, {how}: p50, p99, ms", f"{1e3 * p50:.1f} {1e3 * p99:.1f}", "")
+                table.add_row("p99 / one request", f"{p99 / single:.2f}", goal)
             table.add_row(f"{FLOOD} at once", show_counts(flood), "200, 503")
             table.add_row("503 after, ms (p50)", f"{1e3 * percentile(flood.refusals, 50):.0f}", "")
             if arguments.soak:
@@ -180,9 +188,9 @@ class Load:
         outcome.rate = outcome.statuses[200] / (time.perf_counter() - started)
         return outcome
 
-    async def open(self, rate: float, seconds: float) -> Outcome:
-        """Requests at random times, whether or not others are answered."""
-        outcome, tasks, source = Outcome(), [], random.Random(0)
+    async def open(self, gap: Callable[[], float], seconds: float) -> Outcome:
+        """Requests `gap()` seconds apart, whether or not others are answered."""
+        outcome, tasks = Outcome(), []
         idle: list = []
 
         async def one(number: int, meant: float) -> None:
@@ -193,7 +201,7 @@ class Load:
 
         meant = started = time.perf_counter()
         while meant < started + seconds:
-            meant += source.expovariate(rate)
+            meant += gap()
             await asyncio.sleep(max(0.0, meant - time.perf_counter()))
             tasks.append(asyncio.create_task(one(len(tasks), meant)))
         await asyncio.gather(*tasks)

@@ -195,7 +195,8 @@ class Session:
             self.position = replace(saved, seconds=saved.seconds + self.position.seconds)
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name, reason)
-            self.position = self.processes.broadcast(self.position)
+        self.position = self.processes.broadcast(self.position)  # or processes would end a plan in minutes apart
+        if path is not None:
             self.saver.last = (path.name, self._state)
             self.plan.resumed(self.position.step, self.position.seconds)
             self.progress.say(f"resuming {self.run.path} at step {self.position.step:,}")

@@ -94,6 +94,11 @@ def test_both_processes_return_the_report_over_all_held_out_pictures(found):
     assert all(of_one[name]["n"] == held_out for of_one in found for name in RECIPES)
 
 
+def test_a_limit_in_minutes_ends_both_at_the_same_step(runs, found):
+    assert found[0]["timed"] == found[1]["timed"]
+    assert log(runs / "timed")[-1]["step"] == last(runs / "timed").state["position"]["step"] > 1
+
+
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_nan_on_one_process_stops_both_before_the_update(parallelism, found):
     first, second = (of_one["nan"][parallelism] for of_one in found)

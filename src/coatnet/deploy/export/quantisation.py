@@ -65,13 +65,7 @@ def quantise(
         UserError: NNCF is not installed, the data has other classes, or the accuracy on its validation split falls
             by more than `max_drop`.
     """
-    # Or every use is reported to Intel; without this package NNCF uses a stub of its own.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        with quiet():
-            import nncf
-    except ImportError:
-        raise UserError("int8 needs NNCF: pip install 'coatnet[int8]'") from None
+    nncf = import_nncf()
     splits = open_dataset(data)
     calibrating = sample(splits.training, bundle, interface, CALIBRATING, 1)
     measuring = sample(splits.validation, bundle, interface, MEASURING, BATCH_SIZE)
@@ -131,6 +125,18 @@ def quantise(
         bytes_after=weights.stat().st_size,
         speed=tuple(measure(runs, given) for given in (measuring.inputs[0][:1], measuring.inputs[0])),
     )
+
+
+def import_nncf() -> Any:
+    """The module. Raises UserError if it is not installed."""
+    # Or every use is reported to Intel; without this package NNCF uses a stub of its own.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        with quiet():
+            import nncf
+    except ImportError:
+        raise UserError("int8 needs NNCF: pip install 'coatnet[int8]'") from None
+    return nncf
 
 
 def sample(dataset: Dataset, bundle: Bundle, interface: Interface, most: int, batch_size: int) -> Sample:

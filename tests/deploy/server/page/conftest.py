@@ -45,9 +45,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two models behind a token; the classes of the first are named to break a page."""
+    """Three models behind a token: classes that are named to break a page; plain ones; the same, any number of which
+    may apply."""
     folder = tmp_path_factory.mktemp("guarded")
-    bundles = save_bundle(folder / "hostile", HOSTILE), save_bundle(folder / "animals", CLASSES)
+    bundles = [save_bundle(folder / "hostile", HOSTILE), save_bundle(folder / "animals", CLASSES)]
+    bundles.append(save_bundle(folder / "labels", CLASSES, multilabel=True))
     running = Server(*map(str, bundles), token=TOKEN)
     yield running
     running.kill()

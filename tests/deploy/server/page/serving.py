@@ -56,13 +56,13 @@ class Server:
             return json.load(response)["predictions"]
 
 
-def save_bundle(folder: Path, classes: tuple[str, ...]) -> Path:
+def save_bundle(folder: Path, classes: tuple[str, ...], *, multilabel: bool = False) -> Path:
     """A small network whose answers differ from picture to picture, though it has learned nothing."""
     torch.manual_seed(0)
     model = create_model("coatnet-femto-64", num_classes=len(classes), resolution=32)
     torch.nn.init.normal_(model.get_classifier().weight)
     torch.nn.init.zeros_(model.get_classifier().bias)
-    return Bundle(model.eval(), classes, Preprocessing(resolution=32)).save(folder)
+    return Bundle(model.eval(), classes, Preprocessing(resolution=32), multilabel=multilabel).save(folder)
 
 
 def draw(path: Path, seed: int, side: int = 200) -> Path:

@@ -87,7 +87,7 @@ def test_another_model_is_asked_about_the_picture_that_is_shown(
     inside: Visit, server: Server, pictures: list[Path]
 ) -> None:
     choice = inside.see("#model")
-    assert choice.locator("option").all_text_contents() == ["hostile", "animals"]
+    assert choice.locator("option").all_text_contents() == ["hostile", "animals", "labels"]
     inside.drop(pictures[0])
     expect(inside.see("#footnote")).to_contain_text("hostile")
     choice.select_option("animals")
@@ -95,3 +95,16 @@ def test_another_model_is_asked_about_the_picture_that_is_shown(
     expect(inside.see("#headline")).to_have_text(server.answer(pictures[0])[0]["class"])
     expect(inside.see(".tile")).to_have_count(2)
     expect(inside.see("#facts")).to_contain_text(f"one of {len(CLASSES)} classes")
+
+
+def test_labels_of_which_several_may_apply_are_told_from_classes(
+    inside: Visit, server: Server, pictures: list[Path]
+) -> None:
+    inside.see("#model").select_option("labels")
+    expect(inside.see("#facts")).to_contain_text(f"any of {len(CLASSES)} labels")
+    inside.drop(pictures[0])
+    expect(inside.see("#detail")).to_contain_text("any number of which may apply")
+    classes = server.answer(pictures[0])  # the same weights: the same order, other shares
+    expect(inside.see("#predictions .class")).to_have_text([row["class"] for row in classes])
+    shares = [float(text.strip("<> %")) for text in inside.see("#predictions .percent").all_text_contents()]
+    assert sum(shares) > 101

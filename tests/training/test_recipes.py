@@ -88,6 +88,14 @@ def test_contradictions_are_refused():
         named("scratsh")
 
 
+def test_many_small_pictures_are_erased_in_part_and_few_are_not():
+    rates = [
+        parts(fit_to(Recipe(data="digits"), splits_of(8, number=number))).augmentation.erasing_rate
+        for number in (60, 19_999, 20_000)
+    ]
+    assert rates == [0.0, 0.0, 0.5]
+
+
 def test_fewer_pictures_are_seen_more_often_but_fewer_steps_are_made():
     numbers = (100, 1_600, 10_000, 60_000, 1_281_167)
     epochs = [fit_epochs(number, 64, finetune=False) for number in numbers]
@@ -97,7 +105,7 @@ def test_fewer_pictures_are_seen_more_often_but_fewer_steps_are_made():
 
 
 def test_fine_tuning_takes_a_third_of_the_epochs_but_enough_steps():
-    assert fit_epochs(60_000, 64, finetune=True) == 8
+    assert fit_epochs(60_000, 64, finetune=True) == 10
     assert fit_epochs(1_600, 32, finetune=True) == 33
     assert steps_of(fit_epochs(100, 16, finetune=True), 100, 16) == 300
     assert fit_epochs(20, 16, finetune=True) == fit_epochs(20, 16, finetune=False) == 100

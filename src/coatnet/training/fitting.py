@@ -168,7 +168,7 @@ def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[s
                 "placement": "shift",
                 "shift": max(1, resolution // 14),
                 "flip_rate": flip_rate,
-                # 60,000 garments in 28 epochs: 93.7 % top-1 without, 93.9 with. Ten epochs of fewer learn too little as it is.
+                # 60,000 garments in 28 epochs: 93.9 % top-1, without it 93.7 in 21.
                 "erasing_rate": 0.5 if len(splits.training) >= MANY else 0.0,
             },
             "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": smoothing},

@@ -114,7 +114,7 @@ def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
 
 def _load(name: str) -> Mapping[str, Any]:
     try:
-        import datasets  # pyrefly: ignore[missing-import]  # an extra
+        import datasets
     except ImportError as error:
         raise UserError(f"{name}: Hugging Face datasets need `pip install 'coatnet[datasets]'`") from error
     if not sys.stderr.isatty():
@@ -128,7 +128,7 @@ def _load(name: str) -> Mapping[str, Any]:
     except Exception as error:  # the library lets through what files, parsers and the network raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason})") from error
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {str(split): each for split, each in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _picture_column(source: str, features: Mapping[str, Any]) -> str:

@@ -164,7 +164,7 @@ class Session:
     def save(self) -> None:
         """Publish a checkpoint of this step, and wait for it. Raises UserError if it can not be written."""
         self.saver.finish_or_tell(self.progress.say)
-        if self.saver.last != (self._name, self._state):
+        if any(self.processes.gather(self.saver.last != (self._name, self._state))):  # bad pictures differ
             self._begin_saving(self._name)
             self.saver.finish()
 

@@ -13,6 +13,7 @@ from coatnet.deploy.folding import fold
 from coatnet.deploy.network import PictureNetwork
 from coatnet.deploy.resizing import Fit, match_colour
 from coatnet.model.coatnet import CoAtNet
+from coatnet.model.layers import Pool
 from coatnet.model.relative_bias import GlobalBias, RelativeBias
 
 
@@ -40,7 +41,7 @@ class PictureProbabilities(nn.Module):
         super().__init__()
         self.network = PictureNetwork(bundle, any_size=any_size)
         if any_size:
-            free_biases(self.network.network)
+            free_sizes(self.network.network)
         self.multilabel = bundle.multilabel
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -80,17 +81,28 @@ class AnyGridBias(nn.Module):
         return table.flatten(1)[:, places].to(dtype)
 
 
+class AnyGridPool(nn.Module):
+    """`Pool` in a graph whose height and width are free: there torch's compiler (2.14) forgets the window of an odd
+    last row or column, and the map comes out too small. Behind a border of one the rounding is downwards, and the
+    same: a border that even sizes do not need is in no window."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 2)
+
+
 def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
     """Images float32 `(B, C, R, R)`, normalised, to logits `(B, K)`."""
     network = fold(bundle.model, any_size=any_size)
     if any_size:
-        free_biases(network)
+        free_sizes(network)
     return network
 
 
-def free_biases(network: CoAtNet) -> None:
-    """Let biases follow the size of the picture in a graph, in place."""
+def free_sizes(network: CoAtNet) -> None:
+    """Let biases and poolings follow the size of the picture in a graph, in place."""
     for parent in list(network.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, GlobalBias) and not isinstance(parent, AnyGridBias):
                 setattr(parent, name, AnyGridBias(module))
+            elif isinstance(module, Pool):
+                setattr(parent, name, AnyGridPool())

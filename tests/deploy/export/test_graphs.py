@@ -20,7 +20,7 @@ Pictures = dict[str, torch.Tensor]
 Opened = tuple[Callable[[NDArray], NDArray], dict[str, str]]
 SLOW = pytest.mark.slow
 GRAPHS = ["onnx", "openvino", "torch-export", pytest.param("aoti", marks=SLOW)]
-FEW = ["openvino", *(pytest.param(name, marks=SLOW) for name in ("onnx", "torch-export", "aoti"))]
+FEW = ["torch-export", *(pytest.param(name, marks=SLOW) for name in ("onnx", "openvino", "aoti"))]
 
 
 def open_export(folder: Path, format: str, given: str, made: str) -> Opened:

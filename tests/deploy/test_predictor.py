@@ -200,6 +200,18 @@ def test_a_graph_is_kept_for_the_same_weights_alone(own_cache: Path, pixels: np.
     assert changed[0].probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
 
 
+def test_a_kept_graph_may_have_its_weights_beside_it(
+    own_cache: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100_000)
+    bundle = make_bundle()
+    (answer,) = Predictor(bundle, "onnxruntime")(pixels)
+    (kept,) = (own_cache / "graphs").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert answer.probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
+
+
 def test_no_more_than_a_handful_of_graphs_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coatnet.deploy.engines.kept_graphs.MOST_KEPT", 2)
     bundle = make_bundle()

@@ -143,6 +143,19 @@ def test_an_onnx_model_is_one_file_that_the_checker_accepts(clothes_folder: Path
     assert not {node.op_type for node in model.graph.node} & {"BatchNormalization"}
 
 
+def test_weights_too_large_for_one_file_lie_beside_it(
+    clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100_000)
+    out = tmp_path / "out"
+    assert main(["export", str(clothes_folder), "--format", "onnx", "--out", str(out)]) == 0
+    written = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert written["model.onnx.data"] > written["model.onnx"]
+    assert json.loads((out / "parity.json").read_text())["agreement"] == 1
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    assert len(json.loads(session.get_modelmeta().custom_metadata_map["classes"])) == 10
+
+
 def test_preprocessing_is_that_of_the_bundle(clothes_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", str(clothes_folder), "--format", "torch-export", "--out", str(out)]) == 0

@@ -35,5 +35,4 @@ class OnnxRuntimeEngine:
 
 def export(bundle: Bundle, path: Path) -> None:
     """Write the network for ONNX Runtime."""
-    graph = to_onnx(to_program(PictureNetwork(bundle), example_pictures(bundle)))
-    path.write_bytes(graph.SerializeToString())
+    to_onnx(to_program(PictureNetwork(bundle), example_pictures(bundle))).save(path)

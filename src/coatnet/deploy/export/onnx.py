@@ -11,12 +11,11 @@ from coatnet.deploy.export.interface import Interface, Run, as_strings
 from coatnet.deploy.graphs import to_onnx
 from coatnet.errors import UserError
 
-LARGEST = 2_000_000_000  # bytes; protobuf ends at 2^31
 FILE = "model.onnx"
 
 
 def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with model.onnx; a model above 2 GB has its weights in model.onnx.data beside it.
+    """Fill the folder with model.onnx; weights above 1.6 GB are in model.onnx.data beside it.
 
     Raises:
         UserError: ONNX is not installed.
@@ -25,12 +24,11 @@ def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], fol
 
 
 def write_file(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], path: Path) -> None:
-    model = to_onnx(interface.program(bundle), inputs=interface.input, outputs=interface.output)
+    program = to_onnx(interface.program(bundle), inputs=interface.input, outputs=interface.output)
     import onnx
 
-    onnx.helper.set_model_props(model, as_strings(metadata))
-    parts = f"{path.name}.data" if model.ByteSize() > LARGEST else None
-    onnx.save(model, str(path), save_as_external_data=parts is not None, location=parts)
+    program.model.metadata_props.update(as_strings(metadata))
+    program.save(path)
     onnx.checker.check_model(str(path), full_check=True)
 
 

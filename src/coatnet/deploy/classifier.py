@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
-from coatnet.deploy.folding import fold
-from coatnet.deploy.network import PictureNetwork
+from coatnet.deploy.folding import fold, replace_modules
+from coatnet.deploy.network import PictureNetwork, probabilities_of
 from coatnet.deploy.resizing import Fit, match_colour
 from coatnet.model.coatnet import CoAtNet
 from coatnet.model.layers import Pool
@@ -45,8 +45,7 @@ class PictureProbabilities(nn.Module):
         self.multilabel = bundle.multilabel
 
     def forward(self, pictures: Tensor) -> Tensor:
-        logits = self.network(pictures)
-        return logits.sigmoid() if self.multilabel else logits.softmax(1)
+        return probabilities_of(self.network(pictures), multilabel=self.multilabel)
 
 
 class MatchColour(nn.Module):
@@ -100,9 +99,5 @@ def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
 
 def free_sizes(network: CoAtNet) -> None:
     """Let biases and poolings follow the size of the picture in a graph, in place."""
-    for parent in list(network.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, GlobalBias) and not isinstance(parent, AnyGridBias):
-                setattr(parent, name, AnyGridBias(module))
-            elif isinstance(module, Pool):
-                setattr(parent, name, AnyGridPool())
+    replace_modules(network, GlobalBias, AnyGridBias)
+    replace_modules(network, Pool, lambda _: AnyGridPool())

@@ -4,6 +4,8 @@ What is computed stays the same up to rounding; what can be trained is gone.
 """
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from coatnet.model.mbconv import ConvNormGELU, MBConv
 from coatnet.model.relative_bias import GlobalBias
 from coatnet.model.timm.layers import MeanHead
 from coatnet.model.transformer import FeedForward
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class ConstantBias(nn.Module):
@@ -116,7 +120,12 @@ def hold_biases(model: CoAtNet) -> None:
     model(parameter.new_zeros(1, model.in_channels, model.resolution, model.resolution))
     for hook in hooks:
         hook.remove()
+    replace_modules(model, GlobalBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))
+
+
+def replace_modules(model: nn.Module, kind: type[Part], make: Callable[[Part], nn.Module]) -> None:
+    """Put what `make` makes of each module of that kind in its place; what it makes is not looked into."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, GlobalBias):
-                setattr(parent, name, ConstantBias(module.matrix(grids[module])))
+            if isinstance(module, kind):
+                setattr(parent, name, make(module))

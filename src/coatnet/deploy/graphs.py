@@ -14,7 +14,6 @@ from torch.export import Dim, ExportedProgram
 from coatnet.errors import UserError
 
 if TYPE_CHECKING:
-    import onnx
     import openvino
 
 MOST_PICTURES = 4096  # a batch; the exporter wants a bound
@@ -32,8 +31,7 @@ def to_program(module: nn.Module, example: Tensor, *, free: tuple[int, ...] = ()
 
 def to_openvino(program: ExportedProgram) -> "openvino.Model":
     """Raises UserError if OpenVINO is not installed."""
-    # Or every conversion is reported to Intel: without this package, OpenVINO uses a stub of its own.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    keep_private()
     try:
         import openvino
     except ImportError:
@@ -42,8 +40,11 @@ def to_openvino(program: ExportedProgram) -> "openvino.Model":
         return openvino.convert_model(program)
 
 
-def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str = "logits") -> "onnx.ModelProto":
-    """Raises UserError if ONNX is not installed."""
+def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str = "logits") -> "torch.onnx.ONNXProgram":
+    """Its `save` puts weights above 1.6 GB into a file beside, since protobuf ends at 2 GB.
+
+    Raises UserError if ONNX is not installed.
+    """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -54,7 +55,12 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
             program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False
         )
     assert converted is not None
-    return converted.model_proto
+    return converted
+
+
+def keep_private() -> None:
+    """Or OpenVINO and NNCF report every use to Intel; without this package they use a stub of their own."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -28,6 +28,11 @@ class PictureNetwork(nn.Module):
         return self.network(images.to(self.dtype).permute(0, 3, 1, 2)).float()
 
 
+def probabilities_of(logits: Tensor, *, multilabel: bool) -> Tensor:
+    """`(N, K)` to `(N, K)`: a softmax, or K sigmoids for several labels."""
+    return logits.sigmoid() if multilabel else logits.softmax(1)
+
+
 def example_pictures(bundle: Bundle) -> Tensor:
     """Two black pictures, for an exporter to follow through the network."""
     side = bundle.preprocessing.resolution

@@ -23,6 +23,12 @@ class Prediction:
     error: str | None = None
 
 
+def check_amounts(top_k: int, batch_size: int) -> None:
+    """Raises UserError if one of them is below 1."""
+    if top_k < 1 or batch_size < 1:
+        raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
+
+
 def predict(
     predictor: "Predictor", paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
@@ -33,8 +39,7 @@ def predict(
     Raises:
         UserError: top_k or batch_size is below 1.
     """
-    if top_k < 1 or batch_size < 1:
-        raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
+    check_amounts(top_k, batch_size)
     return _predictions(predictor, paths, top_k, batch_size)
 
 

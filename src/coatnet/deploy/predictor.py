@@ -17,7 +17,8 @@ from coatnet.data.decoding import BadImage, decode
 from coatnet.data.loading import num_cores
 from coatnet.data.transforms import as_pictures, match_channels
 from coatnet.deploy.engines import open_engine
-from coatnet.deploy.prediction import Prediction
+from coatnet.deploy.network import probabilities_of
+from coatnet.deploy.prediction import Prediction, check_amounts
 from coatnet.deploy.views import check_views, look, num_views
 from coatnet.errors import UserError
 
@@ -60,8 +61,7 @@ class Predictor:
         Raises:
             UserError: top_k or batch_size is below 1, or something is no picture in any form.
         """
-        if top_k < 1 or batch_size < 1:
-            raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
+        check_amounts(top_k, batch_size)
         given = as_list(pictures)
         answers: list[Prediction] = []
         with ThreadPoolExecutor(num_cores()) as readers:
@@ -93,7 +93,7 @@ class Predictor:
         By one thread at a time.
         """
         logits = torch.from_numpy(self.engine.run(pictures.reshape(-1, *self.picture_shape[1:])))
-        probabilities = logits.sigmoid() if self.multilabel else logits.softmax(dim=1)
+        probabilities = probabilities_of(logits, multilabel=self.multilabel)
         return probabilities.unflatten(0, (len(pictures), -1)).mean(dim=1).numpy()
 
     def top(self, probabilities: NDArray[np.float32], k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:

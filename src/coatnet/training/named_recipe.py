@@ -21,8 +21,7 @@ class NamedRecipe:
     """A recipe, what Table 10 gives by model size on top, and the score to expect.
 
     `data` is what the paper trains on, None for pictures of one's own. `published_top1` is the paper's, on ImageNet-1K
-    by model, and `published_with` what else the network of that score has; `measured_top1` is ours, by model and data.
-    `silent` says what the recipe holds that the paper does not,
+    by model; `measured_top1` is ours, by model and data. `silent` says what the recipe holds that the paper does not,
     `remarks` what else the paper's network has, by model.
     """
 

@@ -15,6 +15,7 @@ from coatnet.deploy.batch.parts import Parts, Predictions, require_parquet
 from coatnet.deploy.batch.pictures import Pictures
 from coatnet.deploy.batch.plan import Plan, own_rank
 from coatnet.deploy.engines.kept_graphs import fingerprint
+from coatnet.deploy.prediction import check_amounts
 from coatnet.deploy.predictor import Predictor
 from coatnet.errors import UserError
 
@@ -38,8 +39,7 @@ def predict_to_file(
         UserError: `out` is no .parquet, is there already or was begun with another model, other pictures or settings;
             another process does the same work; or the disk refuses.
     """
-    if top_k < 1 or batch_size < 1:
-        raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
+    check_amounts(top_k, batch_size)
     target = require_parquet(out)
     rank, world_size = own_rank()
     engine = predictor.engine

@@ -14,7 +14,7 @@ from coatnet.deploy.export.interface import Interface, describe
 from coatnet.deploy.export.parity import Parity, compare, insist
 from coatnet.deploy.export.pictures import check_pictures
 from coatnet.deploy.export.quantisation import Quantisation, quantise
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.suggestions import nearest
 
 STEPS = 3
@@ -102,8 +102,7 @@ def write(module: Any, bundle: Bundle, interface: Interface, metadata: Mapping[s
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        reason = (str(root).strip() or type(root).__name__).partition("\n")[0]
-        raise UserError(f"{metadata['format']} can not hold this network: {reason}") from error
+        raise UserError(f"{metadata['format']} can not hold this network: {first_line(root)}") from error
 
 
 def find_format(name: str) -> Any:

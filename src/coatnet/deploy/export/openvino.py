@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from coatnet.bundle import Bundle
@@ -37,10 +38,15 @@ def save(model: "openvino.Model", interface: Interface, metadata: Mapping[str, A
 
 def reopen(folder: Path, interface: Interface) -> Run:
     """The model in the files, computing in fp32."""
+    return compiled(folder / FILE, EXACT)
+
+
+def compiled(model: "openvino.Model | Path", settings: Mapping[str, str] = MappingProxyType({})) -> Run:
+    """A function of arrays, computing as OpenVINO chooses but for the settings."""
     import openvino
 
-    compiled = openvino.Core().compile_model(folder / FILE, "CPU", EXACT)
-    return lambda given: compiled(given)[0].copy()
+    ready = openvino.Core().compile_model(model, "CPU", dict(settings))
+    return lambda given: ready(given)[0].copy()
 
 
 def snippet(folder: Path, interface: Interface) -> str:

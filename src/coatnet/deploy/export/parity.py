@@ -18,7 +18,8 @@ from coatnet.bundle import Bundle
 from coatnet.data.transforms import EvaluationTransform, match_channels, normalise
 from coatnet.deploy.export.interface import Interface, Run
 from coatnet.deploy.export.pictures import BATCH_SIZES, at_several_sizes, check_batches
-from coatnet.errors import UserError
+from coatnet.deploy.network import probabilities_of
+from coatnet.errors import UserError, first_line
 
 PROBABILITY_LIMIT = 1e-3  # chosen: rounding in float32 gives 1e-6 to 1e-5, a wrong pixel or weight far more
 LOGIT_LIMIT = 1e-3  # of the largest logit, if that is above 1
@@ -109,7 +110,7 @@ class Reference:
         return self.probabilities(self.logits(tensor.permute(0, 3, 1, 2)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self.bundle.multilabel else logits.softmax(1)
+        return probabilities_of(logits, multilabel=self.bundle.multilabel)
 
 
 def compare(bundle: Bundle, interface: Interface, run: Run, data: str, pictures: list[Tensor]) -> Parity:
@@ -151,9 +152,8 @@ def attempt(run: Run, given: NDArray) -> Tensor:
     try:
         return torch.from_numpy(np.array(run(given)))
     except Exception as error:  # each runtime has errors of its own
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise UserError(
-            f"the export does not run for a batch of {len(given)}, and nothing was written: {reason}"
+            f"the export does not run for a batch of {len(given)}, and nothing was written: {first_line(error)}"
         ) from error
 
 

@@ -4,7 +4,6 @@ Shapes: N pictures, R resolution, C channels, K classes.
 """
 
 import io
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from coatnet.deploy.export.int8_report import Quantisation, Speed
 from coatnet.deploy.export.interface import Interface, Run
 from coatnet.deploy.export.parity import alternate
 from coatnet.deploy.export.pictures import spread_pictures
-from coatnet.deploy.graphs import quiet, to_openvino, to_program
+from coatnet.deploy.graphs import keep_private, quiet, to_openvino, to_program
 from coatnet.deploy.network import example_pictures
 from coatnet.deploy.resizing import Fit
 from coatnet.errors import UserError
@@ -93,7 +92,7 @@ def quantise(
             subset_size=len(calibrating),
             ignored_scope=nncf.IgnoredScope(names=kept_exact(exact, bundle)),
         )
-    runs = {"fp32": compiled(exact, files.EXACT), "default": compiled(exact, {}), "int8": compiled(small, {})}
+    runs = {"fp32": files.compiled(exact, files.EXACT), "default": files.compiled(exact), "int8": files.compiled(small)}
     found = {
         name: torch.cat([torch.from_numpy(run(given)) for given in measuring.inputs]) for name, run in runs.items()
     }
@@ -129,8 +128,7 @@ def quantise(
 
 def import_nncf() -> Any:
     """The module. Raises UserError if it is not installed."""
-    # Or every use is reported to Intel; without this package NNCF uses a stub of its own.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    keep_private()
     try:
         with quiet():
             import nncf
@@ -187,14 +185,6 @@ def behind(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model
         taken.replace_source_output(made)
     joined: Any = openvino.Model  # its annotations know no subclass
     return joined(second.get_results(), first.get_parameters(), first.get_friendly_name())
-
-
-def compiled(model: "openvino.Model", settings: Mapping[str, str]) -> Run:
-    """A function of arrays."""
-    import openvino
-
-    ready = openvino.Core().compile_model(model, "CPU", dict(settings))
-    return lambda given: ready(given)[0].copy()
 
 
 def figure_of(bundle: Bundle) -> str:

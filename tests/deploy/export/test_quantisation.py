@@ -7,6 +7,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from PIL import Image
 
 from coatnet.bundle import Bundle, load
 from coatnet.cli import main
@@ -107,3 +108,33 @@ def test_the_bare_network_can_be_int8_too(clothes_folder: Path, tmp_path: Path) 
     images = torch.randn(3, bundle.preprocessing.channels, 16, 16)
     assert openvino.compile_model(out / "model.xml")({"images": images.numpy()})["logits"].shape == (3, 10)
     assert json.loads((out / "parity.json").read_text())["int8"]["after"] > 0.5
+
+
+def test_several_labels_are_held_by_their_mean_average_precision(tmp_path: Path) -> None:
+    clothes = open_fashion_mnist_small()
+    kinds = {"Sneaker": "shoe", "Sandal": "shoe", "Ankle boot": "shoe", "Bag": "bag"}
+    rows = ["path,label"]
+    some = zip(clothes.training.pictures[::7], clothes.training.labels[::7], strict=True)  # they lie class by class
+    for index, (pixels, label) in enumerate(some):
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        name = clothes.classes[label]
+        rows.append(f"{index}.png,{name};{kinds.get(name, 'garment')}")
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(rows))
+    quick = ["--model", "coatnet-femto-16", "--resolution", "16", "--epochs", "6", "--num_workers", "0"]
+    assert main(["train", "--data", str(table), "--out", str(tmp_path / "run"), *quick]) == 0
+    bundle = tmp_path / "run" / "bundle"
+    before = evaluate(load(bundle), str(table)).figures["mean_average_precision"]
+    out = tmp_path / "out"
+    taken = ["--format", "openvino", "--int8", "--calibration", str(table), "--out", str(out)]
+    assert main(["export", str(bundle), *taken]) == 0
+    told = json.loads((out / "parity.json").read_text())["int8"]
+    assert told["figure"] == "mean_average_precision" and told["before"] == pytest.approx(before, abs=0.005)
+    assert 0.4 < told["before"] < 1 and told["after"] > told["before"] - 0.01
+    assert told["before_interval"][0] <= told["before"] <= told["before_interval"][1]
+    model = openvino.compile_model(out / "model.xml")
+    (shoe,) = np.flatnonzero(clothes.training.labels == clothes.classes.index("Sneaker"))[:1]
+    given = np.repeat(clothes.training.pictures[shoe][None, ..., None], 3, axis=-1)
+    (probabilities,) = model({"pictures": given})["probabilities"]
+    likely = {load(bundle).classes[each] for each in np.argsort(probabilities)[-2:]}
+    assert "shoe" in likely and probabilities.sum() > 1.1  # each class on its own

@@ -200,6 +200,7 @@ def test_a_graph_is_kept_for_the_same_weights_alone(own_cache: Path, pixels: np.
     assert changed[0].probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_kept_graph_may_have_its_weights_beside_it(
     own_cache: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from coatnet.deploy.export import FORMATS
 from coatnet.deploy.export.interface import Interface, describe
 from coatnet.deploy.export.parity import Parity, compare, insist
 from coatnet.deploy.export.pictures import check_pictures
-from coatnet.deploy.export.quantisation import Quantisation, quantise
+from coatnet.deploy.export.quantisation import Quantisation, open_calibration, quantise
 from coatnet.errors import UserError, first_line
 from coatnet.suggestions import nearest
 
@@ -69,6 +69,7 @@ def export(
     interface = Interface(logits or not form.is_graph, dynamic_size)
     module: Any = import_module(form.module)
     name, pictures = check_pictures(bundle, data)
+    splits = open_calibration(bundle, calibration) if calibration is not None else None
     metadata = describe(bundle, interface, format)
     quantisation = None
     with publish(out) as staged:
@@ -79,8 +80,8 @@ def export(
         insist(parity)
         progress(2, STEPS)
         page, figures = parity.to_markdown(), parity.to_dict()
-        if calibration is not None:
-            quantisation = quantise(bundle, interface, metadata, staged, calibration, max_drop)
+        if splits is not None:
+            quantisation = quantise(bundle, interface, metadata, staged, splits, max_drop)
             parity = compare(bundle, interface, module.reopen(staged, interface), name, pictures)
             page = f"{parity.to_markdown()}\n{quantisation.to_markdown()}"
             figures = parity.to_dict() | {"int8": quantisation.to_dict()}

@@ -18,12 +18,13 @@ def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], fol
     """Fill the folder with model.onnx; weights above 1.6 GB are in model.onnx.data beside it.
 
     Raises:
-        UserError: ONNX is not installed.
+        UserError: ONNX or ONNX Runtime is not installed.
     """
     write_file(bundle, interface, metadata, folder / FILE)
 
 
 def write_file(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], path: Path) -> None:
+    import_runtime()
     program = to_onnx(interface.program(bundle), inputs=interface.input, outputs=interface.output)
     import onnx
 
@@ -39,12 +40,17 @@ def reopen(folder: Path, interface: Interface) -> Run:
 
 def open_file(path: Path, interface: Interface) -> Run:
     """Raises UserError if ONNX Runtime is not installed."""
+    session = import_runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda given: np.asarray(session.run(None, {interface.input: given})[0])
+
+
+def import_runtime() -> Any:
+    """The module. Raises UserError if it is not installed."""
     try:
         import onnxruntime
     except ImportError:
         raise UserError("an ONNX model is checked with ONNX Runtime: pip install 'coatnet[onnx]'") from None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda given: np.asarray(session.run(None, {interface.input: given})[0])
+    return onnxruntime
 
 
 def snippet(folder: Path, interface: Interface) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.sources import open_dataset
+from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalise
 from coatnet.deploy.classifier import PictureProbabilities
 from coatnet.deploy.export import openvino as files
@@ -55,17 +56,15 @@ def quantise(
     interface: Interface,
     metadata: Mapping[str, Any],
     folder: Path,
-    data: str,
+    splits: Splits,
     max_drop: float,
 ) -> Quantisation:
     """Replace the OpenVINO model in a folder by one in int8, calibrated on the training split of the data.
 
     Raises:
-        UserError: NNCF is not installed, the data has other classes, or the accuracy on its validation split falls
-            by more than `max_drop`.
+        UserError: its pictures can not be read, or the accuracy on the validation split falls by more than `max_drop`.
     """
-    nncf = import_nncf()
-    splits = open_dataset(data)
+    nncf, data = import_nncf(), splits.name
     calibrating = sample(splits.training, bundle, interface, CALIBRATING, 1)
     measuring = sample(splits.validation, bundle, interface, MEASURING, BATCH_SIZE)
     if not len(calibrating) or not len(measuring):
@@ -124,6 +123,17 @@ def quantise(
         bytes_after=weights.stat().st_size,
         speed=tuple(measure(runs, given) for given in (measuring.inputs[0][:1], measuring.inputs[0])),
     )
+
+
+def open_calibration(bundle: Bundle, data: str) -> Splits:
+    """What to calibrate on and to measure with.
+
+    Raises UserError if there is no such data, it has classes that the bundle does not know, or NNCF is not installed.
+    """
+    import_nncf()
+    splits = open_dataset(data)
+    label_translation(splits.training, bundle)
+    return splits
 
 
 def import_nncf() -> Any:

@@ -19,7 +19,7 @@ def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], fol
     """Fill the folder with NAME/config.pbtxt, NAME/labels.txt and NAME/1/model.onnx; NAME is the network's.
 
     Raises:
-        UserError: ONNX is not installed.
+        UserError: ONNX or ONNX Runtime is not installed.
     """
     model = folder / bundle.model.variant.name
     (model / "1").mkdir(parents=True)

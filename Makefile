@@ -4,9 +4,10 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 COATNET := .venv/bin/coatnet
-# One thread a process: the tests run in two processes, and two cores is what everybody has.
+# One thread a process: the tests run in two processes, and two cores is what everybody has. Each takes a half in one
+# piece, so that most fixtures are made once.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 DEMO := runs/demo
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,18 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
     assert "is finished" in console.text
     train(replace(BRIEF, epochs=0.2), tmp_path / "run", console=Told())
     assert log(tmp_path / "run")[-1]["step"] == 11
+
+
+def test_a_run_killed_after_its_last_step_is_finished_and_leaves_nothing_behind(tmp_path):
+    train(BRIEF, tmp_path / "run", console=Told())
+    shutil.rmtree(tmp_path / "run" / "bundle")  # as where death came before it
+    checkpoints = tmp_path / "run" / "checkpoints"
+    whole = sorted(path.name for path in checkpoints.iterdir())
+    for leftover in (".trash-0a1b2c3d", "step-000000006.tmp-0a1b2c3d"):
+        shutil.copytree(checkpoints / whole[-1], checkpoints / leftover)
+    train(BRIEF, tmp_path / "run", console=Told())
+    assert (tmp_path / "run" / "bundle").is_dir()
+    assert sorted(path.name for path in checkpoints.iterdir()) == whole
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,17 @@ def published(folder: Path) -> list[Path]:
 def retain(folder: Path, keep: int = KEEP, keep_every_hours: float | None = None) -> None:
     """Remove all but the last `keep` steps and the first of every so many hours of training, and what interrupted
     saves have left."""
-    leftovers = [path for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(".trash-")]
     steps = published(folder)
     lasting = milestones(steps, keep_every_hours) if keep_every_hours else set()
-    for path in [*(path for path in steps[:-keep] if path not in lasting), *leftovers]:
+    for path in steps[:-keep]:
+        if path not in lasting:
+            remove(path)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves and removals have left."""
+    for path in [path for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(".trash-")]:
         remove(path)
 
 

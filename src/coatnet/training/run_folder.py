@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError
-from coatnet.training.checkpoint import write_file
+from coatnet.training.checkpoint import remove_leftovers, write_file
 from coatnet.training.recipe import PARTS, Recipe
 from coatnet.training.values import plain
 
@@ -85,7 +86,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`, where a resumed run goes on."""
+        """Forget what was logged after `step`, where a resumed run goes on, and what interrupted saves have left.
+
+        A run that was killed after its last step saves no more, and nothing else would remove them.
+        """
+        with suppress(OSError):
+            remove_leftovers(self.checkpoints)
         if not self.metrics.exists():
             return
         kept = []

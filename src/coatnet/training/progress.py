@@ -15,7 +15,7 @@ class TrainingProgress:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._last_line = 0.0
         columns = (
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[place]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
@@ -23,7 +23,7 @@ class TrainingProgress:
             TimeRemainingColumn(elapsed_when_finished=False),
         )
         self._bar = Progress(*columns, console=self.console, refresh_per_second=2, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task("starting", total=None)
+        self._task = self._bar.add_task("", total=None, place="starting")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -48,11 +48,12 @@ class TrainingProgress:
     ) -> None:
         """Show where the run is: after `step` of `total_steps`."""
         numbers = f"loss {loss:.3f}  learning rate {learning_rate:.1e}  {images_per_second:,.0f} images/s"
-        self._bar.update(self._task, completed=step, total=total_steps, description=numbers)
+        place = f"step {step:,}/{total_steps:,}"
+        self._bar.update(self._task, completed=step, total=total_steps, place=place, description=numbers)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(f"step {step:,}/{total_steps:,}  epoch {epoch:.2f}  {numbers}")
+            self.say(f"{place}  epoch {epoch:.2f}  {numbers}")
 
     def evaluated(self, step: int, epoch: float, figures: dict[str, float]) -> None:
         """A line with the figures of an evaluation."""

@@ -94,3 +94,27 @@ def test_a_resumed_run_knows_its_speed_at_once():
     planned.update(1_000, 505.0)
     assert planned.total_steps == pytest.approx(1_000 + (95 - 8) / 0.5, rel=0.05)
     assert not planned.evaluation_due(1_000, 505.0)
+
+
+def test_the_time_left_is_what_the_run_then_takes():
+    planned, seconds, guessed = plan(recipe_steps=1000), 0.0, {}
+    for step in range(1, 1001):
+        seconds += 0.5
+        planned.timed(0.5)
+        if planned.evaluation_due(step, seconds):
+            seconds += 20.0
+            planned.evaluated(seconds, 20.0)
+        guessed[step] = seconds, planned.seconds_left(step, seconds)
+    whole = seconds + 8 + 1.5 * 20
+    assert guessed[5][1] is None  # still warming
+    for step in (150, 500, 850, 1000):
+        at, left = guessed[step]
+        assert at + left == pytest.approx(whole, abs=20)
+
+
+def test_with_a_limit_no_more_time_is_left_than_it_leaves():
+    planned = plan(60.0)
+    for _ in range(20):
+        planned.timed(1.0)
+    assert planned.seconds_left(20, 20.0) == 40.0
+    assert planned.seconds_left(20, 61.0) == 0.0

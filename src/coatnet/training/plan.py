@@ -9,8 +9,8 @@ from coatnet.training.recipe import Recipe
 
 RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
 WARMING_STEPS = 10  # compilation and first touches of memory say nothing about the speed to come
-RECENT_STEPS = 512  # that the speed is taken from
 STEPS_TOGETHER = 8  # averaged before the median: every n-th step may wait for the n worker processes
+RECENT = 64  # such averages, that the speed is taken from
 EVALUATION_COST = 1 / 3  # of a training picture's time: there is no backward pass
 FINAL_COST = 1.5  # of an evaluation on the way: the final one also gathers its report
 EVALUATIONS = 12  # at most, under a limit in minutes
@@ -31,7 +31,8 @@ class Plan:
     batch_size: int
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
-    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    _together: list[float] = field(default_factory=list)
     _evaluations: list[float] = field(default_factory=list)
     _warming: int = WARMING_STEPS
 
@@ -47,8 +48,11 @@ class Plan:
         """Take in how long a step took."""
         if self._warming > 0:
             self._warming -= 1
-        else:
-            self._recent.append(seconds)
+            return
+        self._together.append(seconds)
+        if len(self._together) == STEPS_TOGETHER:
+            self._recent.append(fmean(self._together))
+            self._together.clear()
 
     def resumed(self, step: int, seconds: float) -> None:
         """Take in that earlier processes made `step` steps; their speed is the first estimate."""
@@ -63,11 +67,17 @@ class Plan:
         left = self.limit_seconds - seconds - self._reserve(self.limit_seconds)
         if left <= 0:
             self.total_steps = min(step, self.recipe_steps)
-        elif self._recent:
-            # what evaluations on the way will take is spread over the steps between them
-            between = max(self.evaluate_steps * self._step_seconds(), self.limit_seconds / EVALUATIONS)
-            share = between / (between + self._evaluation_seconds())
-            self.total_steps = min(self.recipe_steps, step + max(1, int(left * share / self._step_seconds())))
+        elif step_seconds := self._step_seconds():
+            steps = max(1, int(left * self._share_of_steps() / step_seconds))
+            self.total_steps = min(self.recipe_steps, step + steps)
+
+    def seconds_left(self, step: int, seconds: float) -> float | None:
+        """From `step`, reached after `seconds`, to the written report. None before a speed is known."""
+        if not (step_seconds := self._step_seconds()):
+            return None
+        steps = max(0, self.total_steps - step) * step_seconds / self._share_of_steps()
+        needed = steps + RESERVE_SECONDS + FINAL_COST * self._evaluation_seconds()
+        return needed if self.limit_seconds is None else min(needed, max(0.0, self.limit_seconds - seconds))
 
     def evaluation_due(self, step: int, seconds: float) -> bool:
         """Whether to evaluate after `step` steps; the end of the run has an evaluation of its own."""
@@ -81,16 +91,19 @@ class Plan:
         self._evaluations.append(took)
 
     def _step_seconds(self) -> float:
-        """Of a recent step; a slow one now and then, as the machine has other work, does not count."""
-        recent = list(self._recent)
-        return median(fmean(recent[i : i + STEPS_TOGETHER]) for i in range(0, len(recent), STEPS_TOGETHER))
+        """Of a recent step; a slow one now and then, as the machine has other work, does not count. 0 before any."""
+        unfinished = [fmean(self._together)] if self._together else []
+        return median([*self._recent, *unfinished]) if self._recent or unfinished else 0.0
 
     def _evaluation_seconds(self) -> float:
         if self._evaluations:
             return median(self._evaluations)
-        if not self._recent:
-            return 0.0
         return EVALUATION_COST * self._step_seconds() * self.final_pictures / self.batch_size
+
+    def _share_of_steps(self) -> float:
+        """Of the time to come: what evaluations on the way will take is spread over the steps between them."""
+        between = max(self.evaluate_steps * self._step_seconds(), (self.limit_seconds or 0.0) / EVALUATIONS)
+        return between / (between + self._evaluation_seconds())
 
     def _reserve(self, limit_seconds: float) -> float:
         """What the end of the run takes. While that is a guess, it takes no more than half of the limit."""

@@ -1,9 +1,10 @@
 """What a person sees of a training: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import time
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -14,16 +15,16 @@ class TrainingProgress:
     def __init__(self, console: Console | None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._last_line = 0.0
+        self._place, self._left = "starting", ""
         columns = (
             TextColumn("{task.fields[place]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            # rich's own guess begins anew whenever the total changes, and forgets steps of half a minute
+            TextColumn("{task.fields[left]}"),
         )
         self._bar = Progress(*columns, console=self.console, refresh_per_second=2, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task("", total=None, place="starting")
+        self._task = self._bar.add_task("", total=None, place=self._place, left=self._left)
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -36,24 +37,20 @@ class TrainingProgress:
         """A line that stays."""
         self.console.print(text, markup=False)
 
-    def update(
-        self,
-        step: int,
-        total_steps: int,
-        *,
-        epoch: float,
-        loss: float,
-        learning_rate: float,
-        images_per_second: float,
-    ) -> None:
+    def moved(self, step: int, total_steps: int, seconds_left: float | None) -> None:
         """Show where the run is: after `step` of `total_steps`."""
+        self._place = f"step {step:,}/{total_steps:,}"
+        self._left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
+        self._bar.update(self._task, completed=step, total=total_steps, place=self._place, left=self._left)
+
+    def logged(self, *, epoch: float, loss: float, learning_rate: float, images_per_second: float) -> None:
+        """Show how it learns; off a terminal a line, at most every ten seconds."""
         numbers = f"loss {loss:.3f}  learning rate {learning_rate:.1e}  {images_per_second:,.0f} images/s"
-        place = f"step {step:,}/{total_steps:,}"
-        self._bar.update(self._task, completed=step, total=total_steps, place=place, description=numbers)
+        self._bar.update(self._task, description=numbers)
         now = time.monotonic()
         if not self.console.is_terminal and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(f"{place}  epoch {epoch:.2f}  {numbers}")
+            self.say(f"{self._place}  epoch {epoch:.2f}  {numbers}  {self._left}".rstrip())
 
     def evaluated(self, step: int, epoch: float, figures: dict[str, float]) -> None:
         """A line with the figures of an evaluation."""

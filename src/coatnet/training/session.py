@@ -124,6 +124,7 @@ class Session:
         """Take in what came of one optimizer step; log at every interval."""
         self.position = at = self.position.after_step(outcome, seconds)
         self.plan.timed(seconds)
+        self.progress.moved(at.step, self.plan.total_steps, self.plan.seconds_left(at.step, at.seconds))
         if at.since_log and (at.step % self._log_steps == 0 or at.step >= self.plan.total_steps):
             self._log_training(at.loss_sum / at.since_log, at.norm_sum / at.since_log)
             self.position = at.after_log()
@@ -238,13 +239,6 @@ class Session:
         now = time.monotonic()
         speed = self.position.since_log * self.plan.batch_size / max(now - self._logged_at, 1e-9)
         self._logged_at = now
-        values = {"loss": loss, "learning_rate": self.learner.last_learning_rate, "grad_norm": norm}
-        self.log({**values, "images_per_second": round(speed, 1), "seconds": round(self.position.seconds, 3)})
-        self.progress.update(
-            self.position.step,
-            self.plan.total_steps,
-            epoch=self.epoch,
-            loss=loss,
-            learning_rate=self.learner.last_learning_rate,
-            images_per_second=speed,
-        )
+        values = {"loss": loss, "learning_rate": self.learner.last_learning_rate, "images_per_second": round(speed, 1)}
+        self.log({**values, "grad_norm": norm, "seconds": round(self.position.seconds, 3)})
+        self.progress.logged(epoch=self.epoch, **values)

@@ -14,7 +14,7 @@ from coatnet.model.attention import (
     RelativeAttention,
     attend,
 )
-from coatnet.model.relative_bias import RelativeBias, resample
+from coatnet.model.relative_bias import RelativeBias, pairs, pairs_as_one_operation, resample
 
 GRID = (3, 4)
 N = GRID[0] * GRID[1]
@@ -83,6 +83,26 @@ def test_the_bias_matrix_is_block_toeplitz():
         for m, (i2, j2) in enumerate(cells(GRID)):
             wanted = bias.table[:, i - i2 + GRID[0] - 1, j - j2 + GRID[1] - 1]
             assert torch.equal(matrix[:, n, m], wanted)
+
+
+def test_the_operation_of_a_graph_reads_and_learns_the_table_as_the_plain_code():
+    table = torch.randn(2, 2 * GRID[0] - 1, 2 * GRID[1] - 1, dtype=torch.float64, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(pairs_as_one_operation, (table, *GRID), test_utils=checks)
+    upstream = torch.randn(2, N, N, dtype=torch.float64)
+    (plain,) = torch.autograd.grad(pairs(table, *GRID), table, upstream)
+    matrix = pairs_as_one_operation(table, *GRID)
+    assert torch.equal(matrix, pairs(table, *GRID))
+    torch.testing.assert_close(torch.autograd.grad(matrix, table, upstream)[0], plain)
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(RelativeBias(2, GRID), fullgraph=True, backend=keep)(GRID, torch.float32)
+    assert "relative_bias_pairs" in graphs[0]
 
 
 def test_a_constant_on_the_table_changes_nothing_in_pre_and_something_in_post():

@@ -156,6 +156,22 @@ def test_tokens_of_a_channels_last_map_are_a_view_and_come_back():
     torch.testing.assert_close(mean_over_cells(x), x.mean((2, 3)))
 
 
+def test_the_mean_that_is_compiled_for_bf16_answers_is_a_product_and_the_mean():
+    torch.compiler.reset()
+    x = torch.rand(2, 8, 5, 7).bfloat16()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with torch.no_grad():
+        mean = torch.compile(mean_over_cells, fullgraph=True, backend=keep)(x)
+    assert "matmul" in graphs[0]
+    assert mean.dtype == torch.bfloat16
+    torch.testing.assert_close(mean.float(), x.float().mean((2, 3)), rtol=2**-7, atol=0)
+
+
 def test_the_cache_of_evaluation_changes_nothing():
     model, images = lively(tiny()).eval(), torch.randn(2, 3, 64, 64)
     fresh = model(images).detach()  # with gradients nothing is kept

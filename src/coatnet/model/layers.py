@@ -84,9 +84,19 @@ def mean_over_cells(x: Tensor) -> Tensor:
     """Global average pooling, `(B, C, H, W) -> (B, C)`.
 
     Over tokens, since torch's own reduction of channels-last bf16 maps is slow on CPUs: 12 ms against 40 ms for
-    (16, 384, 56, 56) on one core. In a graph it is one operation, of which compilers know more than of a view.
+    (16, 384, 56, 56) on one core. In a graph it is one operation, of which compilers know more than of a view; save
+    that bf16 on CPUs is bound by computing, and a product keeps what it reads, so that the GELU of squeeze-excitation
+    is not computed twice (740 for 760 ms of coatnet-0, batches of 16).
     """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled_for_inference():
+        tokens = to_tokens(x)
+        return (tokens.new_ones(1, tokens.shape[1]) @ tokens).squeeze(1) / tokens.shape[1]
     return x.mean((2, 3)) if torch.compiler.is_compiling() else to_tokens(x).mean(1)
+
+
+def compiled_for_inference() -> bool:
+    """Whether this call is traced for `torch.compile`, for answers alone."""
+    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
 
 
 def grid_of(x: Tensor) -> tuple[int, int]:

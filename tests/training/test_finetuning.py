@@ -153,7 +153,7 @@ def test_small_grey_pictures_are_enlarged_and_shifted_for_a_colour_model_of_224_
     learner = fitted_learner(recipe, start, splits)
     _, _, augmentation, mixing, preprocessing = parts(learner.recipe)
     assert preprocessing == start.preprocessing
-    assert (augmentation.placement, augmentation.shift) == ("shift", 16)  # 2 of 28 pixels, enlarged
+    assert (augmentation.placement, augmentation.shift) == ("shift", 8)  # 1 of 28 pixels, enlarged
     assert (augmentation.flip_rate, augmentation.rand_augment_layers, mixing.mixup_alpha) == (flip_rate, 0, 0.0)
     transform = TrainingTransform(preprocessing, augmentation)
     images = torch.stack([transform(splits.training.pictures[i], seed=i) for i in range(2)])

@@ -43,7 +43,7 @@ def test_small_pictures_keep_their_size_and_colour_and_are_shifted():
     assert (preprocessing.resolution, preprocessing.channels, preprocessing.crop_fraction) == (28, 1, 1.0)
     assert preprocessing.mean == pytest.approx((0.5,), abs=0.02)
     assert preprocessing.std == pytest.approx((3**-0.5 / 2,), abs=0.02)
-    assert (augmentation.placement, augmentation.shift) == ("shift", 2)
+    assert (augmentation.placement, augmentation.shift) == ("shift", 1)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ def test_repeats_and_contradictions_in_training_are_told_but_not_unhealthy(make_
     assert inspection.healthy
 
 
+@pytest.mark.parametrize(("one", "other"), [("train/a", "val/b"), ("val/a", "val/b")])
+def test_twins_with_other_labels_are_told_wherever_they_stand(one, other, make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    (root / other / "wrong.png").write_bytes((root / one / "1.png").read_bytes())
+    inspection = inspect(root)
+    assert inspection.contradictions == ((str(root / one / "1.png"), str(root / other / "wrong.png")),)
+    assert (inspection.num_repeated, inspection.healthy) == (0, one != "train/a")
+
+
 def test_pictures_of_other_shapes_with_the_same_bytes_are_no_repeats(make_folder, encode):
     root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
     (root / "train/a/wide.png").write_bytes(encode(np.zeros((2, 8, 3), np.uint8)))

@@ -13,6 +13,7 @@ import numpy as np
 from coatnet.data.datasets import FileDataset, printable
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
+from coatnet.suggestions import few
 
 PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 TRAINING_NAMES = ("train", "training")
@@ -47,14 +48,14 @@ def _open_split_folders(root: Path, training_name: str, validation_name: str) ->
     if unknown := sorted(set(validation.class_names) - set(classes), key=natural_key):
         raise UserError(
             f"{root}: {validation_name}/ has the class {unknown[0]!r}, which {training_name}/ has not; "
-            f"it has {_few(classes)}"
+            f"it has {few(classes)}"
         )
     if not validation.paths:
         raise UserError(f"{root}: {validation_name}/ holds no pictures; remove the folder to have some held out")
     notes = [f"split by the folders {training_name}/ and {validation_name}/"]
     notes += _notes(training, training_name) + _notes(validation, validation_name)
     if unseen := sorted(set(classes) - set(validation.class_names), key=natural_key):
-        notes.append(f"no pictures in {validation_name}/ for {_few(unseen)}: nothing is measured for them")
+        notes.append(f"no pictures in {validation_name}/ for {few(unseen)}: nothing is measured for them")
     number = {name: index for index, name in enumerate(classes)}
     datasets = [
         FileDataset(
@@ -84,7 +85,7 @@ def _open_one_folder(root: Path, validation_fraction: float) -> Splits:
     notes = [f"held out {held_out.mean():.0%}, class by class, by the hash of the path; new files move no old ones"]
     notes += _notes(listing, root.name)
     if single := [name for name, count in Counter(listing.class_names).items() if count == 1]:
-        notes.append(f"only one picture, used for training, in {_few(single)}: nothing is measured for them")
+        notes.append(f"only one picture, used for training, in {few(single)}: nothing is measured for them")
     return Splits(root.name, datasets[0], datasets[1], tuple(notes))
 
 
@@ -139,19 +140,15 @@ def _classes(listing: _Listing, root: Path) -> tuple[str, ...]:
 def _notes(listing: _Listing, where: str) -> list[str]:
     notes = []
     if listing.empty_classes:
-        notes.append(f"no pictures in {where}/ for {_few(listing.empty_classes)}: left out")
+        notes.append(f"no pictures in {where}/ for {few(listing.empty_classes)}: left out")
     if listing.other_files:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in listing.other_files.most_common(5))
         notes.append(f"files of other kinds in {where}/ left out: {kinds}")
     by_case = Counter(name.casefold() for name in set(listing.class_names))
     if colliding := [name for name in sorted(set(listing.class_names)) if by_case[name.casefold()] > 1]:
-        notes.append(f"classes that differ only in case: {_few(colliding)}")
+        notes.append(f"classes that differ only in case: {few(colliding)}")
     return notes
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "without suffix"
-
-
-def _few(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -44,7 +44,7 @@ class Inspection:
         lines += _section("pictures cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
         lines += _section("pictures decode with a warning", complaints)
         lines += _section("pictures of validation are in training too", _equations(self.leaks))
-        lines += _section("training pictures have a twin with another label", _equations(self.contradictions))
+        lines += _section("pictures have a twin with another label", _equations(self.contradictions))
         if self.num_repeated:
             lines.append(f"{self.num_repeated:,} training pictures repeat an earlier one")
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
@@ -60,20 +60,20 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     splits = source if isinstance(source, Splits) else open_dataset(source)
     bad: dict[str, str] = {}
     warnings: dict[str, str] = {}
-    first_seen: dict[bytes, int] = {}
-    contradictions = []
+    first_seen: dict[bytes, tuple[Dataset, int]] = {}
+    leaks, contradictions = [], []
     num_repeated = 0
-    for index, digest in _digests(splits.training, bad, warnings, strict):
-        first = first_seen.setdefault(digest, index)
-        if first != index:
-            num_repeated += 1
-            if not np.array_equal(splits.training.labels[first], splits.training.labels[index]):
-                contradictions.append((splits.training.locate(first), splits.training.locate(index)))
-    leaks = [
-        (splits.training.locate(first_seen[digest]), splits.validation.locate(index))
-        for index, digest in _digests(splits.validation, bad, warnings, strict)
-        if digest in first_seen
-    ]
+    for dataset in (splits.training, splits.validation):
+        for index, digest in _digests(dataset, bad, warnings, strict):
+            first, number = first_seen.setdefault(digest, (dataset, index))
+            if first is dataset and number == index:
+                continue
+            pair = (first.locate(number), dataset.locate(index))
+            num_repeated += dataset is splits.training
+            if first is not dataset:
+                leaks.append(pair)
+            if not np.array_equal(first.labels[number], dataset.labels[index]):
+                contradictions.append(pair)
     return Inspection(splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated)
 
 

@@ -31,6 +31,10 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction must be between 0 and 1, got {validation_fraction!r}")
+    if source == "":  # as a path it would be the current folder
+        raise UserError(
+            f"no data is given: give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"
+        )
     match str(source):
         case "fashion-mnist":
             return open_fashion_mnist()

@@ -188,7 +188,7 @@ def remove(path: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     staged = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    staged.write_text(text)
+    staged.write_text(text, encoding="utf-8")
     flush(staged)
     os.replace(staged, path)
 

@@ -52,6 +52,7 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
     What the recipe gives is kept. Raises UserError if it contradicts the data or the bundle it starts from.
     """
     check_start(recipe, splits, init)
+    check_labels(recipe, splits)
     row, number = find_recipe(recipe.name), len(splits.training)
     preprocessing = fit_preprocessing(recipe, splits, init)
     model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
@@ -80,7 +81,7 @@ def fit_to(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe
         depth = table.get("stochastic_depth", 0.0 if preprocessing.resolution <= SMALL else 0.1)
     return replace(
         recipe,
-        data=recipe.data if recipe.data in NAMES else str(Path(recipe.data).expanduser().resolve()),
+        data=recipe.data if recipe.data in NAMES else lasting(recipe.data),
         model=model,
         init=lasting(recipe.init) if recipe.init else None,
         resolution=preprocessing.resolution,
@@ -128,10 +129,21 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
         )
 
 
-def lasting(init: str) -> str:
-    """A folder or file by its full path; anything else, such as an id of the hub, as it is."""
-    path = Path(init).expanduser()
-    return str(path.resolve()) if path.exists() else init
+def check_labels(recipe: Recipe, splits: Splits) -> None:
+    """Raises UserError if pictures have several labels, and the recipe needs them to have one."""
+    if not splits.multilabel:
+        return
+    for name, given, instead in (("balance", "sampler", "weights"), ("loss", "softmax", "sigmoid")):
+        if getattr(recipe, name) == given:
+            raise UserError(
+                f"{name} {given} is for one label a picture, but {splits.name} has several: give {name} {instead}"
+            )
+
+
+def lasting(source: str) -> str:
+    """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Preprocessing:

@@ -1,13 +1,14 @@
 """A run folder: recipe, log and checkpoints of one run and, at its end, the report and the bundle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError
+from coatnet.suggestions import few
 from coatnet.training.checkpoint import remove_leftovers, write_file
 from coatnet.training.recipe import PARTS, Recipe
 from coatnet.training.values import plain
@@ -38,7 +39,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.metrics = self.path / "metrics.jsonl"
-        recipe_file = self.path / "recipe.yaml"
+        recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
         self.stored = Recipe.from_yaml(recipe_file) if recipe_file.exists() else None
         if self.stored is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
@@ -51,9 +52,17 @@ class RunFolder:
         same = self.stored is not None and plain(self.stored) == plain(self.recipe)
         return same and (self.path / "report.json").exists() and self.bundle.exists()
 
-    def settle(self, recipe: Recipe) -> Recipe:
-        """Take the complete recipe. Raises UserError if the folder's run was started with another."""
-        self.recipe = recipe
+    def settle(self, recipe: Recipe, classes: Sequence[str]) -> Recipe:
+        """Take the complete recipe and the classes.
+
+        Raises UserError if the folder's run was started with others, or if it lies among its pictures.
+        """
+        self.recipe, self._classes = recipe, list(classes)
+        if self.path.resolve().is_relative_to(recipe.data):
+            raise UserError(
+                f"{self.path} lies in {recipe.data}, where its curves would become pictures of a class: "
+                "give a folder outside for out"
+            )
         if self.stored is None:
             return recipe
         ours, theirs = plain(recipe), plain(self.stored)
@@ -65,13 +74,28 @@ class RunFolder:
                 )
         if ours["epochs"] < theirs["epochs"]:
             raise UserError(f"{self.path} holds a run of {theirs['epochs']} epochs, which can only be extended")
+        if self._classes_file.exists():
+            self._compare_classes(json.loads(self._classes_file.read_text(encoding="utf-8")))
         return recipe
 
+    def _compare_classes(self, before: list[str]) -> None:
+        """Raises UserError unless they are the same: the rows of the classifier belong to them by their order."""
+        if before == self._classes:
+            return
+        now, then = set(self._classes), set(before)
+        gone, new = [name for name in before if name not in now], [name for name in self._classes if name not in then]
+        found = [f"without {few(gone)}"] * bool(gone) + [f"with the new {few(new)}"] * bool(new)
+        raise UserError(
+            f"{self.path} holds a run on {len(before)} classes, but {self.recipe.data} is now "
+            f"{' and '.join(found) or 'in another order'}: undo that to resume it, or give another folder for a new run"
+        )
+
     def start(self) -> None:
-        """Make the folder and write the recipe into it."""
+        """Make the folder and write recipe and classes into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "recipe.yaml", self.recipe.to_yaml())
+            write_file(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
         except OSError as error:
             raise UserError(
                 f"{self.path} can not be written ({error.strerror}): choose another folder for out"

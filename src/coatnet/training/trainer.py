@@ -48,7 +48,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             run = RunFolder(out, recipe)
             splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
             init = load(run.given.init) if run.given.init else None
-            recipe = run.settle(fit_to(run.given, splits, init))
+            recipe = run.settle(fit_to(run.given, splits, init), splits.classes)
             check_loggers(recipe.loggers)
         if run.finished:
             progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")

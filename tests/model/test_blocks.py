@@ -103,3 +103,25 @@ def test_what_is_kept_is_forgotten_when_a_fused_optimizer_has_changed_the_weight
     expected = network(x).detach()
     with torch.no_grad():
         torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_is_forgotten_by_eval_since_no_version_counts_writes_through_data():
+    block = Transformer(8, 8, 1, attention=RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))), stochastic_depth=0.0)
+    convolution = MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0)
+    network, x = torch.nn.Sequential(convolution, block).eval(), torch.randn(2, 8, 3, 3)
+    with torch.no_grad():
+        network(x)
+        for parameter in network.parameters():
+            parameter.data.mul_(1.5)
+        expected = copy.deepcopy(network)(x)
+        torch.testing.assert_close(network.eval()(x), expected)
+
+
+def test_weights_of_inference_mode_are_used_without_keeping_anything():
+    with torch.inference_mode():
+        convolution = MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0).eval()
+        attention = RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))).eval()
+        x = torch.randn(2, 8, 3, 3)
+        before = attention(convolution(x))
+        attention.relative_bias.table.add_(torch.randn_like(attention.relative_bias.table))
+        assert not torch.allclose(attention(convolution(x)), before)

@@ -130,6 +130,12 @@ def test_stage_maps_have_the_grids_and_widths_of_the_row():
     model = tiny().eval()
     assert [m.shape[1] for m in model.forward_intermediates(images, indices=2)[1]] == [32, 64]
     assert [m.shape[1] for m in model.forward_intermediates(images, indices=[0, -1])[1]] == [8, 64]
+    last, maps = model.forward_intermediates(images, [0, 1], stop_early=True)
+    assert last is maps[1] and len(maps) == 2
+    assert len(model.forward_intermediates(images, 3, intermediates_only=True)) == 3
+    for unknown in ({"norm": True}, {"output_fmt": "NLC"}):
+        with pytest.raises(UserError, match="maps come as stages make them"):
+            model.forward_intermediates(images, **unknown)
 
 
 def test_channels_last_and_contiguous_images_give_the_same_and_every_map_is_channels_last():
@@ -193,8 +199,10 @@ def test_the_contract_of_timm():
     assert torch.equal(model.get_classifier()(pooled), model(images))
     model.reset_classifier(0)
     assert torch.equal(model(images), pooled)
-    model.reset_classifier(7)
+    model.reset_classifier(7, "avg")
     assert model(images).shape == (2, 7) and model.num_classes == 7
+    with pytest.raises(UserError, match="global_pool='max': maps are averaged"):
+        model.reset_classifier(7, "max")
     assert len(model.no_weight_decay()) == 3
     matcher = model.group_matcher()
     assert set(matcher) == {"stem", "blocks"}

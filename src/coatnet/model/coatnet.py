@@ -68,21 +68,36 @@ class CoAtNet(nn.Module):
         return self.head(x, pre_logits)
 
     def forward_intermediates(
-        self, images: Tensor, indices: int | list[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The last map, and the maps after the stem (index 0) and after each stage (1, 2, ...).
+        self,
+        images: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The last map, and the list of maps after the stem (index 0) and after each stage (1, 2, ...).
 
         Args:
             indices: which maps, from the end if negative; the last that many if it is a number; all if None.
+            stop_early: go no further than the last map asked for, which is then the last one.
+            intermediates_only: the list alone.
+
+        Raises UserError for norm=True and other formats, which timm offers and maps here do not have.
         """
+        if norm or output_fmt != "NCHW":
+            raise UserError(
+                f"norm={norm}, output_fmt={output_fmt!r}: maps come as stages make them, (B, C, H, W); leave both out"
+            )
         num_maps = len(self.stages) + 1
         if indices is None:
             indices = num_maps
         wanted = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
         maps = [self.stem(images.contiguous(memory_format=torch.channels_last))]
-        for blocks in self.stages:
+        for blocks in self.stages[: max(wanted) if stop_early else None]:
             maps.append(self.forward_stage(blocks, maps[-1]))
-        return maps[-1], [maps[index] for index in wanted]
+        chosen = [maps[index] for index in wanted]
+        return chosen if intermediates_only else (maps[-1], chosen)
 
     def train(self, mode: bool = True) -> "CoAtNet":
         """As in torch, except that a BatchNorm with frozen weights keeps its statistics too."""
@@ -96,8 +111,15 @@ class CoAtNet(nn.Module):
         """The last linear layer, features to logits."""
         return self.head.classifier
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new, untrained classifier for that many classes; none (features come out) for 0."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained classifier for that many classes; none (features come out) for 0.
+
+        Raises UserError for a `global_pool` of timm's other than "avg", the paper's.
+        """
+        if global_pool not in (None, "avg"):
+            raise UserError(
+                f"global_pool={global_pool!r}: maps are averaged over their cells; give 'avg' or leave it out"
+            )
         self.num_classes = num_classes
         device = next(self.parameters()).device
         self.head.classifier = build_classifier(self.num_features, num_classes).apply(assembly.initialise).to(device)
@@ -159,8 +181,8 @@ def create_model(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
             raise UserError(f"{name}={value!r}: it is a whole number of at least {smallest}")
-    if not 0.0 <= stochastic_depth < 1.0:
-        raise UserError(f"stochastic_depth={stochastic_depth}: it is a rate of at least 0 and less than 1")
+    if not (isinstance(stochastic_depth, float | int) and 0.0 <= stochastic_depth < 1.0):
+        raise UserError(f"stochastic_depth={stochastic_depth!r}: it is a rate of at least 0 and less than 1")
     return CoAtNet(
         row,
         num_classes=num_classes,

@@ -3,6 +3,8 @@
 Shapes: B batch, C width, H W feature map.
 """
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,10 @@ class ConvNormGELU(nn.Sequential):
         )
         super().__init__(convolution, NORMS[norm](width), nn.GELU())
         self._kept: Kept[tuple[Tensor, Tensor]] = Kept()
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept.forget()
+        return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         convolution, norm, activation = self

@@ -3,7 +3,7 @@
 Shapes: A heads, N = H * W cells, S window side.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,10 @@ class GlobalBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._kept: Kept[Tensor] = Kept()
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept.forget()
+        return super().train(mode)
 
     def table_for(self, grid: tuple[int, int]) -> Tensor:
         """One scalar for each offset of query minus key on that grid, for each head: `(A, 2H-1, 2W-1)`."""

@@ -19,6 +19,15 @@ CHOICES = {
     "mbconv_norm": ("batch", "layer"),
     "attention": ("pre", "post", "local", "linear"),
 }
+# What a variation is about: blocks of one kind, which a row may lack.
+ABOUT = {
+    "downsample": "mbconv",
+    "mbconv_norm": "mbconv",
+    "attention": "transformer",
+    "relative_bias": "transformer",
+    "head_dim": "transformer",
+    "window": "transformer",
+}
 LAYOUTS = ("C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T", "ViT_REL")
 # paper: Table 7 moves four blocks from S2 to S3 (V1) or two from S3 to S2 (V2).
 MOVED_TO_S3 = {"V0": 0, "V1": 4, "V2": -2}
@@ -50,7 +59,7 @@ class Variant(Row):
             if getattr(self, key) not in choices:
                 raise UserError(f"{key}={getattr(self, key)!r} is unknown; it is one of {', '.join(choices)}")
         for key in ("stem_width", "head_dim", "resolution", "stem_stride"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)!r}: it is a whole number of at least 1")
         if not isinstance(self.relative_bias, bool):
             raise UserError(f"relative_bias={self.relative_bias!r}: it is true or false")
@@ -71,8 +80,8 @@ class Variant(Row):
             )
         if self.attention == "post" and not self.relative_bias:
             raise UserError("attention='post' without relative_bias is attention='pre' without it; pass that")
-        if not isinstance(self.window, int) or self.window < 1 or self.window % 2 == 0:
-            raise UserError(f"window={self.window}: a neighbourhood has a middle, so its side is odd, such as 7")
+        if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
+            raise UserError(f"window={self.window!r}: a neighbourhood has a middle, so its side is odd, such as 7")
 
     def _check(self, stage: Stage) -> None:
         if stage.kind not in ("mbconv", "transformer") or stage.stride not in (1, 2):
@@ -100,7 +109,14 @@ class Variant(Row):
             varied = varied._with_block_counts(block_counts)
         if layout is not None:
             varied = varied._with_layout(layout)
-        return replace(varied, **changes)
+        kinds = {stage.kind for stage in varied.stages}
+        for key in changes:
+            if key in ABOUT and ABOUT[key] not in kinds:
+                raise UserError(f"{key}={changes[key]!r} is about {ABOUT[key]} blocks, of which there are none here")
+        varied = replace(varied, **changes)
+        if "window" in changes and varied.attention != "local":
+            raise UserError(f"window={varied.window} is about attention='local', not {varied.attention!r}; pass both")
+        return varied
 
     def _with_block_counts(self, counts: str) -> "Variant":
         if counts not in MOVED_TO_S3:

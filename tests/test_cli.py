@@ -1,5 +1,6 @@
 """The command line as a person meets it: what is printed, the exit code, and never a traceback."""
 
+import io
 import json
 import os
 import re
@@ -242,12 +243,47 @@ def test_a_name_that_is_not_text_is_printed_all_the_same(bundle: Path, pictures:
     assert "ff.png: " in run.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="other systems have such names")
+def test_a_name_with_control_characters_is_printed_on_one_line(
+    bundle: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(pictures / "dark" / "1.png", tmp_path / "two\nlines\x1b[31m.png")
+    (tmp_path / "no\r\npicture.png").write_text("text")
+    assert main(["predict", str(bundle), str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1 and r"two\nlines\x1b[31m.png: " in printed.out
+    assert printed.err.count("\n") == 1 and r"no\r\npicture.png: " in printed.err
+    assert main(["predict", str(bundle), str(tmp_path), "--json"]) == 1
+    names = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
+    assert str(tmp_path / "two\nlines\x1b[31m.png") in names  # as the system knows it
+
+
+def test_the_help_of_train_says_what_loggers_and_parallelism_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, "train")
+    assert "tensorboard,wandb,mlflow" in text and "one of ddp, fsdp, hsdp, auto\n" in text
+
+
 def test_doctor_tells_healthy_data_from_bad(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(pictures)]) == 0
     shutil.copytree(pictures, tmp_path / "bad")
     (tmp_path / "bad" / "dark" / "0.png").write_bytes(b"")
     assert main(["doctor", str(tmp_path / "bad")]) == 1
     assert "0.png" in capsys.readouterr().out
+
+
+def test_doctor_names_what_decodes_with_a_warning_if_it_is_strict(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "some")
+    encoded = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(encoded, "JPEG")
+    data = bytearray(encoded.getvalue())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    (tmp_path / "some" / "dark" / "flawed.jpg").write_bytes(data)
+    assert main(["doctor", str(tmp_path / "some")]) == 0
+    assert "flawed.jpg" not in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "some"), "--strict"]) == 1
+    assert "flawed.jpg: " in capsys.readouterr().out
 
 
 def test_models_shows_what_is_counted_beside_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,8 +299,9 @@ def test_models_shows_what_is_counted_beside_what_is_published(capsys: pytest.Ca
 def test_models_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "coatnet-0", "coatnet-femto", "coatnet-femto-16"]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"coatnet-femto +2\.79 +0\.53 +\n", table)  # one resolution is enough outside of the paper
-    assert "25.0 (25)" in table and "at 8: 0.01" in table and "4.14 (4.2)" in table
+    assert re.search(r"coatnet-femto +2\.79 +0\.53 +1\.79 +3\.69 +\n", table)
+    assert re.search(r"coatnet-femto-16 +0\.62 +at 8: 0\.01 +\n", table)  # larger images are not what it is for
+    assert "25.0 (25)" in table and "4.14 (4.2)" in table
 
 
 def test_models_lists_timms_checkpoints_with_their_published_accuracy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,10 @@ CAPTION = "Millions of parameters, billions of MACs an image; in brackets the pa
 TIMM_CAPTION = "timm's architectures; hub ids begin with timm/ and load with their weights; top-1 on ImageNet-1k."
 
 
-def measure_family(names: Sequence[str] = (), *, shown_only: bool = False) -> list[dict[str, Any]]:
+def measure_family(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """For each name, or all: parameters, MACs and activation bytes by resolution, and what is published.
 
     `published` holds the paper's figures or None, `pretrained` the checkpoints of timm.
-
-    With `shown_only`, MACs are counted only for the cells of `show_family`, in half of the time.
 
     Raises:
         UserError: if a name is unknown.
@@ -32,8 +30,8 @@ def measure_family(names: Sequence[str] = (), *, shown_only: bool = False) -> li
         rows = []
         for variant in variants:
             status.update(f"counting {variant.name}")
-            shown = shown_only or isinstance(variant, TimmVariant)
-            rows.append(_measure(variant, shown_sides(variant) if shown else (variant.resolution, *RESOLUTIONS)))
+            larger = () if isinstance(variant, TimmVariant) else RESOLUTIONS
+            rows.append(_measure(variant, (variant.resolution, *larger)))
     return rows
 
 
@@ -65,8 +63,7 @@ def _add_row(table: Table, row: dict[str, Any]) -> None:
     if row["resolution"] < RESOLUTIONS[0]:  # larger images are not what such a row is for
         macs = [f"at {own}: {_beside(row['macs'][own], None, 1e9)}"]
     else:
-        sides = [side for side in map(str, RESOLUTIONS) if side in row["macs"]]
-        macs = [_beside(row["macs"][side], paper["macs"].get(side), 1e9) for side in sides]
+        macs = [_beside(row["macs"][side], paper["macs"].get(side), 1e9) for side in map(str, RESOLUTIONS)]
     table.add_row(row["name"], _beside(row["parameters"], paper["parameters"], 1e6), *macs)
 
 
@@ -82,11 +79,6 @@ def _add_timm_row(table: Table, row: dict[str, Any]) -> None:
         top1 = f"{100 * checkpoint['top1']:.1f} %" if checkpoint and checkpoint["top1"] else ""
         table.add_row(*cost, f".{tag}" if tag else "", top1)
         cost = ("", "", "")
-
-
-def shown_sides(variant: Variant | TimmVariant) -> tuple[int, ...]:
-    """The resolutions of a row of the table: the paper's for its own sizes, one for the others."""
-    return RESOLUTIONS if variant.name in PUBLISHED else (variant.resolution,)
 
 
 def _measure(variant: Variant | TimmVariant, sides: Sequence[int]) -> dict[str, Any]:

@@ -104,6 +104,15 @@ def test_absolute_paths_below_the_manifest_are_fine(write, tmp_path):
     assert open_dataset(write(table(rows))).training.path(0) == tmp_path / "0.png"
 
 
+def test_missing_files_are_no_reason_to_refuse_the_others(write):
+    missing = [(f"missing/{number}.png", "cat", "train") for number in range(19)]
+    for rows in ([*missing, *SPLIT], [*SPLIT, *missing]):
+        splits = open_dataset(write(table(rows)))
+        assert (len(splits.training), len(splits.validation)) == (21, 2)
+    with pytest.raises(UserError, match="nor that of the next 19 rows"):
+        open_dataset(write(table([missing[0], *missing, *SPLIT])))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -118,7 +127,11 @@ def test_absolute_paths_below_the_manifest_are_fine(write, tmp_path):
         ([*SPLIT, ("4.png", "cat", "")], "row 6: no split"),
         ([*SPLIT, ("4.png", "fox", "val")], "row 6: the label 'fox' is in no training row"),
         ([*SPLIT, ("4.png", "cat")], "row 6: 2 cells where the header has 3"),
-        ([("nowhere.png", "cat", "train"), *SPLIT], "row 2: no file 'nowhere.png'"),
+        (
+            [(f"elsewhere/{path}", label, split) for path, label, split in SPLIT],
+            "row 2: no file 'elsewhere/0.png' in .*, nor that of the next 3 rows; paths start from there",
+        ),
+        ([("nowhere.png", "cat", "train")], "row 2: no file 'nowhere.png' in .*; paths start from there"),
         ([(path, "cat", split) for path, _, split in SPLIT], "one class, 'cat'"),
         ([(path, label, "train") for path, label, _ in SPLIT], "names only training"),
         ([], "has no rows"),

@@ -87,6 +87,7 @@ def test_description_says_pictures_classes_sizes_balance_and_split():
         "  balance  10 training pictures in every class",
         "  note     mind the gap",
     ]
+    assert str(splits) == splits.describe()
     assert splits.native_resolution == 6
 
 

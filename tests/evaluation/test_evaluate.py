@@ -166,6 +166,14 @@ def test_a_loaded_bundle_has_the_same_report(bundle: Bundle, tmp_path: Path) -> 
     assert evaluate(digits, "digits") == replace(evaluate(digits, splits), seconds=0.0)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_bundle_may_be_given_by_its_folder(bundle: Bundle, tmp_path: Path, kind: type) -> None:
+    folder = bundle.save(tmp_path / "bundle")
+    assert evaluate(kind(folder), dataset_of()).figures == pytest.approx(evaluate(bundle, dataset_of()).figures)
+    with pytest.raises(UserError, match="nowhere is not a bundle: there is no such folder"):
+        evaluate(kind(tmp_path / "nowhere"), dataset_of())
+
+
 def test_data_is_split_as_it_was_for_training() -> None:
     classes = tuple(open_dataset("digits").classes)
     trained = replace(bundle_of(classes), record={"recipe": {"validation_fraction": 0.02}})

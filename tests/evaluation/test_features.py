@@ -256,7 +256,7 @@ def test_a_name_that_is_not_text_is_written_as_reports_have_it(bundle: Bundle, f
     (folder / "a" / "1.png").rename(strange)
     assert write_features(extract(bundle, open_pictures([strange])), folder / name) == 1
     if name == "f.npy":
-        assert rows_of(folder / "f.csv")[1] == [f'{folder}/\\xff,"\n.png', ""]
+        assert rows_of(folder / "f.csv")[1] == [f'{folder}/\\xff,"\\n.png', ""]
 
 
 @pytest.mark.parametrize("name", ["f.npy", "f.parquet"])

@@ -31,6 +31,8 @@ from coatnet.training.recipes import RECIPES
         ({"schedule": {"decay": "step"}}, "schedule.decay must be one of cosine, linear, constant"),
         ({"augmentation": {"class_path": "os.system"}}, "augmentation.class_path is unknown"),
         ({"mixing": 3}, "mixing"),
+        ({"parallelism": "dp"}, "parallelism must be one of ddp, fsdp, hsdp, auto, got 'dp'"),
+        ({"loggers": 3}, "loggers must be names with commas between, such as one,two, got 3"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values, named):

@@ -11,8 +11,8 @@ from coatnet.errors import UserError
 def models_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "models",
-        "The family: parameters, and multiply-accumulates of one image at 224, 384 and 512 pixels (the table:\n"
-        "only of the paper's rows), counted as you wait, with the paper's figures beside them.",
+        "The family: parameters, and multiply-accumulates of one image at 224, 384 and 512 pixels (in the\n"
+        "table rows for small images at their own size), counted as you wait, with the paper's figures beside them.",
         "examples:\n  coatnet models\n  coatnet models coatnet-0 coatnet-1 --json",
     )
     parser.add_argument("names", nargs="*", metavar="MODEL", help="only these")

@@ -89,6 +89,8 @@ def _train_parser() -> "ArgumentParser":
             main.add_argument(f"--{name}", type=_read_as(hint), metavar="X", help=MAIN_OPTIONS[name])
         elif name == "variations":
             rest.add_argument("--variations", type=dict, metavar="X", help="such as --variations.downsample depthwise")
+        elif name == "loggers":
+            rest.add_argument("--loggers", type=Any, metavar="X", help="told the figures too: tensorboard,wandb,mlflow")
         elif hint is bool:
             rest.add_argument(f"--{name}", type=Any, nargs="?", const=True, metavar="X", help=_in_words(hint))
         elif name != "name":

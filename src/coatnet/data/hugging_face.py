@@ -1,5 +1,6 @@
 """Hugging Face `datasets` as a source: a name on the hub, or what `save_to_disk` wrote; pictures stay encoded."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,15 @@ class HuggingFaceDataset:
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Whether `save_to_disk` wrote this folder. Raises `UserError` if it can not be looked into."""
+    try:
+        os.stat(folder / "state.json")  # Path.is_file tells of a refusal in some versions of Python only
+    except PermissionError as error:
+        raise UserError(
+            f"{folder} can not be read ({error.strerror}): give yourself access, or another folder"
+        ) from error
+    except OSError:  # most often there is none
+        pass
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

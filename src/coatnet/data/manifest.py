@@ -17,6 +17,7 @@ from coatnet.errors import UserError
 
 REQUIRED = ("path", "label")
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
+LOOKED_FOR = 20  # rows: a file may be missing, but if none of the first is there, paths start from elsewhere
 _SEPARATORS = re.compile(r"[;|]")
 
 
@@ -39,8 +40,11 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
     rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
         raise UserError(f"{path} has no rows; it needs the columns path and label and one row a picture")
-    if not (root / rows[0].path).exists():
-        raise UserError(f"{path}, row {rows[0].number}: no file {rows[0].path!r} in {root}; paths start from there")
+    if not any((root / row.path).exists() for row in rows[:LOOKED_FOR]):
+        others = f", nor that of the next {len(rows[:LOOKED_FOR]) - 1} rows" if len(rows) > 1 else ""
+        raise UserError(
+            f"{path}, row {rows[0].number}: no file {rows[0].path!r} in {root}{others}; paths start from there"
+        )
 
     multilabel = any(len(row.labels) > 1 for row in rows)
     for row in rows:

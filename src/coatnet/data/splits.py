@@ -63,6 +63,9 @@ class Splits:
         """Whether every sampled training picture is without colour."""
         return self.summary.grey
 
+    def __str__(self) -> str:
+        return self.describe()
+
     def describe(self) -> str:
         """What was found, a few lines for people: pictures, sizes, classes, balance, split, notes."""
         counts = class_counts(self.training)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coatnet.bundle import Bundle
+from coatnet.bundle import Bundle, load
 from coatnet.data.bad_images import BadImages
 from coatnet.data.datasets import Dataset
 from coatnet.data.loading import evaluation_batches
@@ -20,6 +20,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.thumbnails import thumbnail
+from coatnet.runtime import best_device
 
 NUM_MISTAKES = 24
 IN_PROCESS = 2000  # chosen: workers take about as long to start as one process takes to read as many small photographs
@@ -29,7 +30,7 @@ _Wrong = tuple[float, tuple[int, int], str, str]
 
 
 def evaluate(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     data: str | Path | Dataset | Splits,
     *,
     split: Literal["validation", "training", "all"] = "validation",
@@ -39,13 +40,19 @@ def evaluate(
 ) -> Report:
     """Every figure of a model on a dataset or a split of it; classes are matched by name, in any order.
 
+    `bundle` is one, its folder, or the id of one on the hub. A bundle is measured on the device on which its model
+    lies, what is loaded here on the GPU if there is one.
+
     `progress` is called after each batch with the pictures done and the pictures in all. Pictures that cannot
     be read are left out of the figures and named in the report. Without `num_workers`, up to 2,000 pictures
     are read in this process, and more of them by a worker process a core.
 
     Raises:
-        UserError: a class of the data is unknown to the model, or not a single picture can be read.
+        UserError: there is no such model, a class of the data is unknown to it, or not a single picture can be read.
     """
+    if not isinstance(bundle, Bundle):
+        bundle = load(bundle)
+        bundle.model.to(best_device())
     started = time.perf_counter()
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.bad_images import BadImages
-from coatnet.data.datasets import Dataset, FileDataset
+from coatnet.data.datasets import Dataset, FileDataset, printable
 from coatnet.data.loading import evaluation_batches
 from coatnet.data.paths import expand_paths
 from coatnet.data.splits import Splits
@@ -124,12 +124,13 @@ def open_pictures(paths: Iterable[str | Path]) -> FileDataset:
     """Pictures without labels: files, and folders that are searched as `predict` does.
 
     Raises:
-        UserError: a path does not exist, or a folder holds no picture. Files that are no pictures are found later.
+        UserError: a path does not exist, or a folder can not be listed or holds no picture. Files that are no pictures
+            are found later.
     """
     files = []
     for path, error in expand_paths(paths):
         if error is not None:
-            raise UserError(f"{path}: {error}")
+            raise UserError(f"{printable(str(path))}: {error}")
         files.append(str(path))
     return FileDataset("pictures", (), Path(), files, np.full(len(files), -1))
 

@@ -3,7 +3,7 @@
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -89,14 +89,23 @@ def describe(hint: Any) -> str:
         return words[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(part) for part in arguments)
+        return _describe_any(arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         if arguments[0] is str:
-            return "names, such as [stem,head]"
+            return "names with commas between, such as one,two"
         return "numbers, such as [0.5]" if Ellipsis in arguments else "two numbers, such as [0.8,1.0]"
     return "names with values, such as {name: value}" if origin is dict else hint.__name__
+
+
+def _describe_any(kinds: Sequence[Any]) -> str:
+    """Several types in words; literals are one list, and names with commas between are a text already."""
+    literals = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    listed = any(typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is str for kind in kinds)
+    others = [kind for kind in kinds if typing.get_origin(kind) is not Literal and not (kind is str and listed)]
+    words = ["one of " + ", ".join(map(str, literals))] if literals else []
+    return " or ".join(words + [describe(kind) for kind in others])
 
 
 def plain(value: Any) -> Any:
@@ -154,7 +163,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     try:
         return convert(kinds[-1], value, where)
     except UserError:
-        right = " or ".join(describe(kind) for kind in kinds if not is_dataclass(kind))
+        right = _describe_any([kind for kind in kinds if not is_dataclass(kind)])
         raise UserError(f"{where} must be {right}, got {value!r:.80}") from None
 
 

@@ -15,7 +15,7 @@ def models(arguments: Sequence[str]) -> int:
 
     from coatnet.family import measure_family, show_family
 
-    rows = measure_family(given.names, shown_only=not given.json)
+    rows = measure_family(given.names)
     if given.json:
         print(json.dumps(rows, indent=1))
     else:

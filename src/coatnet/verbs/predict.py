@@ -41,14 +41,17 @@ def predict_lines(given: argparse.Namespace) -> int:
 
 def show_prediction(answer: "Prediction", as_json: bool) -> None:
     """One line; what is wrong with a bad file goes to standard error, so that the answers stay clean."""
+    from coatnet.data.datasets import one_line
+
     found = dict(zip(answer.classes, answer.probabilities, strict=True))
     if as_json:
         line = {"path": answer.name, "error": answer.error, "probabilities": found}
         print(json.dumps(line, ensure_ascii=False), flush=True)
     elif answer.error is not None:
-        print(f"coatnet: error: {answer.name}: {answer.error}", file=sys.stderr)
+        print(one_line(f"coatnet: error: {answer.name}: {answer.error}"), file=sys.stderr)
     else:
-        print(f"{answer.name}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in found.items())}", flush=True)
+        likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.items())
+        print(one_line(f"{answer.name}: {likeliest}"), flush=True)
 
 
 def predict_file(given: argparse.Namespace) -> int:

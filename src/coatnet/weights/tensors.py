@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,21 @@ _KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I
 _LONGEST_HEADER = 100_000_000
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """The tensors in single precision (counters as they are), whatever device and memory format they live in."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """The tensors in single precision (counters as they are), whatever device and memory format they live in.
+
+    The file may be read by whoever may read other new files of this process. Raises OSError if it can not be written.
+    """
     kinds = {True: torch.float32, False: torch.int64}
     plain = {
         name: tensor.detach().to("cpu", kinds[tensor.is_floating_point()]).contiguous()
         for name, tensor in tensors.items()
     }
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # asked of a file: the umask itself is read by setting it, for all threads
     try:
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={**(metadata or {}), "format": "pt"})  # puts a file of mode 0600 in its place
+        path.chmod(mode)
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from error
 

@@ -7,17 +7,15 @@ from typing import Any
 from coatnet.bundle import Bundle
 from coatnet.deploy.export.interface import Interface, Run, as_strings, torch_run
 from coatnet.model.coatnet import create_model
+from coatnet.weights.tensors import write_tensors
 
 FILE = "model.safetensors"
 
 
 def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
     """Fill the folder with model.safetensors: the tensors by the names they have in the network."""
-    from safetensors.torch import save_file
-
-    described = {"format": "pt"} | as_strings({**metadata, "model_args": bundle.model.config(), "format": "pt"})
-    tensors = {name: tensor.contiguous() for name, tensor in bundle.model.state_dict().items()}
-    save_file(tensors, folder / FILE, metadata=described)
+    described = as_strings({**metadata, "model_args": bundle.model.config()})
+    write_tensors(bundle.model.state_dict(), folder / FILE, described)
 
 
 def reopen(folder: Path, interface: Interface) -> Run:

@@ -1,0 +1,36 @@
+"""What the README says in Python runs, and the family that it shows is the one that is counted."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coatnet.model.complexity import complexity
+from coatnet.model.variants import VARIANTS
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_lines_of_python_run(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(32):
+        path = tmp_path / "path/to/folder" / ("dark", "bright")[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 128, (16, 16, 3), dtype=np.uint8) + np.uint8(127 * (index % 2))).save(path)
+    Image.open(path).save(tmp_path / "holiday.jpg")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "accuracy" in run.stdout and "bright" in run.stdout
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| (coatnet-\S+ .*) \|$", README, re.MULTILINE))
+def test_the_table_of_the_family_holds_what_is_counted(row: str) -> None:
+    name, parameters, macs = [cell.split(" (")[0].replace(",", "") for cell in row.split(" | ")][:3]
+    counted = complexity(VARIANTS[name], 224)
+    assert float(parameters.removesuffix(" M")) == pytest.approx(counted.parameters / 1e6, rel=0.005)
+    assert float(macs) == pytest.approx(counted.macs / 1e9, rel=0.005)

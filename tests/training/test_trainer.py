@@ -239,6 +239,8 @@ def test_a_run_with_too_many_bad_pictures_says_so_and_goes_on_with_a_larger_budg
     console = Told()
     report = train(replace(recipe, bad_image_budget=0.5), tmp_path / "run", console=console)
     assert len(report.bad_images) == 8
+    counts = [record["bad_images"] for record in log(tmp_path / "run") if "top1" in record]
+    assert counts == sorted(counts) and counts[-1] == 8
     assert "8 pictures could not be used" in console.text
 
 

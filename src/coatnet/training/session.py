@@ -155,7 +155,8 @@ class Session:
         better, took = score > self.position.best, self.processes.broadcast(time.monotonic() - began)
         self.position = self.position.after_evaluation(score, took)
         self.plan.evaluated(self.position.seconds, took)
-        self.log(figures)
+        self._gather_bad_images()
+        self.log({**figures, "bad_images": len(self.bad_images.records)})
         self.progress.evaluated(self.position.step, self.epoch, figures)
         if better and self.recipe.patience is not None:
             self.saver.finish_or_tell(self.progress.say)
@@ -230,10 +231,13 @@ class Session:
         return {"position": asdict(self.position), "bad_images": dict(self.bad_images.records)}
 
     def _begin_saving(self, name: str) -> None:
+        self._gather_bad_images()
+        self.saver.begin(name, self.learner.tensors(), self._state)
+
+    def _gather_bad_images(self) -> None:
         for records in self.processes.gather(dict(self.bad_images.records)):
             for picture, reason in records.items():
                 self.bad_images.add(picture, reason)
-        self.saver.begin(name, self.learner.tensors(), self._state)
 
     def _log_training(self, loss: float, norm: float) -> None:
         now = time.monotonic()

@@ -82,7 +82,7 @@ def finish(session: Session, bundle: Bundle) -> Report:
     report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
     if report.bad_images:
         progress.say(f"{len(report.bad_images)} pictures could not be used; {run.path}/report.md names them")
-    session.log(report.figures)
+    session.log({**report.figures, "bad_images": len(report.bad_images)})
     write(report, run.path)
     draw_curves(run.metrics, run.path / "curves.png")
     replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(run.bundle)

@@ -1,6 +1,8 @@
 """What the README says in Python runs, and the family that it shows is the one that is counted."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,29 @@ from PIL import Image
 from coatnet.model.complexity import complexity
 from coatnet.model.variants import VARIANTS
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test", "check"])
+def test_make_sets_itself_up_once_and_again_when_what_it_needs_has_changed(target: str, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+        os.utime(tmp_path / name, (1, 1))
+
+    def installs() -> bool:
+        run = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return "pip install" in run.stdout
+
+    assert installs()
+    installed = tmp_path / ".venv/.installed"
+    installed.parent.mkdir()
+    installed.touch()
+    assert not installs()
+    (tmp_path / "constraints.txt").touch()
+    os.utime(installed, (2, 2))
+    assert installs()
 
 
 def test_the_lines_of_python_run(tmp_path: Path) -> None:

@@ -256,6 +256,9 @@ def test_a_name_with_control_characters_is_printed_on_one_line(
     assert main(["predict", str(bundle), str(tmp_path), "--json"]) == 1
     names = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
     assert str(tmp_path / "two\nlines\x1b[31m.png") in names  # as the system knows it
+    assert main(["evaluate", str(bundle), "--data", "no\nfolder\x1b[2J"]) == 2
+    mistake = capsys.readouterr().err
+    assert mistake.count("\n") == 1 and r"no\nfolder\x1b[2J" in mistake
 
 
 def test_the_help_of_train_says_what_loggers_and_parallelism_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from coatnet import __version__
-from coatnet.errors import UserError
+from coatnet.errors import UserError, one_line
 from coatnet.suggestions import nearest
 from coatnet.verbs.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_MISTAKE
 from coatnet.verbs.export import export
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"coatnet: error: {error}", file=sys.stderr)
+        print(one_line(f"coatnet: error: {error}"), file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("coatnet: interrupted", file=sys.stderr)
@@ -92,5 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is not ours; without a file name it is a mistake of ours
         if error.filename is None:
             raise
-        print(f"coatnet: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(one_line(f"coatnet: error: {error.filename}: {error.strerror}"), file=sys.stderr)
         return FAILED

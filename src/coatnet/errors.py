@@ -1,4 +1,8 @@
-"""Mistakes of the person at the keyboard, told apart from mistakes of ours."""
+"""Mistakes of the person at the keyboard, told apart from mistakes of ours, and each on one line."""
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class UserError(ValueError):
@@ -11,3 +15,8 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error of others says, as far as one line goes; its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def one_line(text: str) -> str:
+    r"""The text with its control characters, which break lines and move cursors, as \n, \x1b and the like."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

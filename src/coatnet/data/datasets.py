@@ -1,7 +1,6 @@
 """What every source of pictures is: a length, class names, labels, and `read(index)`."""
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.decoding import BadImage
+from coatnet.errors import one_line
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Encoded = bytes | NDArray[np.uint8]
 
 
@@ -109,8 +108,3 @@ def as_labels(labels: NDArray) -> NDArray:
 def printable(name: str) -> str:
     r"""A file name on one line of any terminal or JSON file: bytes that are not UTF-8 become \xNN, breaks \n."""
     return one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))
-
-
-def one_line(text: str) -> str:
-    r"""The text with its control characters, which break lines and move cursors, as \n, \x1b and the like."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

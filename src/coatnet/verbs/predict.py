@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from coatnet.arguments.predict import predict_arguments
+from coatnet.errors import one_line
 from coatnet.verbs.exit_codes import FAILED, INTERRUPTED, TERMINATED
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ def predict_lines(given: argparse.Namespace) -> int:
 
 def show_prediction(answer: "Prediction", as_json: bool) -> None:
     """One line; what is wrong with a bad file goes to standard error, so that the answers stay clean."""
-    from coatnet.data.datasets import one_line
-
     found = dict(zip(answer.classes, answer.probabilities, strict=True))
     if as_json:
         line = {"path": answer.name, "error": answer.error, "probabilities": found}

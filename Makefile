@@ -15,7 +15,7 @@ DEMO := runs/demo
 .PHONY: help install demo test test-slow test-faults check format bench clean
 
 help:
-	@echo 'make demo       train on 10,000 pictures of clothes, report, classify three: four minutes'
+	@echo 'make demo       train on 10,000 images of clothes, report, classify three: four minutes'
 	@echo 'make test       the tests (make test-slow: those that train for minutes;'
 	@echo '                make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make check      format, lint, types and architecture'
@@ -48,12 +48,12 @@ demo: $(INSTALLED)
 	@echo
 	@$(COATNET) evaluate $(DEMO)/bundle --data fashion-mnist-small
 	@echo
-	@echo 'Three pictures that the model has not seen:'
-	@$(COATNET) predict $(DEMO)/bundle examples/pictures --top-k 3
+	@echo 'Three images that the model has not seen:'
+	@$(COATNET) predict $(DEMO)/bundle examples/images --top-k 3
 	@echo
 	@echo 'What $(DEMO) holds: report.md, curves.png, confusion.png, mistakes.png, bundle/ (the finished model).'
 	@echo 'Next (`. .venv/bin/activate` first, or write .venv/bin/coatnet):'
-	@echo '  coatnet train --data path/to/folder --out runs/mine            your own pictures, a folder for each class'
+	@echo '  coatnet train --data path/to/folder --out runs/mine            your own images, a folder for each class'
 	@echo '  coatnet evaluate $(DEMO)/bundle --data fashion-mnist-small   the same measurement again'
 	@echo '  coatnet models                                                 the family, up to the CoAtNet-7 of the paper'
 	@echo '  rm -r $(DEMO) && make demo                                   the demo from nothing'

@@ -1,11 +1,11 @@
-"""How busy `coatnet predict --out` keeps the engine, on JPEGs of 500 x 375: pictures a second, and peak memory.
+"""How busy `coatnet predict --out` keeps the engine, on JPEGs of 500 x 375: images a second, and peak memory.
 
     python benchmarks/batch_prediction.py                                  # coatnet-0 at 224, the fastest engine
-    python benchmarks/batch_prediction.py --engine torch --pictures 512
+    python benchmarks/batch_prediction.py --engine torch --images 512
 
-Measured in turn, in one process: the engine alone, on pictures that are prepared; reading and preparing alone, by the
+Measured in turn, in one process: the engine alone, on images that are prepared; reading and preparing alone, by the
 same threads; and the whole, to the finished file. On a CPU the engine and decoding share the cores: what could be
-reached at best then takes, a picture, the time of the engine and that of decoding together.
+reached at best then takes, an image, the time of the engine and that of decoding together.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rich.table import Table
 
 import coatnet
 from coatnet.bundle import Bundle
-from coatnet.data.loading import num_cores
+from coatnet.data.loader import num_cores
 from coatnet.data.transforms import Preprocessing
-from coatnet.deploy.batch.naming import prepare_ahead
-from coatnet.deploy.batch.pictures import Pictures, open_data
-from coatnet.deploy.batch.running import predict_to_file
-from coatnet.deploy.predictor import Predictor
+from coatnet.inference.batch.predict_batch import prepare_ahead
+from coatnet.inference.batch.run import predict_to_file
+from coatnet.inference.batch.samples import Images, open_data
+from coatnet.inference.predictor import Predictor
 
 
 def main() -> None:
@@ -41,19 +41,19 @@ def main() -> None:
     predictor = Predictor(bundle, arguments.engine, arguments.precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder / "pictures", arguments.pictures)
-        pictures = open_data([str(folder / "pictures")])
+        write_images(folder / "pictures", arguments.images)
+        images = open_data([str(folder / "pictures")])
         works = {"engine": [], "decoding": [], "whole": []}
-        prepared = [each.views for each in prepare_ahead(predictor, pictures, range(64), 128) if each.views is not None]
+        prepared = [each.views for each in prepare_ahead(predictor, images, range(64), 128) if each.views is not None]
         for turn in range(1 + arguments.rounds):
             seconds = {
-                "engine": engine_alone(predictor, np.stack(prepared), arguments.pictures, arguments.batch_size),
-                "decoding": decoding_alone(predictor, pictures, arguments.batch_size),
-                "whole": whole(predictor, pictures, folder / f"{turn}.parquet", arguments.batch_size),
+                "engine": engine_alone(predictor, np.stack(prepared), arguments.images, arguments.batch_size),
+                "decoding": decoding_alone(predictor, images, arguments.batch_size),
+                "whole": whole(predictor, images, folder / f"{turn}.parquet", arguments.batch_size),
             }
             for work in works:
                 if turn:  # the first round warms up
-                    works[work].append(arguments.pictures / seconds[work])
+                    works[work].append(arguments.images / seconds[work])
     show(predictor, works, arguments)
 
 
@@ -63,13 +63,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--pictures", type=int, default=384)
+    parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds; the medians are printed")
     return parser.parse_args()
 
 
-def write_pictures(folder: Path, number: int) -> None:
+def write_images(folder: Path, number: int) -> None:
     """JPEGs of 500 x 375 and some 60 kB, as photographs have: smooth forms with a little noise."""
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -87,16 +87,16 @@ def engine_alone(predictor: Predictor, prepared: np.ndarray, number: int, batch_
     return time.perf_counter() - began
 
 
-def decoding_alone(predictor: Predictor, pictures: Pictures, batch_size: int) -> float:
+def decoding_alone(predictor: Predictor, images: Images, batch_size: int) -> float:
     began = time.perf_counter()
-    for _ in prepare_ahead(predictor, pictures, range(len(pictures)), 2 * batch_size):
+    for _ in prepare_ahead(predictor, images, range(len(images)), 2 * batch_size):
         pass
     return time.perf_counter() - began
 
 
-def whole(predictor: Predictor, pictures: Pictures, out: Path, batch_size: int) -> float:
+def whole(predictor: Predictor, images: Images, out: Path, batch_size: int) -> float:
     began = time.perf_counter()
-    predict_to_file(predictor, pictures, out, batch_size=batch_size)
+    predict_to_file(predictor, images, out, batch_size=batch_size)
     return time.perf_counter() - began
 
 
@@ -105,7 +105,7 @@ def show(predictor: Predictor, works: dict[str, list[float]], arguments: argpars
     ratios = sorted(all_of_it / engine for all_of_it, engine in zip(works["whole"], works["engine"], strict=True))
     possible = 1 / (1 / rates["engine"] + 1 / rates["decoding"])
     name = f"{arguments.model} at {arguments.resolution}, {predictor.engine.name} {predictor.engine.precision}"
-    table = Table(name, "pictures/s", "of the engine's")
+    table = Table(name, "images/s", "of the engine's")
     table.add_row("the engine alone", f"{rates['engine']:.1f}", "")
     table.add_row("reading and decoding alone", f"{rates['decoding']:.0f}", "")
     span = f" ({ratios[0]:.1%} - {ratios[-1]:.1%})"
@@ -115,7 +115,7 @@ def show(predictor: Predictor, works: dict[str, list[float]], arguments: argpars
     console.print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     console.print(
-        f"{arguments.pictures:,} JPEGs of 500 x 375, batches of {arguments.batch_size}; {num_cores()} cores, "
+        f"{arguments.images:,} JPEGs of 500 x 375, batches of {arguments.batch_size}; {num_cores()} cores, "
         f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}; peak memory {peak:,.0f} MB"
     )
 

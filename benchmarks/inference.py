@@ -1,10 +1,10 @@
-"""Pictures a second of our engines beside timm's model, with the same weights, alternately in one process.
+"""Images a second of our engines beside timm's model, with the same weights, alternately in one process.
 
     python benchmarks/inference.py                              # coatnet-0 at 224, batches of 1 and 16: ten minutes
     python benchmarks/inference.py --engine openvino torch --batch-size 16
 
 timm's model runs eagerly in fp32, and as what OpenVINO makes of it in fp32 and bf16. It is given images that are
-normalised already, where ours takes uint8 pictures. Ours in int8 is calibrated on these pictures alone: its speed is
+normalised already, where ours takes uint8 images. Ours in int8 is calibrated on these images alone: its speed is
 that of `coatnet export --format openvino --int8`, its answers are not. The floor is the time that the multiply-
 accumulates would take at the rate of a large matrix product in the same precision (for int8, in bf16), measured in the
 same process: "of the rate" is that time over the contender's.
@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 import coatnet
-from coatnet.data.named import open_fashion_mnist_small
+from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.transforms import Preprocessing, normalise
-from coatnet.deploy.engines import ENGINES, Engine, open_engine
-from coatnet.deploy.graphs import quiet, to_openvino, to_program
-from coatnet.deploy.network import PictureNetwork, example_pictures
-from coatnet.deploy.predictor import Predictor
 from coatnet.errors import UserError
+from coatnet.inference.engines import ENGINES, Engine, open_engine
+from coatnet.inference.graphs import quiet, to_openvino, to_program
+from coatnet.inference.network import ImageNetwork, example_images
+from coatnet.inference.predictor import Predictor
 from coatnet.model.complexity import complexity
-from coatnet.runtime import keep_freed_memory
+from coatnet.system.hardware import keep_freed_memory
 
 WARMING_ROUNDS = 3  # not counted
 PRECISIONS = ["fp32", "bf16", "int8"]
@@ -53,17 +53,17 @@ def main() -> None:
     engines = [engine for name in arguments.engine for engine in opened(bundle, name, precisions)]
     console = Console(width=120)
     for batch_size in arguments.batch_size:
-        pictures = some_pictures(bundle, batch_size)
-        works = timms(theirs, pictures, bundle.preprocessing)
-        works |= {f"coatnet {engine.name} {engine.precision}": running(engine, pictures) for engine in engines}
+        images = some_images(bundle, batch_size)
+        works = timms(theirs, images, bundle.preprocessing)
+        works |= {f"coatnet {engine.name} {engine.precision}": running(engine, images) for engine in engines}
         if "int8" in arguments.precision:
-            works["coatnet openvino int8"] = in_int8(bundle, pictures)
+            works["coatnet openvino int8"] = in_int8(bundle, images)
         logits = {name: work() for name, work in works.items()}
         seconds = alternate(works, arguments.rounds)
         rates = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
         rates["int8"] = rates["bf16"]
         table = Table(
-            f"batch of {batch_size}", "pictures/s", "x timm eager", "x timm openvino bf16", "of the rate", "max |d|"
+            f"batch of {batch_size}", "images/s", "x timm eager", "x timm openvino bf16", "of the rate", "max |d|"
         )
         for name in works:
             share = 2 * macs * batch_size / rates[name[-4:]] / statistics.median(seconds[name])
@@ -75,7 +75,7 @@ def main() -> None:
             table.add_row(name, rate, *ratios, f"{share:.0%}", f"{difference:.0e}")
         console.print(table)
     console.print(
-        f"{arguments.model}, {macs / 1e9:.2f} G multiply-accumulates a picture; the products of {rates_in_words(rates)}"
+        f"{arguments.model}, {macs / 1e9:.2f} G multiply-accumulates an image; the products of {rates_in_words(rates)}"
     )
 
 
@@ -111,37 +111,37 @@ def opened(bundle: coatnet.bundle.Bundle, name: str, precisions: list[str]) -> l
     return engines
 
 
-def some_pictures(bundle: coatnet.bundle.Bundle, number: int) -> NDArray[np.uint8]:
+def some_images(bundle: coatnet.bundle.Bundle, number: int) -> NDArray[np.uint8]:
     """Real ones, enlarged: uint8 (N, R, R, 3)."""
     data = open_fashion_mnist_small().validation
     predictor = Predictor(bundle, "torch", "fp32")
     return np.concatenate([predictor.prepare(np.asarray(data.read(index)[0])) for index in range(number)])
 
 
-def running(engine: Engine, pictures: NDArray[np.uint8]) -> Work:
-    return lambda: engine.run(pictures)
+def running(engine: Engine, images: NDArray[np.uint8]) -> Work:
+    return lambda: engine.run(images)
 
 
-def in_int8(bundle: coatnet.bundle.Bundle, pictures: NDArray[np.uint8]) -> Work:
+def in_int8(bundle: coatnet.bundle.Bundle, images: NDArray[np.uint8]) -> Work:
     """Our graph as the export quantises it, at this batch size."""
     import openvino
 
-    from coatnet.deploy.export.quantisation import import_nncf
+    from coatnet.export.quantization import import_nncf
 
     nncf = import_nncf()
     with quiet(), redirect_stdout(io.StringIO()):
-        graph = to_openvino(to_program(PictureNetwork(bundle), example_pictures(bundle)))
-        calibration = nncf.Dataset([picture[None] for picture in pictures])
-        small = nncf.quantize(graph, calibration, preset=nncf.QuantizationPreset.MIXED, subset_size=len(pictures))
-    small.reshape(list(pictures.shape))
+        graph = to_openvino(to_program(ImageNetwork(bundle), example_images(bundle)))
+        calibration = nncf.Dataset([image[None] for image in images])
+        small = nncf.quantize(graph, calibration, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
+    small.reshape(list(images.shape))
     settings = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.Core().compile_model(small, "CPU", settings).create_infer_request()
-    return lambda: request.infer([pictures])[0].copy()
+    return lambda: request.infer([images])[0].copy()
 
 
-def timms(network: torch.nn.Module, pictures: NDArray[np.uint8], preprocessing: Preprocessing) -> dict[str, Work]:
+def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> dict[str, Work]:
     """timm's model as people run it: eager, and through OpenVINO where that is installed."""
-    images = normalise(torch.from_numpy(pictures).permute(0, 3, 1, 2), preprocessing)
+    images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), preprocessing)
 
     def eager() -> NDArray[np.float32]:
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Pictures a second of the input alone, on one core, beside torchvision's and timm's, alternately in one process.
+"""Images a second of the input alone, on one core, beside torchvision's and timm's, alternately in one process.
 
     python benchmarks/input.py                  # folder and tar shards of JPEGs, IDX files, and an index of 3e9
     python benchmarks/input.py --size 2048x1536
@@ -6,7 +6,7 @@
 Every contender decodes the same JPEGs, cuts a random resized crop of 224 pixels (bicubic, antialiased), flips half of
 them, and gives normalised float32 batches; one process, one thread, the files in the page cache. The peers are
 torchvision's ImageFolder with its transforms in a DataLoader, and timm's ImageDataset in timm's loader. The IDX rows
-are 28 x 28 pictures, shifted by up to 2 pixels, beside torchvision's FashionMNIST on the same files.
+are 28 x 28 images, shifted by up to 2 pixels, beside torchvision's FashionMNIST on the same files.
 
 The JPEGs (quality 90) are mosaics of pieces of scikit-learn's two photographs at their own resolution, so their fine
 detail, which decides the time of decoding, is that of photographs.
@@ -28,13 +28,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from coatnet.data.bad_images import BadImages
-from coatnet.data.loading import training_batches
-from coatnet.data.order import Order
-from coatnet.data.shards.block_order import BlockOrder
-from coatnet.data.shards.packing import pack
-from coatnet.data.sources import open_dataset
+from coatnet.data.loader import training_batches
+from coatnet.data.open import open_dataset
+from coatnet.data.sampler import EpochSampler
+from coatnet.data.shards.block_sampler import BlockSampler
+from coatnet.data.shards.pack import pack
 from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.data.unreadable import BadImages
 
 RESOLUTION = 224
 HALF = (0.5, 0.5, 0.5)
@@ -49,7 +49,7 @@ def main() -> None:
         for size in arguments.size:
             width, height = map(int, size.split("x"))
             root = Path(folder) / size
-            mean = write_photographs(root, width, height, arguments.pictures)
+            mean = write_photographs(root, width, height, arguments.images)
             pack(root, root.with_name(f"{size}-packed"), num_workers=1)
             works = {
                 "coatnet, folder": ours(root, Augmentation("crop"), arguments.batch_size),
@@ -74,13 +74,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", default=["500x375", "2048x1536"], metavar="WxH")
-    parser.add_argument("--pictures", type=int, default=128, help="a round shows each once")
+    parser.add_argument("--images", type=int, default=128, help="a round shows each once")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds; medians are printed")
-    parser.add_argument("--smoke", action="store_true", help="a few pictures, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a few images, to see that it runs")
     given = parser.parse_args()
     if given.smoke:
-        given.size, given.pictures, given.batch_size, given.rounds = ["500x375"], 8, 4, 1
+        given.size, given.images, given.batch_size, given.rounds = ["500x375"], 8, 4, 1
     return given
 
 
@@ -103,16 +103,16 @@ def write_photographs(root: Path, width: int, height: int, count: int) -> float:
 
 def mosaic(photographs: list[np.ndarray], width: int, height: int, generator: np.random.Generator) -> np.ndarray:
     """Pieces of 500 x 375 at most, from random places, left and right sometimes exchanged."""
-    picture = np.empty((height, width, 3), dtype=np.uint8)
+    image = np.empty((height, width, 3), dtype=np.uint8)
     for top in range(0, height, 375):
         for left in range(0, width, 500):
-            place = picture[top : top + 375, left : left + 500]
+            place = image[top : top + 375, left : left + 500]
             photograph = photographs[generator.integers(len(photographs))]
             down = generator.integers(photograph.shape[0] - place.shape[0] + 1)
             right = generator.integers(photograph.shape[1] - place.shape[1] + 1)
             piece = photograph[down : down + place.shape[0], right : right + place.shape[1]]
             place[:] = piece[:, ::-1] if generator.random() < 0.5 else piece
-    return picture
+    return image
 
 
 def ours(source: Path, augmentation: Augmentation, batch_size: int, preprocessing: Preprocessing | None = None) -> Work:
@@ -211,9 +211,9 @@ def show(title: str, works: dict[str, Work], rounds: int) -> None:
     for number in range(1 + rounds):  # the first is not counted: imports, and files on their way into memory
         for name, work in works.items():
             began = time.perf_counter()
-            pictures = work()
+            images = work()
             if number:
-                rates[name].append(pictures / (time.perf_counter() - began))
+                rates[name].append(images / (time.perf_counter() - began))
     peers = [taken for name, taken in rates.items() if not name.startswith("coatnet")]
     best = [max(each) for each in zip(*peers, strict=True)]
     table = Table("contender", "images/s per core", "times the faster peer", "in the rounds", title=title)
@@ -225,9 +225,9 @@ def show(title: str, works: dict[str, Work], rounds: int) -> None:
 
 
 def show_index() -> None:
-    """An order of three billion pictures, from the middle of an epoch on."""
-    table = Table("order", "ms for 1,024 positions", "MB more memory", title=f"{BILLIONS:,} pictures")
-    for name, order in (("all pictures", Order(BILLIONS, 0)), ("blocks of 136", BlockOrder(BILLIONS, 0, 136))):
+    """An order of three billion images, from the middle of an epoch on."""
+    table = Table("order", "ms for 1,024 positions", "MB more memory", title=f"{BILLIONS:,} images")
+    for name, order in (("all images", EpochSampler(BILLIONS, 0)), ("blocks of 136", BlockSampler(BILLIONS, 0, 136))):
         before = resident()
         start, taken = 7 * BILLIONS + BILLIONS // 2, []
         for batch in range(1000):

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import coatnet
 from coatnet.model.complexity import complexity
-from coatnet.runtime import keep_freed_memory
+from coatnet.system.hardware import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_COST = 3  # forward, and two products of the same size backward

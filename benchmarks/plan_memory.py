@@ -3,7 +3,7 @@
     python benchmarks/plan_memory.py
     torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # in shards (FSDP2)
 
-Real: the second step of a learner on random pictures, on the CPU. Its split is counted by storages. The allocator's
+Real: the second step of a learner on random images, on the CPU. Its split is counted by storages. The allocator's
 figure is what it had given out at most, from the making of the learner to the end of that step.
 """
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from coatnet.data.datasets import ArrayDataset
-from coatnet.planning.live_memory import LiveMemory
 from coatnet.planning.memory import Memory, rehearse
+from coatnet.planning.memory_tracker import MemoryTracker
+from coatnet.training.config import Recipe
+from coatnet.training.distributed.processes import Processes, joined
 from coatnet.training.learner import Learner
-from coatnet.training.parallel.processes import Processes, joined
-from coatnet.training.recipe import Recipe
 
 NUM_CLASSES = 10
 
@@ -49,7 +49,7 @@ def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -
     return Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes})
 
 
-# As many pictures as make a step take some hundred megabytes.
+# As many images as make a step take some hundred megabytes.
 RECIPES = (
     recipe_of("coatnet-femto-64", 32, 128),
     recipe_of("coatnet-femto", 128, 16, precision="bf16"),
@@ -77,7 +77,7 @@ def counted(recipe: Recipe, processes: Processes) -> Memory:
     """What is alive at the peak of a real step, by kind."""
     learner, images, labels = beginning(recipe, processes)
     learner.step(images, labels, step=0, learning_rate=1e-3)
-    memory = LiveMemory()
+    memory = MemoryTracker()
     with memory:
         memory.label("average", learner.average.tensors().values())
         memory.label("parameters", learner.model.state_dict().values())
@@ -107,12 +107,12 @@ def allocated(recipe: Recipe, processes: Processes) -> int:
 
 
 def beginning(recipe: Recipe, processes: Processes) -> tuple[Learner, Tensor, Tensor]:
-    """A learner, and the pictures and labels of its share of a batch."""
+    """A learner, and the pixels and labels of its share of a batch."""
     side, number = recipe.resolution or 0, recipe.batch_size or 0
     recipe = replace(recipe, preprocessing={"resolution": side, "mean": [0.5] * 3, "std": [0.5] * 3}, mixing={})
     labels = torch.arange(number).remainder(NUM_CLASSES)
-    pictures = torch.zeros(number, side, side, 3, dtype=torch.uint8)
-    dataset = ArrayDataset("pictures", [f"class {k}" for k in range(NUM_CLASSES)], pictures.numpy(), labels.numpy())
+    pixels = torch.zeros(number, side, side, 3, dtype=torch.uint8)
+    dataset = ArrayDataset("pixels", [f"class {k}" for k in range(NUM_CLASSES)], pixels.numpy(), labels.numpy())
     share = number // processes.world_size
     images = torch.randn(share, 3, side, side).contiguous(memory_format=torch.channels_last)
     return Learner(recipe, dataset, None, processes), images, labels[:share]
@@ -120,7 +120,7 @@ def beginning(recipe: Recipe, processes: Processes) -> tuple[Learner, Tensor, Te
 
 def show(recipe: Recipe, found: Comparison, console: Console) -> None:
     """A table of one network."""
-    about = f"{recipe.model}, {recipe.batch_size} pictures of {recipe.resolution} pixels, {recipe.precision}"
+    about = f"{recipe.model}, {recipe.batch_size} images of {recipe.resolution} pixels, {recipe.precision}"
     if recipe.micro_batch_size != recipe.batch_size:
         about += f", {recipe.micro_batch_size} a pass, {recipe.activation_checkpointing} blocks recomputed"
     console.print(about)

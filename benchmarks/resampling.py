@@ -20,12 +20,12 @@ from torch import Tensor
 
 import coatnet
 from coatnet.bundle import Bundle
-from coatnet.data.bad_images import BadImages
 from coatnet.data.datasets import Dataset
-from coatnet.data.loading import evaluation_batches
-from coatnet.model.coatnet import CoAtNet
+from coatnet.data.loader import evaluation_batches
+from coatnet.data.unreadable import BadImages
+from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import RelativeBias
-from coatnet.model.surgery import change_resolution
+from coatnet.model.resize import change_resolution
 
 
 def main() -> None:
@@ -33,10 +33,10 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--data", required=True)
     parser.add_argument("--resolution", type=int, nargs="+", required=True)
-    parser.add_argument("--pictures", type=int, default=2_000, help="of the held-out ones, evenly spread")
+    parser.add_argument("--images", type=int, default=2_000, help="of the held-out ones, evenly spread")
     arguments = parser.parse_args()
     bundle, splits = coatnet.load(arguments.bundle), coatnet.open_dataset(arguments.data)
-    images, labels = read(bundle, splits.validation, arguments.pictures)
+    images, labels = read(bundle, splits.validation, arguments.images)
 
     table = Table("resolution", "policy", "top-1", "logits moved", "answers changed")
     for resolution in arguments.resolution:
@@ -50,7 +50,7 @@ def main() -> None:
             table.add_row(str(resolution), policy, f"{100 * top1:.1f} %", f"{moved:.3f}", f"{100 * changed:.1f} %")
         table.add_section()
     Console(width=100).print(table)
-    print(f"{bundle.model.variant.name}, tables made at {bundle.model.resolution} pixels, {len(labels):,} pictures")
+    print(f"{bundle.model.variant.name}, tables made at {bundle.model.resolution} pixels, {len(labels):,} images")
 
 
 def read(bundle: Bundle, dataset: Dataset, number: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--model coatnet-femto-64] [--batch-size 64] [--parallelism ddp fsdp]
 
-Whole optimizer steps (forward, backward, gradients added up, AdamW, average) on random pictures. One process on one
+Whole optimizer steps (forward, backward, gradients added up, AdamW, average) on random images. One process on one
 core, one process on two cores and two processes on one core each take turns; medians over the rounds, with the range.
 Two processes apart, each with half the batch and nothing to tell the other, show what two cores give at the most.
 """
@@ -27,9 +27,9 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
     import torch
 
     from coatnet import Recipe, open_dataset
-    from coatnet.training.fitting import fit_to
+    from coatnet.training.defaults import resolve
+    from coatnet.training.distributed.processes import joined
     from coatnet.training.learner import Learner
-    from coatnet.training.parallel.processes import joined
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with joined() as processes:
@@ -37,7 +37,7 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
         recipe = Recipe(
             data="fashion-mnist-small", model=model, batch_size=batch_size, parallelism=parallelism, ema_decay=0.99
         )
-        recipe = fit_to(recipe, splits)
+        recipe = resolve(recipe, splits)
         learner = Learner(recipe, splits.training, None, processes)
         share, side, channels = len(learner.share.places), recipe.resolution or 0, recipe.channels or 0
         images, labels = torch.randn(share, channels, side, side), torch.arange(share) % 10
@@ -47,7 +47,7 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
                 began = time.perf_counter()
             learner.step(images, labels, step=step, learning_rate=1e-4)
         processes.sum([0.0])
-        return num_steps * batch_size / (time.perf_counter() - began) if processes.leads else None
+        return num_steps * batch_size / (time.perf_counter() - began) if processes.is_main else None
 
 
 def apart(given: argparse.Namespace) -> float:
@@ -96,7 +96,7 @@ def main() -> None:
             speeds[name].append(way())
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     one_core, two_cores, most = list(medians.values())[:3]
-    print(f"{given.model}, {given.batch_size} pictures a step, medians of {given.rounds} (range)")
+    print(f"{given.model}, {given.batch_size} images a step, medians of {given.rounds} (range)")
     for name, each in speeds.items():
         speed = medians[name]
         told = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"

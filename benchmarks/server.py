@@ -7,10 +7,10 @@ The load comes from this process over real sockets, the server is a process of i
 server pays for its clients. Four questions:
 
 - saturation: 2 batches of clients, each asking again as soon as it is answered, in turns with the predictor on the
-  same pictures as one list. To show: at least 85 % of the predictor's rate.
-- half the rate: pictures that come whether or not others are answered, at an even pace and at random times (Poisson);
+  same images as one list. To show: at least 85 % of the predictor's rate.
+- half the rate: images that come whether or not others are answered, at an even pace and at random times (Poisson);
   latency counts from the time that was meant. To show: 99 % within 4 times the time of one request to the idle server.
-  At random times pictures queue whatever the server does: where a batch takes as long as its pictures one by one, which
+  At random times images queue whatever the server does: where a batch takes as long as its images one by one, which
   is nearly so on a CPU, the best server needs 4.3 times (the queue M/D/1 at a load of one half).
 - a flood: 500 requests at once. To show: 200 or 503 only.
 - with --soak: 10,000 requests. To show: memory that does not grow.
@@ -40,9 +40,9 @@ from rich.table import Table
 
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
-from coatnet.deploy.predictor import Predictor
-from coatnet.deploy.server.settings import Settings
-from coatnet.model.coatnet import create_model
+from coatnet.inference.predictor import Predictor
+from coatnet.model.network import create_model
+from coatnet.server.settings import Settings
 
 FLOOD, SOAK = 500, 10_000
 
@@ -51,19 +51,19 @@ def main() -> None:
     arguments = parse()
     batch_size = Settings.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / "jpegs", 500, 375, arguments.pictures)
-        pictures = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
+        write_photographs(Path(folder) / "jpegs", 500, 375, arguments.images)
+        images = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
         bundle = arguments.bundle or str(write_bundle(arguments.model, Path(folder) / "model"))
         predictor = Predictor(bundle, arguments.engine, arguments.precision)
         name = f"{predictor.bundle.model.variant.name}, {predictor.engine.name} {predictor.engine.precision}"
         with serving(bundle, arguments.engine, arguments.precision) as (port, process_id):
-            load = Load(port, pictures)
+            load = Load(port, images)
             asyncio.run(load.closed(1, seconds=2))  # both are warm after this
-            predictor(pictures[: 2 * batch_size], batch_size=batch_size)
+            predictor(images[: 2 * batch_size], batch_size=batch_size)
             single = statistics.median(asyncio.run(load.closed(1, arguments.seconds)).latencies)
             offline, saturated = [], []
             for _ in range(arguments.rounds):
-                offline.append(offline_rate(predictor, pictures, batch_size, arguments.seconds))
+                offline.append(offline_rate(predictor, images, batch_size, arguments.seconds))
                 saturated.append(asyncio.run(load.closed(2 * batch_size, arguments.seconds)).rate)
             rate = statistics.median(saturated)
             source = random.Random(0)
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="coatnet-0")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--soak", action="store_true")
@@ -131,11 +131,11 @@ def serving(bundle: str, engine: str, precision: str) -> Iterator[tuple[int, int
         process.wait(60)
 
 
-def offline_rate(predictor: Predictor, pictures: list[bytes], batch_size: int, seconds: float) -> float:
-    """Images a second of the predictor, encoded pictures to names, as many lists as fit into the time."""
+def offline_rate(predictor: Predictor, images: list[bytes], batch_size: int, seconds: float) -> float:
+    """Images a second of the predictor, encoded images to names, as many lists as fit into the time."""
     started, count = time.perf_counter(), 0
     while (taken := time.perf_counter() - started) < seconds:
-        answers = predictor(pictures[: len(pictures) // batch_size * batch_size], batch_size=batch_size)
+        answers = predictor(images[: len(images) // batch_size * batch_size], batch_size=batch_size)
         assert not any(answer.error for answer in answers)
         count += len(answers)
     return count / taken
@@ -158,10 +158,10 @@ class Outcome:
 class Load:
     """Clients that keep their connections."""
 
-    def __init__(self, port: int, pictures: list[bytes]) -> None:
+    def __init__(self, port: int, images: list[bytes]) -> None:
         self.port = port
         head = "POST /predict?top_k=5 HTTP/1.1\r\nHost: here\r\nContent-Length: {}\r\n\r\n"
-        self.requests = [head.format(len(picture)).encode() + picture for picture in pictures]
+        self.requests = [head.format(len(image)).encode() + image for image in images]
 
     async def closed(self, clients: int, seconds: float) -> Outcome:
         """Each client asks again as soon as it is answered."""

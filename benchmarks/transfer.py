@@ -1,11 +1,11 @@
-"""What pretraining gives: five classes of Fashion-MNIST from few pictures, from scratch and from the other five.
+"""What pretraining gives: five classes of Fashion-MNIST from few images, from scratch and from the other five.
 
     python benchmarks/transfer.py --out runs/transfer          # some twenty minutes on two cores
 
-Pretraining sees every other class (30,000 pictures). The rest are then learned from 10, 50 and 250 pictures a class
-with the default recipes, `scratch` and `finetune`, and by a linear probe on frozen features, all on the same pictures;
-each figure is the mean over several draws of pictures, measured on the 5,000 test pictures.
-Everything goes through image folders, as a user's own pictures would. Runs that are finished are not repeated.
+Pretraining sees every other class (30,000 images). The rest are then learned from 10, 50 and 250 images a class
+with the default recipes, `scratch` and `finetune`, and by a linear probe on frozen features, all on the same images;
+each figure is the mean over several draws of images, measured on the 5,000 test images.
+Everything goes through image folders, as a user's own images would. Runs that are finished are not repeated.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from rich.table import Table
 
 import coatnet
 from coatnet.data.datasets import Dataset
-from coatnet.evaluation.probing import probe
-from coatnet.training.recipes import named
+from coatnet.evaluation.probe import probe
+from coatnet.training.recipes.registry import named
 
 KNOWN, NEW = range(0, 10, 2), range(1, 10, 2)
-PICTURES = (10, 50, 250)
+IMAGES = (10, 50, 250)
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist", help="or fashion-mnist-small, for a quick look")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--pretraining-minutes", type=float, default=4.0)
-    parser.add_argument("--draws", type=int, nargs=len(PICTURES), default=[3, 1, 1], help="for 10, 50 and 250 pictures")
+    parser.add_argument("--draws", type=int, nargs=len(IMAGES), default=[3, 1, 1], help="for 10, 50 and 250 images")
     parser.add_argument("--epochs", type=float, help="of every run on the new classes; the recipes' own by default")
     arguments = parser.parse_args()
     splits = coatnet.open_dataset(arguments.data)
@@ -41,8 +41,8 @@ def main() -> None:
     run("scratch", known, pretrained, max_minutes=arguments.pretraining_minutes)
     bundle = pretrained / "bundle"
 
-    table = Table("pictures a class", "draws", "from scratch", "fine-tuned", "linear probe")
-    for number, draws in zip(PICTURES, arguments.draws, strict=True):
+    table = Table("images a class", "draws", "from scratch", "fine-tuned", "linear probe")
+    for number, draws in zip(IMAGES, arguments.draws, strict=True):
         figures: dict[str, list[float]] = {"scratch": [], "finetune": [], "probe": []}
         for draw in range(draws):
             folder = write_folder(splits, NEW, number, draw, arguments.out / f"fashion-mnist-new-{number}-{draw}")
@@ -62,7 +62,7 @@ def run(recipe: str, data: Path, out: Path, **changes: object) -> float:
 
 
 def write_folder(splits: object, classes: range, number: int | None, draw: int, folder: Path) -> Path:
-    """An image folder of these classes: `number` pictures of each to learn from (all if None), and all test ones."""
+    """An image folder of these classes: `number` images of each to learn from (all if None), and all test ones."""
     for split, most in (("train", number), ("val", None)):
         dataset: Dataset = splits.training if split == "train" else splits.validation
         for label in classes:

@@ -1,6 +1,6 @@
 """From data to a measured, finished model, in Python rather than on the command line.
 
-The digits come with the package; a path to a folder of pictures works the same. Takes an optional run folder.
+The digits come with the package; a path to a folder of images works the same. Takes an optional run folder.
 """
 
 import sys
@@ -26,4 +26,4 @@ with torch.inference_mode():
     probabilities = bundle.model(prepare(pixels)[None]).softmax(dim=1)[0]
 best = int(probabilities.argmax())
 answer, truth = bundle.classes[best], held_out.classes[label]
-print(f"{held_out.locate(0)}: {answer} ({probabilities[best]:.0%}), in truth {truth}")
+print(f"{held_out.describe(0)}: {answer} ({probabilities[best]:.0%}), in truth {truth}")

@@ -1,4 +1,4 @@
-"""Write the pictures that travel inside the package, from a folder with Fashion-MNIST's four IDX files.
+"""Write the images that travel inside the package, from a folder with Fashion-MNIST's four IDX files.
 
     python scripts/embed_datasets.py /usr/share/datasets/fashion-mnist
 
@@ -21,23 +21,23 @@ COLUMNS = 100
 
 def main(folder: Path) -> None:
     for split, name, per_class in (("train", "training", 1000), ("t10k", "validation", 200)):
-        pictures = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+        images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
         labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
         first = np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in range(10)])
-        write_sheet(pictures[first], EMBEDDED / f"fashion-mnist-small-{name}.png")
+        write_sheet(images[first], EMBEDDED / f"fashion-mnist-small-{name}.png")
     digits = load_digits()
     order = np.argsort(digits.target, kind="stable")
     np.savez_compressed(
         EMBEDDED / "digits.npz",
-        pictures=np.round(digits.images[order] * (255 / 16)).astype(np.uint8),  # 17 levels of ink
+        images=np.round(digits.images[order] * (255 / 16)).astype(np.uint8),  # 17 levels of ink
         labels=digits.target[order].astype(np.uint8),
     )
 
 
-def write_sheet(pictures: np.ndarray, path: Path) -> None:
-    """Pictures (N, H, W), N a multiple of 100, as rows of 100."""
-    num_pictures, height, width = pictures.shape
-    rows = pictures.reshape(num_pictures // COLUMNS, COLUMNS, height, width)
+def write_sheet(images: np.ndarray, path: Path) -> None:
+    """Images (N, H, W), N a multiple of 100, as rows of 100."""
+    num_images, height, width = images.shape
+    rows = images.reshape(num_images // COLUMNS, COLUMNS, height, width)
     sheet = rows.transpose(0, 2, 1, 3).reshape(-1, COLUMNS * width)
     Image.fromarray(np.ascontiguousarray(sheet)).save(path, optimize=True)
 

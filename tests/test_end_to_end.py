@@ -1,4 +1,4 @@
-"""The main job on real pictures: a model that learns, is measured, saved, loaded and asked."""
+"""The main job on real images: a model that learns, is measured, saved, loaded and asked."""
 
 import json
 import os
@@ -26,10 +26,10 @@ def test_digits_are_learned_measured_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_88_percent_and_knows_three_pictures(tmp_path: Path) -> None:
+def test_the_demo_reaches_88_percent_and_knows_three_images(tmp_path: Path) -> None:
     everyones = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = ["make", "demo", f"DEMO={tmp_path / 'run'}"]
     made = subprocess.run(command, cwd=ROOT, env=everyones, check=True, capture_output=True)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["figures"]["top1"] >= 0.88
     for name in ("ankle-boot.png: Ankle boot", "pullover.png: Pullover", "trouser.png: Trouser"):
-        assert f"examples/pictures/{name} " in made.stdout.decode()
+        assert f"examples/images/{name} " in made.stdout.decode()

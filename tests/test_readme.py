@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from coatnet.model.complexity import complexity
-from coatnet.model.variants import VARIANTS
+from coatnet.model.registry import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

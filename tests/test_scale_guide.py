@@ -8,10 +8,10 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import coatnet
-from coatnet.arguments.looking import pack_arguments
-from coatnet.arguments.train import train_arguments
-from coatnet.cli import main
-from coatnet.training.recipes import RECIPES
+from coatnet.cli.arguments.looking import pack_arguments
+from coatnet.cli.arguments.train import train_arguments
+from coatnet.cli.main import main
+from coatnet.training.recipes.registry import RECIPES
 
 GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "guides" / "scale.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""CoAtNets, from a folder of pictures to a measured, finished classifier.
+"""CoAtNets, from a folder of images to a measured, finished classifier.
 
 The public names are imported when they are first used: `import coatnet` itself does not import torch.
 """
@@ -6,26 +6,26 @@ The public names are imported when they are first used: `import coatnet` itself 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from coatnet.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from coatnet.bundle import load as load
-    from coatnet.data.sources import open_dataset as open_dataset
-    from coatnet.deploy.predictor import Predictor as Predictor
+    from coatnet.data.open import open_dataset as open_dataset
     from coatnet.evaluation.evaluate import evaluate as evaluate
-    from coatnet.model.coatnet import create_model as create_model
-    from coatnet.model.variants import list_variants as list_variants
-    from coatnet.training.recipe import Recipe as Recipe
+    from coatnet.inference.predictor import Predictor as Predictor
+    from coatnet.model.network import create_model as create_model
+    from coatnet.model.registry import list_variants as list_variants
+    from coatnet.training.config import Recipe as Recipe
     from coatnet.training.trainer import train as train
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "Predictor": "coatnet.deploy.predictor",
-    "Recipe": "coatnet.training.recipe",
-    "create_model": "coatnet.model.coatnet",
+    "Predictor": "coatnet.inference.predictor",
+    "Recipe": "coatnet.training.config",
+    "create_model": "coatnet.model.network",
     "evaluate": "coatnet.evaluation.evaluate",
-    "list_variants": "coatnet.model.variants",
+    "list_variants": "coatnet.model.registry",
     "load": "coatnet.bundle",
-    "open_dataset": "coatnet.data.sources",
+    "open_dataset": "coatnet.data.open",
     "train": "coatnet.training.trainer",
 }
 

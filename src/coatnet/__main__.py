@@ -1,6 +1,6 @@
 """`python -m coatnet` is `coatnet`."""
 
-from coatnet.cli import main
+from coatnet.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

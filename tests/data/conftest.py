@@ -1,4 +1,4 @@
-"""Small pictures in any format, and folders of them."""
+"""Small images in any format, and folders of them."""
 
 import io
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from coatnet.data.datasets import FileDataset
-from coatnet.data.decoding import BadImage, decode
+from coatnet.data.decode import BadImage, decode
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +21,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
-    """A smooth coloured picture (40, 60, 3), different in every corner, so that JPEG hardly changes it."""
+    """A smooth coloured image (40, 60, 3), different in every corner, so that JPEG hardly changes it."""
     down, right = np.mgrid[0:1:40j, 0:1:60j]
     return np.stack([255 * down, 255 * right, 255 * (1 - down) * right], axis=-1).astype(np.uint8)
 
@@ -30,8 +30,8 @@ def photo() -> np.ndarray:
 def encode() -> Callable[..., bytes]:
     """`encode(array or image, "PNG", **options of Pillow's save)`."""
 
-    def encode(picture: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+        image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         return buffer.getvalue()
@@ -41,7 +41,7 @@ def encode() -> Callable[..., bytes]:
 
 @pytest.fixture
 def make_folder(tmp_path: Path, encode: Callable[..., bytes]) -> Callable[[dict[str, int]], Path]:
-    """`make_folder({"cat": 3, "train/dog": 2})` writes so many little pictures, all different."""
+    """`make_folder({"cat": 3, "train/dog": 2})` writes so many little images, all different."""
 
     def make_folder(counts: dict[str, int]) -> Path:
         root = tmp_path / "pictures"
@@ -74,10 +74,10 @@ def refused() -> Callable[..., BadImage]:
 
     def refused(data: bytes, code: str, **limits: int) -> BadImage:
         with pytest.raises(BadImage) as caught:
-            decode(data, "some/picture.jpg", **limits)
+            decode(data, "some/image.jpg", **limits)
         assert caught.value.code == code, caught.value.reason
-        assert caught.value.name == "some/picture.jpg"
-        assert str(caught.value) == f"some/picture.jpg: {caught.value.reason}"
+        assert caught.value.name == "some/image.jpg"
+        assert str(caught.value) == f"some/image.jpg: {caught.value.reason}"
         assert "\n" not in str(caught.value)
         return caught.value
 
@@ -86,7 +86,7 @@ def refused() -> Callable[..., BadImage]:
 
 @pytest.fixture
 def files(make_folder) -> FileDataset:
-    """24 readable pictures of 12 x 16 in 2 classes."""
+    """24 readable images of 12 x 16 in 2 classes."""
     root = make_folder({"a": 16, "b": 8})
     paths = [f"a/{index}.png" for index in range(16)] + [f"b/{index}.png" for index in range(8)]
     return FileDataset("some", ("a", "b"), root, paths, np.array([0] * 16 + [1] * 8))

@@ -1,8 +1,8 @@
 """Batches of a small dataset as lists, for tests to compare."""
 
-from coatnet.data.bad_images import BadImages
-from coatnet.data.loading import evaluation_batches, training_batches
+from coatnet.data.loader import evaluation_batches, training_batches
 from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.data.unreadable import BadImages
 
 SMALL = Preprocessing(resolution=12, crop_fraction=1.0)
 

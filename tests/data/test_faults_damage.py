@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coatnet.data.datasets import FileDataset
-from coatnet.data.decoding import BadImage, decode
+from coatnet.data.decode import BadImage, decode
 from coatnet.data.inspection import inspect
 from coatnet.data.splits import Splits
 
@@ -96,7 +96,7 @@ def test_strict_inspection_reports_what_libjpeg_complains_of(photo, encode, tmp_
     assert "Corrupt JPEG data" in strict.describe()
 
 
-# A3: not a picture, not a file
+# A3: not an image, not a file
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Kinds of pictures that decoders get wrong without a word: each gives the pixels a person sees."""
+"""Kinds of images that decoders get wrong without a word: each gives the pixels a person sees."""
 
 import io
 import struct
@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from coatnet.data import decoding
-from coatnet.data.decoding import decode
+from coatnet.data import decode as decoding
+from coatnet.data.decode import decode
 
 # A4: EXIF orientation
 
@@ -36,7 +36,7 @@ STORED_AS = {
         ("TIFF", 0.0, {}),
     ],
 )
-def test_every_exif_orientation_gives_the_upright_picture(
+def test_every_exif_orientation_gives_the_upright_image(
     photo, encode, orientation, kind, tolerance, options, monkeypatch, distance
 ):
     exif = Image.Exif()
@@ -51,7 +51,7 @@ def test_every_exif_orientation_gives_the_upright_picture(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + b"\xff" * 60]
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_broken_exif_data_leaves_the_picture_as_it_is(photo, encode, kind, exif, distance):
+def test_broken_exif_data_leaves_the_image_as_it_is(photo, encode, kind, exif, distance):
     assert distance(decode(encode(photo, kind, exif=exif, quality=95), "broken exif"), photo) < 4
 
 
@@ -76,7 +76,7 @@ def test_ycck_jpeg_becomes_rgb(photo, encode, distance):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_grey_pictures_have_three_equal_channels(photo, encode, kind, distance):
+def test_grey_images_have_three_equal_channels(photo, encode, kind, distance):
     grey = Image.fromarray(photo).convert("L")
     pixels = decode(encode(grey, kind, quality=95, lossless=True), "grey")
     assert distance(pixels, np.repeat(np.asarray(grey)[..., None], 3, axis=2)) < 2
@@ -84,7 +84,7 @@ def test_grey_pictures_have_three_equal_channels(photo, encode, kind, distance):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
-def test_one_bit_pictures_are_black_and_white(photo, encode, kind, distance):
+def test_one_bit_images_are_black_and_white(photo, encode, kind, distance):
     mask = photo[..., 0] > 100
     pixels = decode(encode(Image.fromarray(mask), kind), "one bit")
     assert distance(pixels, np.repeat(mask[..., None] * 255, 3, axis=2)) == 0

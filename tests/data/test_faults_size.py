@@ -1,4 +1,4 @@
-"""Pictures and metadata of hostile sizes: accepted or refused in bounded memory and time."""
+"""Images and metadata of hostile sizes: accepted or refused in bounded memory and time."""
 
 import re
 import struct
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ImageCms
 
-from coatnet.data.decoding import BadImage, decode
+from coatnet.data.decode import BadImage, decode
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
@@ -89,9 +89,9 @@ def test_jpeg_bomb_is_refused_by_its_header(photo, encode, refused):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 5000), (5000, 1), (1, 30_000)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_tiny_and_thin_pictures_are_accepted(encode, height, width, kind, distance):
-    picture = np.full((height, width, 3), 77, dtype=np.uint8)
-    assert distance(decode(encode(picture, kind), "thin"), picture) < 2
+def test_tiny_and_thin_images_are_accepted(encode, height, width, kind, distance):
+    image = np.full((height, width, 3), 77, dtype=np.uint8)
+    assert distance(decode(encode(image, kind), "thin"), image) < 2
 
 
 def test_limits_can_be_set(photo, encode, refused):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from coatnet.data.folder import natural_key
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 
 
 def names(dataset) -> list[str]:
-    return [os.path.relpath(dataset.locate(index), dataset.root) for index in range(len(dataset))]
+    return [os.path.relpath(dataset.describe(index), dataset.root) for index in range(len(dataset))]
 
 
 def test_folders_are_classes_in_natural_order(make_folder):
@@ -24,7 +24,7 @@ def test_folders_are_classes_in_natural_order(make_folder):
     assert len(splits.training) + len(splits.validation) == 12
 
 
-def test_pictures_are_found_at_any_depth_and_by_any_case_of_suffix(make_folder):
+def test_images_are_found_at_any_depth_and_by_any_case_of_suffix(make_folder):
     root = make_folder({"cat/young/black": 3, "dog": 3})
     (root / "dog/0.png").rename(root / "dog/0.PNG")
     splits = open_dataset(root)
@@ -35,7 +35,7 @@ def test_pictures_are_found_at_any_depth_and_by_any_case_of_suffix(make_folder):
     ]  # fmt: skip
 
 
-def test_no_picture_is_on_both_sides_and_the_split_is_stable(make_folder):
+def test_no_image_is_on_both_sides_and_the_split_is_stable(make_folder):
     root = make_folder({"cat": 60, "dog": 60})
     first = open_dataset(root, validation_fraction=0.2)
     held_out = set(names(first.validation))
@@ -95,16 +95,16 @@ def test_unusual_file_names_are_indexed_and_read(make_folder, encode):
         "-dash.png",
         os.fsdecode(b"latin-\xe9.png"),
     ]
-    picture = encode(np.zeros((4, 4, 3), np.uint8))
+    image = encode(np.zeros((4, 4, 3), np.uint8))
     for name in odd:
-        (root / "a" / name).write_bytes(picture)
+        (root / "a" / name).write_bytes(image)
     splits = open_dataset(root)
     paths = [dataset.path(index) for dataset in (splits.training, splits.validation) for index in range(len(dataset))]
     assert {path.name for path in paths} >= set(odd)
     for dataset in (splits.training, splits.validation):
         for index in range(len(dataset)):
             assert dataset.read(index)[0]
-            dataset.locate(index).encode("utf-8")
+            dataset.describe(index).encode("utf-8")
 
 
 def test_class_names_that_are_not_utf_8_are_made_printable(make_folder):
@@ -159,17 +159,17 @@ def test_linked_folders_are_followed_once_even_in_a_circle(make_folder, tmp_path
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"a": 3}, "one class with pictures, 'a'"),
-        ({".": 3}, "no folders with pictures"),
+        ({"a": 3}, "one class with images, 'a'"),
+        ({".": 3}, "no folders with images"),
         ({}, "no dataset"),
-        ({"a": 0, "b": 0}, "no folders with pictures"),
-        ({"a": 1, "b": 1}, "no class has two pictures"),
+        ({"a": 0, "b": 0}, "no folders with images"),
+        ({"a": 1, "b": 1}, "no class has two images"),
         (
             {"train/a": 1, "train/b": 1, "val/c": 1},
             "val/ has the class 'c', which train/ has not; it has a, b",
         ),
-        ({"train/a": 1, "train/b": 1, "val": 0}, "val/ holds no pictures"),
-        ({"train/a": 1, "val/a": 1}, "one class with pictures, 'a'"),
+        ({"train/a": 1, "train/b": 1, "val": 0}, "val/ holds no images"),
+        ({"train/a": 1, "val/a": 1}, "one class with images, 'a'"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_in_one_line(make_folder, counts, message):
@@ -178,15 +178,15 @@ def test_what_cannot_be_learned_from_is_refused_in_one_line(make_folder, counts,
     assert "\n" not in str(caught.value)
 
 
-def test_class_missing_in_validation_and_class_of_one_picture_are_noted(make_folder):
+def test_class_missing_in_validation_and_class_of_one_image_are_noted(make_folder):
     splits = open_dataset(make_folder({"train/a": 2, "train/b": 2, "val/a": 1}))
     assert any("for b: nothing is measured" in note for note in splits.notes)
 
 
-def test_class_of_one_picture_is_trained_on_with_a_note(make_folder):
+def test_class_of_one_image_is_trained_on_with_a_note(make_folder):
     splits = open_dataset(make_folder({"a": 9, "b": 1}))
     assert splits.training.labels.tolist().count(1) == 1
-    assert any("only one picture" in note and "b" in note for note in splits.notes)
+    assert any("only one image" in note and "b" in note for note in splits.notes)
 
 
 def test_natural_key_sorts_numbers_by_value():

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: columns and class names are recognised, and pictures come as they were encoded."""
+"""Hugging Face `datasets`: columns and class names are recognised, and images come as they were encoded."""
 
 import pickle
 import sys
@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.data.loaders import train
 
-from coatnet.data.bad_images import BadImages
-from coatnet.data.decoding import BadImage
+from coatnet.data.decode import BadImage
 from coatnet.data.hugging_face import open_hugging_face
-from coatnet.data.shards.packing import pack
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
+from coatnet.data.shards.pack import pack
+from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
@@ -26,15 +26,15 @@ def offline(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def pictures(encode) -> list[bytes]:
+def images(encode) -> list[bytes]:
     return [encode(np.random.default_rng(n).integers(0, 256, (12, 16, 3), dtype=np.uint8)) for n in range(30)]
 
 
-def table(pictures, labels, feature, *, picture="image", label="label", **columns):
-    features = {picture: datasets.Image(), label: feature}
+def table(images, labels, feature, *, image="image", label="label", **columns):
+    features = {image: datasets.Image(), label: feature}
     features.update({name: datasets.Value("string") for name in columns})
-    cells = [{"bytes": data, "path": None} for data in pictures]
-    return datasets.Dataset.from_dict({picture: cells, label: labels, **columns}, datasets.Features(features))
+    cells = [{"bytes": data, "path": None} for data in images]
+    return datasets.Dataset.from_dict({image: cells, label: labels, **columns}, datasets.Features(features))
 
 
 ANIMALS = datasets.ClassLabel(names=["zebra", "cat", "emu"])
@@ -52,37 +52,35 @@ def one_line(source) -> str:
     return str(caught.value)
 
 
-def test_a_saved_folder_gives_the_bytes_labels_and_names_of_its_rows(pictures, tmp_path):
+def test_a_saved_folder_gives_the_bytes_labels_and_names_of_its_rows(images, tmp_path):
     labels = [n % 3 for n in range(20)]
-    root = saved(
-        tmp_path, train=table(pictures[:20], labels, ANIMALS), validation=table(pictures[20:], [1] * 10, ANIMALS)
-    )
+    root = saved(tmp_path, train=table(images[:20], labels, ANIMALS), validation=table(images[20:], [1] * 10, ANIMALS))
     for source in (root, f"hf://{root}"):
         splits = open_dataset(source)
         assert splits.classes == ("zebra", "cat", "emu") and not splits.multilabel
-        assert [splits.training.read(n) for n in range(20)] == list(zip(pictures[:20], labels, strict=True))
-        assert [splits.validation.read(n) for n in range(10)] == [(data, 1) for data in pictures[20:]]
-        assert splits.training.locate(3) == "saved/train[3]" and splits.name == "saved"
+        assert [splits.training.read(n) for n in range(20)] == list(zip(images[:20], labels, strict=True))
+        assert [splits.validation.read(n) for n in range(10)] == [(data, 1) for data in images[20:]]
+        assert splits.training.describe(3) == "saved/train[3]" and splits.name == "saved"
 
 
-def test_one_split_is_divided_by_the_hash_of_the_row(pictures, tmp_path):
-    table(pictures, [n % 3 for n in range(30)], ANIMALS).save_to_disk(tmp_path / "one")
+def test_one_split_is_divided_by_the_hash_of_the_row(images, tmp_path):
+    table(images, [n % 3 for n in range(30)], ANIMALS).save_to_disk(tmp_path / "one")
     splits = open_dataset(tmp_path / "one", validation_fraction=0.3)
-    rows = [[part.locate(n) for n in range(len(part))] for part in (splits.training, splits.validation)]
+    rows = [[part.describe(n) for n in range(len(part))] for part in (splits.training, splits.validation)]
     assert len(rows[0]) + len(rows[1]) == 30 and 3 <= len(rows[1]) <= 15
     assert len(set(rows[0]) | set(rows[1])) == 30
     for part in (splits.training, splits.validation):
         for n in range(len(part)):
-            row = int(part.locate(n).partition("[")[2][:-1])
-            assert part.read(n) == (pictures[row], row % 3)
+            row = int(part.describe(n).partition("[")[2][:-1])
+            assert part.read(n) == (images[row], row % 3)
 
 
-def test_a_selection_of_rows_is_honoured(pictures, tmp_path):
-    chosen = table(pictures, [n % 3 for n in range(30)], ANIMALS).select(range(5, 25)).shuffle(seed=1)
-    root = saved(tmp_path, train=chosen, test=table(pictures[:3], [0, 1, 2], ANIMALS))
+def test_a_selection_of_rows_is_honoured(images, tmp_path):
+    chosen = table(images, [n % 3 for n in range(30)], ANIMALS).select(range(5, 25)).shuffle(seed=1)
+    root = saved(tmp_path, train=chosen, test=table(images[:3], [0, 1, 2], ANIMALS))
     splits = open_dataset(root)
-    assert sorted(splits.training.read(n)[0] for n in range(20)) == sorted(pictures[5:25])
-    assert all(pictures.index(splits.training.read(n)[0]) % 3 == splits.training.labels[n] for n in range(20))
+    assert sorted(splits.training.read(n)[0] for n in range(20)) == sorted(images[5:25])
+    assert all(images.index(splits.training.read(n)[0]) % 3 == splits.training.labels[n] for n in range(20))
 
 
 @pytest.mark.parametrize(
@@ -92,40 +90,40 @@ def test_a_selection_of_rows_is_honoured(pictures, tmp_path):
         ([10, 9, 10], "int64", ("9", "10"), [1, 0, 1]),
     ],
 )
-def test_plain_labels_are_classes_by_their_values(pictures, tmp_path, values, feature, classes, labels):
-    part = table(pictures[:3], values, datasets.Value(feature))
+def test_plain_labels_are_classes_by_their_values(images, tmp_path, values, feature, classes, labels):
+    part = table(images[:3], values, datasets.Value(feature))
     splits = open_dataset(saved(tmp_path, train=part, test=part))
     assert splits.classes == classes and splits.training.labels.tolist() == labels
 
 
-def test_lists_of_labels_make_several_labels(pictures, tmp_path):
-    part = table(pictures[:3], [[0, 2], [], [1]], datasets.Sequence(ANIMALS), label="labels")
+def test_lists_of_labels_make_several_labels(images, tmp_path):
+    part = table(images[:3], [[0, 2], [], [1]], datasets.Sequence(ANIMALS), label="labels")
     splits = open_dataset(saved(tmp_path, train=part, test=part))
     assert splits.multilabel and splits.training.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
     assert splits.classes == ("zebra", "cat", "emu")
 
 
-def test_columns_of_other_names_and_other_columns(pictures, tmp_path):
-    part = table(pictures[:4], [0, 1, 2, 0], ANIMALS, picture="photo", label="species", caption=["?"] * 4)
+def test_columns_of_other_names_and_other_columns(images, tmp_path):
+    part = table(images[:4], [0, 1, 2, 0], ANIMALS, image="photo", label="species", caption=["?"] * 4)
     splits = open_dataset(saved(tmp_path, train=part, test=part))
-    assert splits.training.read(2) == (pictures[2], 2)
-    assert "pictures are photo, labels species" in splits.notes[0]
+    assert splits.training.read(2) == (images[2], 2)
+    assert "images are photo, labels species" in splits.notes[0]
 
 
-def test_pictures_in_files_are_read_from_there(pictures, tmp_path):
+def test_images_in_files_are_read_from_there(images, tmp_path):
     paths = [tmp_path / f"{n}.png" for n in range(4)]
-    for path, data in zip(paths, pictures, strict=False):
+    for path, data in zip(paths, images, strict=False):
         path.write_bytes(data)
     features = datasets.Features({"image": datasets.Image(), "label": ANIMALS})
     part = datasets.Dataset.from_dict({"image": list(map(str, paths)), "label": [0, 1, 2, 0]}, features)
     datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / "saved", max_shard_size="1GB")
     splits = open_dataset(tmp_path / "saved")
-    assert splits.training.read(1) == (pictures[1], 1)
+    assert splits.training.read(1) == (images[1], 1)
 
 
-def test_a_row_without_a_picture_is_a_bad_picture(pictures, tmp_path):
+def test_a_row_without_a_image_is_a_bad_image(images, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": ANIMALS})
-    cells = [{"bytes": pictures[0], "path": None}, None]
+    cells = [{"bytes": images[0], "path": None}, None]
     part = datasets.Dataset.from_dict({"image": cells, "label": [0, 1]}, features)
     training = open_dataset(saved(tmp_path, train=part, test=part)).training
     with pytest.raises(BadImage, match=r"saved/train\[1\]: empty"):
@@ -135,27 +133,27 @@ def test_a_row_without_a_picture_is_a_bad_picture(pictures, tmp_path):
     assert list(found.records) == ["saved/train[1]"]
 
 
-def test_batches_do_not_depend_on_workers(pictures, tmp_path):
-    part = table(pictures, [n % 3 for n in range(30)], ANIMALS)
+def test_batches_do_not_depend_on_workers(images, tmp_path):
+    part = table(images, [n % 3 for n in range(30)], ANIMALS)
     training = open_dataset(saved(tmp_path, train=part, test=part)).training
     assert len(pickle.dumps(training)) < 20_000  # the table is mapped again, not sent
     for batch, other in zip(train(training, num_workers=2), train(training), strict=True):
         assert all(torch.equal(one, another) for one, another in zip(batch, other, strict=True))
 
 
-def test_packing_takes_it_as_any_source(pictures, tmp_path):
+def test_packing_takes_it_as_any_source(images, tmp_path):
     root = saved(
         tmp_path,
-        train=table(pictures[:20], [n % 3 for n in range(20)], ANIMALS),
-        test=table(pictures[20:], [1] * 10, ANIMALS),
+        train=table(images[:20], [n % 3 for n in range(20)], ANIMALS),
+        test=table(images[20:], [1] * 10, ANIMALS),
     )
     pack(root, tmp_path / "packed", shard_bytes=10_000, num_workers=2)
     source, shards = open_dataset(root), open_dataset(tmp_path / "packed")
     assert shards.classes == source.classes
-    assert sorted(shards.training.read(n)[0] for n in range(20)) == sorted(pictures[:20])
+    assert sorted(shards.training.read(n)[0] for n in range(20)) == sorted(images[:20])
 
 
-def test_a_folder_of_pictures_by_the_loader_of_hugging_face(make_folder):
+def test_a_folder_of_images_by_the_loader_of_hugging_face(make_folder):
     root = make_folder({"train/cat": 4, "train/dog": 4, "test/cat": 1, "test/dog": 1})
     splits = open_dataset(f"hf://{root}")
     assert splits.classes == ("cat", "dog")
@@ -168,7 +166,7 @@ def test_a_folder_of_pictures_by_the_loader_of_hugging_face(make_folder):
         (lambda p: table(p[:3], [0, 1, -1], ANIMALS), "train, row 2: the label is -1"),
         (lambda p: table(p[:3], [0, None, 1], ANIMALS), "train, row 1: the label is None"),
         (lambda p: table(p[:3], ["a"] * 3, datasets.Value("string")), "one class, 'a'"),
-        (lambda p: table(p[:3], [0, 1, 2], ANIMALS).remove_columns("image"), "no column holds pictures"),
+        (lambda p: table(p[:3], [0, 1, 2], ANIMALS).remove_columns("image"), "no column holds images"),
         (lambda p: table(p[:3], [0, 1, 2], ANIMALS).remove_columns("label"), "no column holds labels"),
         (
             lambda p: table(p[:3], [0, 1, 2], ANIMALS, label="one").add_column("two", [0, 1, 2], feature=ANIMALS),
@@ -176,24 +174,24 @@ def test_a_folder_of_pictures_by_the_loader_of_hugging_face(make_folder):
         ),
     ],
 )
-def test_what_cannot_be_understood_is_one_line(pictures, tmp_path, build, message):
-    part = build(pictures)
+def test_what_cannot_be_understood_is_one_line(images, tmp_path, build, message):
+    part = build(images)
     assert message in one_line(saved(tmp_path, train=part, test=part))
 
 
-def test_labels_that_training_does_not_know_are_named_by_row(pictures, tmp_path):
+def test_labels_that_training_does_not_know_are_named_by_row(images, tmp_path):
     text = datasets.Value("string")
-    root = saved(tmp_path, train=table(pictures[:2], ["a", "b"], text), test=table(pictures[:2], ["a", "c"], text))
+    root = saved(tmp_path, train=table(images[:2], ["a", "b"], text), test=table(images[:2], ["a", "c"], text))
     assert "test, row 1: the label 'c' is none of the 2 classes" in one_line(root)
 
 
-def test_splits_without_a_training_split_are_refused(pictures, tmp_path):
-    part = table(pictures[:3], [0, 1, 2], ANIMALS)
+def test_splits_without_a_training_split_are_refused(images, tmp_path):
+    part = table(images[:3], [0, 1, 2], ANIMALS)
     assert "no split is called train; it has left, right" in one_line(saved(tmp_path, left=part, right=part))
 
 
-def test_a_damaged_folder_and_a_name_that_nobody_has_are_one_line(pictures, tmp_path):
-    part = table(pictures[:3], [0, 1, 2], ANIMALS)
+def test_a_damaged_folder_and_a_name_that_nobody_has_are_one_line(images, tmp_path):
+    part = table(images[:3], [0, 1, 2], ANIMALS)
     root = saved(tmp_path, train=part, test=part)
     for path in root.glob("train/*.arrow"):
         path.write_bytes(path.read_bytes()[:100])

@@ -1,4 +1,4 @@
-"""The doctor names every bad file and every picture that leaks, and is content with a healthy source."""
+"""The doctor names every bad file and every image that leaks, and is content with a healthy source."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_bad_files_are_named_with_their_reason(make_folder):
     inspection = inspect(root)
     assert not inspection.healthy
     assert list(inspection.bad) == [str(root / "train/b/1.png"), str(root / "val/a/0.png")]
-    assert "2 pictures cannot be used" in inspection.describe()
+    assert "2 images cannot be used" in inspection.describe()
     assert f"{root}/train/b/1.png: empty: the file has 0 bytes" in inspection.describe()
 
 
@@ -33,7 +33,7 @@ def test_the_same_pixels_in_training_and_validation_are_a_leak(make_folder, enco
     inspection = inspect(root)
     assert inspection.leaks == ((str(root / "train/a/2.png"), str(root / "val/b/copy.webp")),)
     assert not inspection.healthy
-    assert "1 pictures of validation are in training too" in inspection.describe()
+    assert "1 images of validation are in training too" in inspection.describe()
 
 
 def test_repeats_and_contradictions_in_training_are_told_but_not_unhealthy(make_folder):
@@ -55,20 +55,20 @@ def test_twins_with_other_labels_are_told_wherever_they_stand(one, other, make_f
     assert (inspection.num_repeated, inspection.healthy) == (0, one != "train/a")
 
 
-def test_pictures_of_other_shapes_with_the_same_bytes_are_no_repeats(make_folder, encode):
+def test_images_of_other_shapes_with_the_same_bytes_are_no_repeats(make_folder, encode):
     root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
     (root / "train/a/wide.png").write_bytes(encode(np.zeros((2, 8, 3), np.uint8)))
     (root / "train/a/tall.png").write_bytes(encode(np.zeros((8, 2, 3), np.uint8)))
     assert inspect(root).num_repeated == 0
 
 
-def test_a_source_without_one_readable_picture_is_still_described(make_folder):
+def test_a_source_without_one_readable_image_is_still_described(make_folder):
     root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
     for path in root.rglob("*.png"):
         path.write_bytes(b"")
     inspection = inspect(root)
     assert len(inspection.bad) == 4
-    assert "4 pictures cannot be used" in inspection.describe()
+    assert "4 images cannot be used" in inspection.describe()
 
 
 def test_the_embedded_sets_are_healthy():

@@ -1,4 +1,4 @@
-"""Tables of pictures: every mistake is reported with its row."""
+"""Tables of images: every mistake is reported with its row."""
 
 import csv
 import io
@@ -6,13 +6,13 @@ import io
 import numpy as np
 import pytest
 
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 
 
 @pytest.fixture
 def write(tmp_path, encode):
-    """`write(text)` puts a manifest beside pictures 0.png to 9.png and a,b.png."""
+    """`write(text)` puts a manifest beside images 0.png to 9.png and a,b.png."""
     for number in [*range(10), "a,b"]:
         seed = number if isinstance(number, int) else 99
         pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -53,7 +53,7 @@ def test_several_labels_make_a_matrix(write, separator):
     assert splits.multilabel and splits.classes == ("cat", "dog", "fox")
     assert splits.training.labels.tolist() == [[1, 1, 0], [0, 0, 1]]
     assert splits.validation.labels.tolist() == [[1, 0, 1], [0, 0, 0]]
-    assert any("1 pictures carry no label" in note for note in splits.notes)
+    assert any("1 images carry no label" in note for note in splits.notes)
 
 
 def test_without_a_split_column_some_of_each_class_are_held_out(write):
@@ -175,7 +175,7 @@ def test_parquet_equals_csv(write, tmp_path):
     from_parquet = open_dataset(tmp_path / "some.parquet")
     assert from_parquet.classes == from_csv.classes
     assert from_parquet.training.labels.tolist() == from_csv.training.labels.tolist()
-    assert from_parquet.validation.locate(1) == from_csv.validation.locate(1)
+    assert from_parquet.validation.describe(1) == from_csv.validation.describe(1)
 
 
 def test_parquet_may_hold_lists_of_labels_and_numbers(write, tmp_path):

@@ -1,4 +1,4 @@
-"""Targets are labels until mixed; mixing blends pictures and targets by the same share."""
+"""Targets are labels until mixed; mixing blends images and targets by the same share."""
 
 import math
 

@@ -21,7 +21,7 @@ def test_about_the_asked_fraction_of_each_class_is_held_out():
         assert held_out[label == LABELS].mean() == pytest.approx(0.1, abs=0.03)
 
 
-def test_added_pictures_move_no_old_ones():
+def test_added_images_move_no_old_ones():
     before = choose_validation(NAMES[:3000], LABELS[:3000], 0.1)
     after = choose_validation(NAMES, LABELS, 0.1)
     assert np.array_equal(after[:3000], before)
@@ -52,8 +52,8 @@ def test_accents_split_alike_composed_and_decomposed():
 
 
 def arrays(shape: tuple[int, ...], labels: np.ndarray) -> ArrayDataset:
-    pictures = np.random.default_rng(0).integers(0, 256, (len(labels), *shape), dtype=np.uint8)
-    return ArrayDataset("some", [f"class{number}" for number in range(3)], pictures, labels)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), *shape), dtype=np.uint8)
+    return ArrayDataset("some", [f"class{number}" for number in range(3)], images, labels)
 
 
 def test_summary_of_arrays():
@@ -73,18 +73,18 @@ def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
 
 
 def test_summary_of_nothing_readable_says_so_with_a_reason(tmp_path):
-    with pytest.raises(UserError, match=r"some: none of 2 pictures looked at can be used, the last one .*unreadable"):
+    with pytest.raises(UserError, match=r"some: none of 2 images looked at can be used, the last one .*unreadable"):
         summarise(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
 
 
-def test_description_says_pictures_classes_sizes_balance_and_split():
+def test_description_says_images_classes_sizes_balance_and_split():
     splits = Splits("some", arrays((8, 6), np.arange(30) % 3), arrays((8, 6), np.arange(6) % 3), ("mind the gap",))
     assert splits.describe().splitlines() == [
-        "some: 36 pictures, 3 classes, one label a picture",
+        "some: 36 images, 3 classes, one label an image",
         "  split    30 for training, 6 for validation",
-        "  pictures 6 x 8 pixels, grey",
+        "  images 6 x 8 pixels, grey",
         "  classes  class0, class1, class2",
-        "  balance  10 training pictures in every class",
+        "  balance  10 training images in every class",
         "  note     mind the gap",
     ]
     assert str(splits) == splits.describe()
@@ -93,7 +93,7 @@ def test_description_says_pictures_classes_sizes_balance_and_split():
 
 def test_description_names_the_rarest_and_the_commonest_class():
     splits = Splits("some", arrays((8, 6, 3), np.array([0] * 9 + [1] * 4 + [2])), arrays((8, 6, 3), np.arange(6) % 3))
-    assert "1 (class2) to 9 (class0) training pictures a class" in splits.describe()
+    assert "1 (class2) to 9 (class0) training images a class" in splits.describe()
     assert "colour" in splits.describe()
 
 

@@ -1,4 +1,4 @@
-"""Evaluation equals torchvision; training is a pure function of picture and seed, alone or in a batch."""
+"""Evaluation equals torchvision; training is a pure function of image and seed, alone or in a batch."""
 
 import math
 import pickle
@@ -9,13 +9,13 @@ import torch
 from torchvision.transforms import v2
 
 from coatnet.data import augmentation as augment
-from coatnet.data.order import hash_words
+from coatnet.data.sampler import hash_words
 from coatnet.data.transforms import (
     Augmentation,
     EvaluationTransform,
     Preprocessing,
     TrainingTransform,
-    as_pictures,
+    as_images,
     fit,
     match_channels,
     normalise,
@@ -34,24 +34,24 @@ def noise(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(37, 50), (333, 250), (100, 80), (224, 224), (28, 28)])
 def test_center_equals_torchvision_resize_then_center_crop(interpolation, size):
-    picture = noise(3, *size)
+    image = noise(3, *size)
     reference = v2.Compose([v2.Resize(64, v2.InterpolationMode(interpolation)), v2.CenterCrop(56)])
     preprocessing = Preprocessing(resolution=56, interpolation=interpolation)
-    assert torch.equal(fit(picture[None], preprocessing)[0], reference(picture))
+    assert torch.equal(fit(image[None], preprocessing)[0], reference(image))
 
 
 def test_squash_equals_torchvision_resize_to_a_square_then_center_crop():
-    picture = noise(3, 50, 90)
+    image = noise(3, 50, 90)
     reference = v2.Compose([v2.Resize((64, 64), v2.InterpolationMode.BICUBIC), v2.CenterCrop(56)])
-    assert torch.equal(fit(picture[None], Preprocessing(resolution=56, crop="squash"))[0], reference(picture))
+    assert torch.equal(fit(image[None], Preprocessing(resolution=56, crop="squash"))[0], reference(image))
 
 
 def test_images_are_normalised_by_mean_and_std():
-    picture = noise(3, 8, 8)
+    image = noise(3, 8, 8)
     preprocessing = Preprocessing(8, crop_fraction=1.0, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    expected = (picture / 255 - mean) / std
-    torch.testing.assert_close(EvaluationTransform(preprocessing)(picture), expected)
+    expected = (image / 255 - mean) / std
+    torch.testing.assert_close(EvaluationTransform(preprocessing)(image), expected)
 
 
 @pytest.mark.parametrize(
@@ -67,34 +67,34 @@ def test_images_are_normalised_by_mean_and_std():
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_normalising_equals_the_formula_to_the_bit(preprocessing, memory_format, num_channels):
     channels = min(num_channels, preprocessing.channels)
-    pictures = noise(5, channels, 9, 7).contiguous(memory_format=memory_format)
+    images = noise(5, channels, 9, 7).contiguous(memory_format=memory_format)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    expected = (pictures.float() * (1 / 255) - mean) / std
-    assert torch.equal(normalise(pictures, preprocessing), expected)
+    expected = (images.float() * (1 / 255) - mean) / std
+    assert torch.equal(normalise(images, preprocessing), expected)
     given = torch.empty(6, 9, 7, preprocessing.channels).movedim(-1, 1)
-    assert normalise(pictures, preprocessing, given[1:]).data_ptr() == given[1:].data_ptr()
+    assert normalise(images, preprocessing, given[1:]).data_ptr() == given[1:].data_ptr()
     assert torch.equal(given[1:], expected)
 
 
 @pytest.mark.parametrize("placement", ["crop", "shift", "none"])
-def test_the_order_of_a_picture_in_memory_changes_nothing(placement):
-    pictures, augmentation = noise(2, 3, 50, 40), Augmentation(placement, rand_augment_layers=1, erasing_rate=0.5)
-    lasting = pictures.contiguous(memory_format=torch.channels_last)
+def test_the_order_of_a_image_in_memory_changes_nothing(placement):
+    images, augmentation = noise(2, 3, 50, 40), Augmentation(placement, rand_augment_layers=1, erasing_rate=0.5)
+    lasting = images.contiguous(memory_format=torch.channels_last)
     training, evaluation = TrainingTransform(Preprocessing(32), augmentation), EvaluationTransform(Preprocessing(32))
-    assert torch.equal(training.batch(pictures, SEEDS[:2]), training.batch(lasting, SEEDS[:2]))
-    assert torch.equal(evaluation.batch(pictures), evaluation.batch(lasting))
+    assert torch.equal(training.batch(images, SEEDS[:2]), training.batch(lasting, SEEDS[:2]))
+    assert torch.equal(evaluation.batch(images), evaluation.batch(lasting))
 
 
-def test_a_small_picture_of_the_right_size_only_changes_its_scale():
+def test_a_small_image_of_the_right_size_only_changes_its_scale():
     array = noise(28, 28).numpy()
     expected = (torch.from_numpy(array)[None] / 255 - 0.3) / 0.4
     torch.testing.assert_close(EvaluationTransform(GREY)(array), expected)
 
 
 def test_colour_is_averaged_for_a_grey_model():
-    picture = noise(3, 28, 28)
-    expected = (picture.float().mean(0, keepdim=True).round() / 255 - 0.3) / 0.4
-    torch.testing.assert_close(EvaluationTransform(GREY)(picture), expected)
+    image = noise(3, 28, 28)
+    expected = (image.float().mean(0, keepdim=True).round() / 255 - 0.3) / 0.4
+    torch.testing.assert_close(EvaluationTransform(GREY)(image), expected)
 
 
 def test_grey_is_repeated_for_a_colour_model():
@@ -107,21 +107,21 @@ def test_grey_is_repeated_for_a_colour_model():
 
 
 def test_images_are_channels_last():
-    pictures = noise(2, 3, 40, 40)
+    pixels = noise(2, 3, 40, 40)
     preprocessing = Preprocessing(resolution=32)
     for images in (
-        EvaluationTransform(preprocessing).batch(pictures),
-        TrainingTransform(preprocessing, Augmentation()).batch(pictures, SEEDS[:2]),
+        EvaluationTransform(preprocessing).batch(pixels),
+        TrainingTransform(preprocessing, Augmentation()).batch(pixels, SEEDS[:2]),
     ):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 4000)])
-def test_thin_pictures_need_little_memory(size):
-    picture = noise(3, *size)
+def test_thin_images_need_little_memory(size):
+    image = noise(3, *size)
     preprocessing = Preprocessing(resolution=64)
-    assert EvaluationTransform(preprocessing)(picture).shape == (3, 64, 64)
-    assert TrainingTransform(preprocessing, Augmentation())(picture, 3).shape == (3, 64, 64)
+    assert EvaluationTransform(preprocessing)(image).shape == (3, 64, 64)
+    assert TrainingTransform(preprocessing, Augmentation())(image, 3).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,12 @@ def test_thin_pictures_need_little_memory(size):
     ],
     ids=["shift", "none", "crop"],
 )
-def test_a_picture_alone_equals_the_picture_in_a_batch(augmentation):
-    pictures = noise(16, 3, 28, 28)
+def test_a_image_alone_equals_the_image_in_a_batch(augmentation):
+    images = noise(16, 3, 28, 28)
     transform = TrainingTransform(Preprocessing(resolution=28, crop_fraction=1.0), augmentation)
-    together = transform.batch(pictures, SEEDS)
-    for picture, seed, image in zip(pictures, SEEDS, together, strict=True):
-        assert torch.equal(transform(picture, int(seed)), image)
+    together = transform.batch(images, SEEDS)
+    for pixels, seed, image in zip(images, SEEDS, together, strict=True):
+        assert torch.equal(transform(pixels, int(seed)), image)
 
 
 def test_training_leaves_the_global_random_state_alone():
@@ -150,40 +150,40 @@ def test_training_leaves_the_global_random_state_alone():
 
 def test_training_ignores_the_global_random_state():
     transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=2, erasing_rate=1.0))
-    picture = noise(3, 40, 40)
-    first = transform(picture, 7)
+    image = noise(3, 40, 40)
+    first = transform(image, 7)
     torch.rand(5)
-    assert torch.equal(transform(picture, 7), first)
-    assert not torch.equal(transform(picture, 8), first)
+    assert torch.equal(transform(image, 7), first)
+    assert not torch.equal(transform(image, 8), first)
 
 
 def test_transforms_survive_the_way_to_a_worker():
     transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=1))
-    picture = noise(3, 40, 40)
-    assert torch.equal(pickle.loads(pickle.dumps(transform))(picture, 1), transform(picture, 1))
+    image = noise(3, 40, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image, 1), transform(image, 1))
 
 
 def test_shift_equals_padding_with_black_and_cutting_out():
-    pictures = noise(16, 1, 10, 12)
-    shifted = augment.shift(pictures, SEEDS, 2)
+    images = noise(16, 1, 10, 12)
+    shifted = augment.shift(images, SEEDS, 2)
     seen = set()
-    for picture, result in zip(pictures, shifted, strict=True):
-        padded = torch.nn.functional.pad(picture, (2, 2, 2, 2))
+    for image, result in zip(images, shifted, strict=True):
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
         cuts = {(y, x): padded[:, y : y + 10, x : x + 12] for y in range(5) for x in range(5)}
         seen |= {place for place, cut in cuts.items() if torch.equal(cut, result)}
     assert len(seen) > 8  # 16 draws from 25 places
 
 
 def test_flip_mirrors_about_the_right_share():
-    pictures = noise(1, 1, 4, 6).repeat(4000, 1, 1, 1)
+    images = noise(1, 1, 4, 6).repeat(4000, 1, 1, 1)
     seeds = hash_words(3, np.arange(4000))
-    flipped = augment.flip(pictures, seeds, 0.3)
-    mirrored = (flipped == pictures.flip(-1)).flatten(1).all(1)
-    unchanged = (flipped == pictures).flatten(1).all(1)
+    flipped = augment.flip(images, seeds, 0.3)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    unchanged = (flipped == images).flatten(1).all(1)
     assert (mirrored ^ unchanged).all()
     assert mirrored.float().mean() == pytest.approx(0.3, abs=0.03)
-    assert torch.equal(augment.flip(pictures, seeds, 0.0), pictures)
-    assert torch.equal(augment.flip(pictures, seeds, 1.0), pictures.flip(-1))
+    assert torch.equal(augment.flip(images, seeds, 0.0), images)
+    assert torch.equal(augment.flip(images, seeds, 1.0), images.flip(-1))
 
 
 def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
@@ -201,22 +201,22 @@ def test_a_crop_that_cannot_have_the_ratio_takes_the_middle():
 
 
 def test_crop_of_everything_equals_resize():
-    picture = noise(3, 40, 40)
+    pixels = noise(3, 40, 40)
     whole = Augmentation("crop", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_rate=0.0)
-    image = TrainingTransform(Preprocessing(resolution=24), whole)(picture, 5)
-    expected = resize(picture[None], (24, 24), "bicubic")[0] / 255 * 2 - 1
+    image = TrainingTransform(Preprocessing(resolution=24), whole)(pixels, 5)
+    expected = resize(pixels[None], (24, 24), "bicubic")[0] / 255 * 2 - 1
     torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
 
 
 def test_rand_augment_equals_torchvision_under_the_same_seed():
-    pictures = noise(3, 3, 20, 20)
-    ours = augment.rand_augment(pictures, SEEDS[:3], layers=2, magnitude=15, fill=[127, 127, 127])
+    images = noise(3, 3, 20, 20)
+    ours = augment.rand_augment(images, SEEDS[:3], layers=2, magnitude=15, fill=[127, 127, 127])
     reference = v2.RandAugment(num_ops=2, magnitude=15, num_magnitude_bins=31, fill=[127, 127, 127])
     words = augment.expand_words(SEEDS[:3] ^ augment._RAND_AUGMENT, 1)[:, 0]
-    for picture, word, result in zip(pictures, words, ours, strict=True):
+    for image, word, result in zip(images, words, ours, strict=True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(word))
-            assert torch.equal(reference(picture), result)
+            assert torch.equal(reference(image), result)
 
 
 def test_erasing_sets_one_box_to_the_mean():
@@ -233,14 +233,14 @@ def test_erasing_sets_one_box_to_the_mean():
 
 def test_arrays_become_channels_first():
     colour = noise(5, 4, 3).numpy()
-    assert np.array_equal(as_pictures(colour).permute(1, 2, 0), colour)
-    assert as_pictures(noise(7, 5, 4).numpy()).shape == (7, 1, 5, 4)
-    assert as_pictures(noise(7, 5, 4, 3).numpy()).shape == (7, 3, 5, 4)
+    assert np.array_equal(as_images(colour).permute(1, 2, 0), colour)
+    assert as_images(noise(7, 5, 4).numpy()).shape == (7, 1, 5, 4)
+    assert as_images(noise(7, 5, 4, 3).numpy()).shape == (7, 3, 5, 4)
 
 
 def test_matching_channels_rounds_to_the_nearest_grey():
-    picture = torch.tensor([10, 20, 31], dtype=torch.uint8).view(1, 3, 1, 1)
-    assert match_channels(picture, GREY).item() == 20
+    image = torch.tensor([10, 20, 31], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert match_channels(image, GREY).item() == 20
 
 
 def test_lists_become_tuples_so_that_values_compare_after_json():

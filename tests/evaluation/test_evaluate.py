@@ -1,4 +1,4 @@
-"""An evaluation equals a plain loop over the pictures, and matches classes by name."""
+"""An evaluation equals a plain loop over the images, and matches classes by name."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,13 @@ from PIL import Image
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.datasets import ArrayDataset
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.report import write
-from coatnet.model.coatnet import create_model
+from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -29,10 +29,10 @@ def bundle_of(classes: tuple[str, ...] = CLASSES, *, multilabel: bool = False) -
     return Bundle(model, classes, Preprocessing(resolution=32, mean=(0.5,), std=(0.5,)), multilabel=multilabel)
 
 
-def dataset_of(num_pictures: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:
+def dataset_of(num_images: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:
     generator = np.random.default_rng(seed)
-    pictures = generator.integers(0, 255, (num_pictures, 28, 28), dtype=np.uint8)
-    return ArrayDataset("noise", classes, pictures, generator.integers(0, len(classes), num_pictures))
+    images = generator.integers(0, 255, (num_images, 28, 28), dtype=np.uint8)
+    return ArrayDataset("noise", classes, images, generator.integers(0, len(classes), num_images))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_figures_equal_a_plain_loop(bundle: Bundle) -> None:
     assert report.mistakes[0].predicted == CLASSES[probabilities[wrong[0]].argmax()]
     assert report.mistakes[0].truth == CLASSES[dataset.labels[wrong[0]]]
     assert report.mistakes[0].probability == pytest.approx(probabilities[wrong[0]].max(), abs=1e-5)
-    assert np.array_equal(report.thumbnails[0][..., 1], dataset.pictures[wrong[0]])
+    assert np.array_equal(report.thumbnails[0][..., 1], dataset.images[wrong[0]])
 
 
 def test_batch_size_changes_nothing(bundle: Bundle) -> None:
@@ -77,9 +77,9 @@ def test_batch_size_changes_nothing(bundle: Bundle) -> None:
 
 def test_classes_are_matched_by_name_not_by_place(bundle: Bundle) -> None:
     dataset = dataset_of()
-    turned = ArrayDataset("noise", CLASSES[::-1], dataset.pictures, 3 - dataset.labels)
+    turned = ArrayDataset("noise", CLASSES[::-1], dataset.images, 3 - dataset.labels)
     assert evaluate(bundle, turned) == evaluate(bundle, dataset)
-    some = ArrayDataset("noise", ("d", "b"), dataset.pictures[:5], np.array([0, 1, 0, 0, 1]))
+    some = ArrayDataset("noise", ("d", "b"), dataset.images[:5], np.array([0, 1, 0, 0, 1]))
     assert [row.support for row in evaluate(bundle, some).per_class] == [0, 2, 0, 3]
 
 
@@ -99,10 +99,10 @@ def test_splits_are_chosen_and_added_up(bundle: Bundle) -> None:
 def test_several_labels_are_judged_one_by_one() -> None:
     bundle = bundle_of(multilabel=True)
     labels = (np.random.default_rng(0).random((20, 4)) < 0.4).astype(np.uint8)
-    dataset = ArrayDataset("noise", CLASSES, dataset_of(20).pictures, labels)
+    dataset = ArrayDataset("noise", CLASSES, dataset_of(20).images, labels)
     report = evaluate(bundle, dataset, batch_size=6)
     assert "mean_average_precision" in report.figures and "top1" not in report.figures
-    turned = ArrayDataset("noise", CLASSES[::-1], dataset.pictures, labels[:, ::-1])
+    turned = ArrayDataset("noise", CLASSES[::-1], dataset.images, labels[:, ::-1])
     assert evaluate(bundle, turned).figures == pytest.approx(report.figures)
     for mistake in report.mistakes:
         assert (mistake.predicted.removeprefix("not ") in mistake.truth) == mistake.predicted.startswith("not ")
@@ -110,7 +110,7 @@ def test_several_labels_are_judged_one_by_one() -> None:
         evaluate(bundle_of(), dataset)
 
 
-def test_one_label_a_picture_is_a_case_of_several() -> None:
+def test_one_label_a_image_is_a_case_of_several() -> None:
     dataset = dataset_of(20)
     report = evaluate(bundle_of(multilabel=True), dataset)
     assert [row.support for row in report.per_class] == np.bincount(dataset.labels, minlength=4).tolist()
@@ -150,12 +150,12 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "report" / "report.json").read_text())["bad_images"] == dict(report.bad_images)
 
 
-def test_not_one_readable_picture_is_a_mistake(bundle: Bundle, tmp_path: Path) -> None:
+def test_not_one_readable_image_is_a_mistake(bundle: Bundle, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         for number in range(4):
-            (tmp_path / name / f"{number}.png").write_text("not a picture")
-    with pytest.raises(UserError, match="none of the 8 pictures"):
+            (tmp_path / name / f"{number}.png").write_text("not an image")
+    with pytest.raises(UserError, match="none of the 8 images"):
         evaluate(bundle, tmp_path, split="all")
 
 

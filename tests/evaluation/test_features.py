@@ -1,4 +1,4 @@
-"""Features are what stands in front of the classifier, picture by picture, and a file holds exactly them."""
+"""Features are what stands in front of the classifier, image by image, and a file holds exactly them."""
 
 import csv
 import os
@@ -12,14 +12,14 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation import feature_files
 from coatnet.evaluation.feature_files import write_features
-from coatnet.evaluation.features import extract, open_pictures
-from coatnet.model.coatnet import create_model
+from coatnet.evaluation.features import extract, open_images
+from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -31,15 +31,15 @@ def bundle() -> Bundle:
     return Bundle(model, CLASSES, Preprocessing(resolution=8, mean=(0.5,), std=(0.5,)))
 
 
-def dataset_of(num_pictures: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:
+def dataset_of(num_images: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:
     generator = np.random.default_rng(seed)
-    pictures = generator.integers(0, 255, (num_pictures, 8, 8), dtype=np.uint8)
-    return ArrayDataset("noise", classes, pictures, generator.integers(0, len(classes), num_pictures))
+    images = generator.integers(0, 255, (num_images, 8, 8), dtype=np.uint8)
+    return ArrayDataset("noise", classes, images, generator.integers(0, len(classes), num_images))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of ten pictures."""
+    """Two classes of ten images."""
     generator = np.random.default_rng(0)
     for name in "ab":
         (tmp_path / "in" / name).mkdir(parents=True)
@@ -155,13 +155,13 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
 
 
 def test_nothing_to_extract_is_a_mistake(bundle: Bundle, folder: Path) -> None:
-    with pytest.raises(UserError, match="noise: the all split holds no pictures"):
+    with pytest.raises(UserError, match="noise: the all split holds no images"):
         extract(bundle, dataset_of(0)).gather()
     with pytest.raises(UserError, match="batch_size is 0"):
         extract(bundle, dataset_of(), batch_size=0)
     for path in folder.rglob("*.png"):
-        path.write_text("not a picture")
-    with pytest.raises(UserError, match="none of the 20 pictures of the all split could be read"):
+        path.write_text("not an image")
+    with pytest.raises(UserError, match="none of the 20 images of the all split could be read"):
         extract(bundle, folder).gather()
 
 
@@ -172,9 +172,9 @@ def test_broken_weights_are_told(bundle: Bundle) -> None:
         extract(Bundle(broken, CLASSES, bundle.preprocessing), dataset_of(3)).gather()
 
 
-def test_pictures_without_labels_come_in_the_order_asked(bundle: Bundle, folder: Path) -> None:
+def test_images_without_labels_come_in_the_order_asked(bundle: Bundle, folder: Path) -> None:
     single = folder / "b" / "7.png"
-    features = extract(bundle, open_pictures([single, folder / "a"]))
+    features = extract(bundle, open_images([single, folder / "a"]))
     table, labels, names = features.gather()
     assert names == (str(single), *(str(folder / "a" / f"{number}.png") for number in range(10)))
     assert features.classes == () and set(labels.tolist()) == {-1}
@@ -183,12 +183,12 @@ def test_pictures_without_labels_come_in_the_order_asked(bundle: Bundle, folder:
     torch.testing.assert_close(table, labelled[0][[place[name] for name in names]])
 
 
-def test_a_path_without_pictures_is_a_mistake(folder: Path, tmp_path: Path) -> None:
+def test_a_path_without_images_is_a_mistake(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"missing\.png: no such file"):
-        open_pictures([folder, "missing.png"])
-    with pytest.raises(UserError, match="empty: no pictures in this folder"):
-        open_pictures([tmp_path / "empty"])
+        open_images([folder, "missing.png"])
+    with pytest.raises(UserError, match="empty: no images in this folder"):
+        open_images([tmp_path / "empty"])
 
 
 def rows_of(path: Path) -> list[list[str]]:
@@ -240,12 +240,12 @@ def test_parquet_holds_what_was_extracted_in_groups(
 def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle: Bundle, folder: Path) -> None:
     from pyarrow import parquet
 
-    pictures = dataset_of(3).pictures
+    images = dataset_of(3).images
     labels = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
-    several = extract(bundle, ArrayDataset("noise", CLASSES, pictures, labels))
+    several = extract(bundle, ArrayDataset("noise", CLASSES, images, labels))
     write_features(several, folder / "several.npy")
     assert [row[1] for row in rows_of(folder / "several.csv")[1:]] == ["a;c", "", "b"]
-    write_features(extract(bundle, open_pictures([folder / "a" / "1.png"])), folder / "none.parquet")
+    write_features(extract(bundle, open_images([folder / "a" / "1.png"])), folder / "none.parquet")
     assert parquet.read_table(folder / "none.parquet")["label"].to_pylist() == [None]
 
 
@@ -254,7 +254,7 @@ def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle
 def test_a_name_that_is_not_text_is_written_as_reports_have_it(bundle: Bundle, folder: Path, name: str) -> None:
     strange = Path(os.fsdecode(os.fsencode(folder) + b'/\xff,"\n.png'))
     (folder / "a" / "1.png").rename(strange)
-    assert write_features(extract(bundle, open_pictures([strange])), folder / name) == 1
+    assert write_features(extract(bundle, open_images([strange])), folder / name) == 1
     if name == "f.npy":
         assert rows_of(folder / "f.csv")[1] == [f'{folder}/\\xff,"\\n.png', ""]
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_finished_leaves_nothing(bundle: Bundle, folder: Path, tm
     for path in (folder / "b").iterdir():
         path.write_bytes(b"")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="none of the 20 pictures"):
+    with pytest.raises(UserError, match="none of the 20 images"):
         write_features(extract(bundle, folder), tmp_path / "out" / name)
     assert not list((tmp_path / "out").iterdir())
 

@@ -9,18 +9,18 @@ from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 
 
-def sample(num_pictures: int = 203, num_classes: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample(num_images: int = 203, num_classes: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(num_classes, (num_pictures,), generator=generator)
-    logits = 2 * torch.randn(num_pictures, num_classes, generator=generator)
-    logits[torch.arange(num_pictures), labels] += 2
+    labels = torch.randint(num_classes, (num_images,), generator=generator)
+    logits = 2 * torch.randn(num_images, num_classes, generator=generator)
+    logits[torch.arange(num_images), labels] += 2
     return logits, labels
 
 
-def multilabel_sample(num_pictures: int = 211, num_classes: int = 5) -> tuple[Tensor, Tensor]:
+def multilabel_sample(num_images: int = 211, num_classes: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    labels = (torch.rand(num_pictures, num_classes, generator=generator) < 0.3).to(torch.uint8)
-    logits = torch.randn(num_pictures, num_classes, generator=generator) + 2 * labels - 1
+    labels = (torch.rand(num_images, num_classes, generator=generator) < 0.3).to(torch.uint8)
+    logits = torch.randn(num_images, num_classes, generator=generator) + 2 * labels - 1
     return (4 * logits).round() / 4, labels  # rounded: average precision must treat ties right
 
 
@@ -115,7 +115,7 @@ def test_huge_logits_stay_finite() -> None:
     assert figures["nll"] == 450
 
 
-def test_classes_without_pictures_have_no_figures() -> None:
+def test_classes_without_images_have_no_figures() -> None:
     logits, labels = sample(num_classes=4)
     logits[:, 3] = -100
     row = count(logits[labels != 3], labels[labels != 3], 64).per_class()[3]
@@ -140,5 +140,5 @@ def test_wrong_input_is_refused() -> None:
         metrics.update(torch.zeros(2, 4), torch.zeros(2))
     with pytest.raises(ValueError, match=r"must lie in 0\.\.2"):
         metrics.update(torch.zeros(1, 3), torch.tensor([3]))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         metrics.compute()

@@ -11,8 +11,8 @@ from coatnet.evaluation.plots import draw_confusion, draw_curves
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
 def write_metrics(path: Path, *, tail: str = "") -> Path:
@@ -69,6 +69,6 @@ def test_mistakes_are_orange_and_right_answers_blue(tmp_path: Path, size: int) -
     assert orange("wrong.png") > 0 or size == 1
 
 
-def test_a_matrix_without_pictures_is_drawn(tmp_path: Path) -> None:
+def test_a_matrix_without_images_is_drawn(tmp_path: Path) -> None:
     draw_confusion(np.zeros((3, 3), dtype=int), "abc", tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 1000

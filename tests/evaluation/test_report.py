@@ -1,4 +1,4 @@
-"""A report says the same in words, in numbers and in pictures, whatever the classes are called."""
+"""A report says the same in words, in numbers and in images, whatever the classes are called."""
 
 import json
 from dataclasses import replace
@@ -23,16 +23,16 @@ ODD = (
 )
 
 
-def report_of(classes: tuple[str, ...] = ODD, *, multilabel: bool = False, num_pictures: int = 120) -> Report:
+def report_of(classes: tuple[str, ...] = ODD, *, multilabel: bool = False, num_images: int = 120) -> Report:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(len(classes), (num_pictures,), generator=generator)
-    logits = torch.randn(num_pictures, len(classes), generator=generator)
-    logits[torch.arange(num_pictures), labels] += 2
+    labels = torch.randint(len(classes), (num_images,), generator=generator)
+    logits = torch.randn(num_images, len(classes), generator=generator)
+    logits[torch.arange(num_images), labels] += 2
     metrics = Metrics(len(classes), multilabel)
     metrics.update(logits, torch.nn.functional.one_hot(labels, len(classes)) if multilabel else labels)
     confusion = metrics.confusion()
     return Report(
-        data="some pictures",
+        data="some images",
         split="validation",
         model="coatnet-femto",
         resolution=32,
@@ -69,7 +69,7 @@ def test_the_headline_is_percent_with_n_and_interval(report: Report) -> None:
     low, high = report.intervals["top1"]
     top1 = f"{100 * report.figures['top1']:.1f} %"
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
-    expected = f"top-1 accuracy {top1} ({interval}) on 120 pictures of 7 classes"
+    expected = f"top-1 accuracy {top1} ({interval}) on 120 images of 7 classes"
     assert report.headline() == expected
     assert expected[1:] in report.to_markdown()
 
@@ -120,10 +120,10 @@ def test_several_labels_have_average_precision_and_no_confusion(tmp_path: Path) 
 
 def test_clock_and_thumbnails_do_not_make_reports_differ(report: Report) -> None:
     assert report == replace(report, seconds=99.0, thumbnails=())
-    assert report != replace(report, data="other pictures")
+    assert report != replace(report, data="other images")
 
 
-def test_written_pages_show_only_pictures_that_are_there(report: Report, tmp_path: Path) -> None:
+def test_written_pages_show_only_images_that_are_there(report: Report, tmp_path: Path) -> None:
     for number, each in enumerate((report, replace(report, thumbnails=(), mistakes=()))):
         folder = tmp_path / str(number)
         write(each, folder)
@@ -131,8 +131,8 @@ def test_written_pages_show_only_pictures_that_are_there(report: Report, tmp_pat
         shown = {piece.partition(")")[0] for piece in page.split("](")[1:]}
         assert shown == {path.name for path in folder.glob("*.png")}
         for name in shown:
-            with Image.open(folder / name) as picture:
-                assert 400 < picture.width < 1600
+            with Image.open(folder / name) as image:
+                assert 400 < image.width < 1600
     assert json.loads((tmp_path / "0" / "report.json").read_text(encoding="utf-8")) == report.to_dict()
 
 
@@ -142,9 +142,9 @@ def test_a_name_that_is_not_unicode_is_written_escaped(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["classes"] == ["caf\udce9", "b"]
 
 
-def test_one_picture_has_a_report() -> None:
-    page = report_of(("a", "b"), num_pictures=1).to_markdown()
-    assert "on 1 picture of 2 classes" in page and "unknown" in page
+def test_one_image_has_a_report() -> None:
+    page = report_of(("a", "b"), num_images=1).to_markdown()
+    assert "on 1 image of 2 classes" in page and "unknown" in page
 
 
 def test_nan_is_never_written(report: Report) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from coatnet.cli import main
+from coatnet.cli.main import main
 from coatnet.evaluation.metrics import Metrics
-from coatnet.model.coatnet import CoAtNet
-from coatnet.training import saver
+from coatnet.model.network import CoAtNet
+from coatnet.training import async_checkpoint
 from coatnet.training.learner import Learner
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -60,7 +60,7 @@ class Plan:
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(0.5)
 
-    def spoil_picture(self) -> None:
+    def spoil_image(self) -> None:
         self.images[3, 0, 2, 2] = float("nan")
 
     def exhaust_memory(self) -> None:
@@ -135,8 +135,8 @@ def follow(plan: Plan) -> None:
     around(CoAtNet, "forward_features", "forward", plan)
     around(torch.Tensor, "backward", "backward", plan)
     around(Metrics, "update", "evaluation", plan)
-    around(saver.Saver, "begin", "save", plan)
-    around(saver, "write_part", "writing", plan)
+    around(async_checkpoint.Saver, "begin", "save", plan)
+    around(async_checkpoint, "write_part", "writing", plan)
 
 
 def run() -> int:

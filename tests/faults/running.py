@@ -10,7 +10,7 @@ from typing import Any
 from tests.training import launching
 
 from coatnet.training.checkpoint import Checkpoint, load_checkpoint, published
-from coatnet.training.recipe import Recipe
+from coatnet.training.config import Recipe
 
 PROGRAM = Path(__file__).parent / "process.py"
 # A checkpoint after every step, an evaluation after every fourth, ten steps.

@@ -13,10 +13,10 @@ def passes(*chosen: str) -> None:
     assert ended.returncode == 0, ended.stdout[-3000:]
 
 
-@pytest.mark.fault("B3", "a NaN picture on one of two processes (DDP, FSDP2)", "both stop, no weight moved")
+@pytest.mark.fault("B3", "a NaN image on one of two processes (DDP, FSDP2)", "both stop, no weight moved")
 @pytest.mark.fault("B8", "stopped after step 3 of 6: 1 process, DDP, FSDP2, accumulating", "bit for bit")
 def test_two_processes():
-    passes("tests/training/parallel/test_processes.py")
+    passes("tests/training/distributed/test_processes.py")
 
 
 @pytest.mark.fault("B8", "one process stopped, or killed, and started again", "bit for bit the run never stopped")
@@ -26,7 +26,7 @@ def test_one_process():
 
 @pytest.mark.fault("B12", "checkpoints with a missing, cut, flipped, foreign or future file", "the one before, loudly")
 def test_damaged_checkpoints():
-    passes("tests/training/test_checkpoint.py", "tests/training/test_saver.py")
+    passes("tests/training/test_checkpoint.py", "tests/training/test_async_checkpoint.py")
 
 
 @pytest.mark.fault("B13", "a logger that raises or hangs", "one line, training goes on")
@@ -36,9 +36,9 @@ def test_loggers():
 
 @pytest.mark.fault("B15", "schedule, decay groups and average by value", "equal to their formulas")
 def test_optimization():
-    passes("tests/training/test_optimization.py")
+    passes("tests/training/test_optimizer.py")
 
 
 @pytest.mark.fault("B16", "recipes with unknown keys, wrong types, NaN, alias bombs, 10 MB", "the key by its name")
 def test_recipes():
-    passes("tests/training/test_values.py")
+    passes("tests/training/test_config_parsing.py")

@@ -16,7 +16,7 @@ def losses(out):
     return {record["step"]: record["loss"] for record in log(out) if "loss" in record}
 
 
-@pytest.mark.fault("B9", "two processes, then four, then one (FSDP2)", "loads; the same pictures; losses within 10 %")
+@pytest.mark.fault("B9", "two processes, then four, then one (FSDP2)", "loads; the same images; losses within 10 %")
 @pytest.mark.timeout(300)
 def test_a_sharded_run_goes_on_with_four_processes_and_with_one(tmp_path):
     whole = run(tmp_path, recipe=SHARDED, processes=2, out=tmp_path / "whole")

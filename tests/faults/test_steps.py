@@ -14,11 +14,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_finite_weights(tmp_path):
 
 
 @pytest.mark.fault(
-    "B3", "a NaN picture at step 4 on one of two processes", "both stop, exit 2, its batch in the log; resumable"
+    "B3", "a NaN image at step 4 on one of two processes", "both stop, exit 2, its batch in the log; resumable"
 )
 @pytest.mark.timeout(120)
-def test_a_picture_of_nan_is_traced_to_its_batch(tmp_path):
-    ended = run(tmp_path, event("step", 4, "spoil_picture", rank=1), processes=2)
+def test_a_image_of_nan_is_traced_to_its_batch(tmp_path):
+    ended = run(tmp_path, event("step", 4, "spoil_image", rank=1), processes=2)
     assert ended.codes == [2, 2] and ended.output.count("nothing was updated") == 1, ended.output
     assert last_step(ended.out) <= 3
     (record,) = [record for record in log(ended.out) if "not_finite" in record]
@@ -31,7 +31,7 @@ def test_a_picture_of_nan_is_traced_to_its_batch(tmp_path):
 @pytest.mark.timeout(120)
 def test_a_step_that_is_not_finite_is_left_out_within_the_budget(tmp_path):
     recipe = replace(RECIPE, non_finite_budget=1)
-    ended = run(tmp_path, event("step", 4, "spoil_picture", rank=1), recipe=recipe, processes=2)
+    ended = run(tmp_path, event("step", 4, "spoil_image", rank=1), recipe=recipe, processes=2)
     assert ended.code == 0 and ended.output.count("the step is left out") == 1, ended.output
     checkpoint = last_checkpoint(ended.out)
     assert checkpoint.state["position"]["left_out"] == 1 and last_step(ended.out) == LAST_STEP
@@ -42,7 +42,7 @@ def test_a_step_that_is_not_finite_is_left_out_within_the_budget(tmp_path):
 def test_exhausted_memory_is_told_with_what_would_need_less(tmp_path):
     ended = run(tmp_path, event("forward", 5, "exhaust_memory"))
     assert ended.code == 2 and "Traceback" not in ended.output
-    assert "out of memory with 32 pictures of 8 pixels at once. Give micro_batch_size 16" in ended.output
+    assert "out of memory with 32 images of 8 pixels at once. Give micro_batch_size 16" in ended.output
     assert 1 <= last_step(ended.out) <= 4
 
 
@@ -50,7 +50,7 @@ def test_exhausted_memory_is_told_with_what_would_need_less(tmp_path):
 @pytest.mark.timeout(120)
 def test_exhausted_memory_of_one_process_ends_both(tmp_path):
     ended = run(tmp_path, event("forward", 5, "exhaust_memory", rank=1), processes=2, seconds=60)
-    assert ended.code != 0 and "out of memory with 16 pictures" in ended.output
+    assert ended.code != 0 and "out of memory with 16 images" in ended.output
     assert 1 <= last_step(ended.out) <= 4
 
 
@@ -70,9 +70,7 @@ def test_a_folder_that_is_removed_does_not_end_the_training(tmp_path):
     assert last_step(ended.out) == LAST_STEP
 
 
-@pytest.mark.fault(
-    "B11", "a batch of 31 for two processes, an odd number of held-out pictures", "no hang, exact counts"
-)
+@pytest.mark.fault("B11", "a batch of 31 for two processes, an odd number of held-out images", "no hang, exact counts")
 @pytest.mark.timeout(120)
 def test_uneven_shares_hang_nothing_and_count_exactly(tmp_path):
     recipe = replace(RECIPE, batch_size=31, micro_batch_size=5, validation_fraction=0.11)

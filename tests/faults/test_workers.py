@@ -9,17 +9,17 @@ from PIL import Image
 from tests.data.loaders import train
 from tests.faults.running import RECIPE, event, last_step, run
 
-from coatnet.data import loading
-from coatnet.data.bad_images import BadImages
+from coatnet.data import loader
 from coatnet.data.folder import open_folder
+from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 
 ON_FILES = replace(RECIPE, num_workers=2, evaluate_every=1000, epochs=2.5, batch_size=16)
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """64 pictures of two classes."""
+def images(tmp_path):
+    """64 images of two classes."""
     root = tmp_path / "pictures"
     for index in range(64):
         path = root / "ab"[index % 2] / f"{index}.png"
@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 
 class Raising:
-    """A dataset of which one picture is a mistake of ours."""
+    """A dataset of which one image is a mistake of ours."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -48,18 +48,18 @@ class Raising:
         return self.dataset.read(index)
 
 
-@pytest.mark.fault("B1", "a worker raises", "the error, its traceback and the picture's number")
-def test_an_error_in_a_worker_names_the_picture(pictures):
-    dataset = Raising(open_folder(pictures, 0.1).training)
-    with pytest.raises(ZeroDivisionError, match=r"(?s)a mistake of ours.*while reading picture 7 of"):
+@pytest.mark.fault("B1", "a worker raises", "the error, its traceback and the image's number")
+def test_an_error_in_a_worker_names_the_image(images):
+    dataset = Raising(open_folder(images, 0.1).training)
+    with pytest.raises(ZeroDivisionError, match=r"(?s)a mistake of ours.*while reading image 7 of"):
         train(dataset, num_steps=20, num_workers=2, bad_images=BadImages(64))
 
 
 @pytest.mark.fault(
     "B1", "a worker is killed", "one line, exit 2, the last checkpoint whole; the same command completes"
 )
-def test_a_killed_worker_ends_the_run_in_one_line(pictures, tmp_path):
-    recipe = replace(ON_FILES, data=str(pictures))
+def test_a_killed_worker_ends_the_run_in_one_line(images, tmp_path):
+    recipe = replace(ON_FILES, data=str(images))
     ended = run(tmp_path, event("step", 4, "kill_worker"), recipe=recipe)
     assert ended.code == 2, ended.output
     assert "a worker process stopped, perhaps for lack of memory" in ended.output and "Traceback" not in ended.output
@@ -67,11 +67,11 @@ def test_a_killed_worker_ends_the_run_in_one_line(pictures, tmp_path):
     assert run(tmp_path, recipe=recipe).code == 0
 
 
-@pytest.mark.fault("B1", "a worker hangs (every file a pipe nobody writes into)", "one line that names the picture")
-def test_a_worker_that_hangs_ends_the_run_after_a_while(pictures, monkeypatch):
-    monkeypatch.setattr(loading, "PATIENCE", 3.0)
-    dataset = open_folder(pictures, 0.1).training
-    for path in pictures.rglob("*.png"):
+@pytest.mark.fault("B1", "a worker hangs (every file a pipe nobody writes into)", "one line that names the image")
+def test_a_worker_that_hangs_ends_the_run_after_a_while(images, monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 3.0)
+    dataset = open_folder(images, 0.1).training
+    for path in images.rglob("*.png"):
         path.unlink()
         os.mkfifo(path)
     with pytest.raises(UserError, match=r"nothing came for 3 s: a worker process hangs.*\.png"):
@@ -80,8 +80,8 @@ def test_a_worker_that_hangs_ends_the_run_after_a_while(pictures, monkeypatch):
 
 @pytest.mark.fault("B1", "SIGTERM to torchrun while workers read (it goes to the workers too)", "saved, exit 143")
 @pytest.mark.timeout(120)
-def test_a_signal_to_the_whole_group_does_not_end_the_workers_first(pictures, tmp_path):
-    recipe = replace(ON_FILES, data=str(pictures), epochs=25)
+def test_a_signal_to_the_whole_group_does_not_end_the_workers_first(images, tmp_path):
+    recipe = replace(ON_FILES, data=str(images), epochs=25)
     injected = event("forward", 4, "send", name="SIGTERM", to="parent")
     ended = run(tmp_path, injected, recipe=recipe, processes=2)
     assert ended.codes == [143, 143], ended.output
@@ -90,8 +90,8 @@ def test_a_signal_to_the_whole_group_does_not_end_the_workers_first(pictures, tm
 
 @pytest.mark.fault("B2", "/dev/shm of 1 MB", "one line with the remedy, exit 2, instead of SIGBUS")
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounting needs root and unshare")
-def test_a_shared_memory_too_small_is_told_before_the_training(pictures, tmp_path):
-    recipe = replace(ON_FILES, data=str(pictures), resolution=160)
+def test_a_shared_memory_too_small_is_told_before_the_training(images, tmp_path):
+    recipe = replace(ON_FILES, data=str(images), resolution=160)
     small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     ended = run(tmp_path, recipe=recipe, prefix=("unshare", "--mount", "sh", "-c", small, "sh"))
     if "mount:" in ended.output or "unshare:" in ended.output:

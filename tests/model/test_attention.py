@@ -12,7 +12,7 @@ from coatnet.model.attention import (
     PlainAttention,
     PostRelativeAttention,
     RelativeAttention,
-    attend,
+    scaled_dot_product_attention,
 )
 from coatnet.model.relative_bias import RelativeBias, pairs, pairs_as_one_operation, resample
 
@@ -72,8 +72,10 @@ def test_plain_attention_is_relative_attention_with_a_zero_table():
 def test_our_product_equals_torchs_fused_attention():
     q, k, v = torch.randn(3, 2, 3, N, 8, dtype=torch.float64)
     bias = torch.randn(3, N, N, dtype=torch.float64)
-    torch.testing.assert_close(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(
+        scaled_dot_product_attention(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    )
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_the_bias_matrix_is_block_toeplitz():
@@ -146,7 +148,7 @@ def test_local_attention_is_masked_global_attention(relative_bias):
             if abs(i - i2) <= radius and abs(j - j2) <= radius:
                 table = local.relative_bias.table if relative_bias else torch.zeros(3, 3, 3)
                 bias[:, n, m] = table[:, i - i2 + radius, j - j2 + radius].detach()
-    torch.testing.assert_close(local(x), local.merge(attend(*local.split(x), bias), grid))
+    torch.testing.assert_close(local(x), local.merge(scaled_dot_product_attention(*local.split(x), bias), grid))
 
 
 def test_local_attention_never_holds_a_matrix_of_all_pairs():

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from coatnet.arguments.train import train_arguments
+from coatnet.cli.arguments.train import train_arguments
 from coatnet.planning.launchers import LAUNCHERS, SAVING_SECONDS, Launch
 
 ARGUMENTS = ("train", "jft-3b", "--model", "coatnet-7", "--micro_batch_size", "16", "--parallelism", "hsdp")

@@ -10,10 +10,10 @@ import torch
 from benchmarks import plan_memory
 
 from coatnet.model.complexity import complexity
-from coatnet.planning.live_memory import LiveMemory
 from coatnet.planning.memory import rehearse
-from coatnet.training.parallel.processes import Processes
-from coatnet.training.recipe import Recipe
+from coatnet.planning.memory_tracker import MemoryTracker
+from coatnet.training.config import Recipe
+from coatnet.training.distributed.processes import Processes
 
 ONE, MANY = Processes(), Processes(world_size=16, local_world_size=8)
 
@@ -86,7 +86,7 @@ def test_micro_batches_take_less_memory_and_the_same_arithmetic():
 
 
 def test_the_peak_is_where_most_is_alive_at_once():
-    memory = LiveMemory()
+    memory = MemoryTracker()
     with memory:
         kept = torch.zeros(100)
         memory.label("kept", [kept])

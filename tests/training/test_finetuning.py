@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 
 import coatnet
 from coatnet.bundle import Bundle
-from coatnet.cli import main
+from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing, TrainingTransform
 from coatnet.errors import UserError
-from coatnet.model.coatnet import create_model
+from coatnet.model.network import create_model
 from coatnet.training.checkpoint import load_checkpoint, published
-from coatnet.training.fitting import fit_to
+from coatnet.training.config import Recipe, parts
+from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.learner import Learner
-from coatnet.training.optimization import Optimization, parameter_groups
-from coatnet.training.recipe import Recipe, parts
-from coatnet.training.recipes import named
+from coatnet.training.optimizer import Optimization, parameter_groups
+from coatnet.training.recipes.registry import named
 from coatnet.training.trainer import train
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -81,13 +81,13 @@ def finetune(init, **changes):
 
 def fitted_learner(recipe, init, splits=None):
     splits = splits or coatnet.open_dataset(recipe.data)
-    return Learner(fit_to(recipe, splits, init), splits.training, init)
+    return Learner(resolve(recipe, splits, init), splits.training, init)
 
 
-def splits_of(pictures, classes=DIGITS, name="pictures", *, multilabel=False):
-    labels = np.arange(len(pictures)) % len(classes)
+def splits_of(images, classes=DIGITS, name="pictures", *, multilabel=False):
+    labels = np.arange(len(images)) % len(classes)
     labels = np.eye(len(classes), dtype=np.uint8)[labels] if multilabel else labels
-    return Splits(name, *(ArrayDataset(name, classes, pictures, labels) for _ in range(2)))
+    return Splits(name, *(ArrayDataset(name, classes, images, labels) for _ in range(2)))
 
 
 def noise(*shape):
@@ -129,24 +129,24 @@ def test_the_average_starts_from_the_weights_of_the_bundle():
 def test_the_preprocessing_is_the_bundles_unless_the_recipe_gives_one():
     start = learned(crop="squash", crop_fraction=0.8, interpolation="bilinear", resolution=12)
     splits = coatnet.open_dataset("digits")
-    assert parts(fit_to(finetune("x"), splits, start)).preprocessing == start.preprocessing
+    assert parts(resolve(finetune("x"), splits, start)).preprocessing == start.preprocessing
     given = finetune("x", preprocessing={"crop": "center"}, resolution=16)
     expected = replace(start.preprocessing, crop="center", resolution=16)
-    assert parts(fit_to(given, splits, start)).preprocessing == expected
+    assert parts(resolve(given, splits, start)).preprocessing == expected
 
 
 def test_a_folder_is_stored_by_its_full_path_and_an_id_as_it_is(letters, monkeypatch):
     splits, start = coatnet.open_dataset("digits"), learned()
     monkeypatch.chdir(letters.parent)
-    assert fit_to(finetune("letters"), splits, start).init == str(letters)
+    assert resolve(finetune("letters"), splits, start).init == str(letters)
     for init in ("timm/coatnet_0_rw_224.sw_in1k", "timm/coatnet_0_rw_224.sw_in1k@v1.0"):
-        fitted = fit_to(finetune(init), splits, start)
+        fitted = resolve(finetune(init), splits, start)
         assert fitted.init == init
-        assert fit_to(Recipe.from_dict(fitted.to_dict()), splits, start) == fitted
+        assert resolve(Recipe.from_dict(fitted.to_dict()), splits, start) == fitted
 
 
 @pytest.mark.parametrize(("name", "flip_rate"), [("letters", 0.0), ("fashion-mnist", 0.5)])
-def test_small_grey_pictures_are_enlarged_and_shifted_for_a_colour_model_of_224_pixels(name, flip_rate):
+def test_small_grey_images_are_enlarged_and_shifted_for_a_colour_model_of_224_pixels(name, flip_rate):
     start = learned(variant="coatnet-femto", resolution=224, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     splits = splits_of(noise(40, 28, 28), name=name)
     recipe = finetune("x", data="fashion-mnist-small", batch_size=2)
@@ -156,14 +156,14 @@ def test_small_grey_pictures_are_enlarged_and_shifted_for_a_colour_model_of_224_
     assert (augmentation.placement, augmentation.shift) == ("shift", 8)  # 1 of 28 pixels, enlarged
     assert (augmentation.flip_rate, augmentation.rand_augment_layers, mixing.mixup_alpha) == (flip_rate, 0, 0.0)
     transform = TrainingTransform(preprocessing, augmentation)
-    images = torch.stack([transform(splits.training.pictures[i], seed=i) for i in range(2)])
+    images = torch.stack([transform(splits.training.images[i], seed=i) for i in range(2)])
     assert images.shape == (2, 3, 224, 224)
     loss, _ = learner.step(images, torch.arange(2), step=0, learning_rate=1e-4)
     assert np.isfinite(loss)
 
 
 def test_photographs_for_a_small_model_are_still_shifted_and_mirrored():
-    fitted = fit_to(finetune("x"), splits_of(noise(40, 100, 100)), learned())
+    fitted = resolve(finetune("x"), splits_of(noise(40, 100, 100)), learned())
     assert (parts(fitted).augmentation.placement, parts(fitted).augmentation.flip_rate) == ("shift", 0.5)
 
 
@@ -217,12 +217,12 @@ def test_every_block_has_its_own_learning_rate_and_every_parameter_one_group(var
 
 
 def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(letters, tmp_path, capsys):
-    pictures, out = tmp_path / "pictures", tmp_path / "run"
+    images, out = tmp_path / "pictures", tmp_path / "run"
     for number, level in enumerate(np.linspace(20, 220, 40)):
-        path = pictures / ("bright" if number >= 20 else "dark") / f"{number}.png"
+        path = images / ("bright" if number >= 20 else "dark") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((level + noise(9, 9) / 9).astype(np.uint8)).save(path)
-    arguments = ["--init", str(letters), "--data", str(pictures), "--out", str(out), "--epochs", "6"]
+    arguments = ["--init", str(letters), "--data", str(images), "--out", str(out), "--epochs", "6"]
     arguments += ["--num_workers", "0", "--freeze", "stem,stages.0"]
     assert main(["train", "finetune", *arguments]) == 0
     opening = capsys.readouterr().err
@@ -329,10 +329,10 @@ def test_a_frozen_classifier_can_not_learn_first():
 
 def test_the_same_classes_with_labels_of_another_kind_are_refused_and_other_classes_are_not():
     tagged = splits_of(noise(40, 8, 8), multilabel=True)
-    with pytest.raises(UserError, match="pictures has several labels a picture, but init learned the same classes"):
-        fit_to(finetune("x"), tagged, learned(DIGITS))
-    with pytest.raises(UserError, match="pictures has one label a picture, but init learned the same classes"):
-        fit_to(finetune("x"), splits_of(noise(40, 8, 8)), learned(DIGITS, multilabel=True))
+    with pytest.raises(UserError, match="images has several labels an image, but init learned the same classes"):
+        resolve(finetune("x"), tagged, learned(DIGITS))
+    with pytest.raises(UserError, match="images has one label an image, but init learned the same classes"):
+        resolve(finetune("x"), splits_of(noise(40, 8, 8)), learned(DIGITS, multilabel=True))
     learner = fitted_learner(finetune("x"), learned(LETTERS), tagged)
     assert learner.recipe.loss == "sigmoid"
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 import coatnet
-from coatnet.training.fitting import fit_to
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interruption
 from coatnet.training.learner import Learner, NotFinite
-from coatnet.training.recipe import Recipe
 
 RECIPE = Recipe(data="digits", stochastic_depth=0.0, precision="fp32", ema_decay=0.9)
 
 
 def learner(recipe=RECIPE):
     splits = coatnet.open_dataset("digits")
-    return Learner(fit_to(recipe, splits), splits.training, None)
+    return Learner(resolve(recipe, splits), splits.training, None)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update():

@@ -10,8 +10,8 @@ import pytest
 
 from coatnet.errors import UserError
 from coatnet.training import loggers
+from coatnet.training.config import Recipe
 from coatnet.training.loggers import Loggers, check_loggers, open_loggers
-from coatnet.training.recipe import Recipe
 from coatnet.training.trainer import train
 
 CONFIG = {"name": "scratch", "optimizer": {"learning_rate": 0.002, "betas": [0.9, 0.999]}}

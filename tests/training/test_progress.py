@@ -13,7 +13,7 @@ from fcntl import ioctl
 from rich.console import Console
 
 from coatnet.training import progress
-from coatnet.training.recipe import Recipe
+from coatnet.training.config import Recipe
 from coatnet.training.trainer import train
 
 COMMAND = [sys.executable, "-m", "coatnet", "train", "--data", "digits", "--epochs", "0.5"]

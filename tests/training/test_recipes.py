@@ -1,4 +1,4 @@
-"""Named recipes and changes of them; `fit_to` fills in what they leave open and keeps what is given."""
+"""Named recipes and changes of them; `resolve` fills in what they leave open and keeps what is given."""
 
 import numpy as np
 import pytest
@@ -6,39 +6,39 @@ import pytest
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.training.fitting import fit_epochs, fit_learning_rate, fit_to, steps_of
-from coatnet.training.recipe import Recipe, parts
-from coatnet.training.recipes import RECIPES, named
+from coatnet.training.config import Recipe, parts
+from coatnet.training.defaults import fit_epochs, fit_learning_rate, resolve, steps_of
+from coatnet.training.recipes.registry import RECIPES, named
 
 
 def splits_of(side=28, channels=1, number=60, name="pictures", num_classes=3):
     shape = (number, side, side) if channels == 1 else (number, side, side, channels)
-    pictures = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(number) % num_classes
     classes = [f"class {k}" for k in range(num_classes)]
-    return Splits(name, *(ArrayDataset(name, classes, pictures, labels) for _ in range(2)))
+    return Splits(name, *(ArrayDataset(name, classes, images, labels) for _ in range(2)))
 
 
 def test_the_largest_models_of_a_column_have_their_own_values():
-    fitted = fit_to(named("imagenet-1k", {"data": "x", "model": "coatnet-3"}), splits_of(32, 3))
+    fitted = resolve(named("imagenet-1k", {"data": "x", "model": "coatnet-3"}), splits_of(32, 3))
     assert fitted.stochastic_depth == 0.7
     by_model = RECIPES["imagenet-1k-384"].by_model["coatnet-3"]
     assert by_model["augmentation"] == {"rand_augment_magnitude": 20}
-    fitted = fit_to(named("jft", {"data": "x", "model": "coatnet-5"}), splits_of(32, 3))
+    fitted = resolve(named("jft", {"data": "x", "model": "coatnet-5"}), splits_of(32, 3))
     assert (fitted.stochastic_depth, parts(fitted).optimizer.learning_rate) == (0.0, 5e-4)
 
 
 def test_a_fitted_recipe_leaves_nothing_open_and_fits_to_itself():
     splits = splits_of()
-    fitted = fit_to(Recipe(data="digits"), splits)
+    fitted = resolve(Recipe(data="digits"), splits)
     for name in ("resolution", "channels", "epochs", "batch_size", "stochastic_depth", "ema_decay", "loss"):
         assert getattr(fitted, name) is not None, name
-    assert fit_to(fitted, splits) == fitted
-    assert fit_to(Recipe.from_dict(fitted.to_dict()), splits).to_dict() == fitted.to_dict()
+    assert resolve(fitted, splits) == fitted
+    assert resolve(Recipe.from_dict(fitted.to_dict()), splits).to_dict() == fitted.to_dict()
 
 
-def test_small_pictures_keep_their_size_and_colour_and_are_shifted():
-    fitted = fit_to(Recipe(data="digits"), splits_of(28, 1))
+def test_small_images_keep_their_size_and_colour_and_are_shifted():
+    fitted = resolve(Recipe(data="digits"), splits_of(28, 1))
     preprocessing, augmentation = parts(fitted).preprocessing, parts(fitted).augmentation
     assert (preprocessing.resolution, preprocessing.channels, preprocessing.crop_fraction) == (28, 1, 1.0)
     assert preprocessing.mean == pytest.approx((0.5,), abs=0.02)
@@ -51,12 +51,12 @@ def test_small_pictures_keep_their_size_and_colour_and_are_shifted():
     [("letters", 28, 1, 0.0), ("fashion-mnist", 28, 1, 0.5), ("birds", 32, 3, 0.5), ("photos", 200, 3, 0.5)],
 )
 def test_only_small_grey_signs_are_not_mirrored(name, side, channels, flip_rate):
-    fitted = fit_to(Recipe(data="digits"), splits_of(side, channels, name=name))
+    fitted = resolve(Recipe(data="digits"), splits_of(side, channels, name=name))
     assert parts(fitted).augmentation.flip_rate == flip_rate
 
 
 def test_photographs_are_cropped():
-    fitted = fit_to(Recipe(data="digits"), splits_of(240, 3))
+    fitted = resolve(Recipe(data="digits"), splits_of(240, 3))
     assert parts(fitted).preprocessing.resolution == 128
     assert parts(fitted).augmentation.placement == "crop"
     assert parts(fitted).augmentation.rand_augment_layers == 2
@@ -65,38 +65,38 @@ def test_photographs_are_cropped():
 def test_what_is_given_is_kept():
     given = {"data": "digits", "epochs": 3, "resolution": 20, "optimizer": {"learning_rate": 0.5}}
     given |= {"augmentation": {"shift": 7}, "preprocessing": {"mean": [0.25], "std": [0.125]}}
-    fitted = fit_to(Recipe.from_dict(given), splits_of())
+    fitted = resolve(Recipe.from_dict(given), splits_of())
     optimizer, _, augmentation, _, preprocessing = parts(fitted)
     assert (fitted.epochs, optimizer.learning_rate, augmentation.shift) == (3, 0.5, 7)
     assert (preprocessing.resolution, preprocessing.mean, augmentation.placement) == (20, (0.25,), "shift")
 
 
-def test_several_labels_a_picture_mean_the_sigmoid_loss_without_smoothing():
+def test_several_labels_a_image_mean_the_sigmoid_loss_without_smoothing():
     splits = splits_of()
     labels = np.eye(3, dtype=np.uint8)[splits.training.labels]
-    training = ArrayDataset("tags", splits.classes, splits.training.pictures, labels)
-    fitted = fit_to(Recipe(data="digits"), Splits("tags", training, training))
+    training = ArrayDataset("tags", splits.classes, splits.training.images, labels)
+    fitted = resolve(Recipe(data="digits"), Splits("tags", training, training))
     assert (fitted.loss, parts(fitted).mixing.label_smoothing) == ("sigmoid", 0.0)
 
 
 def test_contradictions_are_refused():
     with pytest.raises(UserError, match="channels is 3, but preprocessing has 1"):
-        fit_to(Recipe(data="digits", channels=3, preprocessing={"mean": [0.5], "std": [0.5]}), splits_of())
+        resolve(Recipe(data="digits", channels=3, preprocessing={"mean": [0.5], "std": [0.5]}), splits_of())
     with pytest.raises(UserError, match="starts from a bundle"):
-        fit_to(named("imagenet-1k-384", {"data": "digits"}), splits_of())
+        resolve(named("imagenet-1k-384", {"data": "digits"}), splits_of())
     with pytest.raises(UserError, match=r"scratsh.*did you mean 'scratch'"):
         named("scratsh")
 
 
-def test_many_small_pictures_are_erased_in_part_and_few_are_not():
+def test_many_small_images_are_erased_in_part_and_few_are_not():
     rates = [
-        parts(fit_to(Recipe(data="digits"), splits_of(8, number=number))).augmentation.erasing_rate
+        parts(resolve(Recipe(data="digits"), splits_of(8, number=number))).augmentation.erasing_rate
         for number in (60, 19_999, 20_000)
     ]
     assert rates == [0.0, 0.0, 0.5]
 
 
-def test_fewer_pictures_are_seen_more_often_but_fewer_steps_are_made():
+def test_fewer_images_are_seen_more_often_but_fewer_steps_are_made():
     numbers = (100, 1_600, 10_000, 60_000, 1_281_167)
     epochs = [fit_epochs(number, 64, finetune=False) for number in numbers]
     assert epochs == sorted(epochs, reverse=True)

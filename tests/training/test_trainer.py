@@ -20,10 +20,10 @@ import coatnet
 from coatnet.errors import UserError
 from coatnet.training import session
 from coatnet.training.checkpoint import load_checkpoint, published
-from coatnet.training.fitting import fit_to
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.learner import Learner
-from coatnet.training.recipe import Recipe
 from coatnet.training.trainer import train
 
 # Everything that could make a difference between two runs is switched on.
@@ -220,7 +220,7 @@ def test_a_run_folder_holds_what_is_promised(whole):
     assert bundle.record["report"]["figures"] == dict(report.figures)
 
 
-def pictures_with_bad_ones(root):
+def images_with_bad_ones(root):
     """Twelve in train/ and six in val/, four of them bad in both."""
     for split, number in (("train", 12), ("val", 6)):
         for index in range(number):
@@ -232,16 +232,16 @@ def pictures_with_bad_ones(root):
     return root
 
 
-def test_a_run_with_too_many_bad_pictures_says_so_and_goes_on_with_a_larger_budget(tmp_path):
-    recipe = Recipe(data=str(pictures_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
-    with pytest.raises(UserError, match=r"of 18 pictures cannot be used, 1 may be \(bad_image_budget 0.001"):
+def test_a_run_with_too_many_bad_images_says_so_and_goes_on_with_a_larger_budget(tmp_path):
+    recipe = Recipe(data=str(images_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
+    with pytest.raises(UserError, match=r"of 18 images cannot be used, 1 may be \(bad_image_budget 0.001"):
         train(recipe, tmp_path / "run", console=Told())
     console = Told()
     report = train(replace(recipe, bad_image_budget=0.5), tmp_path / "run", console=console)
     assert len(report.bad_images) == 8
     counts = [record["bad_images"] for record in log(tmp_path / "run") if "top1" in record]
     assert counts == sorted(counts) and counts[-1] == 8
-    assert "8 pictures could not be used" in console.text
+    assert "8 images could not be used" in console.text
 
 
 def test_a_limit_in_minutes_ends_with_a_measured_bundle(tmp_path):
@@ -272,7 +272,7 @@ def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(wh
         train(replace(recipe, model="coatnet-0"), tmp_path / "other", console=Told())
     assert not (tmp_path / "other").exists()
     fresh = Learner(
-        fit_to(recipe, coatnet.open_dataset("digits"), start), coatnet.open_dataset("digits").training, start
+        resolve(recipe, coatnet.open_dataset("digits"), start), coatnet.open_dataset("digits").training, start
     )
     for name, value in fresh.model.state_dict().items():
         assert torch.equal(value, start.model.state_dict()[name]), name  # the same classes keep their classifier

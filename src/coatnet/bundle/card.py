@@ -27,13 +27,13 @@ def model_card(bundle: Bundle) -> str:
     }
     names = ", ".join(map(_text, bundle.classes[:_MOST_NAMES]))
     more = len(bundle.classes) - _MOST_NAMES
-    crop = "the middle" if seen.crop == "center" else "the whole picture, squashed to a square"
+    crop = "the middle" if seen.crop == "center" else "the whole image, squashed to a square"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {_text(model.variant.name)}: {len(bundle.classes):,} classes",
-        f"A CoAtNet of {parameters / 1e6:,.2f} M parameters that gives a picture {kind} below.",
+        f"A CoAtNet of {parameters / 1e6:,.2f} M parameters that gives an image {kind} below.",
         _figures(bundle.record.get("report")),
-        "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder picture.jpg\n```\n\n"
+        "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder image.jpg\n```\n\n"
         '```python\nimport coatnet\n\nbundle = coatnet.load("path/to/this/folder")\n'
         "bundle.model, bundle.classes, bundle.preprocessing\n```",
         f"## What it sees\n\n{crop[0].upper() + crop[1:]}, {seen.resolution} x {seen.resolution} pixels, "

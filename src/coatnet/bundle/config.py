@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from coatnet.bundle.json_validation import read_preprocessing, read_table
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.model.coatnet import CoAtNet, create_model
-from coatnet.weights.checked_json import read_preprocessing, read_table
+from coatnet.model.network import CoAtNet, create_model
 
 FORMAT = 1
 _KEYS = {"format", "architecture", "num_classes", "num_features", "model_args", "multilabel"}

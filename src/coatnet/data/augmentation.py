@@ -1,6 +1,6 @@
-"""The random changes of training pictures, each a pure function of the pictures and one seed a picture.
+"""The random changes of training images, each a pure function of the images and one seed an image.
 
-Shapes: B batch, C channels, H W the picture. Each change draws from a stream of its own, so that switching
+Shapes: B batch, C channels, H W the image. Each change draws from a stream of its own, so that switching
 one off leaves the others as they were.
 """
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coatnet.data.order import Words, expand_words, uniform
+from coatnet.data.sampler import Words, expand_words, uniform
 
 Range = tuple[float, float]
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -25,26 +25,26 @@ _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _ERASED_AREA = (
     0.02,
     1 / 3,
-)  # of the picture, and the ratios below: Zhong et al. 2017, "Random Erasing", section 4
+)  # of the image, and the ratios below: Zhong et al. 2017, "Random Erasing", section 4
 _ERASED_RATIO = (0.3, 3.3)
 
 
-def flip(pictures: Tensor, seeds: Words, rate: float) -> Tensor:
-    """Mirror left and right, each picture of (B, C, H, W) with probability `rate`."""
+def flip(images: Tensor, seeds: Words, rate: float) -> Tensor:
+    """Mirror left and right, each image of (B, C, H, W) with probability `rate`."""
     chosen = np.flatnonzero(_draw(seeds, _FLIP, 1)[:, 0] < rate)
-    if len(chosen) in (0, len(pictures)):  # always so where pictures come one by one
-        return pictures.flip(-1) if len(chosen) else pictures
-    mirrored = pictures.clone()
-    mirrored[chosen] = pictures[chosen].flip(-1)
+    if len(chosen) in (0, len(images)):  # always so where images come one by one
+        return images.flip(-1) if len(chosen) else images
+    mirrored = images.clone()
+    mirrored[chosen] = images[chosen].flip(-1)
     return mirrored
 
 
-def shift(pictures: Tensor, seeds: Words, limit: int) -> Tensor:
-    """Move each picture of (B, C, H, W) by up to `limit` pixels both ways; what moves in is black."""
+def shift(images: Tensor, seeds: Words, limit: int) -> Tensor:
+    """Move each image of (B, C, H, W) by up to `limit` pixels both ways; what moves in is black."""
     if limit == 0:
-        return pictures
-    height, width = pictures.shape[-2:]
-    padded = np.pad(pictures.numpy(), ((0, 0), (0, 0), (limit, limit), (limit, limit)))
+        return images
+    height, width = images.shape[-2:]
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (limit, limit), (limit, limit)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))  # (B, C, dy, dx, H, W)
     top, left = (_draw(seeds, _SHIFT, 2) * (2 * limit + 1)).astype(np.int64).T
     return torch.from_numpy(windows[np.arange(len(top)), :, top, left])
@@ -55,13 +55,13 @@ def crop_boxes(size: Sequence[int], seeds: Words, *, scale: Range, ratio: Range)
     return [_crop_box(size[0], size[1], numbers, scale, ratio) for numbers in _draw(seeds, _CROP, 4 * _CROP_ATTEMPTS)]
 
 
-def rand_augment(pictures: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int]) -> Tensor:
+def rand_augment(images: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int]) -> Tensor:
     """RandAugment (Cubuk et al. 2019) of each of uint8 (B, C, H, W); uncovered pixels become `fill`."""
     transform = _rand_augment(layers, magnitude, tuple(fill))
     changed = []
-    for picture, word in zip(pictures, expand_words(seeds ^ _RAND_AUGMENT, 1)[:, 0], strict=True):
+    for image, word in zip(images, expand_words(seeds ^ _RAND_AUGMENT, 1)[:, 0], strict=True):
         with _torch_seeded(int(word)):
-            changed.append(transform(picture))
+            changed.append(transform(image))
     return torch.stack(changed)
 
 

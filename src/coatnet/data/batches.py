@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from coatnet.data.datasets import ArrayDataset, Dataset
-from coatnet.data.decoding import BadImage, decode
-from coatnet.data.order import BalancedOrder, Order, hash_words
-from coatnet.data.transforms import EvaluationTransform, Picture, Preprocessing, TrainingTransform, as_pictures
+from coatnet.data.decode import BadImage, decode
+from coatnet.data.sampler import BalancedSampler, EpochSampler, hash_words
+from coatnet.data.transforms import EvaluationTransform, Image, Preprocessing, TrainingTransform, as_images
 from coatnet.errors import UserError
 
-_REPLACEMENTS = 64  # tried for one bad picture; after as many in a row the batch stays short
+_REPLACEMENTS = 64  # tried for one bad image; after as many in a row the batch stays short
 
 
 @dataclass
 class Batch:
-    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), and why each picture left out was no use."""
+    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), and why each image left out was no use."""
 
     images: Tensor
     labels: Tensor
@@ -29,16 +29,16 @@ class Batch:
 
 
 class TrainingBatches:
-    """Batch b of the endless run; a bad picture is replaced by the next good one of the dataset.
+    """Batch b of the endless run; a bad image is replaced by the next good one of the dataset.
 
-    `places` are those of its pictures, 0 to `batch_size` - 1, that are made here, in their order; all if None.
+    `places` are those of its images, 0 to `batch_size` - 1, that are made here, in their order; all if None.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         transform: TrainingTransform,
-        order: Order | BalancedOrder,
+        order: EpochSampler | BalancedSampler,
         batch_size: int,
         seed: int,
         places: NDArray[np.int64] | None = None,
@@ -58,15 +58,15 @@ class TrainingBatches:
         return len(self.places) * bytes_of(self.transform.preprocessing)
 
     def first_index(self, number: int) -> int:
-        """Of the first picture of that batch."""
-        indices, _ = self.order.visits(number * self.batch_size + self.places[:1])
+        """Of the first image of that batch."""
+        indices, _ = self.order.sample(number * self.batch_size + self.places[:1])
         return int(indices[0])
 
     def __getitem__(self, number: int) -> Batch:
-        indices, epochs = self.order.visits(number * self.batch_size + self.places)
+        indices, epochs = self.order.sample(number * self.batch_size + self.places)
         seeds = hash_words(self.seed, epochs, indices)
         if isinstance(self.dataset, ArrayDataset):
-            images = self.transform.batch(as_pictures(self.dataset.pictures[indices]), seeds)
+            images = self.transform.batch(as_images(self.dataset.images[indices]), seeds)
             return _batch(images, self.dataset.labels[indices], indices)
 
         images = empty_images(len(indices), self.transform.preprocessing)
@@ -74,12 +74,12 @@ class TrainingBatches:
         for place, index in enumerate(indices.tolist()):
             for candidate in range(index, index + _REPLACEMENTS):
                 try:
-                    picture, label = read_picture(self.dataset, candidate % len(self.dataset))
+                    image, label = read_image(self.dataset, candidate % len(self.dataset))
                 except BadImage as error:
                     bad[error.name] = error.reason
                     continue
                 at = len(used)
-                self.transform.batch(as_pictures(picture)[None], seeds[place : place + 1], images[at : at + 1])
+                self.transform.batch(as_images(image)[None], seeds[place : place + 1], images[at : at + 1])
                 labels.append(label)
                 used.append(candidate % len(self.dataset))
                 break
@@ -87,7 +87,7 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """Batch b of the dataset in its own order; a bad picture is missing from its batch."""
+    """Batch b of the dataset in its own order; a bad image is missing from its batch."""
 
     def __init__(self, dataset: Dataset, transform: EvaluationTransform, batch_size: int) -> None:
         if batch_size < 1:
@@ -105,23 +105,23 @@ class EvaluationBatches:
         return self.batch_size * bytes_of(self.transform.preprocessing)
 
     def first_index(self, number: int) -> int:
-        """Of the first picture of that batch."""
+        """Of the first image of that batch."""
         return number * self.batch_size
 
     def __getitem__(self, number: int) -> Batch:
         indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
         if isinstance(self.dataset, ArrayDataset):
-            images = self.transform.batch(as_pictures(self.dataset.pictures[indices]))
+            images = self.transform.batch(as_images(self.dataset.images[indices]))
             return _batch(images, self.dataset.labels[indices], indices)
         images = empty_images(len(indices), self.transform.preprocessing)
         labels, used, bad = [], [], {}
         for index in indices.tolist():
             try:
-                picture, label = read_picture(self.dataset, index)
+                image, label = read_image(self.dataset, index)
             except BadImage as error:
                 bad[error.name] = error.reason
                 continue
-            self.transform.batch(as_pictures(picture)[None], images[len(used) : len(used) + 1])
+            self.transform.batch(as_images(image)[None], images[len(used) : len(used) + 1])
             labels.append(label)
             used.append(index)
         return _filled(images, labels, used, bad)
@@ -132,17 +132,17 @@ def bytes_of(preprocessing: Preprocessing) -> int:
     return 4 * preprocessing.channels * preprocessing.resolution**2
 
 
-def read_picture(dataset: Dataset, index: int) -> tuple[Picture, NDArray]:
-    """Pixels and label; raises `BadImage` if the picture cannot be read or decoded."""
+def read_image(dataset: Dataset, index: int) -> tuple[Image, NDArray]:
+    """Pixels and label; raises `BadImage` if the image cannot be read or decoded."""
     try:
         encoded, label = dataset.read(index)
         if isinstance(encoded, bytes):
-            return decode(encoded, dataset.locate(index)), label
+            return decode(encoded, dataset.describe(index)), label
         return encoded, label
     except BadImage:
         raise
     except Exception as error:
-        error.add_note(f"while reading picture {index} of {dataset.name}")
+        error.add_note(f"while reading image {index} of {dataset.name}")
         raise
 
 

@@ -1,4 +1,4 @@
-"""What every source of pictures is: a length, class names, labels, and `read(index)`."""
+"""What every source of images is: a length, class names, labels, and `read(index)`."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.decoding import BadImage
+from coatnet.data.decode import BadImage
 from coatnet.errors import one_line
 
 Encoded = bytes | NDArray[np.uint8]
 
 
 class Dataset(Protocol):
-    """Pictures by number. `labels` are class indices (N,), or 0 and 1 a class (N, K) if multi-label."""
+    """Images by number. `labels` are class indices (N,), or 0 and 1 a class (N, K) if multi-label."""
 
     @property
     def name(self) -> str: ...
@@ -29,48 +29,48 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Encoded, NDArray]:
-        """The encoded bytes or the pixels (H, W) or (H, W, 3) of a picture, and its label.
+        """The encoded bytes or the pixels (H, W) or (H, W, 3) of an image, and its label.
 
-        Raises `BadImage` if the picture cannot be read.
+        Raises `BadImage` if the image cannot be read.
         """
         ...
 
-    def locate(self, index: int) -> str:
-        """How a report names this picture."""
+    def describe(self, index: int) -> str:
+        """How a report names this image."""
         ...
 
 
 class ArrayDataset:
-    """Pictures of one size, held in memory as uint8 (N, H, W) or (N, H, W, 3)."""
+    """Images of one size, held in memory as uint8 (N, H, W) or (N, H, W, 3)."""
 
     def __init__(
         self,
         name: str,
         classes: Sequence[str],
-        pictures: NDArray[np.uint8],
+        images: NDArray[np.uint8],
         labels: NDArray,
         numbers: NDArray[np.int64] | None = None,
     ) -> None:
-        """`numbers` are the pictures' numbers in the set they come from, if this is a part of it."""
+        """`numbers` are the images' numbers in the set they come from, if this is a part of it."""
         self.name = name
         self.classes = tuple(classes)
-        self.pictures = pictures
+        self.images = images
         self.labels = as_labels(labels)
         self.multilabel = self.labels.ndim == 2
-        self.numbers = np.arange(len(pictures)) if numbers is None else numbers
+        self.numbers = np.arange(len(images)) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray]:
-        return self.pictures[index], self.labels[index]
+        return self.images[index], self.labels[index]
 
-    def locate(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return f"{self.name}[{self.numbers[index]}]"
 
 
 class FileDataset:
-    """Pictures in files below one folder; their names live in one buffer, cheap to send to workers."""
+    """Images in files below one folder; their names live in one buffer, cheap to send to workers."""
 
     def __init__(self, name: str, classes: Sequence[str], root: Path, paths: Iterable[str], labels: NDArray) -> None:
         """`paths` are relative to `root`; names that are not UTF-8 hold surrogates, as from `os`."""
@@ -94,9 +94,9 @@ class FileDataset:
         try:
             return self.path(index).read_bytes(), self.labels[index]
         except OSError as error:
-            raise BadImage(self.locate(index), f"unreadable: {error.strerror}") from error
+            raise BadImage(self.describe(index), f"unreadable: {error.strerror}") from error
 
-    def locate(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return printable(str(self.path(index)))
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures: its folders are the classes, or the splits with the classes inside."""
+"""A folder of images: its folders are the classes, or the splits with the classes inside."""
 
 import os
 import re
@@ -12,17 +12,16 @@ import numpy as np
 
 from coatnet.data.datasets import FileDataset, printable
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError
-from coatnet.suggestions import few
+from coatnet.errors import UserError, few
 
-PICTURE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
 TEST_NAMES = ("test", "testing")
 
 
 class _Listing(NamedTuple):
-    """What lies below a folder: class name and relative path of each picture, and what was left out."""
+    """What lies below a folder: class name and relative path of each image, and what was left out."""
 
     class_names: list[str]
     paths: list[str]
@@ -51,11 +50,11 @@ def _open_split_folders(root: Path, training_name: str, validation_name: str) ->
             f"it has {few(classes)}"
         )
     if not validation.paths:
-        raise UserError(f"{root}: {validation_name}/ holds no pictures; remove the folder to have some held out")
+        raise UserError(f"{root}: {validation_name}/ holds no images; remove the folder to have some held out")
     notes = [f"split by the folders {training_name}/ and {validation_name}/"]
     notes += _notes(training, training_name) + _notes(validation, validation_name)
     if unseen := sorted(set(classes) - set(validation.class_names), key=natural_key):
-        notes.append(f"no pictures in {validation_name}/ for {few(unseen)}: nothing is measured for them")
+        notes.append(f"no images in {validation_name}/ for {few(unseen)}: nothing is measured for them")
     number = {name: index for index, name in enumerate(classes)}
     datasets = [
         FileDataset(
@@ -77,7 +76,7 @@ def _open_one_folder(root: Path, validation_fraction: float) -> Splits:
     labels = np.array([number[name] for name in listing.class_names])
     held_out = choose_validation(listing.paths, labels, validation_fraction)
     if not held_out.any():
-        raise UserError(f"{root}: no class has two pictures, so none can be held out; add pictures")
+        raise UserError(f"{root}: no class has two images, so none can be held out; add images")
     datasets = [
         FileDataset(root.name, classes, root, [listing.paths[index] for index in np.flatnonzero(part)], labels[part])
         for part in (~held_out, held_out)
@@ -85,7 +84,7 @@ def _open_one_folder(root: Path, validation_fraction: float) -> Splits:
     notes = [f"held out {held_out.mean():.0%}, class by class, by the hash of the path; new files move no old ones"]
     notes += _notes(listing, root.name)
     if single := [name for name, count in Counter(listing.class_names).items() if count == 1]:
-        notes.append(f"only one picture, used for training, in {few(single)}: nothing is measured for them")
+        notes.append(f"only one image, used for training, in {few(single)}: nothing is measured for them")
     return Splits(root.name, datasets[0], datasets[1], tuple(notes))
 
 
@@ -107,7 +106,7 @@ def _list(root: Path) -> _Listing:
         class_name = unicodedata.normalize("NFC", printable(entry.name))
         before = len(listing.paths)
         for path in _walk(entry.path, {os.path.realpath(entry.path)}):
-            if _suffix(path) in PICTURE_SUFFIXES:
+            if _suffix(path) in IMAGE_SUFFIXES:
                 listing.class_names.append(class_name)
                 listing.paths.append(os.path.relpath(path, root))
             else:
@@ -132,15 +131,15 @@ def _walk(folder: str, seen: set[str]) -> Iterator[str]:
 def _classes(listing: _Listing, root: Path) -> tuple[str, ...]:
     classes = tuple(sorted(set(listing.class_names), key=natural_key))
     if len(classes) < 2:
-        found = f"one class with pictures, {classes[0]!r}" if classes else "no folders with pictures"
-        raise UserError(f"{root}: {found}; it needs a folder for each class, two at least, with pictures inside")
+        found = f"one class with images, {classes[0]!r}" if classes else "no folders with images"
+        raise UserError(f"{root}: {found}; it needs a folder for each class, two at least, with images inside")
     return classes
 
 
 def _notes(listing: _Listing, where: str) -> list[str]:
     notes = []
     if listing.empty_classes:
-        notes.append(f"no pictures in {where}/ for {few(listing.empty_classes)}: left out")
+        notes.append(f"no images in {where}/ for {few(listing.empty_classes)}: left out")
     if listing.other_files:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in listing.other_files.most_common(5))
         notes.append(f"files of other kinds in {where}/ left out: {kinds}")

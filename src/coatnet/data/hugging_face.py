@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` as a source: a name on the hub, or what `save_to_disk` wrote; pictures stay encoded."""
+"""Hugging Face `datasets` as a source: a name on the hub, or what `save_to_disk` wrote; images stay encoded."""
 
 import os
 import sys
@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.datasets import as_labels, printable
-from coatnet.data.decoding import BadImage
+from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
 
 SCHEME = "hf://"
-_PICTURE_NAMES = ("image", "img", "picture")
+_IMAGE_NAMES = ("image", "img", "picture")
 _LABEL_NAMES = ("label", "labels", "class", "fine_label")
 
 
 class HuggingFaceDataset:
-    """Rows of a table with a picture column, of which only that column is read."""
+    """Rows of a table with an image column, of which only that column is read."""
 
     def __init__(
         self, name: str, classes: Sequence[str], table: Any, column: str, rows: NDArray[np.int64], labels: NDArray
@@ -41,15 +41,15 @@ class HuggingFaceDataset:
     def read(self, index: int) -> tuple[bytes, NDArray]:
         cell = self._table[int(self._rows[index])][self._column]
         if cell is None:
-            raise BadImage(self.locate(index), "empty: the row has no picture")
+            raise BadImage(self.describe(index), "empty: the row has no image")
         if cell["bytes"] is not None:
             return cell["bytes"], self.labels[index]
         try:
             return Path(cell["path"]).read_bytes(), self.labels[index]
         except OSError as error:
-            raise BadImage(self.locate(index), f"unreadable: {cell['path']}: {error.strerror}") from error
+            raise BadImage(self.describe(index), f"unreadable: {cell['path']}: {error.strerror}") from error
 
-    def locate(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         return f"{self.name}[{self._rows[index]}]"
 
 
@@ -71,23 +71,23 @@ def is_saved_folder(folder: Path) -> bool:
 def open_hugging_face(source: str, validation_fraction: float) -> Splits:
     """`hf://owner/name`, `hf://owner/name:configuration`, or a saved folder.
 
-    Raises `UserError` if there is no such dataset, or its columns of pictures and labels cannot be told.
+    Raises `UserError` if there is no such dataset, or its columns of images and labels cannot be told.
     """
     place = source.removeprefix(SCHEME)
     name = printable(Path(place).name if Path(place).exists() else place)
     tables = _load(place)
     splits = _splits(source, tables)
     features = tables[splits[0]].features
-    picture, label = _picture_column(source, features), _label_column(source, features)
+    image, label = _image_column(source, features), _label_column(source, features)
     for split in splits:
-        if not {picture, label} <= tables[split].features.keys():
-            raise UserError(f"{source}: {split} lacks {picture} or {label}, which {splits[0]} has")
+        if not {image, label} <= tables[split].features.keys():
+            raise UserError(f"{source}: {split} lacks {image} or {label}, which {splits[0]} has")
     values = [_values(f"{source}, {split}", tables[split], label) for split in splits]
     class_names = getattr(_inner(features[label]), "names", None)
     classes = _classes(source, class_names, values[0])
-    pictures, labels = [], []
+    images, labels = [], []
     for split, found in zip(splits, values, strict=True):
-        pictures.append(_undecoded(tables[split], picture))
+        images.append(_undecoded(tables[split], image))
         labels.append(_encode(f"{source}, {split}", found, classes, named=class_names is not None))
 
     if len(splits) == 2:
@@ -98,15 +98,15 @@ def open_hugging_face(source: str, validation_fraction: float) -> Splits:
             [f"{name}[{row}]" for row in range(len(labels[0]))], labels[0], validation_fraction
         )
         if not held_out.any():
-            raise UserError(f"{source}: no class has two pictures, so none can be held out")
+            raise UserError(f"{source}: no class has two images, so none can be held out")
         rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
         note = f"held out {held_out.mean():.0%} of {splits[0]}, class by class, by the hash of the row's number"
-        splits, pictures, labels = splits * 2, pictures * 2, [labels[0][part] for part in rows]
+        splits, images, labels = splits * 2, images * 2, [labels[0][part] for part in rows]
     training, validation = (
-        HuggingFaceDataset(f"{name}/{split}", list(classes), table, picture, numbers, part)
-        for split, table, numbers, part in zip(splits, pictures, rows, labels, strict=True)
+        HuggingFaceDataset(f"{name}/{split}", list(classes), table, image, numbers, part)
+        for split, table, numbers, part in zip(splits, images, rows, labels, strict=True)
     )
-    return Splits(name, training, validation, (f"{note}; pictures are {picture}, labels {label}",))
+    return Splits(name, training, validation, (f"{note}; images are {image}, labels {label}",))
 
 
 def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
@@ -140,9 +140,9 @@ def _load(name: str) -> Mapping[str, Any]:
     return {str(split): each for split, each in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _picture_column(source: str, features: Mapping[str, Any]) -> str:
+def _image_column(source: str, features: Mapping[str, Any]) -> str:
     found = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    return _choose(source, "pictures", found, _PICTURE_NAMES, features)
+    return _choose(source, "pictures", found, _IMAGE_NAMES, features)
 
 
 def _label_column(source: str, features: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A look at every picture before training: what cannot be read, what leaks from training into validation."""
+"""A look at every image before training: what cannot be read, what leaks from training into validation."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coatnet.data.batches import read_picture
+from coatnet.data.batches import read_image
 from coatnet.data.datasets import Dataset
-from coatnet.data.decoding import BadImage, complaint
-from coatnet.data.sources import open_dataset
+from coatnet.data.decode import BadImage, complaint
+from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 
@@ -20,7 +20,7 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. Names are those of `Dataset.locate`; pairs are pictures with the same pixels."""
+    """What was found. Names are those of `Dataset.describe`; pairs are images with the same pixels."""
 
     splits: Splits
     bad: Mapping[str, str]
@@ -31,27 +31,27 @@ class Inspection:
 
     @property
     def healthy(self) -> bool:
-        """No bad picture, no warning, and nothing in validation that training has seen."""
+        """No bad image, no warning, and nothing in validation that training has seen."""
         return not (self.bad or self.warnings or self.leaks)
 
     def describe(self) -> str:
         """The findings for people, one a line."""
         try:
             lines = [self.splits.describe()]
-        except UserError:  # not one picture can be read: the list below says so
+        except UserError:  # not one image can be read: the list below says so
             lines = [f"{self.splits.name}:"]
         complaints = [f"{name}: {text}" for name, text in self.warnings.items()]
-        lines += _section("pictures cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
-        lines += _section("pictures decode with a warning", complaints)
-        lines += _section("pictures of validation are in training too", _equations(self.leaks))
-        lines += _section("pictures have a twin with another label", _equations(self.contradictions))
+        lines += _section("images cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
+        lines += _section("images decode with a warning", complaints)
+        lines += _section("images of validation are in training too", _equations(self.leaks))
+        lines += _section("images have a twin with another label", _equations(self.contradictions))
         if self.num_repeated:
-            lines.append(f"{self.num_repeated:,} training pictures repeat an earlier one")
+            lines.append(f"{self.num_repeated:,} training images repeat an earlier one")
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
 
 
 def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
-    """Decode every picture of both splits and compare their pixels.
+    """Decode every image of both splits and compare their pixels.
 
     `strict` also reports what the JPEG library complains of but decodes, such as flipped bytes.
 
@@ -68,7 +68,7 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
             first, number = first_seen.setdefault(digest, (dataset, index))
             if first is dataset and number == index:
                 continue
-            pair = (first.locate(number), dataset.locate(index))
+            pair = (first.describe(number), dataset.describe(index))
             num_repeated += dataset is splits.training
             if first is not dataset:
                 leaks.append(pair)
@@ -80,16 +80,16 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
 def _digests(
     dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
 ) -> Iterator[tuple[int, bytes]]:
-    """The number and a digest of the pixels of each picture; the others go to `bad`."""
+    """The number and a digest of the pixels of each image; the others go to `bad`."""
     for index in range(len(dataset)):
         try:
-            picture, _ = read_picture(dataset, index)
+            image, _ = read_image(dataset, index)
             if strict and (text := complaint(dataset.read(index)[0])):
-                warnings[dataset.locate(index)] = text
+                warnings[dataset.describe(index)] = text
         except BadImage as error:
             bad[error.name] = error.reason
             continue
-        pixels = picture.numpy() if isinstance(picture, torch.Tensor) else picture
+        pixels = image.numpy() if isinstance(image, torch.Tensor) else image
         size = str(pixels.shape).encode()
         yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=size).digest()
 

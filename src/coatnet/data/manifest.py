@@ -1,4 +1,4 @@
-"""A table of pictures: the columns path and label, and split if it has one, as CSV, TSV or Parquet."""
+"""A table of images: the columns path and label, and split if it has one, as CSV, TSV or Parquet."""
 
 import csv
 import os
@@ -39,7 +39,7 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
     cells = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
-        raise UserError(f"{path} has no rows; it needs the columns path and label and one row a picture")
+        raise UserError(f"{path} has no rows; it needs the columns path and label and one row an image")
     if not any((root / row.path).exists() for row in rows[:LOOKED_FOR]):
         others = f", nor that of the next {len(rows[:LOOKED_FOR]) - 1} rows" if len(rows) > 1 else ""
         raise UserError(
@@ -49,7 +49,7 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
     multilabel = any(len(row.labels) > 1 for row in rows)
     for row in rows:
         if not row.labels and not multilabel:
-            raise UserError(f"{path}, row {row.number}: no label; every picture needs one")
+            raise UserError(f"{path}, row {row.number}: no label; every image needs one")
     rows, held_out, notes = _split(path, rows, validation_fraction, multilabel)
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
     if len(classes) < 2:
@@ -57,7 +57,7 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
     _check_validation_labels(path, rows, held_out)
     labels = _encode(rows, classes, multilabel)
     if multilabel and (unlabelled := sum(not row.labels for row in rows)):
-        notes.append(f"{unlabelled:,} pictures carry no label: all their classes are counted as absent")
+        notes.append(f"{unlabelled:,} images carry no label: all their classes are counted as absent")
     datasets = [
         FileDataset(path.stem, classes, root, [rows[index].path for index in np.flatnonzero(part)], labels[part])
         for part in (~held_out, held_out)
@@ -73,9 +73,9 @@ def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
     root = path.resolve().parent
     required = ("path",)
     cells = _read_parquet(path, required) if path.suffix.lower() == ".parquet" else _read_csv(path, required)
-    for number, (picture, label, _) in cells:
+    for number, (image, label, _) in cells:
         text = ";".join(map(str, label)) if isinstance(label, list) else str(label)
-        yield _below(root, f"{path}, row {number}", picture), text
+        yield _below(root, f"{path}, row {number}", image), text
 
 
 def _split(
@@ -89,7 +89,7 @@ def _split(
         held_out = choose_validation([row.path for row in rows], first_labels, fraction)
         _keep_rare_labels(rows, held_out)
         if not held_out.any():
-            raise UserError(f"{path}: no class has two pictures, so none can be held out; add a split column or rows")
+            raise UserError(f"{path}: no class has two images, so none can be held out; add a split column or rows")
         return (
             rows,
             held_out,
@@ -136,9 +136,9 @@ def _encode(rows: list[_Row], classes: tuple[str, ...], multilabel: bool) -> NDA
     return labels
 
 
-def _parse(path: Path, root: Path, number: int, picture: str, label: object, split: str) -> _Row:
+def _parse(path: Path, root: Path, number: int, image: str, label: object, split: str) -> _Row:
     where = f"{path}, row {number}"
-    relative = _below(root, where, picture)
+    relative = _below(root, where, image)
     parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
     labels = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if any(name.lower() in ("nan", "null", "none") for name in labels):
@@ -146,13 +146,13 @@ def _parse(path: Path, root: Path, number: int, picture: str, label: object, spl
     return _Row(number, relative, labels, _parse_split(where, split))
 
 
-def _below(root: Path, where: str, picture: str) -> str:
+def _below(root: Path, where: str, image: str) -> str:
     """The path from `root` on."""
-    if not picture:
+    if not image:
         raise UserError(f"{where}: the path is empty")
-    whole = os.path.normpath(os.path.join(root, picture))
+    whole = os.path.normpath(os.path.join(root, image))
     if os.path.commonpath([root, whole]) != str(root) or whole == str(root):
-        raise UserError(f"{where}: the path {picture!r} leads out of {root}; keep the pictures below the manifest")
+        raise UserError(f"{where}: the path {image!r} leads out of {root}; keep the images below the manifest")
     return os.path.relpath(whole, root)
 
 
@@ -208,8 +208,8 @@ def _read_parquet(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tu
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({' '.join(str(error).split())[:120]})") from error
     values = [table[name] if name else [""] * file.metadata.num_rows for name in names]
-    for number, (picture, label, split) in enumerate(zip(*values, strict=True), start=1):
-        yield number, (str(picture or ""), "" if label is None else label, str(split or ""))
+    for number, (image, label, split) in enumerate(zip(*values, strict=True), start=1):
+        yield number, (str(image or ""), "" if label is None else label, str(split or ""))
 
 
 def _columns(path: Path, header: list[str], required: Sequence[str]) -> list[int | None]:

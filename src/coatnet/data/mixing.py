@@ -1,6 +1,6 @@
-"""Labels to targets: one-hot, smoothed, and blended between pictures by MixUp or CutMix.
+"""Labels to targets: one-hot, smoothed, and blended between images by MixUp or CutMix.
 
-MixUp: Zhang et al. 2017. CutMix: Yun et al. 2019. Shapes: B batch, K classes, C channels, H W the picture.
+MixUp: Zhang et al. 2017. CutMix: Yun et al. 2019. Shapes: B batch, K classes, C channels, H W the image.
 """
 
 import math
@@ -16,7 +16,7 @@ from coatnet.errors import UserError
 
 @dataclass(frozen=True)
 class Mixing:
-    """How strongly pictures are blended; 0 switches a part off. With both, a coin chooses for each batch."""
+    """How strongly images are blended; 0 switches a part off. With both, a coin chooses for each batch."""
 
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0

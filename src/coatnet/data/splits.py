@@ -1,4 +1,4 @@
-"""Training and validation pictures of one source, how they were split, and what they look like."""
+"""Training and validation images of one source, how they were split, and what they look like."""
 
 import hashlib
 import os
@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.datasets import Dataset
-from coatnet.data.decoding import BadImage, decode, picture_size
+from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError
 
-_SAMPLED = 200  # pictures, evenly spread: enough for a median, little enough for a slow disk
+_SAMPLED = 200  # images, evenly spread: enough for a median, little enough for a slow disk
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sample of the pictures looks like; sizes are (height, width) in pixels."""
+    """What a sample of the images looks like; sizes are (height, width) in pixels."""
 
     median: tuple[int, int]
     smallest: tuple[int, int]
@@ -55,29 +55,29 @@ class Splits:
 
     @property
     def native_resolution(self) -> int:
-        """The shorter side of the median training picture, in pixels."""
+        """The shorter side of the median training image, in pixels."""
         return min(self.summary.median)
 
     @property
     def grey(self) -> bool:
-        """Whether every sampled training picture is without colour."""
+        """Whether every sampled training image is without colour."""
         return self.summary.grey
 
     def __str__(self) -> str:
         return self.describe()
 
     def describe(self) -> str:
-        """What was found, a few lines for people: pictures, sizes, classes, balance, split, notes."""
+        """What was found, a few lines for people: images, sizes, classes, balance, split, notes."""
         counts = class_counts(self.training)
-        num_pictures = len(self.training) + len(self.validation)
-        kind = "several labels a picture" if self.multilabel else "one label a picture"
+        num_images = len(self.training) + len(self.validation)
+        kind = "several labels an image" if self.multilabel else "one label an image"
         shown = ", ".join(self.classes[:10]) + (
             f", ... ({len(self.classes) - 10} more)" if len(self.classes) > 10 else ""
         )
         lines = [
-            f"{self.name}: {num_pictures:,} pictures, {len(self.classes)} classes, {kind}",
+            f"{self.name}: {num_images:,} images, {len(self.classes)} classes, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
-            f"  pictures {_describe_sizes(self.summary)}, {'grey' if self.grey else 'colour'}",
+            f"  images {_describe_sizes(self.summary)}, {'grey' if self.grey else 'colour'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
@@ -85,7 +85,7 @@ class Splits:
 
 
 def summarise(dataset: Dataset) -> Summary:
-    """Look at up to 200 pictures, evenly spread. A picture that cannot be read does not count.
+    """Look at up to 200 images, evenly spread. An image that cannot be read does not count.
 
     Raises `UserError` with the last reason if none can be read.
     """
@@ -97,18 +97,16 @@ def summarise(dataset: Dataset) -> Summary:
         try:
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
-                sizes.append(picture_size(encoded, dataset.locate(index)))
-                # Only the pictures before the first coloured one are decoded.
-                grey = grey and _is_grey(decode(encoded, dataset.locate(index)).numpy())
+                sizes.append(image_size(encoded, dataset.describe(index)))
+                # Only the images before the first coloured one are decoded.
+                grey = grey and _is_grey(decode(encoded, dataset.describe(index)).numpy())
             else:
                 sizes.append((encoded.shape[0], encoded.shape[1]))
                 grey = grey and encoded.ndim == 2
         except BadImage as bad:
             failure = bad
     if not sizes:
-        raise UserError(
-            f"{dataset.name}: none of {len(numbers)} pictures looked at can be used, the last one {failure}"
-        )
+        raise UserError(f"{dataset.name}: none of {len(numbers)} images looked at can be used, the last one {failure}")
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])
@@ -116,17 +114,17 @@ def summarise(dataset: Dataset) -> Summary:
 
 
 def class_counts(dataset: Dataset) -> NDArray[np.int64]:
-    """Pictures of each class, (K,)."""
+    """Images of each class, (K,)."""
     if dataset.multilabel:
         return dataset.labels.sum(axis=0, dtype=np.int64)
     return np.bincount(dataset.labels, minlength=len(dataset.classes))
 
 
 def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) -> NDArray[np.bool_]:
-    """Mark the pictures (N,) that are held out, by the hash of each one's name, class by class.
+    """Mark the images (N,) that are held out, by the hash of each one's name, class by class.
 
-    A picture's side depends on its own name alone, so adding files moves none, save that every class of two
-    pictures or more keeps at least one on each side. With several labels a picture (N, K), all pictures are
+    An image's side depends on its own name alone, so adding files moves none, save that every class of two
+    images or more keeps at least one on each side. With several labels an image (N, K), all images are
     one group.
     """
     hashes = np.array([_name_hash(name) for name in names])
@@ -164,5 +162,5 @@ def _describe_sizes(summary: Summary) -> str:
 def _describe_balance(classes: tuple[str, ...], counts: NDArray[np.int64]) -> str:
     low, high = int(counts.argmin()), int(counts.argmax())
     if counts[low] == counts[high]:
-        return f"{counts[low]:,} training pictures in every class"
-    return f"{counts[low]:,} ({classes[low]}) to {counts[high]:,} ({classes[high]}) training pictures a class"
+        return f"{counts[low]:,} training images in every class"
+    return f"{counts[low]:,} ({classes[low]}) to {counts[high]:,} ({classes[high]}) training images a class"

@@ -1,6 +1,6 @@
-"""From a decoded picture to what the model sees: the same every time for evaluation, seeded for training.
+"""From a decoded image to what the model sees: the same every time for evaluation, seeded for training.
 
-Shapes: B batch, C channels, H W the picture, R resolution. Pictures are uint8, of one size within a batch.
+Shapes: B batch, C channels, H W the image, R resolution. Images are uint8, of one size within a batch.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet.data import augmentation as augment
-from coatnet.data.order import Words
+from coatnet.data.sampler import Words
 from coatnet.errors import UserError
 
-Picture = Tensor | NDArray[np.uint8]
+Image = Tensor | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training picture varies: where it is cut out, then flip, then RandAugment, then erasing.
+    """How a training image varies: where it is cut out, then flip, then RandAugment, then erasing.
 
-    `crop` is a random resized crop for photographs; `shift` moves a small picture by up to `shift` pixels on
+    `crop` is a random resized crop for photographs; `shift` moves a small image by up to `shift` pixels on
     black. RandAugment's magnitude runs from 0 to 30, as in the paper's "2, 15" (layers, magnitude).
     """
 
@@ -90,55 +90,55 @@ class Augmentation:
 
 
 class EvaluationTransform:
-    """A picture to the normalised floats (C, R, R) that the model is judged on."""
+    """An image to the normalised floats (C, R, R) that the model is judged on."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def __call__(self, picture: Picture) -> Tensor:
+    def __call__(self, image: Image) -> Tensor:
         """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
-        return self.batch(as_pictures(picture)[None])[0]
+        return self.batch(as_images(image)[None])[0]
 
-    def batch(self, pictures: Tensor, out: Tensor | None = None) -> Tensor:
+    def batch(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """uint8 (B, 1 or 3, H, W) to float32 (B, C, R, R), channels last; written to `out` if it is given."""
-        return normalise(self.fitted(pictures), self.preprocessing, out)
+        return normalise(self.fitted(pixels), self.preprocessing, out)
 
-    def fitted(self, pictures: Tensor) -> Tensor:
+    def fitted(self, images: Tensor) -> Tensor:
         """All but normalising: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
-        return fit(match_channels(pictures, self.preprocessing), self.preprocessing)
+        return fit(match_channels(images, self.preprocessing), self.preprocessing)
 
 
 class TrainingTransform:
-    """A picture and its seed to normalised floats (C, R, R): a pure function of both."""
+    """An image and its seed to normalised floats (C, R, R): a pure function of both."""
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.preprocessing = preprocessing
         self.augmentation = augmentation
 
-    def __call__(self, picture: Picture, seed: int) -> Tensor:
+    def __call__(self, image: Image, seed: int) -> Tensor:
         """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
-        return self.batch(as_pictures(picture)[None], np.array([seed], dtype=np.uint64))[0]
+        return self.batch(as_images(image)[None], np.array([seed], dtype=np.uint64))[0]
 
-    def batch(self, pictures: Tensor, seeds: Words, out: Tensor | None = None) -> Tensor:
+    def batch(self, pixels: Tensor, seeds: Words, out: Tensor | None = None) -> Tensor:
         """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last; written to `out` if given."""
-        pictures = self.place(match_channels(pictures, self.preprocessing), seeds)
-        pictures = augment.flip(pictures, seeds, self.augmentation.flip_rate)
+        pixels = self.place(match_channels(pixels, self.preprocessing), seeds)
+        pixels = augment.flip(pixels, seeds, self.augmentation.flip_rate)
         if self.augmentation.rand_augment_layers:
-            fill = [round(255 * value) for value in self.preprocessing.mean[: pictures.shape[1]]]
+            fill = [round(255 * value) for value in self.preprocessing.mean[: pixels.shape[1]]]
             layers, magnitude = (
                 self.augmentation.rand_augment_layers,
                 self.augmentation.rand_augment_magnitude,
             )
-            pictures = augment.rand_augment(pictures, seeds, layers=layers, magnitude=magnitude, fill=fill)
-        images = normalise(pictures, self.preprocessing, out)
+            pixels = augment.rand_augment(pixels, seeds, layers=layers, magnitude=magnitude, fill=fill)
+        images = normalise(pixels, self.preprocessing, out)
         return augment.erase_(images, seeds, self.augmentation.erasing_rate)
 
-    def place(self, pictures: Tensor, seeds: Words) -> Tensor:
+    def place(self, images: Tensor, seeds: Words) -> Tensor:
         """uint8 (B, C, H, W) to uint8 (B, C, R, R), cut out as the augmentation says."""
         match self.augmentation.placement:
             case "crop":
                 boxes = augment.crop_boxes(
-                    pictures.shape[-2:],
+                    images.shape[-2:],
                     seeds,
                     scale=self.augmentation.crop_scale,
                     ratio=self.augmentation.crop_ratio,
@@ -146,19 +146,19 @@ class TrainingTransform:
                 resolution = (self.preprocessing.resolution, self.preprocessing.resolution)
                 # Channels last, as they are decoded, the kernel neither turns its input nor its output over.
                 cuts = [
-                    picture[None, :, top : top + height, left : left + width].contiguous(
+                    image[None, :, top : top + height, left : left + width].contiguous(
                         memory_format=torch.channels_last
                     )
-                    for picture, (top, left, height, width) in zip(pictures, boxes, strict=True)
+                    for image, (top, left, height, width) in zip(images, boxes, strict=True)
                 ]
                 return torch.cat([resize(cut, resolution, self.preprocessing.interpolation) for cut in cuts])
             case "shift":
-                return augment.shift(fit(pictures, self.preprocessing), seeds, self.augmentation.shift)
+                return augment.shift(fit(images, self.preprocessing), seeds, self.augmentation.shift)
             case "none":
-                return fit(pictures, self.preprocessing)
+                return fit(images, self.preprocessing)
 
 
-def as_pictures(array: Picture) -> Tensor:
+def as_images(array: Image) -> Tensor:
     """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor stays what it is."""
     if isinstance(array, Tensor):
         return array
@@ -167,61 +167,61 @@ def as_pictures(array: Picture) -> Tensor:
     return tensor.movedim(-1, -3) if colour else tensor.unsqueeze(-3)
 
 
-def match_channels(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
+def match_channels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Average colour for a grey model. Grey for a colour model stays one channel: normalising repeats it."""
-    if preprocessing.channels == 1 and pictures.shape[-3] == 3:
-        return pictures.float().mean(-3, keepdim=True).round_().to(torch.uint8)
-    return pictures
+    if preprocessing.channels == 1 and images.shape[-3] == 3:
+        return images.float().mean(-3, keepdim=True).round_().to(torch.uint8)
+    return images
 
 
-def fit(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
+def fit(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, R, R): resized, then the middle cut out."""
     resolution = preprocessing.resolution
-    return center(scale(pictures, preprocessing), resolution, resolution)
+    return center(scale(images, preprocessing), resolution, resolution)
 
 
-def scale(pictures: Tensor, preprocessing: Preprocessing) -> Tensor:
+def scale(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, H', W'), neither side below R: resized, with the margin that is cut off."""
-    height, width = pictures.shape[-2:]
+    height, width = images.shape[-2:]
     side = math.floor(preprocessing.resolution / preprocessing.crop_fraction)  # as timm computes it
     if preprocessing.crop == "center":
-        # A 1 x 5000 picture would grow to 256 x 1,280,000 before the cut, which shows 1 x 1 of it.
+        # A 1 x 5000 image would grow to 256 x 1,280,000 before the cut, which shows 1 x 1 of it.
         short = min(height, width)
-        pictures = center(pictures, min(height, 4 * short), min(width, 4 * short))
-        height, width = pictures.shape[-2:]
+        images = center(images, min(height, 4 * short), min(width, 4 * short))
+        height, width = images.shape[-2:]
         size = (max(side, side * height // width), max(side, side * width // height))
     else:
         size = (side, side)
-    return resize(pictures, size, preprocessing.interpolation)
+    return resize(images, size, preprocessing.interpolation)
 
 
-def resize(pictures: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """Antialiased, on uint8: the kernel that torchvision calls, without the seconds that its import costs."""
-    if tuple(pictures.shape[-2:]) == size:
-        return pictures
-    return F.interpolate(pictures, size=size, mode=interpolation, antialias=True)
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode=interpolation, antialias=True)
 
 
-def normalise(pictures: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
+def normalise(pixels: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
     """uint8 (B, 1 or C, H, W) to float32 (B, C, H, W), channels last: (value / 255 - mean) / std.
 
     Whole rows of pixels are computed at once: a broadcast over three channels innermost takes six times as long (0.50
     against 0.08 ms at 224 pixels).
     """
-    batch, _, height, width = pictures.shape
+    batch, _, height, width = pixels.shape
     images = torch.empty(batch, height, width, preprocessing.channels).movedim(-1, 1) if out is None else out
-    images.copy_(pictures.contiguous(memory_format=torch.channels_last))
+    images.copy_(pixels.contiguous(memory_format=torch.channels_last))
     rows = images.movedim(1, -1).view(batch, height, -1)  # the same memory
     mean, std = torch.tensor(preprocessing.mean).repeat(width), torch.tensor(preprocessing.std).repeat(width)
     rows.mul_(1 / 255).sub_(mean).div_(std)
     return images
 
 
-def center(pictures: Tensor, height: int, width: int) -> Tensor:
+def center(images: Tensor, height: int, width: int) -> Tensor:
     """The middle of (..., H, W), of that height and width."""
-    top = round((pictures.shape[-2] - height) / 2)
-    left = round((pictures.shape[-1] - width) / 2)
-    return pictures[..., top : top + height, left : left + width]
+    top = round((images.shape[-2] - height) / 2)
+    left = round((images.shape[-1] - width) / 2)
+    return images[..., top : top + height, left : left + width]
 
 
 def _require(condition: bool, field: str, right: str, given: object) -> None:

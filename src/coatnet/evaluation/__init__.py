@@ -1,1 +1,1 @@
-"""What came out: exact figures with their uncertainty, the pictures that went wrong, and a report to show."""
+"""What came out: exact figures with their uncertainty, the images that went wrong, and a report to show."""

@@ -1,4 +1,4 @@
-"""Measuring a finished model on pictures whose classes are known. Shapes: B batch, K classes."""
+"""Measuring a finished model on images whose classes are known. Shapes: B batch, K classes."""
 
 import heapq
 import time
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.data.bad_images import BadImages
 from coatnet.data.datasets import Dataset
-from coatnet.data.loading import evaluation_batches
-from coatnet.data.sources import open_dataset
+from coatnet.data.loader import evaluation_batches
+from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
+from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.thumbnails import thumbnail
-from coatnet.runtime import best_device
+from coatnet.system.hardware import best_device
 
 NUM_MISTAKES = 24
 IN_PROCESS = 2000  # chosen: workers take about as long to start as one process takes to read as many small photographs
 
-# Probability of the wrong answer, picture (place in the list of datasets, index), truth, wrong answer.
+# Probability of the wrong answer, image (place in the list of datasets, index), truth, wrong answer.
 _Wrong = tuple[float, tuple[int, int], str, str]
 
 
@@ -43,12 +43,12 @@ def evaluate(
     `bundle` is one, its folder, or the id of one on the hub. A bundle is measured on the device on which its model
     lies, what is loaded here on the GPU if there is one.
 
-    `progress` is called after each batch with the pictures done and the pictures in all. Pictures that cannot
-    be read are left out of the figures and named in the report. Without `num_workers`, up to 2,000 pictures
+    `progress` is called after each batch with the images done and the images in all. Images that cannot
+    be read are left out of the figures and named in the report. Without `num_workers`, up to 2,000 images
     are read in this process, and more of them by a worker process a core.
 
     Raises:
-        UserError: there is no such model, a class of the data is unknown to it, or not a single picture can be read.
+        UserError: there is no such model, a class of the data is unknown to it, or not a single image can be read.
     """
     if not isinstance(bundle, Bundle):
         bundle = load(bundle)
@@ -82,7 +82,7 @@ def evaluate(
     finally:
         bundle.model.train(was_training)
     if done == 0:
-        raise UserError(f"{name}: none of the {total:,} pictures of the {split_name} split could be read")
+        raise UserError(f"{name}: none of the {total:,} images of the {split_name} split could be read")
     seconds = time.perf_counter() - started
 
     confusion = metrics.confusion()
@@ -104,7 +104,7 @@ def evaluate(
         ),
         calibration=metrics.calibration(),
         mistakes=tuple(
-            Mistake(datasets[number].locate(index), truth, predicted, probability)
+            Mistake(datasets[number].describe(index), truth, predicted, probability)
             for probability, (number, index), truth, predicted in worst
         ),
         bad_images=dict(bad_images.records),
@@ -118,7 +118,7 @@ def choose_datasets(
 ) -> tuple[str, Sequence[Dataset], str]:
     """The name of the data, the datasets to go through, and what to call the split.
 
-    Data without a split of its own is split as it was for the training of the bundle, or pictures that the model
+    Data without a split of its own is split as it was for the training of the bundle, or images that the model
     has learned would be among those held out.
     """
     if isinstance(data, str | Path):
@@ -143,7 +143,7 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
             f"first {unknown[0]!r}; it knows {known}"
         )
     if dataset.multilabel and not bundle.multilabel:
-        raise UserError(f"{dataset.name} has several labels a picture, the model gives only one")
+        raise UserError(f"{dataset.name} has several labels an image, the model gives only one")
     places = torch.tensor([place[name] for name in dataset.classes])
 
     def translate(labels: Tensor) -> Tensor:
@@ -165,9 +165,9 @@ def _infer(model: torch.nn.Module, images: Tensor) -> Tensor:
 
 
 def _find_mistakes(
-    logits: Tensor, labels: Tensor, pictures: Sequence[tuple[int, int]], bundle: Bundle
+    logits: Tensor, labels: Tensor, images: Sequence[tuple[int, int]], bundle: Bundle
 ) -> Iterator[_Wrong]:
-    """The wrong answers of a batch; of several labels a picture's worst decision, claimed or missed."""
+    """The wrong answers of a batch; of several labels an image's worst decision, claimed or missed."""
     if bundle.multilabel:
         gaps = (logits.sigmoid() - labels).abs()
         probabilities, decisions = gaps.max(dim=1)
@@ -175,10 +175,10 @@ def _find_mistakes(
             decision = int(decisions[row])
             truth = ", ".join(bundle.classes[k] for k in np.flatnonzero(labels[row].numpy())) or "nothing"
             predicted = ("not " if labels[row, decision] else "") + bundle.classes[decision]
-            yield float(probabilities[row]), pictures[row], truth, predicted
+            yield float(probabilities[row]), images[row], truth, predicted
         return
     predictions = logits.numpy().argmax(axis=1)  # numpy's, as the figures have it: ties go to the lower class
     probabilities = logits.softmax(dim=1)
     for row in np.flatnonzero(predictions != labels.numpy()).tolist():
         truth, predicted = bundle.classes[int(labels[row])], bundle.classes[predictions[row]]
-        yield float(probabilities[row, predictions[row]]), pictures[row], truth, predicted
+        yield float(probabilities[row, predictions[row]]), images[row], truth, predicted

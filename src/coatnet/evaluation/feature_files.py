@@ -1,4 +1,4 @@
-"""Features of pictures as a file: .npy with a .csv beside it, or Parquet; whole or not there at all."""
+"""Features of images as a file: .npy with a .csv beside it, or Parquet; whole or not there at all."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -9,21 +9,21 @@ from uuid import uuid4
 
 import numpy as np
 
-from coatnet.bundle.folder import flush
 from coatnet.errors import UserError
 from coatnet.evaluation.features import FeatureBatch, Features
 from coatnet.evaluation.progress import with_bar
+from coatnet.system.files import flush
 
 ROWS_OF_A_GROUP = 4096  # chosen: 4,096 rows of 768 features are 12 MB, to be held before they are written
 _HEADER = ("path", "label")
 
 
 def write_features(features: Features, out: str | Path) -> int:
-    """Write one row a picture, in order, a batch at a time; returns the number of rows.
+    """Write one row an image, in order, a batch at a time; returns the number of rows.
 
     `out` ends in .npy: an array (N, D) of float32, and beside it a .csv with the columns path and label, row by row
-    the same pictures. Or in .parquet: the columns path, label and features, a list of D float32. Several labels of a
-    picture are separated by `;` as in a manifest; a picture without one has none.
+    the same images. Or in .parquet: the columns path, label and features, a list of D float32. Several labels of a
+    image are separated by `;` as in a manifest; an image without one has none.
 
     Raises:
         UserError: `out` has another ending, a file is in the way, pyarrow is missing, or the disk refuses.
@@ -42,7 +42,7 @@ def write_features(features: Features, out: str | Path) -> int:
 
 
 def label_names(features: Features, batch: FeatureBatch) -> list[str | None]:
-    """The labels of a batch in words; None for pictures without labels."""
+    """The labels of a batch in words; None for images without labels."""
     classes = features.classes
     if not classes:
         return [None] * len(batch.names)

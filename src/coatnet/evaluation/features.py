@@ -1,4 +1,4 @@
-"""What a finished model makes of pictures in front of its classifier. Shapes: B batch, N pictures, D features."""
+"""What a finished model makes of images in front of its classifier. Shapes: B batch, N images, D features."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from coatnet.bundle import Bundle
-from coatnet.data.bad_images import BadImages
 from coatnet.data.datasets import Dataset, FileDataset, printable
-from coatnet.data.loading import evaluation_batches
-from coatnet.data.paths import expand_paths
+from coatnet.data.find_images import expand_paths
+from coatnet.data.loader import evaluation_batches
 from coatnet.data.splits import Splits
+from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import IN_PROCESS, choose_datasets
 from coatnet.evaluation.progress import with_bar
@@ -22,7 +22,7 @@ from coatnet.evaluation.progress import with_bar
 
 @dataclass(frozen=True, eq=False)
 class FeatureBatch:
-    """Features (B, D) float32, labels (B,) or (B, K) of the dataset's own classes, and where each picture lies."""
+    """Features (B, D) float32, labels (B,) or (B, K) of the dataset's own classes, and where each image lies."""
 
     features: Tensor
     labels: Tensor
@@ -31,9 +31,9 @@ class FeatureBatch:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """The pictures of some datasets, in their order; iterating computes a batch at a time and holds no more.
+    """The images of some datasets, in their order; iterating computes a batch at a time and holds no more.
 
-    `bad_images` tells why each picture left out was no use, once all batches have been seen.
+    `bad_images` tells why each image left out was no use, once all batches have been seen.
     """
 
     bundle: Bundle
@@ -46,7 +46,7 @@ class Features:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What the labels mean; empty for pictures without labels, whose labels are all -1."""
+        """What the labels mean; empty for images without labels, whose labels are all -1."""
         return self.datasets[0].classes
 
     @property
@@ -58,13 +58,13 @@ class Features:
         return sum(-(-len(dataset) // self.batch_size) for dataset in self.datasets)
 
     def __len__(self) -> int:
-        """Pictures, those that may turn out bad among them."""
+        """Images, those that may turn out bad among them."""
         return sum(map(len, self.datasets))
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        """Raises UserError if the split is empty, not a picture of it can be read, or a feature is not finite."""
+        """Raises UserError if the split is empty, not an image of it can be read, or a feature is not finite."""
         if not len(self):
-            raise UserError(f"{self.name}: the {self.split} split holds no pictures")
+            raise UserError(f"{self.name}: the {self.split} split holds no images")
         bad_images = BadImages(len(self), budget=1.0)
         found_any = False
         was_training = self.bundle.model.training
@@ -79,13 +79,13 @@ class Features:
                     bad_images=bad_images,
                 ):
                     found_any = True
-                    names = tuple(map(dataset.locate, indices.tolist()))
+                    names = tuple(map(dataset.describe, indices.tolist()))
                     yield FeatureBatch(_features(self.bundle, images), labels, names)
         finally:
             self.bad_images.update(bad_images.records)
             self.bundle.model.train(was_training)
         if not found_any:
-            raise UserError(f"{self.name}: none of the {len(self):,} pictures of the {self.split} split could be read")
+            raise UserError(f"{self.name}: none of the {len(self):,} images of the {self.split} split could be read")
 
     def gather(self) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """All of them at once: features (N, D), labels (N,) or (N, K), names."""
@@ -108,7 +108,7 @@ def extract(
 ) -> Features:
     """The features of a dataset or a split of it, to be iterated or gathered; its classes need not be the model's.
 
-    Data is split as it was for the training of the bundle. Without `num_workers`, up to 2,000 pictures are read in
+    Data is split as it was for the training of the bundle. Without `num_workers`, up to 2,000 images are read in
     this process, and more of them by a worker process a core.
 
     Raises:
@@ -120,11 +120,11 @@ def extract(
     return Features(bundle, name, split_name, datasets, batch_size, num_workers)
 
 
-def open_pictures(paths: Iterable[str | Path]) -> FileDataset:
-    """Pictures without labels: files, and folders that are searched as `predict` does.
+def open_images(paths: Iterable[str | Path]) -> FileDataset:
+    """Images without labels: files, and folders that are searched as `predict` does.
 
     Raises:
-        UserError: a path does not exist, or a folder can not be listed or holds no picture. Files that are no pictures
+        UserError: a path does not exist, or a folder can not be listed or holds no image. Files that are no images
             are found later.
     """
     files = []

@@ -1,7 +1,7 @@
 """Exact figures of a classifier, gathered batch by batch.
 
-Every picture leaves a few numbers behind and the figures are computed from all of them at the end, so that
-not even their last bit depends on the batch size. Shapes: B batch, N pictures, K classes.
+Every image leaves a few numbers behind and the figures are computed from all of them at the end, so that
+not even their last bit depends on the batch size. Shapes: B batch, N images, K classes.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from coatnet.errors import UserError
 from coatnet.evaluation.calibration import CalibrationBin
+from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.multilabel import MultilabelCounts
 from coatnet.evaluation.single_label import SingleLabelCounts
-from coatnet.evaluation.uncertainty import Interval
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class: how many pictures carry it and how well it is found; None where a figure is undefined."""
+    """One class: how many images carry it and how well it is found; None where a figure is undefined."""
 
     support: int
     precision: float | None
@@ -28,7 +28,7 @@ class ClassFigures:
 
 
 class Metrics:
-    """Top-1 and top-5 and their company for one label a picture; average precision and F1 for several.
+    """Top-1 and top-5 and their company for one label an image; average precision and F1 for several.
 
     Single-label figures: n, top1, top5 (where K > 5), macro_recall, macro_f1, nll, brier, calibration_error.
     Multi-label figures: n, mean_average_precision, micro_f1, macro_f1, exact_match, nll, brier,
@@ -68,11 +68,11 @@ class Metrics:
         self._counts.batches = parts
 
     def compute(self) -> dict[str, float]:
-        """The figures of all pictures so far as fractions, and `n`, their number."""
+        """The figures of all images so far as fractions, and `n`, their number."""
         return self._counts.figures()
 
     def intervals(self) -> dict[str, Interval | None]:
-        """95 % intervals of the figures of `compute`; None where one picture cannot tell."""
+        """95 % intervals of the figures of `compute`; None where one image cannot tell."""
         return self._counts.intervals()
 
     def per_class(self) -> list[ClassFigures]:
@@ -80,11 +80,11 @@ class Metrics:
         return [ClassFigures(**row) for row in self._counts.per_class()]
 
     def confusion(self) -> np.ndarray | None:
-        """Pictures of class i taken for class j, (K, K); None for multi-label and above 1,000 classes."""
+        """Images of class i taken for class j, (K, K); None for multi-label and above 1,000 classes."""
         return self._counts.confusion()
 
     def confused_pairs(self, limit: int = 15) -> list[tuple[int, int, int]]:
-        """The commonest mistakes: (true class, predicted class, pictures), most frequent first."""
+        """The commonest mistakes: (true class, predicted class, images), most frequent first."""
         return self._counts.confused_pairs(limit)
 
     def calibration(self) -> tuple[CalibrationBin, ...]:

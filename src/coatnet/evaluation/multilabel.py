@@ -1,13 +1,13 @@
-"""Counting when a picture may carry several labels, or none. Shapes: B batch, N pictures, K classes."""
+"""Counting when an image may carry several labels, or none. Shapes: B batch, N images, K classes."""
 
 import numpy as np
 
 from coatnet.evaluation.calibration import CalibrationBin, calibration_bins, calibration_error
-from coatnet.evaluation.uncertainty import Interval, bootstrap_interval, mean_interval, wilson_interval
+from coatnet.evaluation.intervals import Interval, bootstrap_interval, mean_interval, wilson_interval
 
 
 class MultilabelCounts:
-    """Keeps every probability: average precision is a statement about their order over all pictures."""
+    """Keeps every probability: average precision is a statement about their order over all images."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -24,7 +24,7 @@ class MultilabelCounts:
 
     def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not self.batches:
-            raise ValueError("no pictures were counted")
+            raise ValueError("no images were counted")
         labels, probabilities, losses = zip(*self.batches, strict=True)
         return np.concatenate(labels), np.concatenate(probabilities), np.concatenate(losses)
 
@@ -48,7 +48,7 @@ class MultilabelCounts:
         size, claims = len(labels), probabilities >= 0.5
 
         def drawn_calibration_error(weights: np.ndarray) -> float:
-            spread = np.repeat(weights, self.num_classes)  # (N * K,): the labels of a picture are drawn together
+            spread = np.repeat(weights, self.num_classes)  # (N * K,): the labels of an image are drawn together
             return calibration_error(probabilities.ravel(), labels.ravel(), spread)
 
         return {
@@ -91,7 +91,7 @@ class MultilabelCounts:
 class _AveragePrecision:
     """AP = sum over thresholds of (recall step) * precision, equal probabilities being one threshold.
 
-    Called with how often each picture was drawn, (N,); None when no drawn picture carries the label.
+    Called with how often each image was drawn, (N,); None when no drawn image carries the label.
     """
 
     def __init__(self, labels: np.ndarray, probabilities: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of a run and of a report: learning curves, confusion, calibration, worst mistakes."""
+"""The images of a run and of a report: learning curves, confusion, calibration, worst mistakes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], out_png: str | Path) -> None:
     """Shares of each true class: right answers in blue, mistakes in orange on their own, finer scale.
 
-    `matrix[i, j]` counts pictures of class i taken for class j, (K, K). Names up to 40 classes, counts to 16.
+    `matrix[i, j]` counts images of class i taken for class j, (K, K). Names up to 40 classes, counts to 16.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 
@@ -164,16 +164,16 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], out_png: str | Pa
 
 
 def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake], out_png: str | Path) -> None:
-    """A grid of pictures, uint8 (H, W, 3), numbered as in the report: truth in blue, answer in orange."""
+    """A grid of images, uint8 (H, W, 3), numbered as in the report: truth in blue, answer in orange."""
     columns = min(6, len(thumbnails))
     rows = -(-len(thumbnails) // columns)
     with _figure(out_png, 1.6 * max(columns, 3), 2.05 * rows) as figure:
-        for number, (picture, mistake) in enumerate(zip(thumbnails, mistakes, strict=False), start=1):
+        for number, (image, mistake) in enumerate(zip(thumbnails, mistakes, strict=False), start=1):
             axes = figure.add_subplot(rows, columns, number)
-            height, width = picture.shape[:2]
+            height, width = image.shape[:2]
             side = max(height, width)
-            # Small pictures keep their pixels, larger ones are shrunk smoothly; every cell is square.
-            axes.imshow(picture, interpolation="nearest" if side <= 64 else "antialiased")
+            # Small images keep their pixels, larger ones are shrunk smoothly; every cell is square.
+            axes.imshow(image, interpolation="nearest" if side <= 64 else "antialiased")
             axes.set_xlim((width - side) / 2 - 0.5, (width + side) / 2 - 0.5)
             axes.set_ylim((height + side) / 2 - 0.5, (height - side) / 2 - 0.5)
             axes.set(xticks=[], yticks=[], facecolor="#f6f8fa")

@@ -1,4 +1,4 @@
-"""What an evaluation found, as one value that reads as text, as numbers and as pictures."""
+"""What an evaluation found, as one value that reads as text, as numbers and as images."""
 
 import json
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.evaluation import markdown
+from coatnet.evaluation import report_markdown
 from coatnet.evaluation.calibration import CalibrationBin
+from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import ClassFigures
-from coatnet.evaluation.uncertainty import Interval
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A picture the model was sure and wrong about; `probability` is what it gave to its wrong answer."""
+    """An image the model was sure and wrong about; `probability` is what it gave to its wrong answer."""
 
     image: str
     truth: str
@@ -29,8 +29,8 @@ class Mistake:
 class Report:
     """Figures as fractions with their 95 % intervals, and everything needed to believe or doubt them.
 
-    `per_class` is in the order of `classes`; `confusion[i][j]` counts pictures of class i taken for class j;
-    `thumbnails` are the worst mistakes' pictures, uint8 (H, W, 3). Equality ignores what the clock and the
+    `per_class` is in the order of `classes`; `confusion[i][j]` counts images of class i taken for class j;
+    `thumbnails` are the worst mistakes' images, uint8 (H, W, 3). Equality ignores what the clock and the
     thumbnails say.
     """
 
@@ -54,11 +54,11 @@ class Report:
 
     def headline(self) -> str:
         """The main figure, its interval and its n, in one line."""
-        return markdown.headline(self)
+        return report_markdown.headline(self)
 
     def to_markdown(self, *, with_plots: bool = False) -> str:
         """The report as GitHub-flavoured Markdown; `with_plots` shows the files that `write` makes."""
-        return markdown.render(self, with_plots=with_plots)
+        return report_markdown.render(self, with_plots=with_plots)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: what report.json and a bundle's record hold."""

@@ -1,18 +1,18 @@
-"""Counting when every picture has one label. Shapes: B batch, N pictures, K classes."""
+"""Counting when every image has one label. Shapes: B batch, N images, K classes."""
 
 from functools import partial
 
 import numpy as np
 
 from coatnet.evaluation.calibration import CalibrationBin, calibration_bins, calibration_error
-from coatnet.evaluation.uncertainty import Interval, bootstrap_interval, mean_interval, wilson_interval
+from coatnet.evaluation.intervals import Interval, bootstrap_interval, mean_interval, wilson_interval
 
 # chosen: a dense matrix of 1,000 classes is 8 MB; of 21,841 classes it would be 3.8 GB.
 LARGEST_CONFUSION = 1000
 
 
 class SingleLabelCounts:
-    """Six numbers a picture: label, prediction, rank of the label, confidence, NLL and Brier score."""
+    """Six numbers an image: label, prediction, rank of the label, confidence, NLL and Brier score."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -37,7 +37,7 @@ class SingleLabelCounts:
 
     def _columns(self) -> tuple[np.ndarray, ...]:
         if not self.batches:
-            raise ValueError("no pictures were counted")
+            raise ValueError("no images were counted")
         return tuple(np.concatenate(column) for column in zip(*self.batches, strict=True))
 
     def figures(self) -> dict[str, float]:
@@ -105,7 +105,7 @@ class SingleLabelCounts:
 def _class_counts(
     labels: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each class, the pictures that have it, that were given it, and both; each (K,)."""
+    """For each class, the images that have it, that were given it, and both; each (K,)."""
     right = labels == predicted
     return (
         np.bincount(labels, weights, num_classes),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from coatnet.model.kept import Kept
+from coatnet.model.inference_cache import InferenceCache
 from coatnet.model.layers import MapLayerNorm, Shortcut, StochasticDepth, batch_norm, mean_over_cells
 
 EXPANSION = 4  # paper: Table 3, "expansion of inverted bottleneck always 4"; of the output width, as the FLOPs show
@@ -32,7 +32,7 @@ class ConvNormGELU(nn.Sequential):
             in_width, width, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
         )
         super().__init__(convolution, NORMS[norm](width), nn.GELU())
-        self._kept: Kept[tuple[Tensor, Tensor]] = Kept()
+        self._kept: InferenceCache[tuple[Tensor, Tensor]] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:
         self._kept.forget()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coatnet.model.kept import Kept
+from coatnet.model.inference_cache import InferenceCache
 
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
@@ -22,7 +22,7 @@ class GlobalBias(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: Kept[Tensor] = Kept()
+        self._kept: InferenceCache[Tensor] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:
         self._kept.forget()
@@ -70,7 +70,7 @@ class RelativeBias(GlobalBias):
         return resample(self.table, grid)
 
 
-class WindowBias(nn.Module):
+class LocalRelativeBias(nn.Module):
     """The bias of local attention: one scalar for each of the S x S offsets, for each head."""
 
     def __init__(self, num_heads: int, window: int) -> None:
@@ -96,7 +96,7 @@ def pairs(table: Tensor, height: int, width: int) -> Tensor:
     return windows.flip(3, 4).flatten(3, 4).flatten(1, 2)
 
 
-# The compiler would read `pairs` out of the table anew for every picture, within the softmax, which on CPUs then runs
+# The compiler would read `pairs` out of the table anew for every image, within the softmax, which on CPUs then runs
 # without vectors: 49 instead of 29 ms for an attention of 12 heads over (16, 384, 14, 14), bf16. What it cannot look
 # into is computed once.
 @torch.library.custom_op("coatnet::relative_bias_pairs", mutates_args=())

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from coatnet.errors import UserError
-from coatnet.suggestions import nearest
+from coatnet.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ ENVIRONMENT_OF_MANY = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started on how much. `arguments` are those of `coatnet`, without the pictures and the run folder."""
+    """What is started on how much. `arguments` are those of `coatnet`, without the images and the run folder."""
 
     name: str  # of the job: letters, digits and hyphens
     arguments: tuple[str, ...]
@@ -31,7 +31,7 @@ class Launch:
 
 def torchrun(launch: Launch) -> str:
     """For a shell: once on one machine, or the same on each of several."""
-    where = ["DATA=path/to/pictures", f"RUN=runs/{launch.name}"]
+    where = ["DATA=path/to/images", f"RUN=runs/{launch.name}"]
     if launch.num_nodes == 1:
         return _script(_exports(launch, where), _command(launch, ""))
     about = (
@@ -62,7 +62,7 @@ def slurm(launch: Launch) -> str:
         *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in settings.items()),
         "",
         f"# Save as {launch.name}.sh; start with: sbatch {launch.name}.sh",
-        _exports(launch, [f"HEAD={head}", "DATA=path/to/pictures", f'RUN="$SLURM_SUBMIT_DIR/runs/{launch.name}"']),
+        _exports(launch, [f"HEAD={head}", "DATA=path/to/images", f'RUN="$SLURM_SUBMIT_DIR/runs/{launch.name}"']),
         started,
         "step=$!",
         "# Ten minutes before the time is over this shell gets SIGTERM: the run saves, stops, and is queued again.",
@@ -79,7 +79,7 @@ def kubernetes(launch: Launch) -> str:
     """For `kubectl apply`: a Job with a pod a machine, and the Service by which they meet (from 1.33 on)."""
     name, nodes = launch.name, launch.num_nodes
     start = _script(
-        _exports(launch, [f"HEAD={name}-0.{name}", "DATA=/shared/pictures", f"RUN=/shared/runs/{name}"]),
+        _exports(launch, [f"HEAD={name}-0.{name}", "DATA=/shared/images", f"RUN=/shared/runs/{name}"]),
         f"exec {_command(launch, name)}",
     )
     return f"""\
@@ -127,7 +127,7 @@ spec:
           volumeMounts:
             - name: shared
               mountPath: /shared
-            - name: workers  # the processes that decode pictures hand them over in shared memory
+            - name: workers  # the processes that decode images hand them over in shared memory
               mountPath: /dev/shm
       volumes:
         - name: shared
@@ -143,7 +143,7 @@ def skypilot(launch: Launch) -> str:
     """For `sky jobs launch`: a managed job, which gets new machines when a cloud takes the old ones back."""
     head = '"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
     start = _script(
-        _exports(launch, [f"HEAD={head}", "DATA=/shared/pictures", f"RUN=/shared/runs/{launch.name}"]),
+        _exports(launch, [f"HEAD={head}", "DATA=/shared/images", f"RUN=/shared/runs/{launch.name}"]),
         _command(launch, launch.name),
     )
     return f"""\

@@ -17,16 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from coatnet.model import attention
-from coatnet.model.coatnet import CoAtNet, create_model
-from coatnet.planning.live_memory import LiveMemory
+from coatnet.model.network import CoAtNet, create_model
+from coatnet.planning.memory_tracker import MemoryTracker
+from coatnet.training.config import Recipe, parts
+from coatnet.training.distributed.parallelize import Parallel, Single, rework_blocks
+from coatnet.training.distributed.processes import Processes
+from coatnet.training.distributed.sharded_average import ShardedAverage
+from coatnet.training.distributed.shards import here
+from coatnet.training.distributed.wrappers import Sharded, mesh_for
 from coatnet.training.losses import build_loss
-from coatnet.training.optimization import WeightAverage, build_optimizer
-from coatnet.training.parallel.networks import Sharded, mesh_for
-from coatnet.training.parallel.processes import Processes
-from coatnet.training.parallel.rows import here
-from coatnet.training.parallel.scaling import Parallel, Single, rework_blocks
-from coatnet.training.parallel.sharded_average import ShardedAverage
-from coatnet.training.recipe import Recipe, parts
+from coatnet.training.optimizer import WeightAverage, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ class Rehearsal:
 
 
 def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Processes, on_gpu: bool = True) -> Rehearsal:
-    """A step of one process, which sees `share` pictures in it.
+    """A step of one process, which sees `share` images in it.
 
     Args:
         recipe: with model, resolution, micro-batch, precision ("bf16" or "fp32"), average, recomputation and, where
@@ -116,7 +116,7 @@ def _take_step(
     side, micro, loss = recipe.resolution, recipe.micro_batch_size or share, build_loss(recipe.loss or "softmax", None)
     parameters = list(model.parameters())
     state = optimizer_state(recipe, model)
-    memory = LiveMemory()
+    memory = MemoryTracker()
     with memory:
         memory.label("average", averages.values())
         memory.label("parameters", model.state_dict().values())  # they are their own average if there is none
@@ -175,11 +175,11 @@ def as_on_gpu(model: CoAtNet) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):  # autocast has it in float32 on GPUs, and not on CPUs; all else is alike
             module.register_forward_pre_hook(lambda _, given: given[0].float())
-    before, attention.attend = attention.attend, _attend_on_gpu
+    before, attention.scaled_dot_product_attention = attention.scaled_dot_product_attention, _attend_on_gpu
     try:
         yield
     finally:
-        attention.attend = before
+        attention.scaled_dot_product_attention = before
 
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coatnet.bundle.folder import flush
 from coatnet.errors import UserError
+from coatnet.system.files import flush
 from coatnet.training.stored_tensors import StoredTensors
 
 FORMAT = 1

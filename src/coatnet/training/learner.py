@@ -9,21 +9,21 @@ from torch import Tensor
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.mixing import mix
-from coatnet.data.order import hash_words
+from coatnet.data.sampler import hash_words
 from coatnet.errors import UserError
-from coatnet.runtime import best_device, multiplies_bf16
+from coatnet.system.hardware import best_device, multiplies_bf16
 from coatnet.training.checkpoint import Checkpoint
-from coatnet.training.fitting import head_first_steps
+from coatnet.training.config import Recipe, parts
+from coatnet.training.defaults import head_first_steps
+from coatnet.training.distributed.batch_split import share_of
+from coatnet.training.distributed.parallelize import build_network, parallelism_of, scale
+from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes, translate_errors
+from coatnet.training.distributed.shards import fill
 from coatnet.training.freezing import HeadFirst
+from coatnet.training.initialization import describe_start, start_statistics
 from coatnet.training.losses import balancing_weights, build_loss
-from coatnet.training.memory import shortage_explained
-from coatnet.training.optimization import build_optimizer, gradient_norm, take_step
-from coatnet.training.parallel.processes import ALONE, Processes, others
-from coatnet.training.parallel.rows import fill
-from coatnet.training.parallel.scaling import build_network, parallelism_of, scale
-from coatnet.training.parallel.share import share_of
-from coatnet.training.recipe import Recipe, parts
-from coatnet.training.start import describe_start, start_statistics
+from coatnet.training.oom import shortage_explained
+from coatnet.training.optimizer import build_optimizer, gradient_norm, take_step
 from coatnet.training.stored_tensors import StoredTensors
 
 INITIALISATION = -1  # the step whose randomness the untrained weights come from
@@ -36,7 +36,9 @@ class NotFinite(UserError):
 class Learner:
     """Model, averaged weights and optimizer; all randomness of a step follows from its number."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, init: Bundle | None, processes: Processes = ALONE) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, init: Bundle | None, processes: Processes = SINGLE_PROCESS
+    ) -> None:
         """Raises UserError if recipe, bundle and processes do not fit together."""
         self.recipe, self.num_classes, self.processes = recipe, len(dataset.classes), processes
         self.device, self._bf16 = best_device(), runs_bf16(recipe.precision, best_device())
@@ -73,7 +75,7 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=True)
 
     def step(self, images: Tensor, labels: Tensor, *, step: int, learning_rate: float) -> tuple[float, float]:
-        """Optimizer step `step` (0 is the first) on this process's share of a batch: loss a picture, and norm of the
+        """Optimizer step `step` (0 is the first) on this process's share of a batch: loss an image, and norm of the
         gradients, both of the whole batch.
 
         Raises NotFinite, on all processes and before anything is updated; UserError if the memory is too small.
@@ -84,7 +86,7 @@ class Learner:
         buffers = list(self.model.buffers()) if self.recipe.non_finite_budget else []
         before = [buffer.clone() for buffer in buffers]
         at_once = self.recipe.micro_batch_size or len(self.share.places) - self.share.num_extra
-        with others(), shortage_explained(step, at_once, whole.preprocessing.resolution):
+        with translate_errors(), shortage_explained(step, at_once, whole.preprocessing.resolution):
             total = self._accumulate(images, labels, step)
             parameters = list(self._parameters.values())
             total, norm = self.parallel.agree(total, gradient_norm(parameters))
@@ -107,7 +109,7 @@ class Learner:
         recipe, (_, num_extra), alone = self.recipe, self.share, self.processes.alone
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         # What is averaged over processes is divided by their mean share.
-        num_pictures = len(images) if alone else (recipe.batch_size or 1) / self.processes.world_size
+        num_images = len(images) if alone else (recipe.batch_size or 1) / self.processes.world_size
         micro = recipe.micro_batch_size or len(images)
         if step == 0 and recipe.init is None:
             with nullcontext() if alone else self.autocast():  # the weights of shards may come in bf16
@@ -121,7 +123,7 @@ class Learner:
             with nullcontext() if number == len(image_parts) else self.parallel.accumulating():
                 with self.autocast():
                     logits = self.parallel(part)
-                loss = self._loss(logits, part_targets) / num_pictures
+                loss = self._loss(logits, part_targets) / num_images
                 loss.backward()
             total += loss.detach()
         return total

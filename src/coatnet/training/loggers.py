@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from coatnet.errors import UserError
-from coatnet.suggestions import nearest
+from coatnet.errors import UserError, nearest
 
 WAITING = 1_000  # records that may wait for a logger; those beyond are left out, so that a hung one costs no memory
 CLOSING_SECONDS = 10.0  # that the end of a run waits for a logger to write what it has

@@ -1,4 +1,4 @@
-"""Losses over targets (B, K): probabilities after mixing, or 0 and 1 for several labels a picture."""
+"""Losses over targets (B, K): probabilities after mixing, or 0 and 1 for several labels an image."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_loss(kind: str, class_weights: Tensor | None = None) -> Loss:
-    """`(logits, targets) -> scalar`, summed over the pictures: the caller divides by the true batch size.
+    """`(logits, targets) -> scalar`, summed over the images: the caller divides by the true batch size.
 
     "softmax" is cross entropy with soft targets; "sigmoid" is binary cross entropy summed over the classes.
     """
@@ -28,7 +28,7 @@ def build_loss(kind: str, class_weights: Tensor | None = None) -> Loss:
 
 
 def balancing_weights(labels: np.ndarray, num_classes: int) -> Tensor:
-    """(K,) weights inverse to how often a class occurs, of mean 1 over the pictures; absent classes get 1."""
+    """(K,) weights inverse to how often a class occurs, of mean 1 over the images; absent classes get 1."""
     counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return torch.tensor(np.where(counts > 0, weights, 1.0), dtype=torch.float32)

@@ -56,4 +56,4 @@ class TrainingProgress:
         """A line with the figures of an evaluation."""
         shown = [(name, figures[name]) for name in ("top1", "mean_average_precision", "top5", "nll") if name in figures]
         parts = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown]
-        self.say(f"epoch {epoch:.2f} (step {step:,}) on held-out pictures: " + "  ".join(parts))
+        self.say(f"epoch {epoch:.2f} (step {step:,}) on held-out images: " + "  ".join(parts))

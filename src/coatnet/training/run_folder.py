@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coatnet.errors import UserError
-from coatnet.suggestions import few
+from coatnet.errors import UserError, few
 from coatnet.training.checkpoint import remove_leftovers, write_file
-from coatnet.training.recipe import PARTS, Recipe
-from coatnet.training.values import plain
+from coatnet.training.config import PARTS, Recipe
+from coatnet.training.config_parsing import plain
 
 MAY_CHANGE = (
     "epochs",
@@ -55,12 +54,12 @@ class RunFolder:
     def settle(self, recipe: Recipe, classes: Sequence[str]) -> Recipe:
         """Take the complete recipe and the classes.
 
-        Raises UserError if the folder's run was started with others, or if it lies among its pictures.
+        Raises UserError if the folder's run was started with others, or if it lies among its images.
         """
         self.recipe, self._classes = recipe, list(classes)
         if self.path.resolve().is_relative_to(recipe.data):
             raise UserError(
-                f"{self.path} lies in {recipe.data}, where its curves would become pictures of a class: "
+                f"{self.path} lies in {recipe.data}, where its curves would become images of a class: "
                 "give a folder outside for out"
             )
         if self.stored is None:

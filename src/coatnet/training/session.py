@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coatnet.data.bad_images import BadImages
-from coatnet.data.loading import order_of, training_batches
+from coatnet.data.loader import sampler_of, training_batches
 from coatnet.data.splits import Splits
+from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
+from coatnet.training.async_checkpoint import Saver
 from coatnet.training.checkpoint import CorruptCheckpoint, latest_checkpoint, load_checkpoint, open_checkpoint
+from coatnet.training.config import parts
+from coatnet.training.distributed.batch_split import workers_of_one
+from coatnet.training.distributed.sync import Agreement
+from coatnet.training.duration import Plan
 from coatnet.training.learner import Learner, NotFinite
 from coatnet.training.loggers import Loggers, open_loggers
-from coatnet.training.measuring import measure
-from coatnet.training.optimization import learning_rate_at
-from coatnet.training.parallel.agreement import Agreement
-from coatnet.training.parallel.share import workers_of_one
-from coatnet.training.plan import Plan
+from coatnet.training.optimizer import learning_rate_at
 from coatnet.training.position import Position
 from coatnet.training.progress import TrainingProgress
-from coatnet.training.recipe import parts
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.saver import Saver
+from coatnet.training.validation import measure
 
 LOGS_PER_RUN = 400
 BEST = "best"
@@ -52,14 +52,14 @@ class Session:
         self.saver = Saver(run.checkpoints, self.processes, self.recipe.keep_checkpoints, self.recipe.keep_every_hours)
         self.agreement, self.loggers = Agreement(self.processes), Loggers({}, progress.say)
         self.position = Position(seconds=time.monotonic() - began)
-        num_pictures = len(splits.training) + len(splits.validation)
-        self.bad_images = BadImages(num_pictures, self.recipe.bad_image_budget)
+        num_images = len(splits.training) + len(splits.validation)
+        self.bad_images = BadImages(num_images, self.recipe.bad_image_budget)
         self._log_steps = max(1, plan.recipe_steps // LOGS_PER_RUN)
         self._saved_at = self._logged_at = time.monotonic()
 
     @property
     def epoch(self) -> float:
-        """Passes over the training pictures so far."""
+        """Passes over the training images so far."""
         return round(self.position.step * self.plan.batch_size / len(self.splits.training), 4)
 
     @property
@@ -99,19 +99,19 @@ class Session:
     def step(self, images: Tensor, labels: Tensor) -> tuple[float, float] | None:
         """One optimizer step: loss and norm of the gradients. None if they were not finite and the step is left out.
 
-        Raises NotFinite, and logs whose pictures they were, once the recipe has no budget for it (left).
+        Raises NotFinite, and logs whose images they were, once the recipe has no budget for it (left).
         """
         at = self.position
         try:
             return self.learner.step(images, labels, step=at.step, learning_rate=self.learning_rate)
         except NotFinite as error:
             size, balanced = self.plan.batch_size, self.recipe.balance == "sampler"
-            order = order_of(self.splits.training, self.recipe.seed, balanced)
-            pictures, _ = order.visits(np.arange(at.step * size, (at.step + 1) * size))
-            if self.processes.leads:
-                self.run.log({"step": at.step + 1, "not_finite": True, "pictures": pictures.tolist()})
+            order = sampler_of(self.splits.training, self.recipe.seed, balanced)
+            indices, _ = order.sample(np.arange(at.step * size, (at.step + 1) * size))
+            if self.processes.is_main:
+                self.run.log({"step": at.step + 1, "not_finite": True, "pictures": indices.tolist()})
             if at.left_out >= self.recipe.non_finite_budget:
-                raise self.processes.once(error) from None
+                raise self.processes.error_on_main(error) from None
             self.progress.say(f"warning: {error}; the step is left out")
             return None
 
@@ -136,7 +136,7 @@ class Session:
             self.measure(told)
 
     def measure(self, told: Callable[[], signal.Signals | None]) -> None:
-        """Evaluate the averaged weights on the held-out pictures; keep the best, for patience.
+        """Evaluate the averaged weights on the held-out images; keep the best, for patience.
 
         Once `told` gives a signal on any process it is given up, to be made when the run is resumed.
         """
@@ -166,7 +166,7 @@ class Session:
     def save(self) -> None:
         """Publish a checkpoint of this step, and wait for it. Raises UserError if it can not be written."""
         self.saver.finish_or_tell(self.progress.say)
-        if any(self.processes.gather(self.saver.last != (self._name, self._state))):  # bad pictures differ
+        if any(self.processes.gather(self.saver.last != (self._name, self._state))):  # bad images differ
             self._begin_saving(self._name)
             self.saver.finish()
 
@@ -187,7 +187,7 @@ class Session:
     def resume(self) -> None:
         """Go back to the last whole checkpoint of the run folder, if there is one."""
         checkpoint = None
-        if self.processes.leads:
+        if self.processes.is_main:
             checkpoint = latest_checkpoint(self.run.checkpoints, lambda text: self.progress.say(f"warning: {text}"))
         path = self.processes.broadcast(checkpoint.path if checkpoint else None)
         if path is not None:
@@ -202,7 +202,7 @@ class Session:
             self.saver.last = (path.name, self._state)
             self.plan.resumed(self.position.step, self.position.seconds)
             self.progress.say(f"resuming {self.run.path} at step {self.position.step:,}")
-        if self.processes.leads:
+        if self.processes.is_main:
             self.run.rewind(self.position.step)
             self.loggers = open_loggers(self.recipe.loggers, self.run.path, self.position.step, self.progress.say)
             self.loggers.log_config(self.recipe.to_dict())
@@ -216,7 +216,7 @@ class Session:
 
     def log(self, values: Mapping[str, float]) -> None:
         """A line in the run's log, with where the run stands."""
-        if self.processes.leads:
+        if self.processes.is_main:
             self.run.log({"step": self.position.step, "epoch": self.epoch, **values})
             self.loggers.log_metrics(self.position.step, {"epoch": self.epoch, **values})
 
@@ -236,8 +236,8 @@ class Session:
 
     def _gather_bad_images(self) -> None:
         for records in self.processes.gather(dict(self.bad_images.records)):
-            for picture, reason in records.items():
-                self.bad_images.add(picture, reason)
+            for image, reason in records.items():
+                self.bad_images.add(image, reason)
 
     def _log_training(self, loss: float, norm: float) -> None:
         now = time.monotonic()

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from coatnet.training.parallel.rows import Rows
+from coatnet.training.distributed.shards import Rows
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -11,19 +11,19 @@ import torch.utils.deterministic
 from rich.console import Console
 
 from coatnet.bundle import Bundle, load
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report, write
-from coatnet.runtime import keep_freed_memory
-from coatnet.training.fitting import fit_to
+from coatnet.system.hardware import keep_freed_memory
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
+from coatnet.training.distributed.processes import joined
+from coatnet.training.duration import plan_for
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
 from coatnet.training.learner import Learner
 from coatnet.training.loggers import check_loggers
-from coatnet.training.parallel.processes import joined
-from coatnet.training.plan import plan_for
 from coatnet.training.progress import TrainingProgress
-from coatnet.training.recipe import Recipe
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.session import Session
 
@@ -43,23 +43,23 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
     keep_freed_memory()
     began = time.monotonic()
     with joined() as processes:
-        progress = TrainingProgress(console if processes.leads else Console(quiet=True))
-        with processes.together():
+        progress = TrainingProgress(console if processes.is_main else Console(quiet=True))
+        with processes.collective():
             run = RunFolder(out, recipe)
             splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
             init = load(run.given.init) if run.given.init else None
-            recipe = run.settle(fit_to(run.given, splits, init), splits.classes)
+            recipe = run.settle(resolve(run.given, splits, init), splits.classes)
             check_loggers(recipe.loggers)
         if run.finished:
             progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
             return processes.first_does(lambda: evaluate(load(run.bundle), splits))
 
         with repeatable():
-            with processes.together():
+            with processes.collective():
                 learner = Learner(recipe, splits.training, init, processes)
                 plan = plan_for(recipe, len(splits.training), len(splits.validation))
                 session = Session(learner, plan, splits, run, progress, began)
-                if processes.leads:
+                if processes.is_main:
                     run.start()
             progress.say(splits.describe())  # only now: a mistake before here is answered by one line
             session.resume()
@@ -81,7 +81,7 @@ def finish(session: Session, bundle: Bundle) -> Report:
     report = evaluate(bundle, splits, num_workers=recipe.num_workers)
     report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
     if report.bad_images:
-        progress.say(f"{len(report.bad_images)} pictures could not be used; {run.path}/report.md names them")
+        progress.say(f"{len(report.bad_images)} images could not be used; {run.path}/report.md names them")
     session.log({**report.figures, "bad_images": len(report.bad_images)})
     write(report, run.path)
     draw_curves(run.metrics, run.path / "curves.png")

@@ -1,4 +1,4 @@
-"""Tars as another program writes them, of little pictures in three classes."""
+"""Tars as another program writes them, of little images in three classes."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w", kin
     return path
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -29,5 +29,5 @@ def samples(first: int, count: int) -> list[tuple[str, bytes]]:
     """The members of so many samples, of the classes 0, 1 and 2 in turn."""
     members = []
     for number in range(first, first + count):
-        members += [(f"{number:05d}.png", picture(number)), (f"{number:05d}.cls", str(number % 3).encode())]
+        members += [(f"{number:05d}.png", image(number)), (f"{number:05d}.cls", str(number % 3).encode())]
     return members

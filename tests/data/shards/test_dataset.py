@@ -1,4 +1,4 @@
-"""Packed shards: every picture one read away, and nothing wrong with them is left for the middle of a run."""
+"""Packed shards: every image one read away, and nothing wrong with them is left for the middle of a run."""
 
 import json
 import os
@@ -12,16 +12,16 @@ import pytest
 import torch
 from tests.data.loaders import evaluate, train
 
-from coatnet.data.loading import order_of
+from coatnet.data.loader import sampler_of
+from coatnet.data.open import open_dataset
 from coatnet.data.shards.dataset import ShardDataset
-from coatnet.data.shards.packing import pack
-from coatnet.data.sources import open_dataset
+from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory, encode) -> Path:
-    """200 pictures of 12 x 16 in two classes, in shards of some 20 KB."""
+    """200 images of 12 x 16 in two classes, in shards of some 20 KB."""
     root = tmp_path_factory.mktemp("shards")
     for number in range(200):
         path = root / "pictures" / ("cat" if number % 3 else "dog") / f"{number}.png"
@@ -48,22 +48,22 @@ def test_labels_read_and_counts_agree(packed):
 def test_the_folder_may_move(folder):
     there = folder.rename(folder.with_name("elsewhere"))
     dataset = open_dataset(there).training
-    assert dataset.locate(0).startswith(f"{there}/train-000000.tar/000000000-")
+    assert dataset.describe(0).startswith(f"{there}/train-000000.tar/000000000-")
 
 
 def test_the_description_says_what_is_there(packed):
     text = open_dataset(packed).describe()
-    assert text.startswith("pictures: 200 pictures, 2 classes") and "packed from pictures in" in text
+    assert text.startswith("images: 200 images, 2 classes") and "packed from images in" in text
 
 
 def test_a_dataset_survives_the_way_to_a_worker(packed):
     dataset = open_dataset(packed).training
-    picture, label = dataset.read(7)
+    image, label = dataset.read(7)
     assert len(dataset.labels) == len(dataset)
     sent = pickle.dumps(dataset)
     assert len(sent) < 50_000  # open files, mapped tables and labels stay behind
     copy = pickle.loads(sent)
-    assert copy.read(7) == (picture, label) and np.array_equal(copy.labels, dataset.labels)
+    assert copy.read(7) == (image, label) and np.array_equal(copy.labels, dataset.labels)
 
 
 def test_batches_do_not_depend_on_workers(packed):
@@ -89,10 +89,10 @@ def test_blocks_are_about_eight_mebibytes(packed, monkeypatch):
     assert open_dataset(packed).training.block_size == round(10_000 / size)
 
 
-def test_training_reads_the_pictures_of_a_window_from_many_shards(packed, monkeypatch):
+def test_training_reads_the_images_of_a_window_from_many_shards(packed, monkeypatch):
     monkeypatch.setattr("coatnet.data.shards.dataset.BLOCK_BYTES", 5_000)
     dataset = open_dataset(packed).training
-    order = order_of(dataset, seed=3)
+    order = sampler_of(dataset, seed=3)
     assert np.array_equal(np.sort(order.indices(np.arange(len(dataset)))), np.arange(len(dataset)))
     shards = np.searchsorted(np.cumsum(dataset.table["num_samples"]), order.indices(np.arange(len(dataset))), "right")
     num_shards = len(dataset.table)
@@ -100,7 +100,7 @@ def test_training_reads_the_pictures_of_a_window_from_many_shards(packed, monkey
     assert len(np.unique(shards[:32])) > num_shards / 2
 
 
-def test_shards_without_a_picture_do_no_harm(make_folder, tmp_path):
+def test_shards_without_a_image_do_no_harm(make_folder, tmp_path):
     root = make_folder({"train/cat": 6, "train/dog": 6, "val/cat": 1, "val/dog": 1})
     for name in [f"cat/{number}" for number in range(5)] + [f"dog/{number}" for number in range(5)]:
         (root / f"train/{name}.png").write_bytes(b"")

@@ -15,8 +15,8 @@ from tests.data.loaders import train
 from tests.data.shards.range_server import RangeServer
 
 import coatnet
-from coatnet.data.shards.packing import pack
-from coatnet.data.sources import open_dataset
+from coatnet.data.open import open_dataset
+from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
 
 pytest.importorskip("fsspec")
@@ -24,7 +24,7 @@ pytest.importorskip("fsspec")
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory, encode) -> Path:
-    """80 pictures in two classes, in shards of some 20 KB."""
+    """80 images in two classes, in shards of some 20 KB."""
     root = tmp_path_factory.mktemp("remote")
     for number in range(80):
         path = root / "pictures" / ("cat" if number % 3 else "dog") / f"{number}.png"
@@ -36,7 +36,7 @@ def packed(tmp_path_factory, encode) -> Path:
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch) -> Path:
-    """A cache of the test's own, blocks of four or five pictures, and no proxy."""
+    """A cache of the test's own, blocks of four or five images, and no proxy."""
     monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("coatnet.data.shards.dataset.BLOCK_BYTES", 12_000)
@@ -80,13 +80,13 @@ def test_any_file_system_of_fsspec_will_do(packed):
     assert_equal(open_dataset(f"file://{packed}"), open_dataset(packed))
 
 
-def test_opening_fetches_no_pictures_and_no_tables_of_samples(server):
+def test_opening_fetches_no_images_and_no_tables_of_samples(server):
     splits = open_dataset(server.url)
     assert len(splits.training) == sum(splits.training.class_counts)
     assert not server.ranges(".tar") and not [path for path, _ in server.ranges(".npy") if "shards" not in path]
 
 
-def test_one_picture_costs_one_block(server):
+def test_one_image_costs_one_block(server):
     dataset = open_dataset(server.url).training
     dataset.read(0)
     ((path, given),) = server.ranges(".tar")
@@ -97,7 +97,7 @@ def test_one_picture_costs_one_block(server):
     assert len(server.ranges(".tar")) == 1
 
 
-def test_an_epoch_fetches_every_byte_of_every_picture_once(server):
+def test_an_epoch_fetches_every_byte_of_every_image_once(server):
     dataset = open_dataset(server.url).training
     for index in dataset.order(5).indices(np.arange(len(dataset))).tolist():
         dataset.read(index)

@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tests.data.shards.tars import picture, samples, write_tar
+from tests.data.shards.tars import image, samples, write_tar
 
 from coatnet.data.shards.tar_samples import Sample, read_samples
 from coatnet.errors import UserError
@@ -22,12 +22,12 @@ def one_line(path: Path) -> str:
     return str(caught.value)
 
 
-def test_offsets_lead_to_the_pictures(tmp_path):
+def test_offsets_lead_to_the_images(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 5))
     found = read(path)
     assert [(sample.key, sample.label) for sample in found] == [(f"{number:05d}", number % 3) for number in range(5)]
     data = path.read_bytes()
-    assert [data[sample.offset : sample.offset + sample.length] for sample in found] == [picture(n) for n in range(5)]
+    assert [data[sample.offset : sample.offset + sample.length] for sample in found] == [image(n) for n in range(5)]
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -35,13 +35,13 @@ def test_long_names_folders_other_members_and_several_suffixes(tmp_path, kind):
     long = "x" * 150
     members = [
         ("README.md", b"hello"),
-        (f"deep/{long}.image.PNG", picture(0)), (f"deep/{long}.cls", b"1\n"), (f"deep/{long}.txt", b"a cat"),
-        ("deep/b.json", b'{"width": 3}'), ("deep/b.cls", b"cat"), ("deep/b.jpeg", picture(1)),
+        (f"deep/{long}.image.PNG", image(0)), (f"deep/{long}.cls", b"1\n"), (f"deep/{long}.txt", b"a cat"),
+        ("deep/b.json", b'{"width": 3}'), ("deep/b.cls", b"cat"), ("deep/b.jpeg", image(1)),
     ]  # fmt: skip
     path = write_tar(tmp_path / "some.tar", members, kind=kind)
     assert [(key, length, label) for key, _, length, label in read(path)] == [
-        (f"deep/{long}", len(picture(0)), 1),
-        ("deep/b", len(picture(1)), "cat"),
+        (f"deep/{long}", len(image(0)), 1),
+        ("deep/b", len(image(1)), "cat"),
     ]
 
 
@@ -83,7 +83,7 @@ def test_garbage_in_the_middle_is_found(tmp_path):
 def test_keys_that_come_twice_are_found(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 3) + samples(1, 1))
     assert one_line(path) == "some.tar: the key '00001' comes twice; keys must be unique within a tar"
-    write_tar(path, [("a.png", picture(0)), ("a.cls", b"1"), ("a.png", picture(1))])
+    write_tar(path, [("a.png", image(0)), ("a.cls", b"1"), ("a.png", image(1))])
     assert one_line(path) == "some.tar: 'a.png' comes twice; keys must be unique within a tar"
 
 

@@ -1,4 +1,4 @@
-"""Pictures in tar shards with a side index: any picture is one read, from a folder or from behind a URL."""
+"""Images in tar shards with a side index: any image is one read, from a folder or from behind a URL."""
 
 import mmap
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.decoding import BadImage
-from coatnet.data.shards.block_order import BlockOrder
+from coatnet.data.decode import BadImage
+from coatnet.data.shards.block_sampler import BlockSampler
 from coatnet.data.shards.files import ShardFiles, chunks
 from coatnet.data.shards.index import SAMPLE_COLUMNS, Head, Split, digest, from_npy, index_name, labels_of
 from coatnet.errors import UserError
@@ -56,9 +56,9 @@ class ShardDataset:
             tables = threads.map(self._load, shards.tolist())
             return np.concatenate([labels_of(table, len(self.classes), self.multilabel) for table in tables])
 
-    def order(self, seed: int) -> BlockOrder:
+    def order(self, seed: int) -> BlockSampler:
         """The order of training: the same for a folder and for a copy of it behind a URL."""
-        return BlockOrder(len(self), seed, self.block_size)
+        return BlockSampler(len(self), seed, self.block_size)
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
         """Raises `BadImage` if the disk fails; `UserError` if a shard has become shorter or is gone."""
@@ -73,12 +73,12 @@ class ShardDataset:
         try:
             data = self._files.read(self.shard_name(shard), int(sample["offset"]), length, block)
         except OSError as error:
-            raise BadImage(self.locate(index), f"unreadable: {error.strerror or error}") from error
+            raise BadImage(self.describe(index), f"unreadable: {error.strerror or error}") from error
         if len(data) != length:
             raise UserError(f"{self._files}/{self.shard_name(shard)}: has become shorter; fetch or pack it again")
         return data, labels_of(sample, len(self.classes), self.multilabel)
 
-    def locate(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         shard, row = self._find(index)
         return f"{self._files}/{self.shard_name(shard)}/{self._samples(shard)[row]['key'].decode()}"
 
@@ -135,7 +135,7 @@ class ShardDataset:
         descriptor = self._index_files.open(name, num_bytes, checksum)
         try:
             if os.fstat(descriptor).st_size != num_bytes:
-                raise UserError(f"{self._index_files}/{name}: truncated or changed; pack the pictures again")
+                raise UserError(f"{self._index_files}/{name}: truncated or changed; pack the images again")
             mapped = mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)

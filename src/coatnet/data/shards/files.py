@@ -73,7 +73,7 @@ class LocalFiles:
             self._opened[name] = self.open(name)
         descriptor = self._opened[name]
         if (name, block.start) not in self._announced and hasattr(os, "posix_fadvise"):
-            # A disk then reads the block in one sweep, whatever the order in which its pictures are asked for.
+            # A disk then reads the block in one sweep, whatever the order in which its images are asked for.
             os.posix_fadvise(descriptor, block.start, len(block), os.POSIX_FADV_WILLNEED)
             if len(self._announced) > _ANNOUNCED:
                 self._announced.clear()

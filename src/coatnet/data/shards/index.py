@@ -1,6 +1,6 @@
 """The side index of shards: a small JSON head, a table of shards for each split, a table of samples for each shard.
 
-A sample's row says where its picture lies in the tar, so any picture is one read away. Tables are `.npy` files of
+A sample's row says where its image lies in the tar, so any image is one read away. Tables are `.npy` files of
 format 1.0; a billion samples are rows in many small files, never one object in memory.
 """
 
@@ -81,7 +81,7 @@ def parse_head(data: bytes, where: str) -> Head:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: not the index of a folder of shards ({reason}); pack the pictures again") from error
+        raise UserError(f"{where}: not the index of a folder of shards ({reason}); pack the images again") from error
     return head
 
 
@@ -97,7 +97,7 @@ def summarise_split(shards: Sequence[Shard], class_counts: NDArray, table: bytes
     """Raises `UserError`, beginning with `where`, if there is not one sample."""
     num_samples = sum(shard.num_samples for shard in shards)
     if not num_samples:
-        raise UserError(f"{where} has no picture that can be used")
+        raise UserError(f"{where} has no image that can be used")
     return Split(num_samples, len(shards), tuple(class_counts.tolist()), digest(table))
 
 
@@ -165,7 +165,7 @@ def _parse_split(values: Mapping[str, Any]) -> Split:
     counts = tuple(_whole(count) for count in values["class_counts"])
     num_samples, num_shards = _whole(values["num_samples"]), _whole(values["num_shards"])
     if not num_samples or not num_shards:
-        raise ValueError("a split without pictures")
+        raise ValueError("a split without images")
     return Split(num_samples, num_shards, counts, _text(values["table_sha256"]))
 
 

@@ -56,7 +56,7 @@ class RemoteFiles:
         def fetch() -> bytes:
             data = self._fetch(name, range(num_bytes))
             if sha256(data).hexdigest() != checksum:  # or the cache would keep what a server got wrong once
-                raise UserError(f"{self}/{name}: its checksum is another than the index says; pack the pictures again")
+                raise UserError(f"{self}/{name}: its checksum is another than the index says; pack the images again")
             return data
 
         return self.cache.open(self._block_name(name, 0), num_bytes, fetch)

@@ -1,4 +1,4 @@
-"""What lies in a WebDataset tar that another program wrote: pictures by key, where their bytes are, and their labels.
+"""What lies in a WebDataset tar that another program wrote: images by key, where their bytes are, and their labels.
 
 Layout (https://github.com/webdataset/webdataset): members that follow each other and share the path up to the first
 dot of the file name, the key, are one sample; the rest of the name says what a member is.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from coatnet.data.datasets import printable
-from coatnet.data.folder import PICTURE_SUFFIXES
+from coatnet.data.folder import IMAGE_SUFFIXES
 from coatnet.errors import UserError
 
 Label = int | str | tuple[int | str, ...]
@@ -32,7 +32,7 @@ class _Members:
     """What was met of a sample so far."""
 
     key: str
-    picture: tuple[int, int] | None = None
+    image: tuple[int, int] | None = None
     label: Label | None = None
     seen: set[str] = field(default_factory=set)
 
@@ -41,7 +41,7 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
     """The samples of a tar in their order. `.cls` holds a class index or name, `.json` a label or a list of labels.
 
     Raises `UserError`, beginning with `where`, if the tar is compressed, cut off or damaged, if a key comes twice,
-    or if a picture has no label.
+    or if an image has no label.
     """
     seen: set[str] = set()
     current: _Members | None = None
@@ -60,8 +60,8 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
             raise UserError(f"{where}: {member.name!r} comes twice; keys must be unique within a tar")
         current.seen.add(kind)
         suffix = "." + kind.lower().rpartition(".")[2]
-        if suffix in PICTURE_SUFFIXES:
-            current.picture = current.picture or (member.offset_data, member.size)
+        if suffix in IMAGE_SUFFIXES:
+            current.image = current.image or (member.offset_data, member.size)
         elif suffix in (".cls", ".json") and member.size <= _LONGEST_LABEL and current.label is None:
             current.label = _read_label(file, member, f"{where}: {printable(member.name)}")
     if current is not None:
@@ -83,11 +83,11 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
 
 
 def _finish(members: _Members, where: str) -> Iterator[Sample]:
-    if members.picture is None:
+    if members.image is None:
         return  # a README, or a sample of something else
     if members.label is None:
-        raise UserError(f"{where}: {members.key!r} has no .cls or .json with a label; each picture needs one")
-    yield Sample(members.key, *members.picture, members.label)
+        raise UserError(f"{where}: {members.key!r} has no .cls or .json with a label; each image needs one")
+    yield Sample(members.key, *members.image, members.label)
 
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | None:

@@ -1,0 +1,66 @@
+"""The pretrained CoAtNets that timm publishes: hub ids, ImageNet-1k accuracy, and what their images look like.
+
+Source: timm 1.0.31 (`default_cfgs`) and its results on ImageNet-1k validation, at the resolution in the name.
+"""
+
+from dataclasses import dataclass, field
+
+from coatnet.data.transforms import Preprocessing
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SEEN_AT_224 = Preprocessing(crop_fraction=0.95)  # bicubic, mean and deviation 0.5
+SEEN_BY_NANO = Preprocessing(crop_fraction=0.9)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """One checkpoint. `top1` and `top5` are fractions on ImageNet-1k, None for the heads of ImageNet-12k."""
+
+    name: str
+    top1: float | None = None
+    top5: float | None = None
+    preprocessing: Preprocessing = field(default=SEEN_AT_224)
+
+    @property
+    def architecture(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def hub_id(self) -> str:
+        return f"timm/{self.name}"
+
+
+_ROWS = (
+    Pretrained(
+        "coatnet_rmlp_2_rw_384.sw_in12k_ft_in1k",
+        0.87388,
+        0.98312,
+        Preprocessing(resolution=384, crop="squash", crop_fraction=1.0),
+    ),
+    Pretrained("coatnet_2_rw_224.sw_in12k_ft_in1k", 0.86582, 0.97896),
+    Pretrained("coatnet_rmlp_2_rw_224.sw_in12k_ft_in1k", 0.86538, 0.97894),
+    Pretrained("coatnet_rmlp_1_rw2_224.sw_in12k_ft_in1k", 0.84940, 0.96968),
+    Pretrained("coatnet_rmlp_2_rw_224.sw_in1k", 0.84608, 0.96744),
+    Pretrained("coatnet_1_rw_224.sw_in1k", 0.83620, 0.96382),
+    Pretrained("coatnet_rmlp_1_rw_224.sw_in1k", 0.83350, 0.96452),
+    Pretrained("coatnet_0_rw_224.sw_in1k", 0.82396, 0.95844),
+    Pretrained(
+        "coatnet_bn_0_rw_224.sw_in1k",
+        0.82394,
+        0.96194,
+        Preprocessing(crop_fraction=0.95, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    ),
+    Pretrained("coatnet_rmlp_nano_rw_224.sw_in1k", 0.82064, 0.95874, SEEN_BY_NANO),
+    Pretrained("coatnext_nano_rw_224.sw_in1k", 0.81998, 0.95888, SEEN_BY_NANO),
+    Pretrained("coatnet_nano_rw_224.sw_in1k", 0.81704, 0.95650, SEEN_BY_NANO),
+    Pretrained("coatnet_2_rw_224.sw_in12k"),
+    Pretrained("coatnet_3_rw_224.sw_in12k"),
+    Pretrained("coatnet_rmlp_1_rw2_224.sw_in12k"),
+    Pretrained("coatnet_rmlp_2_rw_224.sw_in12k"),
+)
+PRETRAINED = {row.name: row for row in _ROWS}
+
+
+def pretrained_of(architecture: str) -> list[Pretrained]:
+    """The checkpoints of an architecture, the most accurate first."""
+    return [row for row in _ROWS if row.architecture == architecture]

@@ -1,0 +1,197 @@
+"""Encoded bytes to RGB pixels: few formats, sizes checked before memory is spent, one kind of error.
+
+JPEGs of one or three components go through simplejpeg, which gives Pillow's pixels in three quarters of its time;
+everything else, and what simplejpeg complains of, goes through Pillow, restricted to the list of formats. Colour
+profiles (ICC) are not applied.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from coatnet.data.jpeg import JpegHeader, has_end_marker, read_jpeg_header
+from coatnet.errors import UserError
+
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 30_000
+Pixels = NDArray[np.uint8]  # (H, W, 3)
+
+_MAGIC = (
+    ("JPEG", 0, b"\xff\xd8\xff"),
+    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
+    ("WEBP", 8, b"WEBP"),
+    ("GIF", 0, b"GIF87a"),
+    ("GIF", 0, b"GIF89a"),
+    ("BMP", 0, b"BM"),
+    ("TIFF", 0, b"II*\0"),
+    ("TIFF", 0, b"MM\0*"),
+)
+_ORIENTATION_TAG = 0x0112
+# By EXIF's orientation: how stored rows and columns become those that a person sees.
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+
+
+class BadImage(UserError):
+    """An image that cannot be used: `name` says which, `reason` is a short code, a colon and the details."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)  # both, so that it survives the way out of a worker process
+        self.name = name
+        self.reason = reason
+
+    @property
+    def code(self) -> str:
+        """empty, format, truncated, large, pixels, corrupt or unreadable."""
+        return self.reason.partition(":")[0]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Tensor:
+    """The image in `data` as uint8 RGB (3, H, W): EXIF turned, alpha on white, first frame, 16 bit scaled.
+
+    In memory the channels of a pixel lie side by side, as they were decoded.
+
+    Raises `BadImage`, bearing `name`, if the format is not on the list, the image exceeds the limits, or
+    the data is cut off, corrupt, or of a kind without an agreed white (float, 32-bit integers).
+    """
+    kind = _sniff(data, name)
+    if kind == "JPEG":
+        header = read_jpeg_header(data)
+        if header:
+            _check_size(header.width, header.height, name, max_pixels, max_side)
+        if not has_end_marker(data, header):
+            raise BadImage(name, f"truncated: no end-of-image marker in {len(data):,} bytes")
+        if header and (pixels := _decode_with_simplejpeg(data, header)) is not None:
+            return _as_tensor(pixels)
+    return _as_tensor(_decode_with_pillow(data, kind, name, max_pixels, max_side))
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) as the header says, before any EXIF turn; raises `BadImage` as `decode` does."""
+    kind = _sniff(data, name)
+    if kind == "JPEG" and (header := read_jpeg_header(data)):
+        return header.height, header.width
+    with warnings.catch_warnings(action="ignore"):
+        width, height = _open(data, kind, name).size
+    return height, width
+
+
+def complaint(data: object) -> str:
+    """What the JPEG library has against an image that it decodes all the same, such as flipped bytes, or ""."""
+    import simplejpeg
+
+    if isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff"):
+        try:
+            simplejpeg.decode_jpeg(data)
+        except ValueError as error:
+            return _one_line(error)
+    return ""
+
+
+def _sniff(data: bytes, name: str) -> str:
+    if not data:
+        raise BadImage(name, "empty: the file has 0 bytes")
+    for kind, offset, magic in _MAGIC:
+        if data[offset : offset + len(magic)] == magic and (kind != "WEBP" or data[:4] == b"RIFF"):
+            return kind
+    raise BadImage(name, f"format: not a JPEG, PNG, WebP, GIF, BMP or TIFF; it begins with {data[:8]!r}")
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int, max_side: int) -> None:
+    if max(width, height) > max_side:
+        raise BadImage(name, f"large: {width} x {height} pixels, a side may have {max_side:,}")
+    if width * height > max_pixels:
+        raise BadImage(name, f"large: {width} x {height} pixels, an image may have {max_pixels:,}")
+
+
+def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
+    """None where it is not trusted, or complains: then Pillow has the last word."""
+    if header.bits != 8 or header.components not in (1, 3):
+        return None
+    import simplejpeg
+
+    try:
+        pixels = simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return None
+    return pixels if not header.exif else _upright(pixels, lambda: _loaded(header.exif))
+
+
+def _decode_with_pillow(data: bytes, kind: str, name: str, max_pixels: int, max_side: int) -> Pixels:
+    # Pillow warns of odd metadata, and of sizes that are checked here; neither is news to anyone.
+    with warnings.catch_warnings(action="ignore"):
+        image = _open(data, kind, name)
+        _check_size(*image.size, name, max_pixels, max_side)
+        try:
+            image.load()
+            return _upright(np.array(_to_rgb(image, name)), image.getexif)
+        except BadImage:
+            raise
+        except Exception as error:  # parsers of hostile bytes raise nearly anything
+            code = "truncated" if "truncated" in str(error) else "corrupt"
+            raise BadImage(name, f"{code}: {_one_line(error)}") from error
+
+
+def _open(data: bytes, kind: str, name: str) -> Image.Image:
+    """Read the header only. Naming the one format keeps every other parser of Pillow out of reach."""
+    try:
+        return Image.open(io.BytesIO(data), formats=(kind,))
+    except Image.DecompressionBombError as error:
+        raise BadImage(name, f"large: {_one_line(error)}") from error
+    except Exception as error:
+        raise BadImage(name, f"corrupt: its {kind} header cannot be read in {len(data):,} bytes") from error
+
+
+def _upright(pixels: Pixels, read_exif: Callable[[], Image.Exif]) -> Pixels:
+    try:
+        turn = _TURNS.get(read_exif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # an image with broken EXIF data is still an image
+        turn = None
+    return pixels if turn is None else turn(pixels)
+
+
+def _loaded(segment: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    with warnings.catch_warnings(action="ignore"):
+        exif.load(segment)
+    return exif
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion clips to white; 257 takes 65,535 to 255.
+        wide = np.array(image).astype(np.uint16)
+        return Image.fromarray(((wide + np.uint32(128)) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        held = "floating-point" if image.mode == "F" else "32-bit"
+        raise BadImage(name, f"pixels: {held} values have no agreed white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image)
+        image = page
+    return image.convert("RGB")
+
+
+def _as_tensor(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

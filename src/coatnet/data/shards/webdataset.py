@@ -1,0 +1,170 @@
+"""WebDataset tars that another program wrote: read through once, and their index kept in this machine's cache.
+
+The index belongs to names and sizes of the tars (on this machine to the times of their last change too), so a tar
+that changes is read again, with all checks.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
+from coatnet.data.shards.block_cache import cache_folder, locked
+from coatnet.data.shards.files import LocalFiles, ShardFiles
+from coatnet.data.shards.index import (
+    HEAD,
+    TRAINING,
+    VALIDATION,
+    Head,
+    Shard,
+    digest,
+    index_name,
+    sample_table,
+    shard_table,
+    summarise_split,
+    table_name,
+    to_npy,
+)
+from coatnet.data.shards.tar_samples import Label, Sample, read_samples
+from coatnet.errors import UserError
+from coatnet.system.progress import progress_bar
+
+_MOST_CLASSES = 1_000_000
+
+
+class _Tar(NamedTuple):
+    name: str
+    num_bytes: int
+    samples: list[Sample]
+
+
+def index_foreign(files: ShardFiles, validation_fraction: float) -> LocalFiles:
+    """The folder of the index, made now if these tars were never seen.
+
+    Raises `UserError` if there are no tars, or one of them is not what it should be.
+    """
+    parts = _split(files, validation_fraction)
+    names = [name for part in parts.values() for name in part]
+    sizes = files.sizes(names)
+    times = [(files.root / name).stat().st_mtime_ns for name in names] if isinstance(files, LocalFiles) else []
+    mark = sha256(repr((str(files), parts, sizes, times)).encode()).hexdigest()[:32]
+    folder = cache_folder() / "indexes" / mark
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if not (folder / HEAD).exists():
+            staged = folder.with_name(f"{mark}.{uuid4().hex[:8]}.tmp")
+            try:
+                _write(staged, files, parts, [size or 0 for size in sizes])
+                staged.rename(folder)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+    return LocalFiles(folder)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name such as `imagenet-train-0003.tar` speaks of."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if words.intersection(TRAINING_NAMES):
+        return TRAINING
+    return VALIDATION if words.intersection((*VALIDATION_NAMES, *TEST_NAMES)) else None
+
+
+def _split(files: ShardFiles, fraction: float) -> dict[str, list[str]]:
+    """The tars of each split: by the names of files and their folders, or some tars held out by hash."""
+    folders = [""]
+    if isinstance(files, LocalFiles):
+        folders += sorted(entry.name for entry in os.scandir(files.root) if entry.is_dir() and split_of(entry.name))
+    names = [name for folder in folders for name in files.names(folder) if name.endswith(".tar")]
+    if not names:
+        raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")
+    parts: dict[str, list[str]] = {TRAINING: [], VALIDATION: []}
+    for name in names:
+        parts[split_of(name) or TRAINING].append(name)
+    if not parts[VALIDATION]:
+        if len(names) < 2:
+            raise UserError(f"{files}: one tar, so none can be held out; name some val-....tar, or `coatnet pack` them")
+        by_hash = sorted(names, key=_name_hash)
+        count = min(max(1, round(fraction * len(names))), len(names) - 1)
+        parts = {TRAINING: sorted(by_hash[count:]), VALIDATION: sorted(by_hash[:count])}
+    if not parts[TRAINING]:
+        raise UserError(f"{files}: its tars are all of validation; it needs some whose names say train")
+    return parts
+
+
+def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: Sequence[int]) -> None:
+    read: dict[str, list[_Tar]] = {TRAINING: [], VALIDATION: []}
+    first_with: dict[bytes, str] = {}
+    left = iter(sizes)
+    with progress_bar("reading the tars once", sum(sizes), "bytes") as advance:
+        for split, names in parts.items():
+            for name in names:
+                with files.stream(name) as file:
+                    tar = _Tar(name, next(left), list(read_samples(file, f"{files}/{name}")))
+                keys = blake2b("\n".join(sample.key for sample in tar.samples).encode()).digest()
+                if tar.samples and (twin := first_with.setdefault(keys, name)) != name:
+                    raise UserError(f"{files}/{name}: holds the same keys as {twin}; remove one of the two")
+                read[split].append(tar)
+                advance(tar.num_bytes)
+    labels = [sample.label for tars in read.values() for tar in tars for sample in tar.samples]
+    classes = _classes(labels, str(files))
+    multilabel = any(isinstance(label, tuple) for label in labels)
+    splits = {}
+    for split, tars in read.items():
+        shards = [_write_samples(folder, tar, classes, multilabel) for tar in tars]
+        counts = np.sum([counts for _, counts in shards], axis=0)
+        table = to_npy(shard_table([shard for shard, _ in shards]))
+        (folder / table_name(split)).write_bytes(table)
+        splits[split] = summarise_split([shard for shard, _ in shards], counts, table, f"{files}: {split}")
+    held_out = ", ".join(parts[VALIDATION][:3]) + (" and more" if len(parts[VALIDATION]) > 3 else "")
+    notes = (f"{sum(map(len, parts.values())):,} tars of another program; held out: {held_out}",)
+    name = str(files).rstrip("/").rpartition("/")[2]
+    (folder / HEAD).write_bytes(Head(name, tuple(classes), multilabel, splits, notes).to_json())
+
+
+def _write_samples(folder: Path, tar: _Tar, classes: dict[str, int], multilabel: bool) -> tuple[Shard, NDArray]:
+    """The row of the tar, and how often each class occurs."""
+    numbers = [[classes[str(name)] for name in _names(sample.label)] for sample in tar.samples]
+    labels = np.zeros((len(numbers), len(classes)), dtype=np.uint8) if multilabel else np.zeros(len(numbers), np.int64)
+    for row, chosen in enumerate(numbers):
+        if multilabel:
+            labels[row, chosen] = 1
+        else:
+            labels[row] = chosen[0]
+    counts = labels.sum(axis=0, dtype=np.int64) if multilabel else np.bincount(labels, minlength=len(classes))
+    samples = tar.samples
+    table = to_npy(
+        sample_table([s.offset for s in samples], [s.length for s in samples], labels, [s.key for s in samples])
+    )
+    path = folder / index_name(tar.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(table)
+    return Shard(tar.name, tar.num_bytes, len(samples), "", len(table), digest(table)), counts
+
+
+def _classes(labels: Iterable[Label], where: str) -> dict[str, int]:
+    """The number of each class name. Class indices are their own numbers, and names "0", "1", ..."""
+    found = {name for label in labels for name in _names(label)}
+    if all(isinstance(name, int) for name in found):
+        highest = max((int(name) for name in found), default=0)
+        if not 1 <= highest < _MOST_CLASSES:
+            raise UserError(f"{where}: the highest class index is {highest:,}; a classifier needs two classes at least")
+        return {str(number): number for number in range(highest + 1)}
+    if len(found) < 2:
+        raise UserError(f"{where}: one class, {min(map(str, found))!r}; a classifier needs two at least")
+    return {name: number for number, name in enumerate(sorted(map(str, found), key=natural_key))}
+
+
+def _names(label: Label) -> tuple[int | str, ...]:
+    return label if isinstance(label, tuple) else (label,)
+
+
+def _name_hash(name: str) -> bytes:
+    return blake2b(name.encode(), digest_size=8).digest()

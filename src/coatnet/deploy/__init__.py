@@ -1,1 +1,0 @@
-"""WHERE a finished model runs: engines, predictor, exports, batch jobs, a server."""

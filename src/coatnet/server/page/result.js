@@ -1,0 +1,72 @@
+// The main view: one image and what the server says of it.
+
+import { element } from "./element.js";
+import { milliseconds, percent } from "./numbers.js";
+import { showImage } from "./preview.js";
+
+const WAITING = {
+  waiting: ["Waiting", "It is sent as soon as there is room."],
+  sent: ["Looking …", ""],
+  busy: ["The server is busy", "This image is sent again in a moment."],
+};
+
+const result = document.getElementById("result");
+const image = document.getElementById("image");
+const frame = document.getElementById("frame");
+const headline = document.getElementById("headline");
+const detail = document.getElementById("detail");
+const predictions = document.getElementById("predictions");
+const footnote = document.getElementById("footnote");
+const again = document.getElementById("again");
+
+/** @param {() => void} retry called when the person wants the image to be sent again */
+export function onTryAgain(retry) {
+  again.addEventListener("click", () => {
+    headline.focus(); // the button goes away
+    retry();
+  });
+}
+
+/** Show an image in its present state; null empties the view. */
+export function showResult(image) {
+  result.hidden = !image;
+  document.body.classList.toggle("empty", !image);
+  if (!image) {
+    image.removeAttribute("src");
+    return;
+  }
+  if (image.src !== image.url) {
+    showImage(frame, image);
+    image.alt = image.name;
+    document.getElementById("file-name").textContent = image.name;
+  }
+  result.dataset.state = image.state;
+  result.ariaBusy = String(!["done", "failed"].includes(image.state));
+  again.hidden = image.state !== "failed" || image.problem.final;
+  [headline.textContent, detail.textContent] = words(image);
+  predictions.replaceChildren(...(image.answer?.predictions ?? []).map(bar));
+  footnote.textContent = image.answer ? timing(image) : "";
+}
+
+function words({ state, answer, problem, model }) {
+  if (state === "failed") return [problem.title, problem.detail];
+  if (state !== "done") return WAITING[state];
+  const count = model.classes.toLocaleString("en");
+  const many = `likeliest of ${count} labels, any number of which may apply`;
+  return [answer.predictions[0].class, model.multilabel ? many : `likeliest of ${count} classes`];
+}
+
+function bar(prediction) {
+  const fill = element("span", "fill");
+  fill.style.width = `${100 * prediction.probability}%`;
+  const name = element("span", "class", prediction.class);
+  name.dir = "auto";
+  const track = element("span", "track", fill);
+  track.ariaHidden = "true";
+  return element("li", "", name, element("span", "percent", percent(prediction.probability)), track);
+}
+
+function timing({ answer }) {
+  const parts = Object.entries(answer.milliseconds).map(([part, value]) => `${part} ${milliseconds(value)}`);
+  return [answer.model, ...parts].join(" · ");
+}

@@ -1,0 +1,1 @@
+"""What the program asks of the machine, written once: atomic files and folders, progress bars, hardware."""

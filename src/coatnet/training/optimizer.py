@@ -1,0 +1,169 @@
+"""AdamW with the paper's decay rules, the learning rate as a pure function of the step, averaged weights."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from coatnet.errors import UserError
+from coatnet.model.network import CoAtNet
+from coatnet.model.resize import layer_groups
+from coatnet.training.distributed.shards import here
+from coatnet.training.freezing import frozen_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW. `layer_decay` multiplies the learning rate for every block between a parameter and the head."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip_norm: float = 1.0
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "grad_clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise UserError(f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas must be in [0, 1), got {self.betas}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up from zero in a line, then `decay` down to `minimum_learning_rate`."""
+
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    minimum_learning_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "minimum_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"schedule.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:
+    """The learning rate of optimizer step `step` (0 is the first), a pure function of its arguments.
+
+    Warm-up takes at most a fifth of the run, so that one with a limit in minutes still decays.
+    """
+    warmup = min(schedule.warmup_steps, total_steps // 5)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.decay == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    height = (1 + math.cos(math.pi * progress)) / 2 if schedule.decay == "cosine" else 1 - progress
+    lowest = min(schedule.minimum_learning_rate, peak)
+    return lowest + (peak - lowest) * height
+
+
+def parameter_groups(model: CoAtNet, optimization: Optimization) -> list[dict[str, Any]]:
+    """Groups for AdamW, each with its names, weight decay and `scale` of the learning rate.
+
+    Not decayed, as in the paper's code: biases, normalisation weights (all 1-D) and the relative bias tables.
+    Frozen parameters are in no group.
+    """
+    exempt = model.no_weight_decay()
+    blocks = layer_groups(model)
+    scale = {
+        name: optimization.layer_decay ** (len(blocks) - 1 - i) for i, block in enumerate(blocks) for name in block
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.ndim <= 1 or name in exempt else optimization.weight_decay
+        key = (scale[name], decay)
+        group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "scale": scale[name]})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(model: CoAtNet, optimization: Optimization) -> torch.optim.AdamW:
+    """AdamW, fused: 4 ms a step where the default takes 12 (400 tensors, one core)."""
+    groups = parameter_groups(model, optimization)
+    return torch.optim.AdamW(groups, lr=optimization.learning_rate, betas=optimization.betas, fused=True)
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    learning_rate: float,
+    grad_norm: Tensor,
+    limit: float,
+) -> None:
+    """One AdamW step with the gradients scaled down to the norm `limit`; clears the gradients."""
+    gradients = [here(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, torch.clamp(limit / (grad_norm + 1e-6), max=1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["scale"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, a scalar; of what this process holds of them."""
+    return nn.utils.get_total_norm([here(p.grad) for p in parameters if p.grad is not None], foreach=True)
+
+
+def decay_at(step: int, limit: float) -> float:
+    """How much of an average the update after optimizer step `step` keeps; less at first, to forget the start."""
+    return min(limit, (1 + step) / (10 + step))
+
+
+class MovingAverage:
+    """Averages, by the names of a model, that follow its weights and BatchNorm statistics exponentially.
+
+    The decay warms up, see `decay_at`. Counters are copied; what is frozen in the model stays as it is in `averages`.
+    With decay 0 the averages are the model's own tensors.
+    """
+
+    def __init__(self, averages: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
+        self.decay, self._averages, still = decay, averages, frozen_modules(model)
+        pairs = [
+            (here(averages[name]), here(value))
+            for name, value in model.state_dict().items()
+            if name.rpartition(".")[0] not in still
+        ]
+        self._moving = [(average, value) for average, value in pairs if value.is_floating_point()]
+        self._counters = [(average, value) for average, value in pairs if not value.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (0 is the first)."""
+        if self.decay == 0:
+            return
+        weight = 1 - decay_at(step, self.decay)
+        torch._foreach_lerp_([a for a, _ in self._moving], [v for _, v in self._moving], weight)
+        for average, value in self._counters:
+            average.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by the names of the model."""
+        return dict(self._averages)
+
+
+class WeightAverage(MovingAverage, Generic[Model]):
+    """InferenceCache as a second model in `.model`; with decay 0 that is the model itself."""
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
+        super().__init__(self.model.state_dict(), model, decay)
+
+    def whole(self) -> Model:
+        """The averaged model."""
+        return self.model

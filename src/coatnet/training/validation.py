@@ -1,0 +1,68 @@
+"""Measuring averaged weights while training goes on; the processes share the images, and the figures are exact."""
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+from torch import nn
+
+from coatnet.data.datasets import Dataset
+from coatnet.data.loader import evaluation_batches
+from coatnet.data.unreadable import BadImages
+from coatnet.evaluation.metrics import Metrics
+from coatnet.training.config import parts
+from coatnet.training.learner import Learner
+
+SMALLEST_BATCH = 64
+
+
+def measure(
+    learner: Learner,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    bad_images: BadImages,
+    told_to_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """The figures over all images, on every process; None if it was told to stop before the end.
+
+    `told_to_stop` is asked after every batch, by all processes alike.
+    """
+    processes, metrics, first_images = learner.processes, Metrics(len(dataset.classes), dataset.multilabel), []
+    model = learner.average.whole()
+    training = model.training
+    model.eval()
+    batches = evaluation_batches(
+        dataset,
+        preprocessing=parts(learner.recipe).preprocessing,
+        batch_size=max(batch_size // processes.world_size, SMALLEST_BATCH),
+        num_workers=num_workers,
+        bad_images=bad_images,
+        first=processes.rank,
+        every=processes.world_size,
+    )
+    working, stopped = True, False
+    with closing(batches):
+        while working and not stopped:
+            batch = next(batches, None)
+            if batch is not None:
+                images, labels, indices = batch
+                metrics.update(_infer(learner, model, images), labels)
+                first_images.append(int(indices[0]))
+            working = processes.sum([batch is not None])[0] > 0
+            stopped = told_to_stop()
+    model.train(training)
+    if working:
+        return None
+    told = processes.gather(list(zip(first_images, metrics.parts, strict=True)))
+    # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
+    metrics.parts = [part for _, part in sorted((each for of_one in told for each in of_one), key=lambda each: each[0])]
+    return metrics.compute()
+
+
+@torch.inference_mode()
+def _infer(learner: Learner, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with learner.autocast():
+        logits = model(images.to(learner.device))
+    return logits.float()

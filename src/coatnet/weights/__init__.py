@@ -1,1 +1,0 @@
-"""Weights from elsewhere: timm's CoAtNets as ours, and the Hugging Face hub."""

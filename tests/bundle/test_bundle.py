@@ -1,0 +1,262 @@
+"""A bundle comes back as it was saved, is written whole or not at all, and is read as a stranger's."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coatnet.bundle import Bundle, load
+from coatnet.data.transforms import Preprocessing
+from coatnet.errors import UserError
+from coatnet.model.network import create_model
+
+CLASSES = ("t-shirt", "cat|dog", "ключ \N{GRINNING FACE}")
+SEEN = Preprocessing(resolution=32, crop="squash", crop_fraction=0.9, interpolation="bilinear", mean=(0.3,), std=(0.2,))
+RECORD = {
+    "recipe": {"name": "scratch", "optimizer": {"learning_rate": 1e-3}},
+    "report": {
+        "data": "digits", "split": "validation", "headline": "top-1 accuracy 90.0 %",
+        "figures": {"n": 10, "top1": 0.9}, "intervals": {"top1": [0.6, 0.98]},
+    },
+}  # fmt: skip
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto", num_classes=3, in_channels=1, resolution=32, mbconv_norm="layer")
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle(small_model(), CLASSES, SEEN, record=RECORD)
+
+
+@pytest.fixture
+def saved(bundle: Bundle, tmp_path: Path) -> Path:
+    return bundle.save(tmp_path / "bundle")
+
+
+def test_loaded_bundle_equals_saved_bundle(bundle: Bundle, saved: Path) -> None:
+    again = load(saved)
+    assert (again.classes, again.preprocessing, again.multilabel) == (CLASSES, SEEN, False)
+    assert again.record == RECORD
+    assert again.model.config() == bundle.model.config()
+    images = torch.randn(2, 1, 32, 32)
+    assert not again.model.training
+    with torch.inference_mode():
+        assert torch.equal(again.model(images), bundle.model(images))
+
+
+def test_loaded_model_trains(saved: Path) -> None:
+    model = load(saved).model.train()
+    model(torch.randn(2, 1, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_multilabel_and_the_batch_norm_state_survive(tmp_path: Path) -> None:
+    model = create_model("coatnet-femto", num_classes=2, resolution=32)
+    model.train()(torch.randn(4, 3, 32, 32))
+    Bundle(model, ("a", "b"), Preprocessing(resolution=32), multilabel=True).save(tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert again.multilabel
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_timm_reads_the_preprocessing(saved: Path) -> None:
+    hub = pytest.importorskip("timm.models._hub")
+    from timm.data import resolve_data_config
+
+    config, name, arguments = hub.load_model_config_from_path(saved)
+    seen = resolve_data_config({}, pretrained_cfg=config)
+    assert name == "coatnet-femto" and arguments["in_channels"] == 1
+    assert (seen["input_size"], seen["mean"], seen["std"]) == ([1, 32, 32], [0.3], [0.2])
+    assert (seen["crop_pct"], seen["crop_mode"], seen["interpolation"]) == (0.9, "squash", "bilinear")
+    assert tuple(config["label_names"]) == CLASSES
+
+
+def test_the_card_tells_figures_classes_and_recipe(saved: Path) -> None:
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: coatnet\n")
+    for piece in (
+        "top-1 accuracy 90.0 %",
+        "| top1 | 0.9000 | 0.6000 to 0.9800 |",
+        "cat\\|dog",
+        "learning_rate",
+    ):
+        assert piece in card
+
+
+def test_a_bundle_of_the_wrong_classes_is_no_bundle() -> None:
+    with pytest.raises(UserError, match="2 class names for a model of 3 classes"):
+        Bundle(small_model(), ("a", "b"), SEEN)
+    with pytest.raises(UserError, match="'a' is named twice"):
+        Bundle(small_model(), ("a", "b", "a"), SEEN)
+    with pytest.raises(UserError, match="preprocessing makes 3 channels, the model takes 1"):
+        Bundle(small_model(), CLASSES, Preprocessing())
+
+
+def test_saving_replaces_a_bundle_and_nothing_else(bundle: Bundle, saved: Path, tmp_path: Path) -> None:
+    bundle.save(saved)
+    assert load(saved).classes == CLASSES
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    (saved / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds something else"):
+        bundle.save(saved)
+    assert (saved / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_failed_save_leaves_the_old_bundle(
+    bundle: Bundle, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coatnet.bundle.write_tensors", full_disk)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        bundle.save(saved)
+    assert load(saved).classes == CLASSES
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_is_no_bundle_is_said_in_one_line(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"\x80\x04cos\nsystem\n")
+    for path, reason in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path / "weights.pt", "is a file, which does not say what network it is for"),
+        (tmp_path, r"the one of this run is .*bundle"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load(path)
+
+
+def nested(config: dict, *keys: str) -> dict:
+    for key in keys:
+        config = config[key]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c.update(_target_="os.system"), "unknown key '_target_'"),
+        (lambda c: c.update(auto_map={"x": "evil.py"}), "unknown key 'auto_map'"),
+        (lambda c: c["model_args"].update(_target_="os.system"), "unknown key '_target_' in model_args"),
+        (lambda c: c.pop("num_classes"), "num_classes is missing"),
+        (lambda c: c.update(num_classes=0), "num_classes is 0; it must be from 1 to 1,000,000"),
+        (lambda c: c.update(num_classes=10**12), "num_classes is 1000000000000"),
+        (lambda c: c.update(num_classes=True), "num_classes is True; it must be of type int"),
+        (lambda c: c.update(num_classes=4), "label_names has 3 names for num_classes 4"),
+        (lambda c: c.update(format=2), "format 2; this coatnet reads format 1"),
+        (lambda c: c.update(architecture="resnet50"), "architecture 'resnet50' is not"),
+        (lambda c: c["model_args"].update(resolution=10**9), "resolution is 1000000000"),
+        (lambda c: c["model_args"].update(resolution="32"), "resolution is '32'"),
+        (lambda c: c["model_args"].update(in_channels=10**7), "in_channels is 10000000"),
+        (lambda c: nested(c, "model_args", "variant")["stages"][0].update(depth=10**6), "depth"),
+        (lambda c: nested(c, "model_args", "variant")["stages"][0].update(width="wide"), "model_args"),
+        (lambda c: nested(c, "model_args", "variant").update(stages=[{}] * 10**5), "stages: 100000"),
+        (lambda c: nested(c, "model_args", "variant").update(head_dim=0), "model_args"),
+        (lambda c: nested(c, "model_args", "variant").update(stem_width=10**7), "stem.*10000000"),
+        (lambda c: nested(c, "model_args", "variant").update(unheard_of=1), "unheard_of"),
+        (lambda c: c["pretrained_cfg"].update(std=[0]), "std must be positive"),
+        (lambda c: c["pretrained_cfg"].update(mean=["x"]), r"mean is .*; it must be a list of type float"),
+        (lambda c: c["pretrained_cfg"].update(crop_pct=0), "crop_fraction must be above 0"),
+        (lambda c: c["pretrained_cfg"].update(input_size=[3, 32, 32]), "input_size is"),
+        (lambda c: c["pretrained_cfg"].update(label_names=["a", "b", 3]), "label_names is"),
+        (lambda c: c["pretrained_cfg"].update(label_names=["a", "b", "a"]), "'a' is named twice"),
+    ],
+)
+def test_a_strangers_config_is_refused_by_the_key(saved: Path, spoil: Callable[[dict], None], message: str) -> None:
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    spoil(config)
+    (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load(saved)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": ', "[" * 100_000, "\xff"])
+def test_a_config_that_is_no_json_object_is_refused(saved: Path, text: str) -> None:
+    (saved / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"not JSON|not a JSON object"):
+        load(saved)
+
+
+TABLE = "stages.2.0.attention.relative_bias.table"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("head.hidden.bias"), "head.hidden.bias is missing"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra is not part of the model"),
+        (lambda s: s.update({"head.hidden.bias": s["head.hidden.bias"].double()}), "head.hidden.bias is F64"),
+        (lambda s: s.update({"head.hidden.bias": torch.zeros(7)}), r"head.hidden.bias is F32 \[7\]"),
+        (lambda s: s.update({TABLE: s[TABLE].flatten(1).contiguous()}), "relative_bias.table is F32"),
+        (lambda s: s["head.hidden.bias"].fill_(float("nan")), "head.hidden.bias holds NaN"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_by_name(
+    saved: Path, spoil: Callable[[dict], None], message: str
+) -> None:
+    state = load_file(saved / "model.safetensors")
+    spoil(state)
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load(saved)
+
+
+def forged(header: bytes, tensors: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + tensors
+
+
+ROW = '"dtype":"F32","shape":[1],"data_offsets":'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cut short"),
+        (forged(b"{}", length=2**63), "header does not fit"),
+        (forged(b"nonsense"), "header cannot be read"),
+        (forged(b"[]"), "not a table"),
+        (forged(b'{"a":{}}'), "not a table"),
+        (forged(b'{"a":1,"a":2}'), "a stands there twice"),
+        (forged(f'{{"a":{{{ROW}[4,8]}}}}'.encode(), bytes(8)), "a does not lie where"),
+        (forged(f'{{"a":{{{ROW}[0,4]}},"b":{{{ROW}[2,6]}}}}'.encode(), bytes(6)), "b does not lie where"),
+        (forged(f'{{"a":{{{ROW}[0,4]}}}}'.encode(), bytes(9)), "cut short or padded"),
+        (
+            forged(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)),
+            "a does not lie",
+        ),
+        (forged(b"[" * 100_000), "header cannot be read"),
+    ],
+)
+def test_a_forged_weight_file_is_refused(saved: Path, content: bytes, message: str) -> None:
+    (saved / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(saved)
+
+
+def test_weights_cut_short_are_refused(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="cut short"):
+        load(saved)
+
+
+def test_loading_does_not_import_torchs_compiler(tmp_path: Path) -> None:
+    """Which takes longer than the rest of loading; arithmetic on the meta device would import it."""
+    model = create_model("coatnet-femto-64", num_classes=2, resolution=28).eval()
+    Bundle(model, ("ant", "bee"), Preprocessing(resolution=28)).save(tmp_path / "bundle")
+    program = (
+        f"import coatnet, sys; coatnet.load({str(tmp_path / 'bundle')!r}); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,0 +1,103 @@
+"""As a new user at the shell: models from the hub in one command each, and back to it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tests.bundle.hub_server import Hub
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+
+ID = "timm/coatnet_nano_rw_224.sw_in1k"
+SMALL_ID = "timm/test_coatnet.made_up"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def coatnet(hub: Hub, tmp_path: Path) -> Run:
+    """The program in a process of its own, with the local hub."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "coatnet", *map(str, arguments)]
+        surroundings = hub.environment(tmp_path / "home", **environment)
+        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=200)
+
+    return run
+
+
+def publish(hub: Hub, repo_id: str, folder: Path, **arguments: object) -> torch.nn.Module:
+    """A checkpoint made by timm itself, with random weights, on the hub."""
+    torch.manual_seed(0)
+    model = timm.create_model(repo_id.partition("/")[2].partition(".")[0], **arguments).eval()
+    save_for_hf(model, str(folder), safe_serialization=True)
+    hub.add(repo_id, folder)
+    return model
+
+
+def images(folder: Path, classes: tuple[str, ...] = ("dark", "light"), number: int = 12) -> Path:
+    """An image folder whose classes differ in brightness."""
+    random = np.random.default_rng(0)
+    for index, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for image in range(number):
+            pixels = random.integers(100 * index, 100 * index + 100, (80, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{image}.jpg")
+    return folder
+
+
+def test_predict_by_id_says_what_timm_says_in_words(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+    theirs = publish(hub, ID, tmp_path / "nano")
+    image = next(images(tmp_path / "pictures").rglob("*.jpg"))
+    done = coatnet("predict", ID, image, "--json", "--top-k", "1000")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["probabilities"]
+    assert {"tench", "daisy", "crane (bird)", "crane (machine)"} <= found.keys() and len(found) == 1000
+
+    transform = create_transform(**resolve_model_data_config(theirs))
+    with torch.no_grad():
+        expected = theirs(transform(Image.open(image))[None])[0].softmax(0)
+    probabilities = torch.tensor(sorted(found.values()))
+    torch.testing.assert_close(probabilities, expected.sort().values, rtol=0.05, atol=1e-4)
+
+    hub.stop()
+    again = coatnet("predict", ID, image, "--json", "--top-k", "1000", HF_HUB_OFFLINE="1")
+    hub.start()
+    assert json.loads(again.stdout)["probabilities"] == found
+
+
+def test_finetune_by_id_learns_the_images_of_a_folder(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+    publish(hub, SMALL_ID, tmp_path / "small", num_classes=5, img_size=64)
+    folder, run = images(tmp_path / "pictures"), tmp_path / "run"
+    options = ("--epochs", "6", "--optimizer.learning_rate", "0.003", "--freeze", "stem")
+    done = coatnet("train", "finetune", "--init", SMALL_ID, "--data", folder, "--out", run, *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["model"] == "test_coatnet" and report["figures"]["top1"] == 1.0
+    assert f"init: {SMALL_ID}\n" in (run / "recipe.yaml").read_text()
+
+
+def test_a_wrong_id_names_the_nearest_right_one(coatnet: Run, tmp_path: Path) -> None:
+    done = coatnet("predict", "timm/coatnet_0_rw_224.sw_in1", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "did you mean 'timm/coatnet_0_rw_224.sw_in1k'" in done.stderr
+
+
+def test_push_and_predict_is_the_same_model(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+    publish(hub, SMALL_ID, tmp_path / "small", num_classes=2, img_size=64)
+    folder, run = images(tmp_path / "pictures", number=4), tmp_path / "run"
+    options = ("--epochs", "1", "--data", folder, "--out", run)
+    assert coatnet("train", "finetune", "--init", SMALL_ID, *options).returncode == 0
+    refused = coatnet("push", run / "bundle", "ana/brightness")
+    assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
+    pushed = coatnet("push", run / "bundle", "ana/brightness", HF_TOKEN="hf_ana")
+    assert pushed.returncode == 0 and "ana/brightness" in pushed.stdout, pushed.stderr
+    here, there = (coatnet("predict", source, folder, "--json") for source in (run / "bundle", "ana/brightness"))
+    assert here.returncode == 0 and here.stdout == there.stdout

@@ -1,0 +1,185 @@
+"""`coatnet pack`: the same images, and the same bytes whoever writes them."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coatnet.cli.main import main
+from coatnet.data.datasets import ArrayDataset
+from coatnet.data.decode import decode
+from coatnet.data.open import open_dataset
+from coatnet.data.shards.pack import pack
+from coatnet.data.splits import Splits
+
+
+def images_of(dataset) -> list[tuple[bytes, int]]:
+    return sorted((dataset.read(index)[0], int(dataset.read(index)[1])) for index in range(len(dataset)))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as archive:
+        found = {}
+        for member in archive:
+            file = archive.extractfile(member)
+            assert file is not None and member.name not in found
+            found[member.name] = file.read()
+        return found
+
+
+def test_a_packed_folder_holds_the_bytes_labels_and_splits_of_its_source(make_folder, tmp_path):
+    root = make_folder({"cat": 30, "dog": 20, "emu": 10})
+    source = open_dataset(root)
+    packed = pack(root, tmp_path / "packed", shard_bytes=20_000, num_workers=1)
+    shards = open_dataset(tmp_path / "packed")
+    assert shards.classes == source.classes
+    assert images_of(shards.training) == images_of(source.training)
+    assert images_of(shards.validation) == images_of(source.validation)
+    assert (packed.num_images, packed.left_out) == (60, {})
+    assert packed.num_bytes == sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.tar"))
+    assert packed.num_shards == len(list((tmp_path / "packed").glob("*.tar"))) > 4
+
+
+def test_pixels_are_packed_without_loss(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (12, 9, 11, 3), dtype=np.uint8)
+    greys = colours[..., 0]
+    for name, pixels in (("colour", colours), ("grey", greys)):
+        part = ArrayDataset(name, ("a", "b"), pixels, np.arange(12) % 2)
+        pack(Splits(name, part, part), tmp_path / name, num_workers=1)
+        shards = open_dataset(tmp_path / name).training
+        seen = []
+        for index in range(12):
+            data, label = shards.read(index)
+            expected = pixels if pixels.ndim == 4 else np.repeat(pixels[..., None], 3, axis=-1)
+            (original,) = (n for n in range(12) if np.array_equal(decode(data, "").permute(1, 2, 0), expected[n]))
+            assert label == original % 2 and shards.describe(index).endswith(f"-{name}_{original}")
+            seen.append(original)
+        assert sorted(seen) == list(range(12)) and seen != list(range(12))
+
+
+def test_the_tars_are_plain_webdataset_tars(make_folder, tmp_path):
+    root = make_folder({"cat": 9, "dog": 9})
+    (root / "cat/a name. with dots ä.png").write_bytes((root / "cat/0.png").read_bytes())
+    pack(root, tmp_path / "packed", shard_bytes=15_000, num_workers=1)
+    keys = []
+    for split in ("train", "val"):
+        for path in sorted((tmp_path / "packed").glob(f"{split}-*.tar")):
+            members = members_of(path)
+            names = list(members)
+            for image, label in zip(names[::2], names[1::2], strict=True):
+                key, _, suffix = image.partition(".")
+                assert suffix == "png" and label == f"{key}.cls" and key.isascii()
+                assert decode(members[image], image).shape == (3, 12, 16)
+                assert members[label] in (b"0", b"1")
+                keys.append((split, key))
+    assert len(set(keys)) == len(keys) == 19
+    assert any(key.endswith("-a_name_with_dots") for _, key in keys)
+
+
+def test_several_labels_become_json_and_come_back(tmp_path):
+    matrix = np.random.default_rng(0).integers(0, 2, (40, 11), dtype=np.uint8)
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    part = ArrayDataset("several", [f"class {number}" for number in range(11)], pixels, matrix)
+    pack(Splits("several", part, part), tmp_path / "packed", shard_bytes=30_000, num_workers=1)
+    shards = open_dataset(tmp_path / "packed").training
+    assert shards.multilabel and shards.labels.dtype == np.uint8
+    for index in range(40):
+        data, label = shards.read(index)
+        original = int(shards.describe(index).rpartition("_")[2])
+        assert np.array_equal(decode(data, "")[0], pixels[original])
+        assert np.array_equal(label, matrix[original]) and np.array_equal(shards.labels[index], label)
+    members = members_of(tmp_path / "packed/train-000000.tar")
+    name, text = next((name, text) for name, text in members.items() if name.endswith(".json"))
+    original = int(name.removesuffix(".json").rpartition("_")[2])
+    assert json.loads(text) == {"labels": [f"class {number}" for number in np.flatnonzero(matrix[original])]}
+
+
+def test_the_same_images_give_the_same_bytes_whoever_writes_them(make_folder, tmp_path):
+    root = make_folder({"cat": 30, "dog": 30})
+    (root / "cat/3.png").write_bytes(b"not an image")
+    for name, workers in (("one", 1), ("two", 2), ("three", 3)):
+        pack(root, tmp_path / name, shard_bytes=15_000, num_workers=workers)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") == files_of(tmp_path / "three")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_packing_a_packed_folder_keeps_images_and_keys_short(make_folder, tmp_path):
+    root = make_folder({"cat": 10, "dog": 10})
+    pack(root, tmp_path / "one", num_workers=1)
+    pack(tmp_path / "one", tmp_path / "two", num_workers=1)
+    one, two = open_dataset(tmp_path / "one"), open_dataset(tmp_path / "two")
+    assert images_of(one.training) == images_of(two.training)
+    stems = [
+        {part.describe(n).rpartition("/")[2].split("-")[1] for n in range(len(part))}
+        for part in (one.training, two.training)
+    ]
+    assert stems[0] == stems[1] <= {str(number) for number in range(10)}
+
+
+def test_the_shuffle_mixes_the_classes_of_a_sorted_source(make_folder, tmp_path):
+    pack(make_folder({"cat": 100, "dog": 100}), tmp_path / "packed", shard_bytes=1_000_000, num_workers=1)
+    labels = open_dataset(tmp_path / "packed").training.labels
+    assert 60 < (labels[1:] != labels[:-1]).sum() < 120
+
+
+def test_shards_are_about_as_large_as_asked(make_folder, tmp_path):
+    pack(make_folder({"cat": 150, "dog": 150}), tmp_path / "packed", shard_bytes=100_000, num_workers=1)
+    sizes = [path.stat().st_size for path in (tmp_path / "packed").glob("train-*.tar")]
+    assert len(sizes) > 3 and all(80_000 < size < 120_000 for size in sizes)
+
+
+def test_bad_images_are_left_out_and_named_with_reasons(make_folder, tmp_path, capsys):
+    root = make_folder({"train/cat": 20, "train/dog": 20, "val/cat": 5, "val/dog": 5})
+    (root / "train/cat/3.png").write_bytes(b"")
+    (root / "val/dog/1.png").write_bytes((root / "val/dog/1.png").read_bytes()[:200])
+    assert main(["pack", str(root), str(tmp_path / "packed"), "--workers", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "48 images in 2 shards" in printed.out
+    assert printed.err.count("\n") == 2
+    assert f"{root}/train/cat/3.png: empty" in printed.err and f"{root}/val/dog/1.png: truncated" in printed.err
+    shards = open_dataset(tmp_path / "packed")
+    assert (len(shards.training), len(shards.validation)) == (39, 9)
+    assert shards.training.class_counts.tolist() == np.bincount(shards.training.labels).tolist() == [19, 20]
+    assert any("2 images were left out" in note for note in shards.notes)
+    lines = [json.loads(line) for line in (tmp_path / "packed/left-out.jsonl").read_text().splitlines()]
+    assert [line["picture"].rpartition("images/")[2] for line in lines] == ["train/cat/3.png", "val/dog/1.png"]
+
+
+def test_no_image_that_can_be_used_is_one_line_and_no_folder(make_folder, tmp_path, capsys):
+    root = make_folder({"train/cat": 2, "train/dog": 2, "val/cat": 1})
+    (root / "val/cat/0.png").write_bytes(b"")
+    assert main(["pack", str(root), str(tmp_path / "packed"), "--workers", "1"]) == 2
+    assert "val has no image that can be used" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits", "there"], "there exists already; give a new folder"),
+        (["digits", "new", "--shard-size", "big"], "'big' is not a size; write it as 256MB or 2GB"),
+        (["digits", "new", "--workers", "0"], "a packing a worker, got 256000000 and 0"),
+        (["nowhere", "new"], "no dataset at 'nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("mine")
+    assert main(["pack", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("coatnet: error: ") and error.count("\n") == 1 and message in error
+    assert files_of(tmp_path) == {"there/file": b"mine"}
+
+
+def test_threads_are_as_they_were(make_folder, tmp_path):
+    before = torch.get_num_threads()
+    pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,136 @@
+"""`coatnet pack` stopped, crowded out or short of disk: never half a folder, and nothing done twice."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import coatnet
+from coatnet.data.open import open_dataset
+from coatnet.data.shards.block_cache import locked
+from coatnet.data.shards.pack import pack
+from coatnet.errors import UserError
+
+PROGRAM = [sys.executable, "-m", "coatnet"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(coatnet.__file__).parents[1])}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def slow_folder(make_folder, encode) -> Path:
+    """60 images that take some 10 ms each to decode."""
+    root = make_folder({"train/cat": 1, "train/dog": 1, "val/cat": 2})
+    pixels = np.random.default_rng(0).integers(0, 256, (420, 420, 3), dtype=np.uint8)
+    for number in range(58):
+        pixels[0, 0, 0] = number
+        (root / f"train/{'cat' if number % 2 else 'dog'}/slow{number}.png").write_bytes(encode(pixels))
+    return root
+
+
+def start_packing(root: Path, out: Path, *options: str) -> subprocess.Popen:
+    command = [*PROGRAM, "pack", str(root), str(out), "--shard-size", "2MB", *options]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def processes_of(parent: int) -> list[int]:
+    """All processes that descend from one."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+    found = [parent]
+    for process in found:
+        found += [child for child, above in parents.items() if above == process]
+    return found[1:]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_bytes(slow_folder, tmp_path):
+    out, staged = tmp_path / "packed", tmp_path / ".packed.packing"
+    process = start_packing(slow_folder, out, "--workers", "2")
+    deadline = time.monotonic() + 60
+    while len(list(staged.glob(".packing/*.tar.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    workers = processes_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not out.exists() and len(workers) >= 2
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, workers))
+    with pytest.raises(UserError, match="packing was not finished; the same `coatnet pack` again goes on"):
+        open_dataset(staged)
+
+    finished = [staged / path.name.removesuffix(".json") for path in staged.glob(".packing/*.tar.json")]
+    kept, harmed = finished[0], finished[1]
+    harmed.write_bytes(harmed.read_bytes()[:-600] + b"x" * 600)
+    written = kept.stat().st_mtime_ns
+    pack(slow_folder, out, shard_bytes=2_000_000, num_workers=1)
+    assert (out / kept.name).stat().st_mtime_ns == written
+    pack(slow_folder, tmp_path / "at once", shard_bytes=2_000_000, num_workers=1)
+    assert files_of(out) == files_of(tmp_path / "at once")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at once", "packed", "pictures"]
+
+
+def test_what_is_left_of_another_packing_is_not_used(make_folder, tmp_path):
+    root = make_folder({"cat": 20, "dog": 20})
+    staged = tmp_path / ".packed.packing"
+    pack(root, tmp_path / "old", num_workers=1)
+    (tmp_path / "old").rename(staged)
+    (staged / ".packing").mkdir()
+    (staged / ".packing/plan.json").write_text('{"pieces": [1]}')
+    (staged / "train-000099.tar").write_text("left over")
+    pack(root, tmp_path / "packed", shard_bytes=20_000, num_workers=1)
+    pack(root, tmp_path / "fresh", shard_bytes=20_000, num_workers=1)
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "fresh")
+
+
+def test_two_packings_into_one_folder_do_not_mix(make_folder, tmp_path):
+    work = tmp_path / ".packed.packing/.packing"
+    work.mkdir(parents=True)
+    with locked(work / "lock"), pytest.raises(UserError, match="another process is packing"):
+        pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(slow_folder, tmp_path):
+    out = tmp_path / "packed"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = [*PROGRAM, "pack", str(slow_folder), str(out), "--shard-size", "2MB", "--workers", "1"]
+    full = subprocess.run(command, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, timeout=60)
+    assert full.returncode == 2 and full.stdout == ""
+    assert full.stderr.startswith(
+        f"coatnet: error: {out} could not be written: File too large; what is finished is kept"
+    )
+    assert full.stderr.count("\n") == 1 and not out.exists()
+    pack(slow_folder, out, shard_bytes=2_000_000, num_workers=1)
+    assert len(open_dataset(out).training) == 60
+
+
+def test_too_little_space_is_said_before_the_work(make_folder, tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(UserError, match=r"packed needs about 0\.0 GB, of which 0\.0 GB are free"):
+        pack(make_folder({"cat": 9, "dog": 9}), tmp_path / "packed", num_workers=1)

@@ -1,0 +1,174 @@
+"""WebDataset tars that another program wrote, as a source: splits, classes, and an index that is made once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.data.shards.tars import image, samples, write_tar
+
+from coatnet.data.open import open_dataset
+from coatnet.data.shards.pack import pack
+from coatnet.data.shards.webdataset import split_of
+from coatnet.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    return folder
+
+
+def one_line(root: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_dataset(root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_tars_of_another_program_are_read_as_they_are(root):
+    write_tar(root / "some-train-0.tar", samples(0, 5))
+    write_tar(root / "some-train-1.tar", samples(5, 4))
+    write_tar(root / "some-val-0.tar", samples(9, 3))
+    splits = open_dataset(root)
+    assert splits.classes == ("0", "1", "2") and not splits.multilabel
+    assert (len(splits.training), len(splits.validation)) == (9, 3)
+    for number in range(9):
+        assert splits.training.read(number) == (image(number), number % 3)
+        shard = 0 if number < 5 else 1
+        assert splits.training.describe(number) == f"{root}/some-train-{shard}.tar/{number:05d}"
+    assert splits.validation.read(2) == (image(11), 11 % 3)
+
+
+def test_a_pack_without_its_index_is_what_it_was(make_folder, root, tmp_path):
+    pack(make_folder({"cat": 30, "dog": 30}), tmp_path / "packed", shard_bytes=20_000, num_workers=1)
+    for path in (tmp_path / "packed").glob("*.tar"):
+        shutil.copy(path, root)
+    known, found = open_dataset(tmp_path / "packed"), open_dataset(root)
+    for one, other in ((known.training, found.training), (known.validation, found.validation)):
+        assert len(one) == len(other)
+        assert [one.read(index) for index in range(len(one))] == [other.read(index) for index in range(len(one))]
+        assert np.array_equal(one.labels, other.labels) and np.array_equal(one.class_counts, other.class_counts)
+
+
+def test_class_names_and_json_labels(root):
+    cells = [("cls", "cat"), ("cls", "dog"), ("json", {"label": "cat"}), ("json", {"cls": "emu", "caption": "?"})]
+    members = []
+    for number, (kind, value) in enumerate(cells):
+        text = value if isinstance(value, str) else json.dumps(value)
+        members += [(f"{number}.png", image(number)), (f"{number}.{kind}", text.encode())]
+    write_tar(root / "train/0.tar", members)
+    write_tar(root / "val/0.tar", members[:2])
+    splits = open_dataset(root)
+    assert splits.classes == ("cat", "dog", "emu")
+    assert splits.training.labels.tolist() == [0, 1, 0, 2]
+
+
+def test_lists_of_labels_make_several_labels(root):
+    lists = [["a", "c"], [], ["b"]]
+    members = []
+    for number, labels in enumerate(lists):
+        members += [(f"{number}.png", image(number)), (f"{number}.json", json.dumps({"labels": labels}).encode())]
+    write_tar(root / "train-0.tar", members)
+    write_tar(root / "val-0.tar", members[:2])
+    splits = open_dataset(root)
+    assert splits.multilabel and splits.training.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert splits.training.read(0)[1].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("imagenet-train-0003.tar", "train"), ("TRAINING_1.tar", "train"), ("val.tar", "val"),
+        ("x_validation-12.tar", "val"), ("test0.tar", "val"), ("trainer-1.tar", None), ("000.tar", None),
+    ],
+)  # fmt: skip
+def test_names_say_the_split(name, split):
+    assert split_of(name) == split
+
+
+def test_without_a_validation_split_whole_tars_are_held_out(root):
+    for number in range(10):
+        write_tar(root / f"{number:03d}.tar", samples(number * 6, 6))
+    splits = open_dataset(root, validation_fraction=0.2)
+    assert (len(splits.training), len(splits.validation)) == (48, 12)
+    keys = [{part.describe(n) for n in range(len(part))} for part in (splits.training, splits.validation)]
+    assert not keys[0] & keys[1]
+    assert any("held out: " in note for note in splits.notes)
+
+
+def test_the_tars_are_read_through_once(root, cache):
+    write_tar(root / "train.tar", samples(0, 6))
+    write_tar(root / "val.tar", samples(6, 3))
+    open_dataset(root)
+    heads = list(cache.glob("indexes/*/coatnet-shards.json"))
+    made = heads[0].stat().st_mtime_ns
+    open_dataset(root)
+    assert list(cache.glob("indexes/*/coatnet-shards.json")) == heads and heads[0].stat().st_mtime_ns == made
+    assert not list(root.glob("*.json")) and not list(root.glob("*.npy"))
+
+
+def test_a_tar_that_changes_is_read_again(root):
+    write_tar(root / "train.tar", samples(0, 6))
+    write_tar(root / "val.tar", samples(6, 3))
+    assert open_dataset(root).training.read(1)[0] == image(1)
+    before = (root / "train.tar").stat()
+    write_tar(root / "train.tar", samples(30, 6))
+    assert open_dataset(root).training.read(1)[0] == image(31)
+    assert (root / "train.tar").stat().st_size == before.st_size
+
+
+def test_a_damaged_tar_is_found_at_open(root):
+    path = write_tar(root / "train.tar", samples(0, 3))
+    write_tar(root / "val.tar", samples(3, 3))
+    path.write_bytes(path.read_bytes()[:2000])
+    assert one_line(root).startswith(f"{path}: truncated")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.png", b"x"), ("a.cls", b"99999999999")], "the highest class index is 99,999,999,999"),
+        ([("a.txt", b"x")], "train has no image that can be used"),
+    ],
+)
+def test_tars_without_sense_are_one_line(root, members, message):
+    write_tar(root / "train.tar", members)
+    write_tar(root / "val.tar", samples(0, 3))
+    assert message in one_line(root)
+
+
+def test_a_tar_that_is_there_twice_is_found_at_open(root):
+    write_tar(root / "train-0.tar", samples(0, 3))
+    write_tar(root / "train-1.tar", samples(3, 3))
+    shutil.copy(root / "train-1.tar", root / "val-0.tar")
+    assert f"{root}/val-0.tar: holds the same keys as train-1.tar; remove one" in one_line(root)
+
+
+def test_one_tar_alone_is_refused(root):
+    write_tar(root / "all.tar", samples(0, 9))
+    assert "one tar, so none can be held out" in one_line(root)
+
+
+def test_a_failed_reading_leaves_nothing(root, cache):
+    write_tar(root / "train.tar", samples(0, 3)[:-1])
+    write_tar(root / "val.tar", samples(3, 3))
+    one_line(root)
+    assert [path.suffix for path in (cache / "indexes").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("layout", [("cat", "dog"), ("train/cat", "train/dog", "val/cat", "val/dog")])
+@pytest.mark.parametrize("place", ["backup.tar", "train/backup.tar"])
+def test_folders_of_classes_with_a_tar_among_them_are_still_folders_of_images(make_folder, layout, place):
+    root = make_folder(dict.fromkeys(layout, 4))
+    if (root / place).parent.is_dir():
+        write_tar(root / place, samples(0, 3))
+    assert open_dataset(root).classes == ("cat", "dog")

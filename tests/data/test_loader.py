@@ -1,0 +1,179 @@
+"""Batches are a pure function of the step, whatever the workers; bad images are replaced and named."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.data.loaders import SMALL, evaluate, train
+
+import coatnet.data
+from coatnet.data.batches import read_image
+from coatnet.data.datasets import ArrayDataset, FileDataset
+from coatnet.data.loader import training_batches
+from coatnet.data.open import open_dataset
+from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing
+from coatnet.data.unreadable import BadImages
+from coatnet.errors import UserError
+
+
+@pytest.fixture
+def arrays() -> ArrayDataset:
+    images = np.random.default_rng(0).integers(0, 256, (50, 12, 12), dtype=np.uint8)
+    return ArrayDataset("some", ("a", "b", "c"), images, np.arange(50) % 3)
+
+
+def assert_same(batches, others) -> None:
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert all(torch.equal(one, another) for one, another in zip(batch, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_resumed_batches_equal_uninterrupted_batches(kind, request):
+    dataset = request.getfixturevalue(kind)
+    assert_same(train(dataset, first_step=4, num_steps=6), train(dataset, num_steps=10)[4:])
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation("shift"), Augmentation("crop", rand_augment_layers=2)])
+def test_two_workers_give_the_batches_of_none(files, augmentation):
+    (files.root / "a/3.png").write_bytes(b"not an image")
+    alone, shared = BadImages(24), BadImages(24)
+    expected = train(files, augmentation=augmentation, bad_images=alone)
+    assert_same(train(files, augmentation=augmentation, num_workers=2, bad_images=shared), expected)
+    assert dict(shared.records) == dict(alone.records) != {}
+    assert not multiprocessing.active_children()
+
+
+def test_evaluation_with_workers_equals_evaluation_without(files):
+    assert_same(evaluate(files, num_workers=2), evaluate(files))
+
+
+def test_images_are_channels_last_and_labels_whole_numbers(files, arrays):
+    for dataset, workers in ((files, 0), (files, 1), (arrays, 0)):
+        for images, labels, *_ in train(dataset, num_steps=2, num_workers=workers) + evaluate(dataset):
+            assert images.shape[1:] == (3, 12, 12) and images.dtype == torch.float32
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert labels.dtype == torch.int64 and len(labels) == len(images)
+
+
+def test_an_epoch_shows_every_image_once(arrays):
+    labels = torch.cat([labels for _, labels in train(arrays, num_steps=5, batch_size=10)])
+    assert torch.bincount(labels).tolist() == np.bincount(arrays.labels).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 50])
+def test_the_same_images_come_whatever_the_batch_size(arrays, batch_size):
+    images = torch.cat([images for images, _ in train(arrays, num_steps=50 // batch_size, batch_size=batch_size)])
+    assert torch.equal(images, torch.cat([images for images, _ in train(arrays, num_steps=2, batch_size=25)]))
+
+
+def test_arrays_and_files_of_the_same_pixels_give_the_same_batches(arrays, tmp_path, encode):
+    for index, image in enumerate(arrays.images):
+        (tmp_path / f"{index}.png").write_bytes(encode(image))
+    files = FileDataset("some", arrays.classes, tmp_path, [f"{index}.png" for index in range(50)], arrays.labels)
+    for (images, labels), (others, other_labels) in zip(train(files), train(arrays), strict=True):
+        torch.testing.assert_close(images, others)
+        assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(10, [10, 10, 4]), (24, [24]), (100, [24])])
+def test_evaluation_visits_every_image_once_in_order_and_keeps_the_rest(files, batch_size, sizes):
+    batches = evaluate(files, batch_size=batch_size)
+    assert [len(images) for images, _, _ in batches] == sizes
+    assert torch.equal(torch.cat([indices for _, _, indices in batches]), torch.arange(24))
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == files.labels.tolist()
+    image, _ = read_image(files, 13)
+    images = torch.cat([images for images, _, _ in batches])
+    assert torch.equal(images[13], EvaluationTransform(SMALL)(image))
+
+
+def test_balanced_batches_hold_every_class_equally(files):
+    labels = torch.cat([labels for _, labels in train(files, num_steps=6, balanced=True)])
+    assert torch.bincount(labels).tolist() == [24, 24]
+
+
+def test_a_image_that_comes_twice_in_balanced_batches_is_varied_anew(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 12), dtype=np.uint8)
+    dataset = ArrayDataset("some", ("a", "b"), pixels, np.array([0] * 8 + [1]))
+    images, labels = train(dataset, num_steps=1, batch_size=16, balanced=True)[0]
+    assert len(torch.unique(images[labels == 1], dim=0)) > 4
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(files):
+    batches = training_batches(
+        files, preprocessing=SMALL, augmentation=Augmentation("shift"), batch_size=4, seed=0,
+        first_step=0, num_steps=10_000, num_workers=1, bad_images=BadImages(24),
+    )  # fmt: skip
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a worker process stopped") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_script_without_a_main_guard_runs_once(files, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import numpy as np
+from pathlib import Path
+from coatnet.data.unreadable import BadImages
+from coatnet.data.datasets import FileDataset
+from coatnet.data.loader import evaluation_batches
+from coatnet.data.transforms import Preprocessing
+print("once")
+paths = [f"a/{{number}}.png" for number in range(16)]
+dataset = FileDataset("some", "ab", Path({str(files.root)!r}), paths, np.zeros(16, int))
+batches = evaluation_batches(
+    dataset, preprocessing=Preprocessing(12), batch_size=4, num_workers=1, bad_images=BadImages(24)
+)
+print(sum(len(images) for images, _, _ in batches))
+""")
+    source = Path(coatnet.data.__file__).parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", script], env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert (ran.stdout, ran.stderr) == ("once\n16\n", "")
+
+
+def test_several_labels_come_as_rows(arrays):
+    matrix = np.eye(3, dtype=np.uint8)[arrays.labels]
+    dataset = ArrayDataset("some", arrays.classes, arrays.images, matrix)
+    (_, labels), (_, numbers) = train(dataset, num_steps=1)[0], train(arrays, num_steps=1)[0]
+    assert torch.equal(labels.argmax(1), numbers)
+    with pytest.raises(UserError, match="one label an image"):
+        train(dataset, balanced=True)
+
+
+def test_datasets_survive_the_way_to_a_worker(files, arrays):
+    for dataset in (files, arrays):
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert len(copy) == len(dataset) and copy.describe(3) == dataset.describe(3)
+        assert np.array_equal(copy.labels, dataset.labels)
+
+
+def test_small_images_flow_faster_than_a_model_takes_them():
+    splits = open_dataset("fashion-mnist-small")
+    preprocessing = Preprocessing(28, crop_fraction=1.0, mean=(0.3,), std=(0.3,))
+    batches = training_batches(
+        splits.training, preprocessing=preprocessing, augmentation=Augmentation("shift"), batch_size=128,
+        seed=0, first_step=0, num_steps=80, num_workers=0, bad_images=BadImages(24),
+    )  # fmt: skip
+    next(batches)
+    started = time.thread_time()
+    images = sum(len(images) for images, _ in batches)
+    assert images / (time.thread_time() - started) > 10_000  # 47,000 on a core of a shared machine
+
+
+def test_a_batch_size_of_nothing_is_refused(arrays):
+    with pytest.raises(UserError, match="batch_size"):
+        train(arrays, batch_size=0)

@@ -1,0 +1,229 @@
+"""A probe equals scikit-learn's regression and a plain loop over neighbours, and says what the features know."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from coatnet.bundle import Bundle
+from coatnet.data.datasets import ArrayDataset
+from coatnet.data.open import open_dataset
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import Preprocessing
+from coatnet.errors import UserError
+from coatnet.evaluation import probe as probing
+from coatnet.evaluation.features import extract
+from coatnet.evaluation.intervals import wilson_interval
+from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.probe import TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
+from coatnet.model.network import create_model
+
+
+def clusters(num_images: int, *, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, 12) around one point a class, and labels of 5 classes."""
+    centers = np.random.default_rng(99).normal(size=(5, 12))
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 5, num_images)
+    features = centers[labels] + spread * generator.normal(size=(num_images, 12))
+    return torch.from_numpy(features).float(), torch.from_numpy(labels)
+
+
+def several(num_images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, 12), and three labels of which an image may have any number, (N, 3)."""
+    features, _ = clusters(num_images, spread=1.0, seed=seed)
+    noise = torch.from_numpy(np.random.default_rng(seed + 50).normal(size=(num_images, 3)))
+    return features, (features[:, :3] + noise > 0.5).to(torch.uint8)
+
+
+def objective(features, labels, weight, bias, l2: float) -> float:
+    """Mean cross-entropy + l2 / 2 |W|^2 in double precision."""
+    logits = features.double() @ weight.double().T + bias.double()
+    return float(torch.nn.functional.cross_entropy(logits, labels) + l2 / 2 * weight.double().square().sum())
+
+
+@pytest.mark.parametrize("l2", [1e-1, 1e-3, 1e-5])
+def test_the_regression_finds_the_minimum_that_scikit_learn_finds(l2: float) -> None:
+    features, labels = clusters(400, spread=1.5)
+    others, _ = clusters(300, spread=1.5, seed=1)
+    weight, bias = fit_logistic(features, labels, 5, l2=l2)
+    peer = LogisticRegression(C=1 / (l2 * 400), max_iter=10_000, tol=1e-8).fit(features.double(), labels)
+    least = objective(features, labels, torch.from_numpy(peer.coef_), torch.from_numpy(peer.intercept_), l2)
+    assert objective(features, labels, weight, bias, l2) == pytest.approx(least, rel=1e-5)
+    agreement = ((others @ weight.T + bias).argmax(1).numpy() == peer.predict(others.double())).mean()
+    assert agreement >= 0.99
+
+
+def test_several_labels_are_one_regression_each() -> None:
+    features, labels = several(300)
+    weight, bias = fit_logistic(features, labels, 3, l2=1e-2)
+    for k in range(3):
+        peer = LogisticRegression(C=1 / (1e-2 * 300), max_iter=10_000, tol=1e-8).fit(features.double(), labels[:, k])
+        assert weight[k].numpy() == pytest.approx(peer.coef_[0], abs=1e-3)
+        assert float(bias[k]) == pytest.approx(float(peer.intercept_[0]), abs=1e-3)
+
+
+def test_parts_at_once_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = clusters(100, spread=1.5)
+    others, _ = clusters(70, spread=1.5, seed=1)
+    whole = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
+    monkeypatch.setattr(probing, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(probing, "NUMBERS_AT_ONCE", 500)
+    parts = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+
+
+def naive_votes(features: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, k: int) -> np.ndarray:
+    """The double loop: every other image, every neighbour."""
+    rows = labels.numpy() if labels.ndim == 2 else np.eye(5)[labels]
+    votes = np.zeros((len(others), rows.shape[1]))
+    for row, other in enumerate(others.double().numpy()):
+        similarities = []
+        for feature in features.double().numpy():
+            similarities.append(other @ feature / np.linalg.norm(other) / np.linalg.norm(feature))
+        total = 0.0
+        for neighbour in sorted(range(len(features)), key=lambda index: -similarities[index])[:k]:
+            weight = math.exp(similarities[neighbour] / TEMPERATURE)
+            votes[row] += weight * rows[neighbour]
+            total += weight
+        votes[row] /= total
+    return votes
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+def test_neighbours_vote_as_in_a_double_loop(k: int) -> None:
+    for (features, labels), (others, _) in (
+        (clusters(60, spread=1.5), clusters(25, spread=1.5, seed=1)),
+        (several(60), several(25, seed=1)),
+    ):
+        votes = knn_scores(features, labels, others, 5, k=k)
+        assert votes.numpy() == pytest.approx(naive_votes(features, labels, others, k), abs=1e-4)
+
+
+def test_separable_features_are_all_right_and_shuffled_labels_are_chance() -> None:
+    features, labels = clusters(300, spread=0.05)
+    others, truth = clusters(400, spread=0.05, seed=1)
+    shuffled = labels[torch.from_numpy(np.random.default_rng(2).permutation(300))]
+    for scores_of in (
+        lambda labels: knn_scores(features, labels, others, 5, k=20),
+        lambda labels: linear_scores(features, labels, others, 5)[0],
+    ):
+        assert (scores_of(labels).argmax(1) == truth).all()
+        # The features of a class are alike, and so are its answers: chance is 1 class of 5, give or take one.
+        assert (scores_of(shuffled).argmax(1) == truth).float().mean() <= 0.45
+
+
+def test_noise_is_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, others = (torch.randn(400, 12, generator=generator) for _ in range(2))
+    labels, truth = (torch.randint(0, 5, (400,), generator=generator) for _ in range(2))
+    for scores in (knn_scores(features, labels, others, 5, k=20), linear_scores(features, labels, others, 5)[0]):
+        low, high = wilson_interval(int((scores.argmax(1) == truth).sum()), 400)
+        assert low <= 0.2 <= high
+
+
+def test_the_linear_probe_does_not_see_the_scale_of_a_feature() -> None:
+    features, labels = clusters(200, spread=1.0)
+    others, _ = clusters(80, spread=1.0, seed=1)
+    scores, l2 = linear_scores(features, labels, others, 5)
+    scale, shift = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
+    moved, moved_l2 = linear_scores(features * scale + shift * scale, labels, others * scale + shift * scale, 5)
+    assert moved_l2 == l2
+    torch.testing.assert_close(moved, scores, rtol=1e-2, atol=5e-2)
+    constant = torch.full((200, 1), 0.3), torch.full((80, 1), 0.3) + 1e-7
+    padded, _ = linear_scores(torch.cat([features, constant[0]], 1), labels, torch.cat([others, constant[1]], 1), 5)
+    torch.testing.assert_close(padded, scores, rtol=1e-2, atol=5e-2)
+
+
+def test_more_noise_is_answered_with_more_l2() -> None:
+    few, labels = clusters(40, spread=3.0)
+    noise = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    strength = {}
+    for name, features in (("clear", clusters(40, spread=0.01)[0]), ("noisy", torch.cat([few, noise], 1))):
+        strength[name] = linear_scores(features, labels, features, 5)[1]
+    # All strengths are right where the classes are clear: the strongest of equals is taken.
+    assert strength["clear"] == probing.L2_STRENGTHS[0] and strength["noisy"] in probing.L2_STRENGTHS
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=2, in_channels=1, resolution=8).eval()
+    return Bundle(model, ("x", "y"), Preprocessing(resolution=8, mean=(0.5,), std=(0.5,)))
+
+
+def part(dataset: ArrayDataset, keep: np.ndarray) -> ArrayDataset:
+    return ArrayDataset(dataset.name, dataset.classes, dataset.images[keep], dataset.labels[keep])
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    """300 and 100 of them, so that it does not take long."""
+    whole = open_dataset("digits", validation_fraction=0.3)
+    parts = ((whole.training, 300), (whole.validation, 100))
+    return Splits(
+        "digits", *(part(dataset, np.linspace(0, len(dataset) - 1, size).astype(int)) for dataset, size in parts)
+    )
+
+
+def test_a_probe_is_both_figures_of_extracted_features_twice_the_same(bundle: Bundle, digits: Splits) -> None:
+    report = probe(bundle, digits, k=7)
+    features, labels, _ = extract(bundle, digits, split="training").gather()
+    others, truth, _ = extract(bundle, digits, split="validation").gather()
+    assert (report.n, report.num_training, report.num_features) == (100, 300, bundle.model.num_features)
+    for scores, value, interval in (
+        (knn_scores(features, labels, others, 10, k=7), report.knn, report.knn_interval),
+        (linear_scores(features, labels, others, 10)[0], report.linear, report.linear_interval),
+    ):
+        right = int((scores.argmax(1) == truth).sum())
+        assert value == right / 100 and interval == wilson_interval(right, 100)
+        assert value > 0.5  # features of random weights tell digits apart
+    assert probe(bundle, digits, k=7) == report
+    assert probe(bundle, digits, k=7, batch_size=300).n == 100
+    values = json.loads(report.to_json())
+    assert values["linear"] == report.linear and values["knn_interval"] == list(report.knn_interval)
+    assert f"{100 * report.knn:.1f} %" in report.to_text() and "100 held-out images of digits" in report.to_text()
+
+
+def test_several_labels_have_a_mean_average_precision(bundle: Bundle, digits: Splits) -> None:
+    def even_and_large(dataset: ArrayDataset) -> ArrayDataset:
+        labels = np.stack([dataset.labels % 2 == 0, dataset.labels >= 5], axis=1)
+        return ArrayDataset("digits", ("even", "large"), dataset.images, labels)
+
+    splits = Splits("digits", even_and_large(digits.training), even_and_large(digits.validation))
+    report = probe(bundle, splits)
+    features, labels, _ = extract(bundle, splits, split="training").gather()
+    others, truth, _ = extract(bundle, splits, split="validation").gather()
+    metrics = Metrics(2, multilabel=True)
+    metrics.update(knn_scores(features, labels, others, 2, k=20), truth)
+    assert report.figure == "mean_average_precision"
+    assert report.knn == metrics.compute()["mean_average_precision"]
+    assert 0.6 < report.linear <= 1 and report.linear_interval[0] < report.linear < report.linear_interval[1]
+    assert "mean average precision" in report.to_text()
+
+
+def test_what_cannot_be_probed_is_told(bundle: Bundle, digits: Splits) -> None:
+    training, validation = digits.training, digits.validation
+    for k in (0, 301):
+        with pytest.raises(UserError, match=f"k is {k}; it must be 1 to 300, the training images of digits"):
+            probe(bundle, digits, k=k)
+    with pytest.raises(UserError, match="digits: 1 of 10 classes with training images"):
+        probe(bundle, Splits("digits", part(training, training.labels == 3), validation))
+    with pytest.raises(UserError, match="digits: the validation split holds no images"):
+        probe(bundle, Splits("digits", training, part(validation, validation.labels < 0)))
+    with pytest.raises(UserError, match="digits: 0 of 10 classes"):
+        probe(bundle, Splits("digits", part(training, training.labels < 0), validation))
+    with pytest.raises(UserError, match="digits is one dataset"):
+        probe(bundle, training)
+    one_of_each = part(training, np.unique(training.labels, return_index=True)[1])
+    with pytest.raises(UserError, match="no class has two training images"):
+        probe(bundle, Splits("digits", one_of_each, validation), k=1)
+
+
+def test_a_class_without_training_images_is_never_right(bundle: Bundle, digits: Splits) -> None:
+    report = probe(bundle, Splits("digits", part(digits.training, digits.training.labels != 3), digits.validation))
+    missing = (digits.validation.labels == 3).mean()
+    assert 0.4 < report.linear <= 1 - missing and 0.4 < report.knn <= 1 - missing

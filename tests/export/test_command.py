@@ -1,0 +1,90 @@
+"""`coatnet export`: what can not be done is one line that says what can, before anything is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coatnet.cli.arguments.export import export_arguments
+from coatnet.cli.main import main
+from coatnet.export import FORMATS
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line that answers a user's mistake."""
+    assert main(["export", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("coatnet: error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "onnxx"], "invalid choice: 'onnxx'"),
+        (["--format", "timm"], "timm has no such network"),
+        (["--format", "safetensors", "--dynamic-size"], "leave dynamic size out"),
+        (["--format", "onnx", "--int8", "--calibration", "digits"], "int8 is for format openvino"),
+        (["--format", "openvino", "--int8"], "--int8 needs --calibration"),
+        (["--format", "openvino", "--calibration", "digits"], "are for --int8"),
+        (["--format", "openvino", "--int8", "--calibration", "digits", "--max-drop", "2"], "max_drop is 2.0"),
+        (["--format", "openvino", "--int8", "--calibration", "digits"], "unknown to the model"),
+        (["--format", "onnx", "--data", "digitz"], "did you mean 'digits'?"),
+        (["--format", "onnx", "--logit"], "did you mean '--logits'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_not_be_done_is_one_line(
+    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert said in mistake(capsys, clothes_folder, "--out", tmp_path / "out", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(
+    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in clothes_folder.iterdir()}
+    for out in (clothes_folder, tmp_path):
+        assert "give a new folder" in mistake(capsys, clothes_folder, "--format", "onnx", "--out", out)
+    assert {path: path.read_bytes() for path in clothes_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("format", "missing", "extra"),
+    [("onnx", "onnxscript", "onnx"), ("openvino", "openvino", "openvino"), ("triton", "onnxruntime", "onnx")],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    clothes_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    missing: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # as where it is not installed
+    said = mistake(capsys, clothes_folder, "--format", format, "--out", tmp_path / "out")
+    assert f"pip install 'coatnet[{extra}]'" in said and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_aoti_says_what_it_needs(
+    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    said = mistake(capsys, clothes_folder, "--format", "aoti", "--out", tmp_path / "out")
+    assert "there is no C++ compiler" in said and list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_every_format_without_importing_torch() -> None:
+    code = (
+        "import sys; from coatnet.cli.main import main as m; m(['export', '--help']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in FORMATS)
+
+
+def test_arguments_reach_the_verb() -> None:
+    given = export_arguments(["b", "--format", "onnx", "--out", "o", "--logits", "--dynamic-size", "--data", "d"])
+    assert (given.logits, given.dynamic_size, given.data, given.int8, given.max_drop) == (True, True, "d", False, 0.01)

@@ -1,0 +1,97 @@
+"""An export that says something else than its bundle is an error with figures, and nothing of it stays."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.cli.main import main
+from coatnet.errors import UserError
+from coatnet.export import onnx as writer
+from coatnet.export.parity import Reference, compare, require_parity
+from coatnet.export.sample_images import check_images
+from coatnet.export.signature import Interface
+
+
+def run_of(bundle: Bundle, change: Callable[[NDArray], NDArray], *, logits: bool = False) -> tuple:
+    """A comparison of the bundle with itself, changed."""
+    interface = Interface(logits=logits)
+    name, images = check_images(bundle, None)
+    module = interface.module(bundle).eval()
+
+    def run(given: NDArray) -> NDArray:
+        with torch.no_grad():
+            return change(module(torch.from_numpy(given)).numpy())
+
+    return bundle, interface, run, name, images[:8]
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_the_network_itself_passes(clothes: Bundle, logits: bool) -> None:
+    parity = compare(*run_of(clothes, lambda rows: rows, logits=logits))
+    require_parity(parity)
+    assert parity.agreement == 1.0 and parity.num_images == 8 and parity.data == "fashion-mnist-small"
+    assert all(each.export > 0 and each.torch > 0 for each in parity.latency)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: np.roll(rows, 1, axis=1), "differs from the bundle"),
+        (lambda rows: rows + 0.01, "differs from the bundle"),
+        (lambda rows: rows * np.float32("nan"), "finite"),
+        (lambda rows: rows[:1], "for a batch of 2 it gives (1, 10), not (2, 10)"),
+        (lambda rows: rows[:, :9], "finite"),
+    ],
+    ids=["classes turned", "shifted", "nan", "only one", "a class less"],
+)
+def test_a_wrong_answer_is_an_error(clothes: Bundle, change: Callable[[NDArray], NDArray], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        require_parity(compare(*run_of(clothes, change)))
+    assert said in str(error.value) and "nothing was written" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_logits_that_are_shifted_are_found_though_their_softmax_is_the_same(clothes: Bundle) -> None:
+    parity = compare(*run_of(clothes, lambda rows: rows + 0.5, logits=True))
+    assert parity.probability_difference < 1e-5 and parity.logit_difference == pytest.approx(0.5, rel=1e-3)
+    with pytest.raises(UserError, match="in a logit"):
+        require_parity(parity)
+
+
+def test_a_damaged_export_is_refused_and_nothing_is_left(
+    clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = writer.write
+
+    def write_damaged(bundle, interface, metadata, folder) -> None:
+        write(bundle, interface, metadata, folder)
+        model = onnx.load(folder / "model.onnx")
+        largest = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+        largest.raw_data = bytes(len(largest.raw_data))
+        onnx.save(model, folder / "model.onnx")
+
+    monkeypatch.setattr(writer, "write", write_damaged)
+    assert main(["export", str(clothes_folder), "--format", "onnx", "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "differs from the bundle" in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_own_images_are_checked_with(clothes: Bundle, tmp_path: Path) -> None:
+    for number, size in enumerate([(30, 40), (50, 20), (64, 64), (33, 31)] * 5):
+        folder = tmp_path / "ab"[number % 2]  # a dataset has classes, though they need not be the model's
+        folder.mkdir(exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    (tmp_path / "a" / "bad.png").write_bytes(b"no image")
+    name, images = check_images(clothes, str(tmp_path))
+    assert name == str(tmp_path) and len(images) >= 2
+    assert all(image.shape[0] == 3 for image in images)
+    reference = Reference(clothes, Interface())
+    assert reference.given(images[0][None]).shape == (1, *images[0].shape[1:], 3)

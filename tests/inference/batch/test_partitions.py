@@ -1,0 +1,54 @@
+"""Parts cover every image once, and so do the shares of any number of processes."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coatnet.errors import UserError
+from coatnet.inference.batch.partitions import Plan, own_rank
+
+PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
+
+
+@given(st.integers(1, 10**10))
+def test_parts_are_few_and_of_a_size_that_can_be_held(num_images: int) -> None:
+    plan = replace(PLAN, num_images=num_images)
+    assert plan.part(0).start == 0 and plan.part(plan.num_parts - 1).stop == num_images
+    assert 64 <= plan.part_size <= 4096
+    assert 1 <= len(plan.part(plan.num_parts - 1)) <= plan.part_size
+    assert plan.num_parts <= 2048 or plan.part_size == 4096
+
+
+@given(st.integers(1, 20_000))
+def test_parts_follow_each_other_without_gap(num_images: int) -> None:
+    plan = replace(PLAN, num_images=num_images)
+    covered = [plan.part(number) for number in range(plan.num_parts)]
+    assert all(before.stop == after.start for before, after in pairwise(covered))
+
+
+def test_a_plan_says_what_another_has_otherwise() -> None:
+    assert PLAN.difference(PLAN.to_json()) is None
+    assert PLAN.difference(replace(PLAN, model="c").to_json()) == "another model"
+    assert PLAN.difference(replace(PLAN, num_images=9).to_json()) == "other images"
+    assert PLAN.difference(replace(PLAN, top_k=1).to_json()) == "top k 1 where this has 5"
+    assert PLAN.difference("[]") == PLAN.difference("{") == "an unreadable plan"
+
+
+def test_a_process_is_alone_unless_torchrun_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert own_rank() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert own_rank() == (2, 3)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("3", "3"), ("-1", "2"), ("one", "2"), ("0", "")])
+def test_numbers_that_can_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match="RANK must be a number"):
+        own_rank()

@@ -1,0 +1,180 @@
+"""Every image has one row, in order, with what the predictor says of it, wherever the images lie."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.data.shards.range_server import RangeServer
+
+from coatnet.data.datasets import ArrayDataset
+from coatnet.data.find_images import expand_paths
+from coatnet.data.shards.pack import pack
+from coatnet.errors import UserError
+from coatnet.inference.batch.parts import Predictions
+from coatnet.inference.batch.predict_batch import prepare_ahead
+from coatnet.inference.batch.run import predict_to_file
+from coatnet.inference.batch.samples import Images, open_data
+from coatnet.inference.predictor import Predictor
+
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def predicted(predictor: Predictor, source: Path | str, out: Path, **settings) -> list[dict]:
+    written = predict_to_file(predictor, open_data([str(source)]), out, **settings)
+    assert isinstance(written, Predictions)
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
+    rows = parquet.read_table(out).to_pylist()
+    assert written.num_images == len(rows)
+    assert written.num_bad == sum(row["error"] is not None for row in rows)
+    return rows
+
+
+def test_rows_are_what_the_predictor_says_in_the_order_of_the_folder(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    rows = predicted(predictor, images, tmp_path / "new" / "out.parquet", top_k=3)
+    paths = [str(path) for path, _ in expand_paths([images])]
+    assert len(paths) == 151 and [row["path"] for row in rows] == paths
+    for row, answer in zip(rows, predictor(paths, top_k=3), strict=True):
+        assert row["error"] == answer.error and row["label"] is None
+        assert tuple(row["classes"]) == answer.classes and row["top1"] == next(iter(answer.classes), None)
+        assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+        assert row["probability"] == (row["probabilities"] or [None])[0]
+    reasons = {Path(row["path"]).name: row["error"].partition(":")[0] for row in rows if row["error"]}
+    assert reasons == {"70.png": "truncated", "page.jpg": "format"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_batches_change_nothing(predictor: Predictor, images: Path, tmp_path: Path, batch_size: int) -> None:
+    rows = predicted(predictor, images, tmp_path / "a.parquet")
+    others = predicted(predictor, images, tmp_path / "b.parquet", batch_size=batch_size)
+    for row, other in zip(rows, others, strict=True):
+        assert row.pop("probability") == pytest.approx(other.pop("probability"), abs=1e-5)
+        assert row.pop("probabilities") == pytest.approx(other.pop("probabilities"), abs=1e-5)
+        assert row == other
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_manifest_is_followed_row_by_row_with_its_labels(
+    predictor: Predictor, images: Path, tmp_path: Path, suffix: str
+) -> None:
+    shutil.copytree(images, tmp_path / "in")
+    cells = [("cat/2.png", "cat", "val"), ("0.png", "", "test"), ("gone.png", "bee;cat", "train"), ("0.png", "x", "")]
+    manifest = tmp_path / "in" / f"table{suffix}"
+    if suffix == ".csv":
+        manifest.write_text("path,label,split\n" + "".join(",".join(row) + "\n" for row in cells))
+    else:
+        import pyarrow
+
+        columns = dict(zip(("path", "label", "split"), map(list, zip(*cells, strict=True)), strict=True))
+        parquet.write_table(pyarrow.table(columns), manifest)
+    rows = predicted(predictor, manifest, tmp_path / "out.parquet")
+    assert [Path(row["path"]).name for row in rows] == ["2.png", "0.png", "gone.png", "0.png"]
+    assert [row["label"] for row in rows] == ["cat", None, "bee;cat", "x"]
+    assert [row["error"] is None for row in rows] == [True, True, False, True]
+    assert rows[1]["probabilities"] == rows[3]["probabilities"]
+
+
+def test_a_manifest_needs_no_labels(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "in")
+    (tmp_path / "in" / "list.tsv").write_text("path\n0.png\ncat/2.png\n")
+    rows = predicted(predictor, tmp_path / "in" / "list.tsv", tmp_path / "out.parquet")
+    assert len(rows) == 2 and all(row["label"] is row["error"] is None for row in rows)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that come with the package, 1,797 of them, in several shards."""
+    folder = tmp_path_factory.mktemp("packed") / "digits"
+    pack("digits", folder, shard_bytes=300_000, num_workers=1)
+    return folder
+
+
+def test_shards_are_read_in_their_order_from_here_and_from_a_url(
+    predictor: Predictor, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec needs it for http://")
+    monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    rows = predicted(predictor, packed, tmp_path / "here.parquet")
+    assert len(rows) == len({row["path"] for row in rows}) == 1797
+    assert all(row["error"] is None and row["label"] in "0123456789" for row in rows)
+    shards = [row["path"].partition(".tar/")[0] for row in rows]
+    assert len(set(shards)) > 3 and sum(a != b for a, b in pairwise(shards)) == len(set(shards)) - 1  # one by one
+    with RangeServer(packed) as server:
+        others = predicted(predictor, server.url, tmp_path / "there.parquet")
+        blocks = server.ranges(".tar")
+    assert len(blocks) == len(set(blocks))  # each once
+    for row, other in zip(rows, others, strict=True):
+        assert other.pop("path").removeprefix(server.url) == row.pop("path").removeprefix(str(packed))
+        assert other == row
+
+
+def test_named_images_and_several_folders_go_too(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    assert len(predicted(predictor, "digits", tmp_path / "digits.parquet")) == 1797
+    both = open_data([str(images / "bee"), str(images / "0.png")])
+    assert len(both) == 51 and both.take(50).name == str(images / "0.png")
+    with pytest.raises(UserError, match="alone"):
+        open_data([str(images), "digits"])
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "empty"])
+def test_data_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name):
+        open_data([str(tmp_path / name)])
+
+
+def test_a_finished_file_is_kept_and_told_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    predicted(predictor, images, out)
+    before = out.stat()
+    again = predict_to_file(predictor, open_data([str(images)]), out)
+    assert again is not None and again.num_bad == 2 and {Path(name).name for name, _ in again.bad} >= {"page.jpg"}
+    assert out.stat() == before
+
+
+def test_another_file_in_the_way_is_refused_and_kept(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    data = open_data([str(images)])
+    out.write_text("mine")
+    with pytest.raises(UserError, match="is no predictions"):
+        predict_to_file(predictor, data, out)
+    assert out.read_text() == "mine"
+    out.unlink()
+    predict_to_file(predictor, data, out, top_k=2)
+    with pytest.raises(UserError, match="made with top k 2 where this has 1"):
+        predict_to_file(predictor, data, out, top_k=1)
+    with pytest.raises(UserError, match="made with other images"):
+        predict_to_file(predictor, open_data([str(images / "bee")]), out, top_k=2)
+    with pytest.raises(UserError, match="made with views one where this has flip"):
+        predict_to_file(Predictor(predictor.bundle, "torch", "fp32", views="flip"), data, out, top_k=2)
+    with pytest.raises(UserError, match=r"\.parquet"):
+        predict_to_file(predictor, data, tmp_path / "out.csv")
+
+
+def test_an_unfinished_run_with_another_plan_is_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    staged = tmp_path / ".out.parquet.parts"
+    staged.mkdir()
+    plan = {"model": "another"}
+    (staged / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="begun with another model"):
+        predict_to_file(predictor, open_data([str(images)]), tmp_path / "out.parquet")
+    assert json.loads((staged / "plan.json").read_text()) == plan
+
+
+def test_no_more_images_are_held_than_asked_for(predictor: Predictor) -> None:
+    pixels = np.zeros((500, 8, 8), np.uint8)
+    images = Images([ArrayDataset("black", ("a", "b"), pixels, np.zeros(500, int))])
+    taken: list[int] = []
+    original = images.take
+    images.take = lambda index: (taken.append(index), original(index))[1]  # type: ignore[method-assign]
+    stream = prepare_ahead(predictor, images, range(500), most=10)
+    for number in range(1, 100):
+        assert next(stream).views is not None
+        assert len(taken) <= number + 10
+    stream.close()
+    assert len(taken) < 120

@@ -1,0 +1,108 @@
+"""A prediction is what the model says of the file, in the order asked; a bad file spoils only its own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.data.decode import decode
+from coatnet.data.transforms import EvaluationTransform, Preprocessing
+from coatnet.errors import UserError
+from coatnet.inference.prediction import predict
+from coatnet.inference.predictor import Predictor
+from coatnet.model.network import create_model
+
+CLASSES = ("a", "b", "c", "d")
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto", num_classes=4, resolution=32)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    return Bundle(model.eval(), CLASSES, Preprocessing(resolution=32))
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: Bundle) -> Predictor:
+    return Predictor(bundle, "torch", "fp32")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for name in (
+        "img10.png",
+        "img2.png",
+        "deep/er/3.PNG",
+        ".hidden.png",
+        "deep/.cache/4.png",
+        "ü \N{GRINNING FACE}.png",
+    ):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = generator.integers(20, 60, 2)
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "in" / "notes.txt").write_text("not searched for")
+    return tmp_path / "in"
+
+
+def logits_of(bundle: Bundle, path: Path) -> torch.Tensor:
+    images = EvaluationTransform(bundle.preprocessing)(decode(path.read_bytes(), str(path)))[None]
+    with torch.inference_mode():
+        return bundle.model(images)[0]
+
+
+def test_a_prediction_is_the_softmax_of_the_model(predictor: Predictor, folder: Path) -> None:
+    for prediction in predict(predictor, [folder], top_k=3):
+        probabilities = logits_of(predictor.bundle, Path(prediction.name)).softmax(0)
+        assert prediction.error is None
+        assert prediction.classes == tuple(CLASSES[i] for i in probabilities.argsort(descending=True)[:3])
+        assert prediction.probabilities == pytest.approx(sorted(probabilities.tolist())[:0:-1], abs=1e-5)
+
+
+def test_several_labels_have_sigmoids(bundle: Bundle, folder: Path) -> None:
+    path = folder / "img2.png"
+    several = Bundle(bundle.model, CLASSES, bundle.preprocessing, multilabel=True)
+    (prediction,) = predict(Predictor(several, "torch", "fp32"), [path])
+    expected = sorted(logits_of(bundle, path).sigmoid().tolist(), reverse=True)
+    assert prediction.probabilities == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+def test_folders_come_in_natural_order_whatever_the_batches(
+    predictor: Predictor, folder: Path, batch_size: int
+) -> None:
+    answers = predict(predictor, [folder], batch_size=batch_size)
+    names = [str(Path(answer.name).relative_to(folder)) for answer in answers]
+    assert names == ["img2.png", "img10.png", "ü \N{GRINNING FACE}.png", "deep/er/3.PNG"]
+
+
+def test_bad_files_keep_their_place_and_say_why(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
+    whole = folder / "img2.png"
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:300])
+    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "empty").mkdir()
+    names = ("cut.png", "page.jpg", "nowhere.jpg", "empty")
+    paths = [whole, *(tmp_path / name for name in names), whole]
+    answers = list(predict(predictor, paths, batch_size=2))
+    assert [answer.name for answer in answers] == [str(path) for path in paths]
+    assert [answer.error is None for answer in answers] == [True, False, False, False, False, True]
+    assert answers[3].error == "no such file" and answers[4].error == "no images in this folder"
+    assert all("\n" not in answer.error for answer in answers[1:5] if answer.error)
+    assert answers[0] == answers[5]
+
+
+def test_a_named_file_needs_no_suffix(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "picture").write_bytes((folder / "img2.png").read_bytes())
+    (answer,) = predict(predictor, [tmp_path / "picture"], top_k=99)
+    assert answer.error is None and len(answer.classes) == 4
+
+
+def test_numbers_below_one_are_refused_at_the_call(predictor: Predictor) -> None:
+    for numbers in ({"top_k": 0}, {"batch_size": 0}):
+        with pytest.raises(UserError, match="both must be at least 1"):
+            predict(predictor, [], **numbers)

@@ -1,0 +1,222 @@
+"""A predictor says the same of an image in any form, through any engine."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.data.decode import BadImage
+from coatnet.data.transforms import EvaluationTransform, Preprocessing
+from coatnet.errors import UserError
+from coatnet.inference.engines import ENGINES, open_engine
+from coatnet.inference.engines.batch_sizes import split
+from coatnet.inference.engines.graph_cache import cached_graph
+from coatnet.inference.predictor import Predictor
+from coatnet.model.network import create_model
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
+
+
+def make_bundle(channels: int = 3, resolution: int = 48, **changes: object) -> Bundle:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-64", num_classes=5, in_channels=channels, resolution=resolution)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    level = {"mean": (0.4, 0.5, 0.6)[:channels], "std": (0.2, 0.3, 0.4)[:channels]}
+    preprocessing = Preprocessing(resolution=resolution, crop_fraction=0.75, **level)
+    return Bundle(model.eval(), CLASSES, preprocessing, **changes)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """An image with something to see in it, larger than the model looks at."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 255, (8, 10, 3), dtype=np.uint8))
+    return np.array(coarse.resize((100, 80), Image.Resampling.BICUBIC))
+
+
+def expected(bundle: Bundle, pixels: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        return bundle.model(EvaluationTransform(bundle.preprocessing)(pixels)[None])[0].softmax(0)
+
+
+def test_every_form_of_a_image_has_the_same_answer(pixels: np.ndarray, tmp_path: Path) -> None:
+    predictor, encoded = Predictor(make_bundle(), "torch", "fp32"), io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    (tmp_path / "a.png").write_bytes(encoded.getvalue())
+    forms = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        encoded.getvalue(),
+        pixels,
+        torch.from_numpy(pixels).permute(2, 0, 1),
+    ]
+    together = predictor(forms, top_k=5, batch_size=2)
+    probabilities = expected(predictor.bundle, pixels)
+    order = probabilities.argsort(descending=True)
+    for answer in (*together, *(predictor(form)[0] for form in forms)):
+        assert answer.error is None
+        assert answer.classes == tuple(CLASSES[index] for index in order)
+        assert answer.probabilities == pytest.approx(probabilities[order].tolist(), abs=1e-5)
+    assert [answer.name for answer in together] == [str(tmp_path / "a.png")] * 2 + [
+        "image 2",
+        "image 3",
+        "image 4",
+    ]
+
+
+def test_grey_and_colour_meet(pixels: np.ndarray) -> None:
+    grey = pixels[..., 0]
+    colour = Predictor(make_bundle(), "torch", "fp32")
+    assert colour(grey)[0].probabilities == colour(np.stack([grey] * 3, axis=-1))[0].probabilities
+    of_grey = Predictor(make_bundle(channels=1), "torch", "fp32")
+    assert of_grey(pixels)[0].probabilities[0] == pytest.approx(expected(of_grey.bundle, pixels).max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch-compiled"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_engines_agree(engine: str, channels: int, pixels: np.ndarray) -> None:
+    bundle = make_bundle(channels)
+    try:
+        predictor = Predictor(bundle, engine, "fp32")
+    except UserError as error:
+        pytest.skip(str(error))
+    assert (predictor.engine.name, predictor.engine.precision) == (engine, "fp32")
+    for count in (1, 2, 5):  # none of which the graph was made of alone
+        images = [np.roll(pixels, 7 * shift, axis=1) for shift in range(count)]
+        for answer, image in zip(predictor(images, top_k=5), images, strict=True):
+            wanted = expected(bundle, image).sort(descending=True).values
+            assert answer.probabilities == pytest.approx(wanted.tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_half_precision_is_near_and_not_the_same(engine: str, pixels: np.ndarray) -> None:
+    bundle = make_bundle()
+    try:
+        predictor = Predictor(bundle, engine, "bf16")
+    except UserError as error:
+        pytest.skip(str(error))
+    found = predictor.probabilities(predictor.prepare(pixels)[None])[0]
+    assert np.abs(found - expected(bundle, pixels).numpy()).max() < 0.05
+    if engine == "torch":
+        assert found.dtype == np.float32 and not np.array_equal(found, expected(bundle, pixels).numpy())
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(pixels: np.ndarray) -> None:
+    bundle = make_bundle()
+    eager, compiled = (Predictor(bundle, engine, "fp32") for engine in ("torch", "torch-compiled"))
+    for count in (1, 3):
+        views = np.stack([eager.prepare(np.roll(pixels, 5 * shift, axis=0)) for shift in range(count)])
+        np.testing.assert_allclose(compiled.probabilities(views), eager.probabilities(views), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 23, 40])
+def test_batches_are_split_into_few_sizes_and_nothing_is_added(count: int) -> None:
+    images = np.arange(count, dtype=np.uint8)[:, None]
+    parts = split(images)
+    assert {len(part) for part in parts} <= {1, 2, 4, 8, 16}
+    np.testing.assert_array_equal(np.concatenate(parts), images)
+
+
+def test_views_are_averaged(pixels: np.ndarray) -> None:
+    bundle = make_bundle()
+    plain, flipped = Predictor(bundle, "torch", "fp32"), Predictor(bundle, "torch", "fp32", views="flip")
+    one, mirrored = (plain.probabilities(plain.prepare(each)[None])[0] for each in (pixels, pixels[:, ::-1].copy()))
+    both = flipped.probabilities(flipped.prepare(pixels)[None])[0]
+    np.testing.assert_allclose(both, (one + mirrored) / 2, atol=1e-2)  # the mirrored image is resized anew
+    ten = Predictor(bundle, "torch", "fp32", views="ten-crop").prepare(pixels)
+    assert ten.shape == (10, 48, 48, 3)
+    np.testing.assert_array_equal(ten[5:], ten[:5, :, ::-1])
+    np.testing.assert_array_equal(ten[0], plain.prepare(pixels)[0])
+    resized = Predictor(make_bundle(resolution=64), "torch", "fp32")  # its shorter side would be 85
+    assert len({view.tobytes() for view in ten}) == 10 and resized.image_shape == (1, 64, 64, 3)
+
+
+def test_several_labels_have_sigmoids(pixels: np.ndarray) -> None:
+    predictor = Predictor(make_bundle(multilabel=True), "torch", "fp32")
+    found = predictor.probabilities(predictor.prepare(pixels)[None])[0]
+    assert not np.isclose(found.sum(), 1) and ((found > 0) & (found < 1)).all()
+
+
+def test_bad_images_keep_their_place(pixels: np.ndarray) -> None:
+    predictor = Predictor(make_bundle(), "torch", "fp32")
+    answers = predictor([pixels, b"", "nowhere.png", pixels])
+    assert [answer.error is None for answer in answers] == [True, False, False, True]
+    assert answers[1].error and answers[1].error.startswith("empty")
+    assert answers[2].error and answers[2].error.startswith("unreadable")
+    with pytest.raises(BadImage, match="mine: format"):
+        predictor.prepare(b"<html>", "mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "float32 of shape .* as uint8"),
+        (np.zeros((8, 8, 4), np.uint8), r"has shape \(8, 8, 4\)"),
+        (7, "is a int: give a path"),
+    ],
+)
+def test_what_is_no_image_is_refused(given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Predictor(make_bundle(), "torch", "fp32")([given])  # type: ignore[list-item]
+
+
+def test_unknown_choices_are_answered_with_the_known_ones() -> None:
+    for choice, right in (({"engine": "tpu"}, "openvino"), ({"precision": "fp8"}, "bf16"), ({"views": "two"}, "flip")):
+        with pytest.raises(UserError, match=right):
+            Predictor(make_bundle(), **choice)
+
+
+def test_an_engine_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.inference.engines.find_spec", lambda name: None if name == "openvino" else sys)
+    with pytest.raises(UserError, match=r"pip install 'coatnet\[openvino\]'"):
+        open_engine(make_bundle(), "openvino")
+
+
+def test_a_graph_is_kept_for_the_same_weights_alone(own_cache: Path, pixels: np.ndarray) -> None:
+    pytest.importorskip("openvino")
+    bundle = make_bundle()
+    first = Predictor(bundle, "openvino", "fp32")(pixels)
+    (kept,) = (own_cache / "graphs").iterdir()
+    (kept / "model.xml").touch()
+    before = (kept / "model.bin").stat().st_mtime_ns
+    assert Predictor(bundle, "openvino", "fp32")(pixels) == first
+    assert (kept / "model.bin").stat().st_mtime_ns == before and len(list((own_cache / "graphs").iterdir())) == 1
+    with torch.no_grad():
+        bundle.model.get_classifier().bias.add_(torch.arange(5.0))
+    changed = Predictor(bundle, "openvino", "fp32")(pixels)
+    assert len(list((own_cache / "graphs").iterdir())) == 2
+    assert changed[0].probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
+
+
+@pytest.mark.slow
+def test_a_kept_graph_may_have_its_weights_beside_it(
+    own_cache: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100_000)
+    bundle = make_bundle()
+    (answer,) = Predictor(bundle, "onnxruntime")(pixels)
+    (kept,) = (own_cache / "graphs").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert answer.probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
+
+
+def test_no_more_than_a_handful_of_graphs_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.inference.engines.graph_cache.MAX_CACHED_GRAPHS", 2)
+    bundle = make_bundle()
+    written = [cached_graph(bundle, "graph", str(version), Path.touch) for version in (1, 2)]
+    cached_graph(bundle, "graph", "1", Path.unlink)  # used again, and not made again
+    written.append(cached_graph(bundle, "graph", "3", Path.touch))
+    assert [path.exists() for path in written] == [True, False, True]

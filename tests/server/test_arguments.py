@@ -1,0 +1,61 @@
+"""What `coatnet serve` understands, and its one line for what it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from coatnet.cli.arguments.serve import named_bundles, read_token
+from coatnet.cli.main import main
+from coatnet.errors import UserError
+
+
+def test_models_have_the_names_that_they_are_given_or_bring() -> None:
+    given = ["runs/mine/bundle", "b=runs/mine/bundle", "timm/coatnet_0_rw_224.sw_in1k@main", "some/folder/"]
+    assert named_bundles(given) == {
+        "mine": "runs/mine/bundle",
+        "b": "runs/mine/bundle",
+        "coatnet_0_rw_224.sw_in1k": "timm/coatnet_0_rw_224.sw_in1k@main",
+        "folder": "some/folder/",
+    }
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "lr=1").mkdir()
+    assert named_bundles([str(tmp_path / "lr=1")]) == {"lr-1": str(tmp_path / "lr=1")}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["a/b", "c/b"], "two models are called 'b'"), (["x y=a"], "no name for a model"), (["a="], "names no bundle")],
+)
+def test_names_that_do_not_work_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        named_bundles(given)
+
+
+def test_a_token_is_of_some_length_and_fits_a_header(tmp_path: Path) -> None:
+    assert read_token(None, {}) is None
+    assert read_token(None, {"COATNET_TOKEN": " long-enough\n"}) == "long-enough"
+    (tmp_path / "token").write_text("from-a-file\n")
+    assert read_token(str(tmp_path / "token"), {"COATNET_TOKEN": "from-the-shell"}) == "from-a-file"
+    for wrong in ("", "short", "with a space", "unwritablé"):
+        with pytest.raises(UserError, match="holds no token"):
+            read_token(None, {"COATNET_TOKEN": wrong})
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_token(str(tmp_path / "nowhere"), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", "--prot", "80"), "--port"),
+        (("a", "--port", "80000"), "no port 80000"),
+        (("a", "--host", "no.such.host.invalid"), "no address no.such.host.invalid"),
+        (("a", "--batch-size", "0"), "batch_size is 0"),
+        (("a", "--token", "x"), "--token-file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

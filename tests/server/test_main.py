@@ -1,0 +1,112 @@
+"""The program `coatnet serve`: how it starts, how it ends, and what it says when it cannot start."""
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.server.serving import Address, image, make_bundle
+
+PROGRAM = [sys.executable, "-m", "coatnet", "serve"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle().save(tmp_path_factory.mktemp("run") / "animals" / "bundle")
+
+
+@contextlib.contextmanager
+def program(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen, Address]]:
+    """The program in a process of its own, as soon as it listens."""
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments, "--port", "0", "--engine", "torch", "--precision", "fp32"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("listening at "):
+                break
+        else:
+            raise AssertionError(process.communicate()[1])
+        yield process, Address(int(line.rpartition(":")[2]))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_told_to_stop_under_load_it_answers_what_is_under_way_and_ends_well(bundle: Path) -> None:
+    with program(str(bundle)) as (process, address), ThreadPoolExecutor(8) as clients:
+        assert address.ask("GET", "/models").json[0]["name"] == "animals"
+        load = [clients.submit(address.predict, image(seed, 1000, 750)) for seed in range(60)]
+        slow = address.socket()  # an upload that is under way when the signal comes
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(image()))
+        probe = http.client.HTTPConnection("127.0.0.1", address.port, timeout=5)
+        probe.request("GET", "/v2/health/ready")
+        assert probe.getresponse().read() == b'{"ready": true}'
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        probe.request("GET", "/v2/health/ready")
+        told = probe.getresponse()
+        assert (told.status, told.read()) == (503, b'{"ready": false}')
+        probe.close()
+        time.sleep(1.2)
+        slow.sendall(image())
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        slow.close()
+        statuses = []
+        for future in load:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # those that came after the notice
+                statuses.append(future.result().status)
+        assert statuses and set(statuses) == {200}
+        assert process.wait(20) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+
+
+def test_interrupted_while_idle_it_ends_soon_and_well_and_keeps_its_token(bundle: Path) -> None:
+    with program(f"mine={bundle}", COATNET_TOKEN="from-the-shell") as (process, address):
+        assert address.ask("GET", "/models").status == 401
+        (model,) = address.ask("GET", "/models", None, {"Authorization": "Bearer from-the-shell"}).json
+        assert model["name"] == "mine"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+def refusal(*arguments: str, **variables: str) -> str:
+    """The one line of a program that cannot start."""
+    found = subprocess.run(
+        [*PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
+    )
+    assert found.returncode == 2 and "listening" not in found.stdout
+    assert found.stderr.startswith("coatnet: error: ") and found.stderr.count("\n") == 1
+    return found.stderr
+
+
+def test_a_port_in_use_is_told_before_anything_is_read(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in refusal(str(bundle), "--port", port)
+
+
+def test_a_bundle_with_damaged_weights_is_told(bundle: Path, tmp_path: Path) -> None:
+    broken = make_bundle().save(tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "model.safetensors" in refusal(str(bundle), f"b={broken}", "--port", "0")
+
+
+def test_a_bundle_without_class_names_is_told(tmp_path: Path) -> None:
+    broken = make_bundle().save(tmp_path / "broken")
+    (broken / "config.json").unlink()
+    assert "is not a bundle" in refusal(str(broken), "--port", "0")

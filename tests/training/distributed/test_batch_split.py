@@ -1,0 +1,75 @@
+"""Shares of a batch: together they are the batch, to the last blended pixel, however many processes take one."""
+
+import numpy as np
+import pytest
+import torch
+
+import coatnet
+from coatnet.data.loader import evaluation_batches, training_batches
+from coatnet.data.mixing import Mixing, mix
+from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.data.unreadable import BadImages
+from coatnet.training.distributed.batch_split import share_of, workers_of_one
+from coatnet.training.distributed.processes import Processes
+
+PREPROCESSING = Preprocessing(resolution=8, mean=(0.5,), std=(0.5,))
+
+
+def batch(dataset, number, places):
+    given = training_batches(
+        dataset,
+        preprocessing=PREPROCESSING,
+        augmentation=Augmentation(placement="shift", shift=1, flip_rate=0.5),
+        batch_size=20,
+        seed=3,
+        first_step=number,
+        num_steps=1,
+        num_workers=0,
+        bad_images=BadImages(len(dataset)),
+        places=places,
+    )
+    return next(iter(given))
+
+
+@pytest.mark.parametrize("mixing", [Mixing(), Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=0.8)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
+def test_the_shares_of_a_batch_are_the_batch(world_size, mixing):
+    dataset = coatnet.open_dataset("digits").training
+    whole = mix(*batch(dataset, 90, None), num_classes=10, mixing=mixing, seed=5)
+    images, targets, sizes = [], [], []
+    for rank in range(world_size):
+        places, num_extra = share_of(20, mixing, Processes(rank, world_size))
+        blended = mix(*batch(dataset, 90, places), num_classes=10, mixing=mixing, seed=5)
+        images.append(blended[0][num_extra:])
+        targets.append(blended[1][num_extra:])
+        sizes.append(len(images[-1]))
+    assert torch.equal(torch.cat(images), whole[0])
+    assert torch.equal(torch.cat(targets), whole[1])
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
+def test_evaluation_shows_every_image_to_one_process(world_size):
+    dataset = coatnet.open_dataset("digits").validation
+    seen = [
+        indices
+        for rank in range(world_size)
+        for *_, indices in evaluation_batches(
+            dataset,
+            preprocessing=PREPROCESSING,
+            batch_size=16,
+            num_workers=0,
+            bad_images=BadImages(len(dataset)),
+            first=rank,
+            every=world_size,
+        )
+    ]
+    assert np.array_equal(np.sort(torch.cat(seen).numpy()), np.arange(len(dataset)))
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("coatnet.training.distributed.batch_split.num_cores", lambda: 12)
+    assert workers_of_one(None, Processes()) is None
+    assert workers_of_one(None, Processes(0, 8, 0, 4)) == 3
+    assert workers_of_one(None, Processes(0, 32, 0, 32)) == 1
+    assert workers_of_one(5, Processes(0, 8, 0, 4)) == 5

@@ -1,0 +1,135 @@
+"""What is put around a network from outside changes nothing of what it computes."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import coatnet
+from coatnet.model.network import create_model
+from coatnet.model.registry import VARIANTS
+from coatnet.model.relative_bias import LocalRelativeBias, RelativeBias
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
+from coatnet.training.distributed.materialize import draw, materialise, own_tensors
+from coatnet.training.distributed.parallelize import holds_batch_norm, parallelism_of, rework_blocks
+from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
+from coatnet.training.learner import Learner
+
+CPU = torch.device("cpu")
+
+
+def network(**options):
+    torch.manual_seed(0)
+    return create_model("coatnet-femto-16", num_classes=10, in_channels=1, resolution=16, **options).train()
+
+
+def gradients(model, images):
+    torch.manual_seed(1)
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["transformer", "all"])
+def test_recomputed_blocks_give_the_same_gradients_and_count_batch_norm_once(kind):
+    plain = network(stochastic_depth=0.5)
+    recomputed = copy.deepcopy(plain)
+    rework_blocks(recomputed, Recipe(activation_checkpointing=kind), CPU)
+    images = torch.randn(6, 1, 16, 16)
+    torch.testing.assert_close(gradients(recomputed, images), gradients(plain, images), rtol=0, atol=0)
+    torch.testing.assert_close(recomputed.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    norms = [module for module in recomputed.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}
+    with torch.no_grad():
+        torch.testing.assert_close(recomputed.eval()(images), plain.eval()(images), rtol=0, atol=0)
+
+
+def test_recomputation_keeps_less_for_the_backward_pass():
+    kept = {}
+    for kind in ("none", "transformer", "all"):
+        model, kept[kind] = network(), 0
+        rework_blocks(model, Recipe(activation_checkpointing=kind), CPU)
+
+        def keep(x, kind=kind):
+            kept[kind] += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(torch.randn(6, 1, 16, 16))
+    assert kept["none"] > kept["transformer"] > kept["all"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_as_plain_ones():
+    plain = network()
+    compiled = copy.deepcopy(plain)
+    rework_blocks(compiled, Recipe(compile=True), CPU)
+    images = torch.randn(6, 1, 16, 16)
+    torch.testing.assert_close(gradients(compiled, images), gradients(plain, images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_from_the_meta_device_are_spread_as_those_of_an_ordinary_network():
+    ordinary = network()
+    with torch.device("meta"):
+        model = network()
+    materialise(model, 3, CPU)
+    for (name, value), drawn in zip(ordinary.state_dict().items(), model.state_dict().values(), strict=True):
+        assert drawn.shape == value.shape and drawn.dtype == value.dtype
+        if value.numel() >= 500:
+            assert float(drawn.std()) == pytest.approx(float(value.std()), rel=0.2), name
+        elif not value.is_floating_point() or value.std() == 0 or value.numel() == 1:
+            assert torch.equal(drawn, value), name
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not torch.equal(model.stages[1][0].expand[0].weight, model.stages[1][1].expand[0].weight)
+
+
+def test_every_part_of_the_family_knows_how_to_begin():
+    for name in VARIANTS:
+        with torch.device("meta"):
+            model = create_model(name)
+        for module in model.modules():
+            if own_tensors(module):
+                assert isinstance(module, RelativeBias | LocalRelativeBias) or callable(module.reset_parameters), name
+
+
+def test_weights_are_a_function_of_seed_and_name():
+    with torch.device("meta"):
+        layer = nn.Linear(3, 4)
+    assert torch.equal(draw(layer, 1).weight, draw(layer, 1).weight)
+    assert not torch.equal(draw(layer, 1).weight, draw(layer, 2).weight)
+    state = torch.get_rng_state()
+    draw(layer, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "parallelism"),
+    [
+        (Recipe(model="coatnet-5"), SINGLE_PROCESS, "ddp"),
+        (Recipe(model="coatnet-6"), SINGLE_PROCESS, "hsdp"),
+        (Recipe(model="coatnet-7"), Processes(0, 32, 0, 8), "hsdp"),
+        (Recipe(model="coatnet-7"), Processes(0, 31, 0, 8), "fsdp"),
+        (Recipe(model="coatnet-7", parallelism="ddp"), SINGLE_PROCESS, "ddp"),
+        (Recipe(model="coatnet-0", parallelism="fsdp"), SINGLE_PROCESS, "fsdp"),
+    ],
+)
+def test_above_a_thousand_million_parameters_a_run_is_sharded(recipe, processes, parallelism):
+    assert parallelism_of(recipe, None, processes) == parallelism
+
+
+def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():
+    splits = coatnet.open_dataset("digits")
+    recipe = resolve(Recipe(data="digits", parallelism="fsdp"), splits)
+    one, other = (Learner(recipe, splits.training, None) for _ in range(2))
+    torch.testing.assert_close(one.tensors(), other.tensors(), rtol=0, atol=0)
+    fresh = Learner(replace(recipe, seed=1), splits.training, None)
+    assert not torch.equal(one.tensors()["model.stem.0.0.weight"], fresh.tensors()["model.stem.0.0.weight"])
+
+
+def test_blocks_with_and_without_batch_norm_are_told_apart():
+    model = network()
+    assert [holds_batch_norm(stage[0]) for stage in model.stages] == [True, True, False]

@@ -1,0 +1,108 @@
+"""Saving beside the training: a copy of the step it began at, one at a time, whole or absent."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from coatnet.errors import UserError
+from coatnet.training import async_checkpoint as module
+from coatnet.training.async_checkpoint import Saver
+from coatnet.training.checkpoint import Checkpoint, load_checkpoint, published, retain, save_checkpoint
+from coatnet.training.distributed.processes import SINGLE_PROCESS
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Writing waits for this to be set."""
+    event, write_part = threading.Event(), module.write_part
+
+    def wait_and_write(path, tensors):
+        event.wait(10)
+        return write_part(path, tensors)
+
+    monkeypatch.setattr(module, "write_part", wait_and_write)
+    yield event
+    event.set()
+
+
+def saver(folder):
+    return Saver(folder, SINGLE_PROCESS, keep=2, keep_every_hours=None)
+
+
+def test_what_is_saved_is_what_was_there_when_it_began(gate, tmp_path):
+    saving, weight = saver(tmp_path), torch.arange(6.0)
+    saving.begin("step-000000001", {"weight": weight}, {"step": 1})
+    weight += 100  # training goes on
+    assert saving.busy and not saving.written and published(tmp_path) == []
+    gate.set()
+    saving.finish()
+    assert not saving.busy and saving.last == ("step-000000001", {"step": 1})
+    found = load_checkpoint(tmp_path / "step-000000001")
+    assert torch.equal(found.tensors["weight"], torch.arange(6.0)) and found.state == {"step": 1}
+
+
+def test_a_part_on_the_disk_has_no_name_before_all_processes_know(tmp_path):
+    saving = saver(tmp_path)
+    saving.begin("step-000000001", {"weight": torch.zeros(3)}, {})
+    while not saving.written:
+        pass
+    assert published(tmp_path) == [] and len(list(tmp_path.glob("*.tmp-*"))) == 1
+    saving.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_part_that_can_not_be_written_leaves_the_one_before_and_is_told(monkeypatch, tmp_path):
+    saving, said = saver(tmp_path), []
+    saving.begin("step-000000001", {"weight": torch.zeros(3)}, {})
+    saving.finish()
+
+    def fail(path, tensors):
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_part", fail)
+    saving.begin("step-000000002", {"weight": torch.zeros(3)}, {})
+    saving.finish_or_tell(said.append)
+    assert "step-000000002 was not written" in said[0] and "No space left on device" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    saving.begin("step-000000003", {"weight": torch.zeros(3)}, {})
+    with pytest.raises(UserError, match="No space left"):
+        saving.finish()
+
+
+def test_a_folder_that_can_not_be_made_is_told_at_once(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file is in the way")
+    with pytest.raises(UserError, match="was not written"):
+        saver(tmp_path / "checkpoints").begin("step-000000001", {"weight": torch.zeros(3)}, {})
+
+
+def test_a_checkpoint_in_parts_is_read_as_one(tmp_path):
+    """As processes write it: rows one after the other, the last ones shorter; what all have is in the first part."""
+    whole = {"weight": torch.arange(20.0).reshape(5, 4), "count": torch.tensor(7)}
+    path = save_checkpoint(tmp_path, "step-000000001", Checkpoint(whole, {}))
+    (path / "tensors.safetensors").unlink()
+    files = {}
+    for part, (rows, rest) in enumerate(
+        zip(whole["weight"].split(2), ({"count": whole["count"]}, {}, {}), strict=True)
+    ):
+        name = module.part_name(part, 3)
+        files[name] = module.write_part(path / name, {"weight": rows, **rest})
+    manifest = json.loads((path / "manifest.json").read_text())
+    files["state.json"] = manifest["files"]["state.json"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    found = load_checkpoint(path).tensors
+    torch.testing.assert_close(dict(found), whole, rtol=0, atol=0)
+    for first in range(5):
+        for count in range(6 - first):
+            assert torch.equal(found.rows("weight", (first, count)), whole["weight"][first : first + count])
+
+
+def test_retention_keeps_the_first_of_every_so_many_hours(tmp_path):
+    hours = [0.1, 0.9, 2.1, 2.5, 3.9, 4.2, 6.5, 6.6, 6.7]
+    for step, hour in enumerate(hours):
+        save_checkpoint(tmp_path, f"step-{step:09d}", Checkpoint({}, {"position": {"seconds": 3600 * hour}}))
+        retain(tmp_path, keep=2, keep_every_hours=2)
+    kept = [hours[int(path.name.removeprefix("step-"))] for path in published(tmp_path)]
+    assert kept == [2.1, 4.2, 6.5, 6.6, 6.7]

@@ -12,7 +12,7 @@ SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults check format bench clean
+.PHONY: help install demo test test-slow test-faults check format bench docs clean
 
 help:
 	@echo 'make demo       train on 10,000 images of clothes, report, classify three: four minutes'
@@ -21,6 +21,7 @@ help:
 	@echo 'make check      format, lint, types and architecture'
 	@echo 'make format     rewrite the files as make check wants them'
 	@echo 'make bench      our speed beside timm'\''s'
+	@echo 'make docs       the documentation as a site in build/docs, with search, readable without a network'
 	@echo 'make clean      remove what the tools left (.venv and runs stay)'
 
 install: $(INSTALLED)
@@ -80,6 +81,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(PYTHON) benchmarks/model.py --against timm
+
+docs: $(INSTALLED)
+	@$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html docs build/docs
+	@echo 'The documentation: build/docs/index.html'
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

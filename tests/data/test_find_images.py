@@ -13,11 +13,10 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
-from coatnet.data.find_images import expand_paths
+from coatnet.data.find_images import expand_paths, open_images
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation.features import open_images
 from coatnet.model.network import create_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its permissions are others")

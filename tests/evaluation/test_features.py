@@ -12,13 +12,14 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, FileDataset
+from coatnet.data.find_images import open_images
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation import feature_files
 from coatnet.evaluation.feature_files import write_features
-from coatnet.evaluation.features import extract, open_images
+from coatnet.evaluation.features import extract
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")

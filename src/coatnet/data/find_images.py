@@ -4,13 +4,17 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
+from coatnet.data.datasets import FileDataset, printable
 from coatnet.data.folder import IMAGE_SUFFIXES, natural_key
+from coatnet.errors import UserError
 
 
 def expand_paths(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str | None]]:
     """The files behind the paths, or why there are none; folders and theirs in natural order, hidden ones left out.
 
-    A folder that can not be listed comes with the reason, behind what else is found.
+    A folder that cannot be listed comes with the reason, behind what else is found.
     """
     for path in map(Path, paths):
         if not os.path.isdir(path):
@@ -28,6 +32,21 @@ def expand_paths(paths: Iterable[str | Path]) -> Iterator[tuple[Path, str | None
             yield Path(error.filename), f"unreadable: {error.strerror}"
         if not found and not refused:
             yield path, "no images in this folder"
+
+
+def open_images(paths: Iterable[str | Path]) -> FileDataset:
+    """Images without labels: files, and folders that are searched as `predict` does.
+
+    Raises:
+        UserError: a path does not exist, or a folder cannot be listed or holds no image. Files that are no images
+            are found later.
+    """
+    files = []
+    for path, error in expand_paths(paths):
+        if error is not None:
+            raise UserError(f"{printable(str(path))}: {error}")
+        files.append(str(path))
+    return FileDataset("pictures", (), Path(), files, np.full(len(files), -1))
 
 
 def _why_not(path: Path) -> str:

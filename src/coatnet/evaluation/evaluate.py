@@ -3,6 +3,7 @@
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import evaluation_batches
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.unreadable import BadImages
@@ -20,10 +20,10 @@ from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.thumbnails import thumbnail
+from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import best_device
 
 NUM_MISTAKES = 24
-IN_PROCESS = 2000  # chosen: workers take about as long to start as one process takes to read as many small photographs
 
 # Probability of the wrong answer, image (place in the list of datasets, index), truth, wrong answer.
 _Wrong = tuple[float, tuple[int, int], str, str]
@@ -59,28 +59,25 @@ def evaluate(
     total, done = sum(map(len, datasets)), 0
     bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
-    was_training = bundle.model.training
-    bundle.model.eval()
-    try:
-        for number, dataset in enumerate(datasets):
-            translate = label_translation(dataset, bundle)
-            for images, labels, indices in evaluation_batches(
-                dataset,
-                preprocessing=bundle.preprocessing,
-                batch_size=batch_size,
-                num_workers=0 if num_workers is None and len(dataset) <= IN_PROCESS else num_workers,
-                bad_images=bad_images,
-            ):
+    for number, dataset in enumerate(datasets):
+        translate = label_translation(dataset, bundle)
+        batches = infer(
+            bundle.model,
+            dataset,
+            preprocessing=bundle.preprocessing,
+            batch_size=batch_size,
+            num_workers=workers_for(dataset, num_workers),
+            bad_images=bad_images,
+        )
+        with closing(batches):
+            for logits, labels, indices in batches:
                 labels = translate(labels)
-                logits = _infer(bundle.model, images)
                 metrics.update(logits, labels)
                 wrong = _find_mistakes(logits, labels, [(number, int(i)) for i in indices], bundle)
                 worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
                 done += len(indices)
                 if progress is not None:
                     progress(done, total)
-    finally:
-        bundle.model.train(was_training)
     if done == 0:
         raise UserError(f"{name}: none of the {total:,} images of the {split_name} split could be read")
     seconds = time.perf_counter() - started
@@ -156,12 +153,6 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
         return widened
 
     return translate
-
-
-@torch.inference_mode()
-def _infer(model: torch.nn.Module, images: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    return model(images.to(device, memory_format=torch.channels_last)).float().cpu()
 
 
 def _find_mistakes(

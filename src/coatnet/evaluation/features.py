@@ -1,23 +1,22 @@
 """What a finished model makes of images in front of its classifier. Shapes: B batch, N images, D features."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coatnet.bundle import Bundle
-from coatnet.data.datasets import Dataset, FileDataset, printable
-from coatnet.data.find_images import expand_paths
-from coatnet.data.loader import evaluation_batches
+from coatnet.data.datasets import Dataset
 from coatnet.data.splits import Splits
 from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import IN_PROCESS, choose_datasets
+from coatnet.evaluation.evaluate import choose_datasets
 from coatnet.evaluation.progress import with_bar
+from coatnet.inference.logits import infer, workers_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +66,24 @@ class Features:
             raise UserError(f"{self.name}: the {self.split} split holds no images")
         bad_images = BadImages(len(self), budget=1.0)
         found_any = False
-        was_training = self.bundle.model.training
-        self.bundle.model.eval()
         try:
             for dataset in self.datasets:
-                for images, labels, indices in evaluation_batches(
+                batches = infer(
+                    self.bundle.model,
                     dataset,
                     preprocessing=self.bundle.preprocessing,
                     batch_size=self.batch_size,
-                    num_workers=0 if self.num_workers is None and len(dataset) <= IN_PROCESS else self.num_workers,
+                    num_workers=workers_for(dataset, self.num_workers),
                     bad_images=bad_images,
-                ):
-                    found_any = True
-                    names = tuple(map(dataset.describe, indices.tolist()))
-                    yield FeatureBatch(_features(self.bundle, images), labels, names)
+                    output="features",
+                )
+                with closing(batches):
+                    for features, labels, indices in batches:
+                        found_any = True
+                        _require_finite(features)
+                        yield FeatureBatch(features, labels, tuple(map(dataset.describe, indices.tolist())))
         finally:
             self.bad_images.update(bad_images.records)
-            self.bundle.model.train(was_training)
         if not found_any:
             raise UserError(f"{self.name}: none of the {len(self):,} images of the {self.split} split could be read")
 
@@ -120,28 +120,6 @@ def extract(
     return Features(bundle, name, split_name, datasets, batch_size, num_workers)
 
 
-def open_images(paths: Iterable[str | Path]) -> FileDataset:
-    """Images without labels: files, and folders that are searched as `predict` does.
-
-    Raises:
-        UserError: a path does not exist, or a folder can not be listed or holds no image. Files that are no images
-            are found later.
-    """
-    files = []
-    for path, error in expand_paths(paths):
-        if error is not None:
-            raise UserError(f"{printable(str(path))}: {error}")
-        files.append(str(path))
-    return FileDataset("pictures", (), Path(), files, np.full(len(files), -1))
-
-
-# Not inference mode: autograd refuses its tensors, and a new head is often trained on features.
-@torch.no_grad()
-def _features(bundle: Bundle, images: Tensor) -> Tensor:
-    model = bundle.model
-    device = next(model.parameters()).device
-    maps = model.forward_features(images.to(device, memory_format=torch.channels_last))
-    features = model.forward_head(maps, pre_logits=True).float().cpu()
+def _require_finite(features: Tensor) -> None:
     if not torch.isfinite(features).all():
         raise UserError("the model's features are not finite (NaN or infinity): its weights are broken")
-    return features

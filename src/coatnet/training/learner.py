@@ -41,13 +41,13 @@ class Learner:
     ) -> None:
         """Raises UserError if recipe, bundle and processes do not fit together."""
         self.recipe, self.num_classes, self.processes = recipe, len(dataset.classes), processes
-        self.device, self._bf16 = best_device(), runs_bf16(recipe.precision, best_device())
+        self.device, self.bf16 = best_device(), runs_bf16(recipe.precision, best_device())
         self.share = share_of(recipe.batch_size or 1, parts(recipe).mixing, processes)
         self.parallelism = parallelism_of(recipe, init, processes)
         seed_step(recipe.seed, INITIALISATION)
         self.model = build_network(recipe, dataset, init, self.parallelism).train()
         self.parallel, self.average = scale(
-            self.model, recipe, processes, self.device, parallelism=self.parallelism, bf16=self._bf16
+            self.model, recipe, processes, self.device, parallelism=self.parallelism, bf16=self.bf16
         )
         self.optimizer = build_optimizer(self.model, parts(recipe).optimizer)
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -65,14 +65,14 @@ class Learner:
             told.append(f"{(size - learning) / 1e6:.2f} M of them frozen")
         if self._head_first.steps:
             told.append(f"for {self._head_first.steps:,} steps only the classifier learns")
-        told.append(f"{'bf16' if self._bf16 else 'fp32'} on {self.device.type}")
+        told.append(f"{'bf16' if self.bf16 else 'fp32'} on {self.device.type}")
         if not self.processes.alone:
             told.append(f"{self.processes.world_size} processes ({self.parallelism})")
         return ", ".join(told)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the recipe: weights in fp32, and matrix products in bf16 where it says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=True)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=True)
 
     def step(self, images: Tensor, labels: Tensor, *, step: int, learning_rate: float) -> tuple[float, float]:
         """Optimizer step `step` (0 is the first) on this process's share of a batch: loss an image, and norm of the

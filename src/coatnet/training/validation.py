@@ -3,13 +3,10 @@
 from collections.abc import Callable
 from contextlib import closing
 
-import torch
-from torch import nn
-
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import evaluation_batches
 from coatnet.data.unreadable import BadImages
 from coatnet.evaluation.metrics import Metrics
+from coatnet.inference.logits import infer
 from coatnet.training.config import parts
 from coatnet.training.learner import Learner
 
@@ -30,15 +27,14 @@ def measure(
     `told_to_stop` is asked after every batch, by all processes alike.
     """
     processes, metrics, first_images = learner.processes, Metrics(len(dataset.classes), dataset.multilabel), []
-    model = learner.average.whole()
-    training = model.training
-    model.eval()
-    batches = evaluation_batches(
+    batches = infer(
+        learner.average.whole(),
         dataset,
         preprocessing=parts(learner.recipe).preprocessing,
         batch_size=max(batch_size // processes.world_size, SMALLEST_BATCH),
         num_workers=num_workers,
         bad_images=bad_images,
+        bf16=learner.bf16,
         first=processes.rank,
         every=processes.world_size,
     )
@@ -47,22 +43,13 @@ def measure(
         while working and not stopped:
             batch = next(batches, None)
             if batch is not None:
-                images, labels, indices = batch
-                metrics.update(_infer(learner, model, images), labels)
-                first_images.append(int(indices[0]))
+                metrics.update(batch.outputs, batch.labels)
+                first_images.append(int(batch.indices[0]))
             working = processes.sum([batch is not None])[0] > 0
             stopped = told_to_stop()
-    model.train(training)
     if working:
         return None
     told = processes.gather(list(zip(first_images, metrics.parts, strict=True)))
     # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
     metrics.parts = [part for _, part in sorted((each for of_one in told for each in of_one), key=lambda each: each[0])]
     return metrics.compute()
-
-
-@torch.inference_mode()
-def _infer(learner: Learner, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    with learner.autocast():
-        logits = model(images.to(learner.device))
-    return logits.float()

@@ -32,8 +32,9 @@ def features(arguments: Sequence[str]) -> int:
     """Write the features of images to a file."""
     given = features_arguments(arguments)
     from coatnet.bundle import load
+    from coatnet.data.find_images import open_images
     from coatnet.evaluation.feature_files import write_features
-    from coatnet.evaluation.features import extract, open_images
+    from coatnet.evaluation.features import extract
 
     bundle = load(given.bundle)
     bundle.model.to(best_device())

@@ -13,13 +13,13 @@ import numpy as np
 from coatnet.data.builtin import is_idx_folder
 from coatnet.data.datasets import ArrayDataset, Dataset, Encoded, FileDataset
 from coatnet.data.decode import BadImage
+from coatnet.data.find_images import open_images
 from coatnet.data.hugging_face import is_saved_folder
 from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import ShardDataset
 from coatnet.data.shards.open import is_shard_folder
 from coatnet.errors import UserError
-from coatnet.evaluation.features import open_images
 
 
 class Taken(NamedTuple):

@@ -1,0 +1,101 @@
+"""The inference loop: a model over a dataset, batch by batch. Evaluation, features and validation all read from here.
+
+Shapes: B images, C channels, R resolution, K classes, D features.
+"""
+
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coatnet.data.datasets import Dataset
+from coatnet.data.loader import evaluation_batches
+from coatnet.data.transforms import Preprocessing
+from coatnet.data.unreadable import BadImages
+from coatnet.model.network import CoAtNet
+
+MAX_IMAGES_WITHOUT_WORKERS = 2000  # chosen: starting workers takes about as long as reading as many small photographs
+
+
+class OutputBatch(NamedTuple):
+    """What a model computed for a batch, and which images of the dataset these are.
+
+    Attributes:
+        outputs: logits (B, K) or features (B, D), float32 on the CPU.
+        labels: class indices (B,), or 0 and 1 per class (B, K), in the dataset's own order of classes.
+        indices: place of each image in the dataset, (B,).
+    """
+
+    outputs: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def infer(
+    model: CoAtNet,
+    dataset: Dataset,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    bad_images: BadImages,
+    num_workers: int | None = None,
+    output: Literal["logits", "features"] = "logits",
+    bf16: bool = False,
+    first: int = 0,
+    every: int = 1,
+) -> Generator[OutputBatch, None, None]:
+    """Run a model over every image of a dataset, once and in order.
+
+    The model computes on the device of its parameters, in evaluation mode; its mode is restored when the generator
+    ends or is closed. Features are the input of the classifier, (B, D).
+
+    Args:
+        bad_images: collects the images that cannot be read; they are left out of their batch.
+        num_workers: processes that decode; None is one per core, up to 8.
+        bf16: whether matrix products are computed in bf16 (`torch.autocast`).
+        first: number of the first batch to compute, such as the rank of this process.
+        every: distance to the next, such as the number of processes.
+
+    Raises:
+        UserError: batch_size is below 1, or `bad_images` is over its budget.
+    """
+    forward = _features if output == "features" else _logits
+    device = next(model.parameters()).device
+    batches = evaluation_batches(
+        dataset,
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        bad_images=bad_images,
+        first=first,
+        every=every,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with closing(batches):
+            for images, labels, indices in batches:
+                with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                    outputs = forward(model, images.to(device, memory_format=torch.channels_last))
+                yield OutputBatch(outputs.float().cpu(), labels, indices)
+    finally:
+        model.train(was_training)
+
+
+def workers_for(dataset: Dataset, num_workers: int | None) -> int | None:
+    """`num_workers` if given; 0 for a dataset that is read faster than workers start; else None, one per core."""
+    return 0 if num_workers is None and len(dataset) <= MAX_IMAGES_WITHOUT_WORKERS else num_workers
+
+
+@torch.inference_mode()
+def _logits(model: CoAtNet, images: Tensor) -> Tensor:
+    return model(images)
+
+
+# Not inference mode: autograd refuses its tensors, and a new head is often trained on features.
+@torch.no_grad()
+def _features(model: CoAtNet, images: Tensor) -> Tensor:
+    maps = model.forward_features(images)
+    return model.forward_head(maps, pre_logits=True)

@@ -44,7 +44,7 @@ def make_folder(tmp_path: Path, encode: Callable[..., bytes]) -> Callable[[dict[
     """`make_folder({"cat": 3, "train/dog": 2})` writes so many little images, all different."""
 
     def make_folder(counts: dict[str, int]) -> Path:
-        root = tmp_path / "pictures"
+        root = tmp_path / "images"
         for number, (name, count) in enumerate(counts.items()):
             (root / name).mkdir(parents=True, exist_ok=True)
             for index in range(count):

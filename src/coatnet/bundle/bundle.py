@@ -17,8 +17,9 @@ from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, nearest
 from coatnet.model.network import CoAtNet
-from coatnet.system.files import publish
+from coatnet.system.files import atomic_folder, translate_write_errors
 
+FILES = {"model.safetensors", "config.json", "README.md"}
 # "owner/name" of the hub, and a branch, tag or commit behind an "@".
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -57,11 +58,14 @@ class Bundle:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
         config = describe(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
-        with publish(folder) as staged:
+        target = Path(folder)
+        if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
+            raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
+        with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
             write_tensors(self.model.state_dict(), staged / "model.safetensors")
             (staged / "config.json").write_text(config, encoding="utf-8", errors="backslashreplace")
             (staged / "README.md").write_text(model_card(self), encoding="utf-8", errors="backslashreplace")
-        return Path(folder)
+        return target
 
 
 def load(source: str | Path, *, architecture: str | None = None, allow_pickle: bool = False) -> Bundle:

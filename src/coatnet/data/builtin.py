@@ -13,6 +13,7 @@ from coatnet.data.datasets import ArrayDataset
 from coatnet.data.idx import find_idx, read_idx
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
+from coatnet.system.cache import cache_folder
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -26,15 +27,14 @@ _DOWNLOAD_SECONDS = 30  # of silence, not in all
 
 def open_fashion_mnist() -> Splits:
     """The full 60,000 + 10,000, wherever they are; downloaded once if they are nowhere."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatnet"
-    folders = [_DEBIAN, cache / "FashionMNIST" / "raw"]
-    if own := os.environ.get("COATNET_DATA_DIR"):
-        folders.insert(0, Path(own) / "fashion-mnist")
-    for folder in folders:
-        if is_idx_folder(folder):
-            return open_idx_folder(folder, "fashion-mnist", FASHION_CLASSES)
-    _download_fashion_mnist(cache)
-    return open_idx_folder(folders[-1], "fashion-mnist", FASHION_CLASSES)
+    own = os.environ.get("COATNET_DATA_DIR")
+    cache = cache_folder()
+    downloaded = cache / "FashionMNIST" / "raw"
+    folders = [Path(own) / "fashion-mnist"] if own else []
+    found = next((folder for folder in (*folders, _DEBIAN, downloaded) if is_idx_folder(folder)), None)
+    if found is None:
+        _download_fashion_mnist(cache)
+    return open_idx_folder(found or downloaded, "fashion-mnist", FASHION_CLASSES)
 
 
 def open_fashion_mnist_small() -> Splits:

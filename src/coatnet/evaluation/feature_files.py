@@ -2,17 +2,16 @@
 
 import csv
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
-from uuid import uuid4
 
 import numpy as np
 
 from coatnet.errors import UserError
 from coatnet.evaluation.features import FeatureBatch, Features
-from coatnet.evaluation.progress import with_bar
-from coatnet.system.files import flush
+from coatnet.system.files import atomic_files, translate_write_errors
+from coatnet.system.progress import track
 
 ROWS_OF_A_GROUP = 4096  # chosen: 4,096 rows of 768 features are 12 MB, to be held before they are written
 _HEADER = ("path", "label")
@@ -32,11 +31,11 @@ def write_features(features: Features, out: str | Path) -> int:
     match target.suffix.lower():
         case ".npy":
             # The .npy takes its name last: where there is one, its .csv is there too.
-            with _staged(target.with_suffix(".csv"), target) as (table, array):
+            with _new_files(target.with_suffix(".csv"), target) as (table, array):
                 return _write_npy(features, array, table)
         case ".parquet":
             _require_pyarrow(target)
-            with _staged(target) as (file,):
+            with _new_files(target) as (file,):
                 return _write_parquet(features, file)
     raise UserError(f"{out}: features are written to a .npy (with a .csv beside it) or to a .parquet")
 
@@ -57,7 +56,7 @@ def _write_npy(features: Features, array: Path, table: Path) -> int:
         writer = csv.writer(words)
         writer.writerow(_HEADER)
         _write_npy_header(numbers, 0, features.num_features)
-        for batch in with_bar(features, "features", features.num_batches):
+        for batch in track(features, "features", features.num_batches):
             numbers.write(batch.features.numpy().astype("<f4").tobytes())
             writer.writerows(zip(batch.names, label_names(features, batch), strict=True))
             num_rows += len(batch.names)
@@ -81,7 +80,7 @@ def _write_parquet(features: Features, path: Path) -> int:
     schema = pyarrow.schema(columns)
     num_rows = 0
     with parquet.ParquetWriter(path, schema) as writer:
-        for batches in _grouped(with_bar(features, "features", features.num_batches)):
+        for batches in _grouped(track(features, "features", features.num_batches)):
             names = [name for batch in batches for name in batch.names]
             labels = [label for batch in batches for label in label_names(features, batch)]
             flat = np.concatenate([batch.features.numpy().ravel() for batch in batches])
@@ -111,24 +110,10 @@ def _require_pyarrow(target: Path) -> None:
 
 
 @contextmanager
-def _staged(*targets: Path) -> Iterator[list[Path]]:
-    """Files to fill, which take the names of the targets if the block ends well and vanish if not."""
+def _new_files(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """`atomic_files` that replace nothing. Raises UserError if a file is in the way or the disk refuses."""
     for target in targets:
         if target.exists():
             raise UserError(f"{target} is there already; give another name, or remove it first")
-    token = uuid4().hex[:8]
-    files = [target.with_name(f".{target.name}.{token}.tmp") for target in targets]
-    try:
-        targets[0].parent.mkdir(parents=True, exist_ok=True)
-        yield files
-        for file in files:
-            flush(file)
-        for file, target in zip(files, targets, strict=True):
-            file.rename(target)
-        flush(targets[0].parent)
-    except OSError as error:
-        raise UserError(f"{targets[-1]} could not be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # such as a parent that is no folder
-            for file in files:
-                file.unlink(missing_ok=True)
+    with translate_write_errors(targets[-1]), atomic_files(*targets) as staged:
+        yield staged

@@ -15,8 +15,8 @@ from coatnet.data.splits import Splits
 from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import choose_datasets
-from coatnet.evaluation.progress import with_bar
 from coatnet.inference.logits import infer, workers_for
+from coatnet.system.progress import track
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Features:
         """All of them at once: features (N, D), labels (N,) or (N, K), names."""
         table = torch.empty(len(self), self.num_features)
         labels, names = [], []
-        for batch in with_bar(self, f"features of {self.split}", self.num_batches):
+        for batch in track(self, f"features of {self.split}", self.num_batches):
             table[len(names) : len(names) + len(batch.names)] = batch.features
             labels.append(batch.labels)
             names += batch.names

@@ -20,8 +20,8 @@ from coatnet.evaluation.evaluate import choose_datasets
 from coatnet.evaluation.features import extract
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.progress import with_bar
 from coatnet.evaluation.report_markdown import FIGURES
+from coatnet.system.progress import track
 
 TEMPERATURE = 0.07
 # chosen: from next to nothing to a tenth of the mean loss, on standardised features; strongest first.
@@ -141,7 +141,7 @@ def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes:
 
     held_out = _hold_out(labels)
     known, known_labels, figures = features[~held_out], labels[~held_out], {}
-    for l2 in with_bar(L2_STRENGTHS, "linear probe", len(L2_STRENGTHS)):
+    for l2 in track(L2_STRENGTHS, "linear probe", len(L2_STRENGTHS)):
         weight, bias = fit_logistic(known, known_labels, num_classes, l2=l2)
         scores = F.linear(features[held_out], weight, bias)
         figures[l2] = _judge(scores, labels[held_out]).compute()[_figure(labels)]

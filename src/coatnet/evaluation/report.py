@@ -13,6 +13,7 @@ from coatnet.evaluation import report_markdown
 from coatnet.evaluation.calibration import CalibrationBin
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import ClassFigures
+from coatnet.system.files import atomic_files, atomic_write
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,14 @@ def write(report: Report, folder: str | Path) -> None:
     from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # Names of files need not be Unicode; what is not is written as JSON would escape it.
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8", errors="backslashreplace")
+    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")
     if report.confusion is not None:
-        draw_confusion(np.array(report.confusion), report.classes, folder / "confusion.png")
+        with atomic_files(folder / "confusion.png") as (staged,):
+            draw_confusion(np.array(report.confusion), report.classes, staged)
     if report.thumbnails:
-        draw_mistakes(report.thumbnails, report.mistakes, folder / "mistakes.png")
-    draw_calibration(report.calibration, folder / "calibration.png")
-    (folder / "report.md").write_text(report.to_markdown(with_plots=True), encoding="utf-8", errors="backslashreplace")
+        with atomic_files(folder / "mistakes.png") as (staged,):
+            draw_mistakes(report.thumbnails, report.mistakes, staged)
+    with atomic_files(folder / "calibration.png") as (staged,):
+        draw_calibration(report.calibration, staged)
+    atomic_write(folder / "report.md", report.to_markdown(with_plots=True), errors="backslashreplace")

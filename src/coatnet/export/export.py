@@ -14,7 +14,7 @@ from coatnet.export.parity import Parity, compare, require_parity
 from coatnet.export.quantization import Quantisation, open_calibration, quantise
 from coatnet.export.sample_images import check_images
 from coatnet.export.signature import Interface, describe
-from coatnet.system.files import publish
+from coatnet.system.files import atomic_folder, translate_write_errors
 
 STEPS = 3
 
@@ -71,7 +71,7 @@ def export(
     splits = open_calibration(bundle, calibration) if calibration is not None else None
     metadata = describe(bundle, interface, format)
     quantisation = None
-    with publish(out) as staged:
+    with translate_write_errors(out), atomic_folder(out) as staged:
         progress(0, STEPS)
         write(module, bundle, interface, metadata, staged)
         progress(1, STEPS)

@@ -1,27 +1,60 @@
-"""A bar for the long work on shards: on a terminal only, and gone when the work is done."""
+"""Progress bars: on standard error, on a terminal only, gone when the work is done."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+T = TypeVar("T")
 
-@contextmanager
-def progress_bar(doing: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-    """`advance(amount)` moves the bar."""
-    console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(doing, total=total)
 
-        def advance(amount: float) -> None:
-            bar.advance(task, amount)
+class ProgressBar:
+    """A bar for the duration of a `with` block; nothing is shown if standard error is not a terminal.
 
-        yield advance
+    Args:
+        description: what is being done, such as "packing".
+        total: the amount of work; None if `update` will say it.
+        unit: of the amounts, such as "images".
+        shown: False hides the bar, for all but one of several processes.
+    """
+
+    def __init__(self, description: str, total: float | None = None, unit: str = "", *, shown: bool = True) -> None:
+        console = Console(stderr=True, highlight=False)
+        amount = "{task.percentage:>3.0f}%" if total is None else "{task.completed:,.0f}/{task.total:,.0f} " + unit
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn(amount),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        hidden = not (shown and console.is_terminal)
+        self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._task = self._progress.add_task(description, total=total)
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, amount: float = 1) -> None:
+        """Add to the work done."""
+        self._progress.advance(self._task, amount)
+
+    def update(self, done: float, total: float) -> None:
+        """Set the work done and the total."""
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def track(items: Iterable[T], description: str, total: int, unit: str = "") -> Iterator[T]:
+    """Yield the items and advance a bar after each."""
+    with ProgressBar(description, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatnet.errors import UserError
-from coatnet.system.files import flush
+from coatnet.system.files import fsync_path
 from coatnet.training.stored_tensors import StoredTensors
 
 FORMAT = 1
@@ -83,7 +83,7 @@ def part_name(part: int, num_parts: int) -> str:
 def write_part(path: Path, tensors: Mapping[str, Tensor]) -> Fingerprint:
     """Write tensors and flush them to the disk. Raises OSError or SafetensorError."""
     save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
-    flush(path)
+    fsync_path(path)
     return _fingerprint(path)
 
 
@@ -93,10 +93,10 @@ def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state:
     files = {**parts, "state.json": _fingerprint(staged / "state.json")}
     (staged / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
     for path in (staged / "state.json", staged / "manifest.json", staged):
-        flush(path)
+        fsync_path(path)
     remove(target)
     os.rename(staged, target)
-    flush(target.parent)
+    fsync_path(target.parent)
 
 
 def not_written(target: Path, reason: object) -> UserError:
@@ -189,7 +189,7 @@ def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     staged = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     staged.write_text(text, encoding="utf-8")
-    flush(staged)
+    fsync_path(staged)
     os.replace(staged, path)
 
 

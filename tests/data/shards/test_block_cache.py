@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import coatnet
-from coatnet.data.shards.block_cache import BlockCache, default_cache, locked, sized
+from coatnet.data.shards.block_cache import BlockCache, default_cache, sized
 from coatnet.errors import UserError
+from coatnet.system.files import file_lock
 
 SOURCE = str(Path(coatnet.__file__).parents[1])
 
@@ -140,7 +141,7 @@ def test_a_cache_that_processes_fight_over_stays_within_its_limit(tmp_path):
     lock = tmp_path / "cache" / "locks" / "eviction"
     while any(process.poll() is None for process in processes):
         if lock.exists():
-            with locked(lock):  # or a scan meets both what goes and what comes in its place
+            with file_lock(lock):  # or a scan meets both what goes and what comes in its place
                 seen.append(sum(blocks(tmp_path / "cache").values()))
         time.sleep(0.005)
     assert [process.returncode for process in processes] == [0, 0, 0]

@@ -24,10 +24,10 @@ def packed(tmp_path_factory, encode) -> Path:
     """200 images of 12 x 16 in two classes, in shards of some 20 KB."""
     root = tmp_path_factory.mktemp("shards")
     for number in range(200):
-        path = root / "pictures" / ("cat" if number % 3 else "dog") / f"{number}.png"
+        path = root / "images" / ("cat" if number % 3 else "dog") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)))
-    pack(root / "pictures", root / "packed", shard_bytes=20_000, num_workers=1)
+    pack(root / "images", root / "packed", shard_bytes=20_000, num_workers=1)
     return root / "packed"
 
 

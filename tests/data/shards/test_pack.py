@@ -157,7 +157,7 @@ def test_no_image_that_can_be_used_is_one_line_and_no_folder(make_folder, tmp_pa
     (root / "val/cat/0.png").write_bytes(b"")
     assert main(["pack", str(root), str(tmp_path / "packed"), "--workers", "1"]) == 2
     assert "val has no image that can be used" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 
 import coatnet
 from coatnet.data.open import open_dataset
-from coatnet.data.shards.block_cache import locked
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
+from coatnet.system.files import file_lock
 
 PROGRAM = [sys.executable, "-m", "coatnet"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(coatnet.__file__).parents[1])}
@@ -67,7 +67,7 @@ def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_
     out, staged = tmp_path / "packed", tmp_path / ".packed.packing"
     process = start_packing(slow_folder, out, "--workers", "2")
     deadline = time.monotonic() + 60
-    while len(list(staged.glob(".packing/*.tar.json"))) < 2 and time.monotonic() < deadline:
+    while len(list(staged.glob(".packing/[!.]*.tar.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     workers = processes_of(process.pid)
     process.send_signal(signal.SIGKILL)
@@ -79,7 +79,7 @@ def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_
     with pytest.raises(UserError, match="packing was not finished; the same `coatnet pack` again goes on"):
         open_dataset(staged)
 
-    finished = [staged / path.name.removesuffix(".json") for path in staged.glob(".packing/*.tar.json")]
+    finished = [staged / path.name.removesuffix(".json") for path in staged.glob(".packing/[!.]*.tar.json")]
     kept, harmed = finished[0], finished[1]
     harmed.write_bytes(harmed.read_bytes()[:-600] + b"x" * 600)
     written = kept.stat().st_mtime_ns
@@ -87,7 +87,7 @@ def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_
     assert (out / kept.name).stat().st_mtime_ns == written
     pack(slow_folder, tmp_path / "at once", shard_bytes=2_000_000, num_workers=1)
     assert files_of(out) == files_of(tmp_path / "at once")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["at once", "packed", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at once", "images", "packed"]
 
 
 def test_what_is_left_of_another_packing_is_not_used(make_folder, tmp_path):
@@ -106,7 +106,7 @@ def test_what_is_left_of_another_packing_is_not_used(make_folder, tmp_path):
 def test_two_packings_into_one_folder_do_not_mix(make_folder, tmp_path):
     work = tmp_path / ".packed.packing/.packing"
     work.mkdir(parents=True)
-    with locked(work / "lock"), pytest.raises(UserError, match="another process is packing"):
+    with file_lock(work / "lock"), pytest.raises(UserError, match="another process is packing"):
         pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
 
 

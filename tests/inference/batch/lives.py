@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from pyarrow import parquet
 
-from coatnet.inference.batch import parts
 from coatnet.inference.batch.run import predict_to_file
 from coatnet.inference.batch.samples import open_data
 from coatnet.inference.predictor import Predictor
@@ -44,7 +43,7 @@ def child(predictor: Predictor, images: str, out: Path, rank: int, world_size: i
 
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-        for owner, name in ((parts, "flush"), (parts, "write_durably"), (Path, "rename"), (os, "unlink")):
+        for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink")):
             setattr(owner, name, counted(getattr(owner, name)))
         predict_to_file(predictor, open_data([images]), out, batch_size=16)
         os._exit(0)

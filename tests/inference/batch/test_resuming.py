@@ -108,11 +108,11 @@ def test_a_damaged_part_is_made_again(
 def test_a_second_process_with_the_same_work_is_refused(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from coatnet.data.shards.block_cache import locked
+    from coatnet.system.files import file_lock
 
     staged = tmp_path / ".out.parquet.parts"
     staged.mkdir()
-    with locked(staged / "process-0"):
+    with file_lock(staged / "process-0"):
         assert main(command(bundle, images, out=tmp_path / "out.parquet")) == 2
     assert "another process is predicting" in capsys.readouterr().err
 

@@ -14,11 +14,11 @@ def export(arguments: Sequence[str]) -> int:
     """Write a finished model for another program."""
     given = export_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.evaluation.progress import counting_bar
     from coatnet.export.export import export as export_bundle
+    from coatnet.system.progress import ProgressBar
 
     bundle = load(given.bundle)
-    with counting_bar("exporting") as progress:
+    with ProgressBar("exporting") as bar:
         exported = export_bundle(
             bundle,
             given.format,
@@ -28,7 +28,7 @@ def export(arguments: Sequence[str]) -> int:
             data=given.data,
             calibration=given.calibration,
             max_drop=given.max_drop,
-            progress=progress,
+            progress=bar.update,
         )
     show_export(exported)
     return 0

@@ -18,12 +18,12 @@ def evaluate(arguments: Sequence[str]) -> int:
     given = evaluate_arguments(arguments)
     from coatnet.bundle import load
     from coatnet.evaluation.evaluate import evaluate as evaluate_bundle
-    from coatnet.evaluation.progress import counting_bar
+    from coatnet.system.progress import ProgressBar
 
     bundle = load(given.bundle)
     bundle.model.to(best_device())
-    with counting_bar("measuring") as progress:
-        report = evaluate_bundle(bundle, given.data, split=given.split, progress=progress)
+    with ProgressBar("measuring") as bar:
+        report = evaluate_bundle(bundle, given.data, split=given.split, progress=bar.update)
     print(report.to_json() if given.json else report.to_markdown(), end="")
     return 0
 

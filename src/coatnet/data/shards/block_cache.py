@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
 
 from coatnet.errors import UserError
+from coatnet.system.cache import cache_folder
+from coatnet.system.files import atomic_files, file_lock, is_leftover
 
 _DEFAULT_BYTES = 16_000_000_000
 _NUM_LOCKS = 256
@@ -34,11 +35,11 @@ class BlockCache:
             if num_bytes > self.limit:
                 raise UserError(f"a block of {num_bytes:,} bytes is over COATNET_CACHE_SIZE, {self.limit:,} bytes")
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            with locked(self.folder / "locks" / str(crc32(name.encode()) % _NUM_LOCKS)):
+            with file_lock(self.folder / "locks" / str(crc32(name.encode()) % _NUM_LOCKS)):
                 if (descriptor := _open_whole(path, num_bytes)) is not None:  # another process was faster
                     return descriptor
                 data = fetch()
-                with locked(self.folder / "locks" / "eviction"):
+                with file_lock(self.folder / "locks" / "eviction"):
                     self._make_room(num_bytes)
                     return _write(path, data)
         except OSError as error:
@@ -49,7 +50,7 @@ class BlockCache:
         """Remove what was used longest ago, and what a process that died left half-written."""
         blocks = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(".tmp"):  # writers hold the lock that is held here: this one is dead
+            if is_leftover(entry.name):  # writers hold the lock that is held here: this one is dead
                 os.unlink(entry.path)
             elif entry.is_file():
                 status = entry.stat()
@@ -67,13 +68,6 @@ def default_cache() -> BlockCache:
     return BlockCache(cache_folder() / "blocks", sized(os.environ.get("COATNET_CACHE_SIZE", str(_DEFAULT_BYTES))))
 
 
-def cache_folder() -> Path:
-    """Where this machine keeps what can be made again."""
-    if own := os.environ.get("COATNET_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coatnet"
-
-
 def sized(text: str) -> int:
     """Bytes from "256MB", "1.5 GB" or plain digits; the units are powers of 1000."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
@@ -84,16 +78,6 @@ def sized(text: str) -> int:
     if num_bytes < 1:
         raise UserError(f"{text!r} is not a size; write it as 256MB or 2GB")
     return num_bytes
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a file's lock, which the system releases when its holder dies. Without `wait`, raises `BlockingIOError`."""
-    import fcntl
-
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
 
 
 def _open_whole(path: Path, num_bytes: int) -> int | None:
@@ -110,10 +94,6 @@ def _open_whole(path: Path, num_bytes: int) -> int | None:
 
 
 def _write(path: Path, data: bytes) -> int:
-    staged = path.with_name(f"{path.name}.tmp")
-    with staged.open("w+b") as file:
-        file.write(data)
-        file.flush()
-        staged.rename(path)
-        file.seek(0)
-        return os.dup(file.fileno())
+    with atomic_files(path, durable=False) as (staged,):
+        staged.write_bytes(data)
+        return os.open(staged, os.O_RDONLY)

@@ -19,14 +19,14 @@ import numpy as np
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.open import open_dataset
-from coatnet.data.shards.block_cache import locked
 from coatnet.data.shards.index import HEAD, TRAINING, VALIDATION, Head, shard_table, summarise_split, table_name, to_npy
 from coatnet.data.shards.open import WORK
 from coatnet.data.shards.pack_processes import Piece, write_pieces
-from coatnet.data.shards.write import OVERHEAD, Written, encoded, write_durably
+from coatnet.data.shards.write import OVERHEAD, Written, encoded
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.system.progress import progress_bar
+from coatnet.system.files import atomic_write, commit_folder, file_lock, remove_leftovers, translate_write_errors
+from coatnet.system.progress import ProgressBar
 
 SHARD_BYTES = 256_000_000
 LEFT_OUT = "left-out.jsonl"
@@ -68,20 +68,17 @@ def pack(
         piece for name, dataset in datasets.items() for piece in _pieces(name, len(dataset), shard_bytes / mean[name])
     ]
     staged = target.with_name(f".{target.name}.packing")
-    try:
-        with _alone(staged):
-            _begin(staged, {"pieces": [len(pieces)], "splits": {k: _fingerprint(v) for k, v in datasets.items()}})
-            _require_space(staged, sum(mean[name] * len(dataset) for name, dataset in datasets.items()), out)
-            written = {}
-            total = sum(len(dataset) for dataset in datasets.values())
-            with progress_bar("packing", total, "pictures") as advance:
-                for piece, result in write_pieces(datasets, pieces, staged, staged / WORK, num_workers):
-                    written[piece] = result
-                    advance(piece.stop - piece.start)
-            packed = _finish(staged, target, splits, [(piece, written[piece]) for piece in pieces])
-    except OSError as error:
-        advice = f"what is finished is kept in {staged}, and the same command goes on with it"
-        raise UserError(f"{out} could not be written: {error.strerror or error}; {advice}") from error
+    advice = f"what is finished is kept in {staged}, and the same command goes on with it"
+    with translate_write_errors(out, advice), _alone(staged):
+        _begin(staged, {"pieces": [len(pieces)], "splits": {k: _fingerprint(v) for k, v in datasets.items()}})
+        _require_space(staged, sum(mean[name] * len(dataset) for name, dataset in datasets.items()), out)
+        written = {}
+        total = sum(len(dataset) for dataset in datasets.values())
+        with ProgressBar("packing", total, "images") as bar:
+            for piece, result in write_pieces(datasets, pieces, staged, staged / WORK, num_workers):
+                written[piece] = result
+                bar.advance(piece.stop - piece.start)
+        packed = _finish(staged, target, splits, [(piece, written[piece]) for piece in pieces])
     shutil.rmtree(target / WORK, ignore_errors=True)
     return packed
 
@@ -109,7 +106,7 @@ def _alone(staged: Path) -> Iterator[None]:
     work = staged / WORK
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(work / "lock", wait=False):
+        with file_lock(work / "lock", wait=False):
             yield
     except BlockingIOError as error:
         raise UserError(f"another process is packing into {staged}; wait for it, or give another folder") from error
@@ -127,12 +124,14 @@ def _fingerprint(dataset: Dataset) -> str:
 def _begin(staged: Path, plan: dict) -> None:
     """Go on with what an earlier process left, if it had the same plan; or with nothing."""
     path, text = staged / WORK / "plan.json", json.dumps(plan)
+    for folder in (staged, path.parent):
+        remove_leftovers(folder)
     if path.exists() and path.read_text() == text:
         return
     for entry in [*staged.iterdir(), *(staged / WORK).iterdir()]:
         if entry.is_file() and entry.name != "lock":
             entry.unlink()
-    write_durably(path, text.encode())
+    atomic_write(path, text)
 
 
 def _require_space(staged: Path, num_bytes: float, out: str | Path) -> None:
@@ -149,7 +148,7 @@ def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piec
         written = [result for piece, result in results if piece.split == split]
         shards = [result.shard for result in written]
         table = to_npy(shard_table(shards))
-        write_durably(staged / table_name(split), table)
+        atomic_write(staged / table_name(split), table)
         counts = np.sum([result.class_counts for result in written], axis=0)
         try:
             heads[split] = summarise_split(shards, counts, table, f"{splits.name}: {split}")
@@ -160,24 +159,13 @@ def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piec
     notes = [f"packed from {splits.name} in {len(results):,} shards", *splits.notes]
     if left_out:
         lines = [json.dumps({"picture": name, "reason": reason}) + "\n" for name, reason in left_out.items()]
-        write_durably(staged / LEFT_OUT, "".join(lines).encode())
+        atomic_write(staged / LEFT_OUT, "".join(lines).encode())
         notes.append(f"{len(left_out):,} images were left out when it was packed; {LEFT_OUT} names them")
     if empty := [name for name, count in zip(splits.classes, heads[TRAINING].class_counts, strict=True) if not count]:
         notes.append(f"no training image of {', '.join(empty[:5])} could be used")
     head = Head(splits.name, splits.classes, splits.multilabel, heads, tuple(notes))
-    write_durably(staged / HEAD, head.to_json())  # last: without it the folder is not believed
-    flush(staged)
-    staged.rename(target)
-    flush(target.parent)
+    atomic_write(staged / HEAD, head.to_json())  # last: without it the folder is not believed
+    commit_folder(staged, target)
     shards = [result.shard for _, result in results]
     num_images, num_bytes = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
     return Packed(target, num_images, len(shards), num_bytes, left_out)
-
-
-def flush(folder: Path) -> None:
-    """Have the operating system put a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,18 +6,15 @@ that changes is read again, with all checks.
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
-from coatnet.data.shards.block_cache import cache_folder, locked
 from coatnet.data.shards.files import LocalFiles, ShardFiles
 from coatnet.data.shards.index import (
     HEAD,
@@ -35,7 +32,9 @@ from coatnet.data.shards.index import (
 )
 from coatnet.data.shards.tar_samples import Label, Sample, read_samples
 from coatnet.errors import UserError
-from coatnet.system.progress import progress_bar
+from coatnet.system.cache import cache_folder
+from coatnet.system.files import atomic_folder, file_lock
+from coatnet.system.progress import ProgressBar
 
 _MOST_CLASSES = 1_000_000
 
@@ -58,14 +57,10 @@ def index_foreign(files: ShardFiles, validation_fraction: float) -> LocalFiles:
     mark = sha256(repr((str(files), parts, sizes, times)).encode()).hexdigest()[:32]
     folder = cache_folder() / "indexes" / mark
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    with file_lock(folder.with_suffix(".lock")):
         if not (folder / HEAD).exists():
-            staged = folder.with_name(f"{mark}.{uuid4().hex[:8]}.tmp")
-            try:
+            with atomic_folder(folder) as staged:
                 _write(staged, files, parts, [size or 0 for size in sizes])
-                staged.rename(folder)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
     return LocalFiles(folder)
 
 
@@ -103,7 +98,7 @@ def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: 
     read: dict[str, list[_Tar]] = {TRAINING: [], VALIDATION: []}
     first_with: dict[bytes, str] = {}
     left = iter(sizes)
-    with progress_bar("reading the tars once", sum(sizes), "bytes") as advance:
+    with ProgressBar("reading the tars once", sum(sizes), "bytes") as bar:
         for split, names in parts.items():
             for name in names:
                 with files.stream(name) as file:
@@ -112,7 +107,7 @@ def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: 
                 if tar.samples and (twin := first_with.setdefault(keys, name)) != name:
                     raise UserError(f"{files}/{name}: holds the same keys as {twin}; remove one of the two")
                 read[split].append(tar)
-                advance(tar.num_bytes)
+                bar.advance(tar.num_bytes)
     labels = [sample.label for tars in read.values() for tar in tars for sample in tar.samples]
     classes = _classes(labels, str(files))
     multilabel = any(isinstance(label, tuple) for label in labels)

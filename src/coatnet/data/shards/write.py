@@ -23,6 +23,7 @@ from coatnet.data.datasets import Dataset, Encoded
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.shards.index import Shard, digest, index_name, sample_table, to_npy
 from coatnet.errors import UserError
+from coatnet.system.files import atomic_files, atomic_write
 
 OVERHEAD = 4 * tarfile.BLOCKSIZE  # bytes of a sample beside its image: two headers, a label, and padding
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
@@ -80,7 +81,7 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
     if (finished := _read_record(path, record)) is not None:
         return finished
     offsets, lengths, labels, keys, left_out = [], [], [], [], {}
-    with path.open("wb") as file:
+    with atomic_files(path) as (staged,), staged.open("wb") as file:
         tar = _Tar(file)
         for number, index in enumerate(indices, start=first):
             try:
@@ -96,20 +97,16 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
             labels.append(label)
             keys.append(key)
         checksum = tar.finish()
-        file.flush()
-        os.fsync(file.fileno())
     _check(path, checksum)
 
     one_a_row = np.array(labels, dtype=np.int64)
     if dataset.multilabel:
         one_a_row = np.array(labels, dtype=np.uint8).reshape(-1, len(dataset.classes))
     table = to_npy(sample_table(offsets, lengths, one_a_row, keys))
-    write_durably(path.with_name(index_name(path.name)), table)
+    atomic_write(path.with_name(index_name(path.name)), table)
     shard = Shard(path.name, tar.position, len(keys), checksum, len(table), digest(table))
     written = Written(shard, _count(one_a_row, len(dataset.classes)), left_out)
-    staged = record.with_suffix(".tmp")
-    write_durably(staged, json.dumps(asdict(written)).encode())
-    staged.rename(record)
+    atomic_write(record, json.dumps(asdict(written)))
     return written
 
 
@@ -117,13 +114,6 @@ def encoded(dataset: Dataset, index: int) -> tuple[bytes, NDArray]:
     """Bytes and label of an image; pixels become a PNG, which loses nothing."""
     image, label = dataset.read(index)
     return (image if isinstance(image, bytes) else _as_png(image)), label
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _as_png(pixels: Encoded) -> bytes:

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from coatnet.data.shards.block_cache import locked
-from coatnet.data.shards.write import write_durably
 from coatnet.errors import UserError
 from coatnet.inference.batch.partitions import Plan
 from coatnet.inference.batch.predict_batch import Row
-from coatnet.system.files import flush
+from coatnet.system.files import atomic_files, atomic_write, commit_files, file_lock
 
 ROWS_OF_A_GROUP = 65_536  # chosen: large enough to be read fast, some 10 MB of memory while it is gathered
 MOST_NAMED = 20
@@ -66,9 +63,7 @@ class Parts:
         path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            staged = path.with_name(f".{uuid4().hex[:8]}.tmp")
-            write_durably(staged, self.plan.to_json().encode())
-            staged.rename(path)  # as all processes of this run do, with the same text
+            atomic_write(path, self.plan.to_json())  # as all processes of this run do, with the same text
         elif difference := self.plan.difference(path.read_text()):
             raise UserError(
                 f"{self.out} was begun with {difference}: go on with the same command, or remove {self.folder}"
@@ -84,18 +79,14 @@ class Parts:
         import pyarrow
         from pyarrow import parquet
 
-        path = self._path(number)
-        staged = path.with_name(f".{uuid4().hex[:8]}.tmp")
         columns = [list(column) for column in zip(*rows, strict=True)]
-        parquet.write_table(pyarrow.table(columns, schema=schema()), staged)
-        flush(staged)
-        staged.rename(path)
-        flush(self.folder)
+        with atomic_files(self._path(number)) as (staged,):
+            parquet.write_table(pyarrow.table(columns, schema=schema()), staged)
 
     def join_if_complete(self) -> None:
         """Make the file of the parts if all are there, unless another process does or has done."""
         try:
-            with locked(self.folder / "joining", wait=False):
+            with file_lock(self.folder / "joining", wait=False):
                 if not self.missing(range(self.plan.num_parts)):
                     self._join()
         except (BlockingIOError, FileNotFoundError):
@@ -147,9 +138,7 @@ class Parts:
                 if last or sum(map(len, tables)) >= ROWS_OF_A_GROUP:
                     writer.write_table(pyarrow.concat_tables(tables), row_group_size=2 * ROWS_OF_A_GROUP)
                     tables = []
-        flush(staged)
-        staged.rename(self.out)
-        flush(self.out.parent)
+        commit_files([staged], [self.out])
 
     def _read(self, number: int) -> Any:
         """A part, held to its number of rows: a disk may have lost what it said it had."""

@@ -3,12 +3,11 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 
-from coatnet.data.shards.block_cache import locked
 from coatnet.errors import UserError
 from coatnet.inference.batch.partitions import Plan, own_rank
 from coatnet.inference.batch.parts import Parts, Predictions, require_parquet
@@ -17,7 +16,8 @@ from coatnet.inference.batch.samples import Images
 from coatnet.inference.engines.graph_cache import fingerprint
 from coatnet.inference.prediction import check_amounts
 from coatnet.inference.predictor import Predictor
-from coatnet.system.progress import progress_bar
+from coatnet.system.files import file_lock
+from coatnet.system.progress import ProgressBar
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,9 +64,9 @@ def predict_to_file(
             if finished := parts.finished():
                 return finished
             total = sum(len(plan.part(number)) for number in share)
-            with _bar(total, shown=rank == 0) as advance:
-                advance(total - sum(len(plan.part(number)) for number in missing))
-                _predict_parts(predictor, images, parts, missing, batch_size, advance)
+            with ProgressBar("predicting", total, "images", shown=rank == 0) as bar:  # their shares are alike
+                bar.advance(total - sum(len(plan.part(number)) for number in missing))
+                _predict_parts(predictor, images, parts, missing, batch_size, bar.advance)
         parts.join_if_complete()
     except OSError as error:
         if finished := parts.finished():  # the last of the others has joined them and removed the folder
@@ -116,12 +116,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 @contextmanager
 def _alone(folder: Path, rank: int) -> Iterator[None]:
     try:
-        with locked(folder / f"process-{rank}", wait=False):
+        with file_lock(folder / f"process-{rank}", wait=False):
             yield
     except BlockingIOError:
         raise UserError(f"another process is predicting into {folder}; wait for it, or give another name") from None
-
-
-def _bar(total: int, *, shown: bool) -> AbstractContextManager[Callable[[float], None]]:
-    """One for all processes: their shares are alike."""
-    return progress_bar("predicting", total, "pictures") if shown else nullcontext(lambda amount: None)

@@ -6,16 +6,17 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import describe
-from coatnet.data.shards.block_cache import cache_folder
+from coatnet.system.cache import cache_folder
+from coatnet.system.files import atomic_folder, remove_leftovers
 from coatnet.version import __version__
 
 MAX_CACHED_GRAPHS = 16  # chosen: a handful of models in several formats; 1.6 GB if all are coatnet-0
+LEFTOVER_SECONDS = 86_400  # chosen: no export takes a day, so an older temporary folder has no writer
 
 
 def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path], None]) -> Path:
@@ -27,15 +28,10 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
     home = cache_folder() / "graphs"
     entry = home / fingerprint(bundle, file, version)
     if not entry.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        staged = home / f".{uuid4().hex[:8]}.tmp"
-        staged.mkdir()
-        try:
+        # Another process may be faster; its graph is the same.
+        with suppress(FileExistsError), atomic_folder(entry) as staged:
             write(staged / file)
-            with suppress(OSError):  # another process was faster, and its graph is the same
-                staged.rename(entry)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        remove_leftovers(home, LEFTOVER_SECONDS)
     os.utime(entry)
     kept = sorted(home.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
     for path in kept[:-MAX_CACHED_GRAPHS]:

@@ -1,0 +1,146 @@
+"""Atomic files and folders: whole or not there, whatever fails or whoever is killed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from coatnet.errors import UserError
+from coatnet.system.files import (
+    atomic_files,
+    atomic_folder,
+    atomic_write,
+    file_lock,
+    is_leftover,
+    remove_folder,
+    remove_leftovers,
+    temporary_path,
+    translate_write_errors,
+    trash_path,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_appear_when_the_block_ends(tmp_path: Path) -> None:
+    first, second = tmp_path / "new" / "table.csv", tmp_path / "new" / "array.npy"
+    with atomic_files(first, second) as staged:
+        for file in staged:
+            file.write_text(file.suffix)
+        assert not first.exists() and not second.exists()
+    assert (
+        first.read_text() == ".csv"
+        and second.read_text() == ".npy"
+        and names(tmp_path / "new")
+        == [
+            "array.npy",
+            "table.csv",
+        ]
+    )
+
+
+def test_a_failure_in_the_block_leaves_the_old_file(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "plan.json", "old")
+    with pytest.raises(RuntimeError), atomic_files(tmp_path / "plan.json") as (staged,):
+        staged.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "plan.json").read_text() == "old" and names(tmp_path) == ["plan.json"]
+
+
+def test_a_disk_that_cannot_flush_gives_no_file_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        atomic_write(tmp_path / "file", b"data")
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "folder") as staged:
+        (staged / "file").write_bytes(b"data")
+    assert names(tmp_path) == []
+
+
+def test_text_is_utf_8_with_the_given_error_handler(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "file", "caf\u00e9 \udce9", errors="backslashreplace")
+    assert (tmp_path / "file").read_bytes() == "caf\u00e9 \\udce9".encode()
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write(tmp_path / "other", "\udce9")
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "deep" / "out") as staged:
+        (staged / "file").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path / "deep") == []
+    with atomic_folder(tmp_path / "deep" / "out") as staged:
+        (staged / "file").write_text("whole")
+    assert names(tmp_path / "deep") == ["out"] and (tmp_path / "deep/out/file").read_text() == "whole"
+
+
+def test_a_folder_that_is_there_is_replaced_only_on_request(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "out", replace=True) as staged:
+            (staged / "file").write_text(text)
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "out") as staged:
+        (staged / "file").write_text("newer")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out/file").read_text() == "new"
+
+
+def test_an_old_folder_is_put_back_if_the_new_one_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atomic_write(tmp_path / "out" / "file", "old")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-"):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with (
+        pytest.raises(UserError, match=r"out could not be written: No space left on device; free some$"),
+        translate_write_errors(tmp_path / "out", "free some"),
+        atomic_folder(tmp_path / "out", replace=True) as staged,
+    ):
+        (staged / "file").write_text("new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out/file").read_text() == "old"
+
+
+def test_leftovers_of_killed_writers_are_recognized_and_removed(tmp_path: Path) -> None:
+    killed = [
+        temporary_path(tmp_path / "report.json").name,
+        trash_path(tmp_path / "step-000000006").name,
+        # of version 0.1
+        "step-000000006.tmp-0a1b2c3d",
+        ".recipe.yaml.tmp-0a1b2c3d",
+        ".bundle.0a1b2c3d.tmp",
+        ".bundle.0a1b2c3d.old",
+        "block-0.tmp",
+    ]
+    kept = ["step-000000006", "recipe.yaml", "tmp", "tmp-notes.txt"]
+    assert [is_leftover(name) for name in killed + kept] == [True] * len(killed) + [False] * len(kept)
+    for name in (*killed[::2], *kept):
+        (tmp_path / name).write_text("")
+    for name in killed[1::2]:
+        atomic_write(tmp_path / name / "file", "")
+    remove_leftovers(tmp_path, min_age_seconds=60)
+    assert len(names(tmp_path)) == len(killed + kept)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_folder_is_removed(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "out" / "file", "")
+    remove_folder(tmp_path / "out")
+    remove_folder(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_lock_is_exclusive(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "lock"), pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
+        pass
+    with file_lock(tmp_path / "lock", wait=False):
+        pass

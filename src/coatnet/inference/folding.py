@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.model.attention import MultiHeadProjection
+from coatnet.model.layers import fold_batch_norm
 from coatnet.model.mbconv import ConvNormGELU, MBConv
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import GlobalBias
@@ -45,10 +46,10 @@ def fold(model: CoAtNet, *, any_size: bool = False) -> CoAtNet:
             fold_sequence(module)
     for module in folded.modules():
         if isinstance(module, MBConv) and isinstance(module.norm, nn.BatchNorm2d):
-            fold_before(module.norm, first_convolution(module.expand))
+            fold_into(first_convolution(module.expand), module.norm, norm_first=True)
             module.norm = nn.Identity()
         if isinstance(module, MeanHead) and isinstance(module.norm, nn.BatchNorm2d):
-            fold_before(module.norm, module.classifier)
+            fold_into(module.classifier, module.norm, norm_first=True)
             module.norm = nn.Identity()
     if not any_size:
         hold_biases(folded)
@@ -65,9 +66,9 @@ def fold_sequence(sequence: nn.Sequential) -> None:
         # The mean of what is scaled and shifted is the mean, scaled and shifted; of a maximum that is not true.
         behind = next((part for part in parts[place + 1 :] if not isinstance(part, nn.AvgPool2d)), None)
         if isinstance(before, nn.Conv2d):
-            fold_behind(before, norm)
+            fold_into(before, norm)
         elif (convolution := first_convolution(behind)) is not None:
-            fold_before(norm, convolution)
+            fold_into(convolution, norm, norm_first=True)
         else:
             continue
         sequence[place] = nn.Identity()
@@ -83,28 +84,11 @@ def first_convolution(part: nn.Module | None) -> nn.Conv2d | None:
     return part if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) else None
 
 
-def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """BatchNorm in evaluation is x * scale + shift, a number a channel: `(C,)` each."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
-
-
-def fold_behind(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Norm(Conv(x)) as one convolution, in place."""
-    scale, shift = scale_and_shift(norm)
-    bias = 0 if convolution.bias is None else convolution.bias
-    convolution.bias = nn.Parameter(bias * scale + shift)
-    convolution.weight.mul_(scale.view(-1, 1, 1, 1))
-
-
-def fold_before(norm: nn.BatchNorm2d, product: nn.Module | None) -> None:
-    """Product(Norm(x)) as one pointwise convolution or linear layer, in place."""
+def fold_into(product: nn.Module | None, norm: nn.BatchNorm2d, *, norm_first: bool = False) -> None:
+    """Give a convolution or linear layer the weights that include a BatchNorm behind it, or before it, in place."""
     assert isinstance(product, nn.Conv2d | nn.Linear)
-    scale, shift = scale_and_shift(norm)
-    bias = 0 if product.bias is None else product.bias
-    product.bias = nn.Parameter(bias + product.weight.flatten(1) @ shift)
-    product.weight.mul_(scale.view(1, -1, *[1] * (product.weight.ndim - 2)))
+    weight, bias = fold_batch_norm(product, norm, norm_first=norm_first)
+    product.weight, product.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
 def hold_biases(model: CoAtNet) -> None:

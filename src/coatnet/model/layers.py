@@ -20,6 +20,26 @@ def batch_norm(width: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(width, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
 
 
+def fold_batch_norm(
+    product: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d, *, norm_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the single product that equals Norm(Product(x)) in evaluation.
+
+    Args:
+        product: a linear layer or a convolution with weight `(C', C, ...)`.
+        norm_first: fold Product(Norm(x)) instead; the product must not pad its input, since zeros of a border are
+            not normalized.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    weight, bias = product.weight, 0 if product.bias is None else product.bias
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C,) or (C',): BatchNorm is x * scale + shift
+    shift = norm.bias - norm.running_mean * scale
+    ones = [1] * (weight.ndim - 2)
+    if norm_first:
+        return weight * scale.view(1, -1, *ones), bias + weight.flatten(1) @ shift
+    return weight * scale.view(-1, 1, *ones), bias * scale + shift
+
+
 class MapLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell: around attention and FFN, and in MBConv for Table 8.
 

@@ -8,10 +8,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from coatnet.model.inference_cache import InferenceCache
-from coatnet.model.layers import MapLayerNorm, Shortcut, StochasticDepth, batch_norm, mean_over_cells
+from coatnet.model.layers import MapLayerNorm, Shortcut, StochasticDepth, batch_norm, fold_batch_norm, mean_over_cells
 
 EXPANSION = 4  # paper: Table 3, "expansion of inverted bottleneck always 4"; of the output width, as the FLOPs show
 NORMS = {"batch": batch_norm, "layer": MapLayerNorm}
@@ -43,18 +42,9 @@ class ConvNormGELU(nn.Sequential):
         if not (isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and self._kept.serves(self)):
             return super().forward(input)
         weights = (convolution.weight, *norm.parameters(), *norm.buffers())
-        weight, bias = self._kept.get((), weights, lambda: fold(convolution, norm))
+        weight, bias = self._kept.get((), weights, lambda: fold_batch_norm(convolution, norm))
         folded = F.conv2d(input, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
         return activation(folded)
-
-
-def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that a convolution without bias and a BatchNorm behind it are."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    weight, bias = fuse_conv_bn_weights(
-        convolution.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    return weight.contiguous(memory_format=torch.channels_last), bias
 
 
 class SqueezeExcite(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
-from coatnet.model import attention
+from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import Recipe, parts
@@ -74,7 +74,7 @@ def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Process
         # Whatever lies on the meta device becomes fake when it is used.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if on_gpu:
-            stack.enter_context(as_on_gpu(model))
+            count_as_on_gpu(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # FSDP2 does, to compare two
             model.to_empty(device=CPU)
@@ -166,24 +166,20 @@ def fake_mesh(kind: str, processes: Processes) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def as_on_gpu(model: CoAtNet) -> Iterator[None]:
-    """Has a network of fake tensors on the CPU keep what it would keep on a GPU.
+def count_as_on_gpu(model: CoAtNet) -> None:
+    """Make a network of fake tensors on the CPU keep what it would keep on a GPU, in place.
 
-    Fake tensors on a fake GPU would be simpler, but for their backward pass torch asks the driver.
+    Fake tensors on a fake GPU would be simpler, but their backward pass needs a GPU driver.
     """
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm):  # autocast has it in float32 on GPUs, and not on CPUs; all else is alike
+        if isinstance(module, nn.LayerNorm):  # autocast runs it in float32 on GPUs but not on CPUs
             module.register_forward_pre_hook(lambda _, given: given[0].float())
-    before, attention.scaled_dot_product_attention = attention.scaled_dot_product_attention, _attend_on_gpu
-    try:
-        yield
-    finally:
-        attention.scaled_dot_product_attention = before
+        if isinstance(module, MultiHeadProjection):
+            module.attention_kernel = _memory_efficient_attention
 
 
-def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Torch's memory-efficient kernel: the one that scaled_dot_product_attention takes for a bias that learns."""
+def _memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch's memory-efficient kernel: the one that `F.scaled_dot_product_attention` runs for a trainable bias."""
     if bias is not None:
         (batch, heads, queries, _), keys = q.shape, k.shape[2]
         bias = F.pad(bias, (0, -keys % 8))[..., :keys]  # it wants rows that begin at multiples of 16 bytes

@@ -8,8 +8,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import coatnet
-from coatnet.cli.arguments.looking import pack_arguments
-from coatnet.cli.arguments.train import train_arguments
+from coatnet.cli import pack, train
 from coatnet.cli.main import main
 from coatnet.training.recipes.registry import RECIPES
 
@@ -27,16 +26,16 @@ def commands(program: str) -> list[list[str]]:
     return [arguments for name, *arguments in lines() if name == program]
 
 
-def of_verb(verb: str) -> list[list[str]]:
-    return [arguments for given, *arguments in commands("coatnet") if given == verb]
+def of_command(command: str) -> list[list[str]]:
+    return [arguments for given, *arguments in commands("coatnet") if given == command]
 
 
 def test_no_command_is_left_out():
     assert {name for name, *_ in lines()} == {"coatnet", "torchrun", "pip"}
-    assert {verb for verb, *_ in commands("coatnet")} == {"plan", "train", "pack"}
+    assert {command for command, *_ in commands("coatnet")} == {"plan", "train", "pack"}
 
 
-@pytest.mark.parametrize("arguments", of_verb("plan"), ids=" ".join)
+@pytest.mark.parametrize("arguments", of_command("plan"), ids=" ".join)
 def test_a_plan_is_made(arguments, capsys):
     model, *rest = arguments
     assert model in coatnet.list_variants()
@@ -45,24 +44,24 @@ def test_a_plan_is_made(arguments, capsys):
     assert "torchrun" in page and "gradients" in page
 
 
-@pytest.mark.parametrize("arguments", of_verb("train"), ids=" ".join)
+@pytest.mark.parametrize("arguments", of_command("train"), ids=" ".join)
 def test_a_training_is_understood(arguments):
-    recipe, shell = train_arguments(arguments)
+    recipe, shell = train.parse_arguments(arguments)
     assert recipe.data and shell.out
 
 
-@pytest.mark.parametrize("arguments", of_verb("pack"), ids=" ".join)
+@pytest.mark.parametrize("arguments", of_command("pack"), ids=" ".join)
 def test_a_packing_is_understood(arguments):
-    assert pack_arguments(arguments).out
+    assert pack.parse_arguments(arguments).out
 
 
 @pytest.mark.parametrize("arguments", commands("torchrun"), ids=" ".join)
 def test_torchrun_understands_how_it_starts_a_training(arguments):
     given = get_args_parser().parse_args(arguments)
     assert given.module and given.training_script == "coatnet"
-    verb, *rest = given.training_script_args
-    recipe, shell = train_arguments(rest)
-    assert verb == "train" and recipe.data and shell.out
+    command, *rest = given.training_script_args
+    recipe, shell = train.parse_arguments(rest)
+    assert command == "train" and recipe.data and shell.out
 
 
 def test_step_counts_are_those_of_the_recipes():

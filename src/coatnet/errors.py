@@ -1,4 +1,4 @@
-"""Mistakes of the person at the keyboard, told apart from mistakes of ours, and each on one line."""
+"""Errors that a user can correct, and the wording they share: one line, with the nearest right name."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,30 +6,97 @@ from difflib import get_close_matches
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
+# Names that other programs use for an option or a command, and the names that it may have here.
+USUAL_NAMES = {
+    **dict.fromkeys(("gpu", "gpus", "cuda"), ("device",)),
+    **dict.fromkeys(("o", "output", "output_dir", "output_file", "save", "save_dir", "run", "resume"), ("out",)),
+    **dict.fromkeys(("b", "bs", "batch", "max_batch_size", "train_batch_size"), ("batch_size",)),
+    **dict.fromkeys(("j", "workers", "num_workers", "threads"), ("num_workers", "workers")),
+    **dict.fromkeys(("dataset", "data_dir", "data_path", "train_dir", "input", "i"), ("data", "images")),
+    **dict.fromkeys(("lr",), ("learning_rate",)),
+    **dict.fromkeys(("wd",), ("weight_decay",)),
+    **dict.fromkeys(("clip", "clip_grad", "max_grad_norm", "grad_clip"), ("grad_clip_norm",)),
+    **dict.fromkeys(("warmup", "warmup_epochs"), ("warmup_steps",)),
+    **dict.fromkeys(("lr_min", "min_lr", "eta_min"), ("minimum_learning_rate",)),
+    **dict.fromkeys(("scheduler", "sched", "lr_scheduler"), ("decay",)),
+    **dict.fromkeys(("arch", "backbone", "architecture", "m"), ("model",)),
+    **dict.fromkeys(("pretrained", "weights", "checkpoint", "ckpt", "finetune"), ("init", "train")),
+    **dict.fromkeys(("img_size", "imgsz", "image_size", "input_size", "size"), ("resolution",)),
+    **dict.fromkeys(("amp", "dtype", "fp16", "bf16", "fp32", "half"), ("precision",)),
+    **dict.fromkeys(("n_epochs", "num_epochs", "e"), ("epochs",)),
+    **dict.fromkeys(("drop_path", "drop_path_rate"), ("stochastic_depth",)),
+    **dict.fromkeys(("ema", "model_ema_decay"), ("ema_decay",)),
+    **dict.fromkeys(("smoothing",), ("label_smoothing",)),
+    **dict.fromkeys(("mixup",), ("mixup_alpha",)),
+    **dict.fromkeys(("cutmix",), ("cutmix_alpha",)),
+    **dict.fromkeys(("reprob", "random_erasing"), ("erasing_rate",)),
+    **dict.fromkeys(("hflip",), ("flip_rate",)),
+    **dict.fromkeys(("grad_checkpointing", "gradient_checkpointing"), ("activation_checkpointing",)),
+    **dict.fromkeys(("torchcompile",), ("compile",)),
+    **dict.fromkeys(("early_stopping",), ("patience",)),
+    **dict.fromkeys(("logger", "log", "wandb", "tensorboard", "mlflow"), ("loggers",)),
+    **dict.fromkeys(("val_split", "val_fraction", "validation_split"), ("validation_fraction",)),
+    **dict.fromkeys(("tta", "crops"), ("views",)),
+    **dict.fromkeys(("top", "topk", "n"), ("top_k",)),
+    **dict.fromkeys(("backend", "runtime", "provider"), ("engine",)),
+    **dict.fromkeys(("quantize", "int4"), ("int8",)),
+    **dict.fromkeys(("address", "bind", "ip"), ("host",)),
+    **dict.fromkeys(("timeout",), ("deadline",)),
+    **dict.fromkeys(("format", "type"), ("format", "out")),
+    **dict.fromkeys(("fit", "learn"), ("train",)),
+    **dict.fromkeys(("eval", "test", "val", "validate", "measure"), ("evaluate",)),
+    **dict.fromkeys(("infer", "inference", "classify"), ("predict",)),
+    **dict.fromkeys(("embed", "embeddings", "extract"), ("features",)),
+    **dict.fromkeys(("convert", "onnx"), ("export",)),
+    **dict.fromkeys(("upload", "publish"), ("push",)),
+    **dict.fromkeys(("check", "inspect", "verify"), ("doctor",)),
+    **dict.fromkeys(("list", "info"), ("models",)),
+    **dict.fromkeys(("shard", "webdataset"), ("pack",)),
+}
+
 
 class UserError(ValueError):
-    """One line: what was given, what is wrong with it, what would be right.
+    """An error that a user can correct. One line: what was given, what is wrong with it, what would be right.
 
-    The command line prints it and exits with code 2; a traceback is for our own mistakes.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of others says, as far as one line goes; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+def first_line(message: object) -> str:
+    """The first line of a message or exception, without its full stop; the name of its class if it is empty."""
+    return (str(message).strip() or type(message).__name__).splitlines()[0].rstrip(".")
 
 
 def one_line(text: str) -> str:
-    r"""The text with its control characters, which break lines and move cursors, as \n, \x1b and the like."""
+    r"""The text with control characters escaped as \n, \x1b and the like, since they break lines and move cursors."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(given: str, known: Iterable[str], most: int = 1) -> str:
-    """` (did you mean 'x' or 'y'?)` to append to a message, `most` names at the most; empty if nothing is near."""
+    """` (did you mean 'x' or 'y'?)` to append to a message, with at most `most` names; empty if none is similar."""
     matches = get_close_matches(given, list(known), n=most)
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
+def nearest_option(given: str, known: Iterable[str]) -> str:
+    """Like `nearest`, for options, fields and commands, whose usual names elsewhere (`USUAL_NAMES`) are understood too.
+
+    The last part of a dotted name is enough: `--lr` leads to `--optimizer.learning_rate`.
+    """
+    names = sorted(known, key=lambda name: name.count("."))
+    plain = same_spelling(given)
+    for wanted in (plain, *USUAL_NAMES.get(plain, ())):
+        for name in names:
+            if wanted in (same_spelling(name), same_spelling(name).rpartition(".")[2]):
+                return f" (did you mean {name!r}?)"
+    return nearest(given, names)
+
+
+def same_spelling(option: str) -> str:
+    """The name of an option without its dashes and with underscores: `--top-k` and `--top_k` are both `top_k`."""
+    return option.lstrip("-").replace("-", "_")
+
+
 def few(names: Sequence[str]) -> str:
-    """`cat, dog, fox, hen, owl and 7 more`: the first five of them."""
+    """The first five names and the number of the others: `cat, dog, fox, hen, owl and 7 more`."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

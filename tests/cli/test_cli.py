@@ -16,7 +16,7 @@ from PIL import Image
 
 from coatnet import list_variants
 from coatnet.bundle import Bundle
-from coatnet.cli import VERBS, main
+from coatnet.cli.main import COMMANDS, main
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import create_model
 
@@ -62,16 +62,16 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"coatnet {verb}" in text for verb in VERBS)
+    assert all(f"coatnet {command}" in text for command in COMMANDS)
     assert main([]) == 0 and capsys.readouterr().out == text
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_help_of_a_verb_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"examples:\n  coatnet {verb}" in help_of(capsys, verb)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"examples:\n  coatnet {command}" in help_of(capsys, command)
 
 
 def test_help_and_version_do_not_import_torch() -> None:
@@ -90,13 +90,14 @@ def test_help_and_version_do_not_import_torch() -> None:
         (["trian"], "'train'"),
         (["evaluate", "x", "--dta", "y"], "'--data'"),
         (["evaluate", "x"], "--data"),
-        (["predict", "x", "y", "--top_k", "3"], "'--top-k'"),
+        (["predict", "x", "y", "--topk", "3"], "'--top-k'"),
         (["predict", "x", "y", "--top-k", "many"], "many"),
         (["models", "coatnet-00"], "'coatnet-0'"),
         (["train", "scrach", "--data", "digits", "--out", "x"], "'scratch'"),
         (["train", "--epoch", "3"], "'--epochs'"),
         (["train", "--optimizer.learning_rat=3"], "'learning_rate'"),
-        (["train", "--optimizer.lr", "3"], "has no option --optimizer.lr; optimizer has learning_rate, weight_decay"),
+        (["train", "--optimizer.lr", "3"], "'learning_rate'?); optimizer has learning_rate, weight_decay"),
+        (["train", "--optimizer.x", "3"], "has no option --optimizer.x; optimizer has learning_rate, weight_decay"),
         (["train", "--optimizer", "3"], "optimizer has learning_rate"),
         (["train", "--optimizer.learning_rate", "-1"], "optimizer.learning_rate must be above 0"),
         (["train", "--compile", "maybe"], "compile must be true or false, got 'maybe'"),

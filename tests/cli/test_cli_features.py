@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         "--out": ("features", bundle, "--data", digits),
         "--split is for --data": (*features, "--images", digits, "--split", "training"),
         "no such file": (*features, "--images", digits, "nowhere.png"),
-        "'--batch-size'": (*features, "--data", digits, "--batch_size", "3"),
+        "'--batch-size'": (*features, "--data", digits, "--bs", "3"),
         "batch_size is 0": (*features, "--data", digits, "--batch-size", "0"),
         ".parquet": ("features", bundle, "--data", digits, "--out", tmp_path / "f.txt"),
         "no/such/data": ("probe", bundle, "--data", "no/such/data"),

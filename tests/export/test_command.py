@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coatnet.cli.arguments.export import export_arguments
+from coatnet.cli.export import parse_arguments
 from coatnet.cli.main import main
 from coatnet.export import FORMATS
 
@@ -85,6 +85,6 @@ def test_the_help_names_every_format_without_importing_torch() -> None:
     assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in FORMATS)
 
 
-def test_arguments_reach_the_verb() -> None:
-    given = export_arguments(["b", "--format", "onnx", "--out", "o", "--logits", "--dynamic-size", "--data", "d"])
+def test_options_are_parsed() -> None:
+    given = parse_arguments(["b", "--format", "onnx", "--out", "o", "--logits", "--dynamic-size", "--data", "d"])
     assert (given.logits, given.dynamic_size, given.data, given.int8, given.max_drop) == (True, True, "d", False, 0.01)

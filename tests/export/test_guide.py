@@ -93,7 +93,7 @@ def test_what_the_command_says_at_its_end_opens_the_export(
     desk: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", "runs/mine/bundle", "--format", format, "--out", "out"]) == 0
-    _, _, script = capsys.readouterr().out.partition("parity.md tells more.")
+    _, _, script = capsys.readouterr().out.partition("Details are in parity.md.")
     lines = [line for line in script.splitlines() if line.startswith("  ")]
     given = np.asarray(Image.open("image.jpg").convert("RGB"))[None].copy()
     names = {"pictures": given, "images": torch.zeros(1, coatnet.load("runs/mine/bundle").model.in_channels, 16, 16)}

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from coatnet.cli.arguments.train import train_arguments
 from coatnet.cli.main import main
+from coatnet.cli.train import parse_arguments
 from coatnet.errors import UserError
 from coatnet.planning.cluster_plan import plan_training, recipe_for
 
@@ -86,7 +86,7 @@ def test_the_command_repeats_the_plan(capsys):
     assert main(["plan", "coatnet-femto", *options]) == 0
     plan = json.loads(capsys.readouterr().out)
     words = shlex.split(plan["command"].replace("\\\n", " "), comments=True)
-    recipe, _ = train_arguments(words[words.index("coatnet") + 2 :])
+    recipe, _ = parse_arguments(words[words.index("coatnet") + 2 :])
     for name in ("model", "resolution", "batch_size", "micro_batch_size", "parallelism", "activation_checkpointing"):
         assert getattr(recipe, name) == plan[name], name
     assert plan["memory"]["total"] == sum(value for name, value in plan["memory"].items() if name != "total")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from coatnet.cli.arguments.train import train_arguments
+from coatnet.cli.train import parse_arguments
 from coatnet.planning.launchers import LAUNCHERS, SAVING_SECONDS, Launch
 
 ARGUMENTS = ("train", "jft-3b", "--model", "coatnet-7", "--micro_batch_size", "16", "--parallelism", "hsdp")
@@ -51,9 +51,9 @@ def test_torchrun_and_train_understand_the_command(launcher: str, launch: Launch
     assert ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script(launcher, launch)) == (launch.num_nodes > 1)
     if launch.num_nodes > 1:
         assert (given.nnodes, given.rdzv_backend) == ("32", "c10d")
-    verb, *rest = given.training_script_args
-    recipe, shell = train_arguments(rest)
-    assert verb == "train" and shell.out == "$RUN"
+    name, *rest = given.training_script_args
+    recipe, shell = parse_arguments(rest)
+    assert name == "train" and shell.out == "$RUN"
     assert (recipe.name, recipe.model, recipe.data) == ("jft-3b", "coatnet-7", "$DATA")
     assert (recipe.micro_batch_size, recipe.parallelism) == (16, "hsdp")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from coatnet.cli.arguments.serve import named_bundles, read_token
 from coatnet.cli.main import main
+from coatnet.cli.serve import named_bundles, read_token
 from coatnet.errors import UserError
 
 

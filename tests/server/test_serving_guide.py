@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.server.serving import Address, image, make_predictor, running
 
-from coatnet.cli.arguments.serve import serve_arguments
+from coatnet.cli.serve import parse_arguments
 from coatnet.server.errors import STATUS
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_the_commands_are_understood() -> None:
     found = [line[line.index("coatnet serve") :] for line in text.splitlines() if "coatnet serve" in line]
     assert len(found) == 5
     for command in found:
-        _, bundles = serve_arguments(shlex.split(command)[2:])
+        bundles = parse_arguments(shlex.split(command)[2:]).bundles
         assert bundles
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.version import __version__
 
 CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -106,11 +106,6 @@ def _log_in() -> str:
     from huggingface_hub import get_token
 
     return "your token does not open it" if get_token() else "log in with `hf auth login` or set HF_TOKEN"
-
-
-def first_line(message: object) -> str:
-    lines = str(message).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(message).__name__
 
 
 def _why_out_of_reach(error: Exception) -> str | None:

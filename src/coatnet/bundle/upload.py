@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from coatnet.bundle.hub import ASKING, CONFIG, WEIGHTS, explained, first_line, require_huggingface_hub
-from coatnet.errors import UserError
+from coatnet.bundle.hub import ASKING, CONFIG, WEIGHTS, explained, require_huggingface_hub
+from coatnet.errors import UserError, first_line
 
 CARD = "README.md"
 

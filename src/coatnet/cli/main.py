@@ -1,95 +1,93 @@
-"""The command line: which verbs there are, and what becomes of a mistake. `coatnet --help` does not wait for torch."""
+"""The program `coatnet`: its commands, and what becomes of an error.
+
+Each command is a module of this folder with a function `run`, imported when the command is given: `coatnet --help` does
+not wait for torch.
+"""
 
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from coatnet.cli.verbs.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_MISTAKE
-from coatnet.cli.verbs.export import export
-from coatnet.cli.verbs.finished import evaluate, features, probe, push
-from coatnet.cli.verbs.looking import doctor, models, pack, plan
-from coatnet.cli.verbs.predict import predict
-from coatnet.cli.verbs.serve import serve
-from coatnet.cli.verbs.train import train
-from coatnet.errors import UserError, nearest, one_line
+from coatnet.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
+from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.version import __version__
 
-HELP = """\
-coatnet: from a folder of images to a measured, finished classifier
-
-  coatnet train [RECIPE] --data X --out RUN   train on images, measure, leave a finished model (a bundle)
-  coatnet evaluate BUNDLE --data X            measure a finished model
-  coatnet predict BUNDLE PATH... [--out F]    classify images; any number of them into a .parquet file
-  coatnet features BUNDLE --data X --out F    write the features of images to a .npy or .parquet file
-  coatnet probe BUNDLE --data X               judge a model's features: linear probe and nearest neighbours
-  coatnet export BUNDLE --format F --out X    write it for ONNX, OpenVINO, torch, Triton or timm, and check that
-  coatnet serve BUNDLE                        answer over HTTP: a page, predictions, metrics
-  coatnet push BUNDLE OWNER/NAME              publish it on the Hugging Face hub
-  coatnet models                              the family, with the paper's figures beside the counted ones
-  coatnet doctor DATA                         find bad files, duplicates and leaks before they cost a training
-  coatnet plan MODEL --gpus N --gpu-memory G  what a training on many GPUs will take, and how to start it
-  coatnet pack DATA OUT                       write images as tar shards, for disks and object stores
-
-a first hour:
-  coatnet train --data fashion-mnist-small --out runs/clothes    # images that come with the package
-  coatnet train --data path/to/folder --out runs/mine            # yours: a folder of images for each class
-  coatnet predict runs/mine/bundle some/image.jpg
-
-`coatnet VERB --help` tells the rest; `coatnet --version` tells the version."""
-
-
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "features": features,
-    "probe": probe,
-    "export": export,
-    "serve": serve,
-    "push": push,
-    "models": models,
-    "doctor": doctor,
-    "plan": plan,
-    "pack": pack,
+# In the order of a person's work: what to give, and what it does.
+COMMANDS = {
+    "doctor": ("DATA", "find unreadable images, duplicates and leaks before training"),
+    "models": ("[MODEL ...]", "list the models: size, cost, published accuracy, pretrained weights"),
+    "plan": ("MODEL --gpus N --gpu-memory GB", "estimate memory, days and the launch command of a large training"),
+    "pack": ("DATA OUT", "write images as tar shards, for disks and object stores"),
+    "train": ("[RECIPE] --data DATA --out RUN", "train, evaluate, and write the trained model (RUN/bundle)"),
+    "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
+    "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
+    "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
+    "probe": ("BUNDLE --data DATA", "measure its features: linear probe and nearest neighbors"),
+    "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
+    "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
+    "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
 }
 
+HELP = """\
+coatnet: from a folder of images to a trained and measured classifier
 
-def dispatch(arguments: Sequence[str]) -> int:
-    """Runs the verb and gives its exit code."""
-    verb, *rest = arguments or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if verb == "--version":
-        print(f"coatnet {__version__}")
-        return 0
-    if verb not in VERBS:
-        raise UserError(f"there is no verb {verb!r}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-    return VERBS[verb](rest)
+commands:
+{commands}
+
+examples:
+  coatnet train --data fashion-mnist-small --out runs/clothes    # images that come with the package
+  coatnet train --data path/to/folder --out runs/mine            # yours: one folder of images for each class
+  coatnet predict runs/mine some/image.jpg                       # BUNDLE is RUN/bundle, or RUN itself
+
+`coatnet COMMAND --help` explains a command and its options; `coatnet --version` prints the version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program `coatnet`: a mistake of the person at the keyboard is one line and exit code 2."""
+    """Run the program and return its exit code; an error that the user can correct is one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file name need not be text in this encoding
+            stream.reconfigure(errors="backslashreplace")  # the encoding may lack characters of a file name
     try:
-        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
     except UserError as error:
         print(one_line(f"coatnet: error: {error}"), file=sys.stderr)
-        return USER_MISTAKE
+        return USER_ERROR
     except KeyboardInterrupt:
         print("coatnet: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Or the interpreter complains at its exit, when it flushes what nobody reads.
+        # The interpreter flushes standard output at its exit, which would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except OSError as error:  # a full disk, a folder that is not ours; without a file name it is a mistake of ours
+    except OSError as error:  # a full disk, a folder without permission; without a file name it is a bug
         if error.filename is None:
             raise
         print(one_line(f"coatnet: error: {error.filename}: {error.strerror}"), file=sys.stderr)
         return FAILED
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the command that the arguments begin with and return its exit code."""
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if command in ("-V", "--version"):
+        print(f"coatnet {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(
+            f"there is no command {command!r}{nearest_option(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
+        )
+    return import_module(f"coatnet.cli.{command}").run(rest)
+
+
+def help_text() -> str:
+    """The text of `coatnet --help`."""
+    usages = {f"coatnet {name} {given}": purpose for name, (given, purpose) in COMMANDS.items()}
+    width = max(map(len, usages))
+    return HELP.format(commands="\n".join(f"  {usage:{width}}  {purpose}" for usage, purpose in usages.items()))

@@ -1,10 +1,11 @@
-"""Arguments of `coatnet train`: a recipe, a file over it, and an option for every value."""
+"""`coatnet train`: train on images, evaluate, and write the trained model."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from coatnet.cli.arguments.parser import DATA_HELP, Layout, refuse_unknown_options
+from coatnet.cli.parser import DATA_HELP, Layout, spell_options
 from coatnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,17 +28,18 @@ MAIN_OPTIONS = {
 }
 
 
-def train_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
+def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
     """The recipe that is meant (a named one, --config over it, options over both), and the rest."""
     from coatnet.training.config import Recipe
     from coatnet.training.config_parsing import read_yaml
     from coatnet.training.recipes.registry import merge, named
 
-    spelt = [_underscored(argument) for argument in arguments]
     parser = _train_parser()
-    refuse_unknown_options(parser, spelt)
+    known = [option for action in parser._actions for option in action.option_strings]
     try:
-        given = parser.parse_args(spelt, defaults=False).as_dict()
+        given = parser.parse_args(
+            spell_options(parser.prog, known, arguments, open_group="variations"), defaults=False
+        ).as_dict()
     except argparse.ArgumentError as error:
         message = " ".join(str(error).split()).replace("<class 'dict'>", "mapping such as {downsample: depthwise}")
         raise UserError(f"{message}; `coatnet train --help` shows how") from None
@@ -109,7 +111,16 @@ def _in_words(hint: Any) -> str:
     return describe(hint).removesuffix(" or null")
 
 
-def _underscored(argument: str) -> str:
-    """--batch-size as --batch_size: both spellings are right."""
-    option, equals, value = argument.partition("=")
-    return option[:2] + option[2:].replace("-", "_") + equals + value if option.startswith("--") else argument
+def run(arguments: Sequence[str]) -> int:
+    """Train, evaluate, and write the trained model."""
+    recipe, given = parse_arguments(arguments)
+    if given.print_config:
+        print(recipe.to_yaml(), end="")
+        return 0
+    from coatnet.training.trainer import train
+
+    report = train(recipe, given.out)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
+        print(report.headline())
+        print(f"The whole report is {given.out}/report.md, the trained model {given.out}/bundle.")
+    return 0

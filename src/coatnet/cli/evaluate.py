@@ -1,0 +1,46 @@
+"""`coatnet evaluate`: measure a trained model on labeled images."""
+
+import argparse
+from collections.abc import Sequence
+
+from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "evaluate",
+        "Measure a trained model on labeled images: accuracy (top-1, top-5), log-likelihood, calibration and each\n"
+        "class, with 95 % intervals; for images with several labels, mean average precision.",
+        "examples:\n"
+        "  coatnet evaluate runs/clothes --data fashion-mnist-small\n"
+        "  coatnet evaluate runs/mine --data other/images --split all --json > report.json\n\n"
+        f"{DATA_HELP}",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument(
+        "--data", required=True, metavar="DATA", help="labeled images, see below; classes are matched by name"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "training", "all"),
+        default="validation",
+        help="which part of the data (validation)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure a trained model and print its report."""
+    given = parse_arguments(arguments)
+    from coatnet.bundle import load
+    from coatnet.evaluation.evaluate import evaluate
+    from coatnet.system.hardware import best_device
+    from coatnet.system.progress import ProgressBar
+
+    bundle = load(given.bundle)
+    bundle.model.to(best_device())
+    with ProgressBar("evaluating") as bar:
+        report = evaluate(bundle, given.data, split=given.split, progress=bar.update)
+    print(report.to_json() if given.json else report.to_markdown(), end="")
+    return 0

@@ -1,0 +1,106 @@
+"""`coatnet export`: write a trained model in the format of another program, and check it."""
+
+import argparse
+from collections.abc import Sequence
+from textwrap import indent
+from typing import TYPE_CHECKING
+
+from coatnet.cli.parser import BUNDLE_HELP, Parser
+from coatnet.export import FORMATS
+
+if TYPE_CHECKING:
+    from coatnet.export.export import Exported
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "export",
+        "Write a trained model for another program, compare it with the bundle on real images, and report.\n"
+        "  onnx          one file for ONNX Runtime and many others      needs coatnet[onnx]\n"
+        "  openvino      two files, the fastest on CPUs                 needs coatnet[openvino]\n"
+        "  torch-export  a graph that torch opens without this package\n"
+        "  aoti          compiled for this kind of machine              needs a C++ compiler\n"
+        "  triton        a model repository for Triton                  needs coatnet[onnx]\n"
+        "  timm          timm's architectures only, for timm.create_model('local-dir:FOLDER', pretrained=True)\n"
+        "  safetensors   the weights alone\n\n"
+        "All but the last two take images as uint8 (B, H, W, 3) of any size and return probabilities.",
+        "examples:\n"
+        "  coatnet export runs/mine --format onnx --out exported\n"
+        "  coatnet export runs/mine --format openvino --int8 --calibration path/to/folder --out small\n"
+        "  coatnet export runs/mine --format torch-export --logits --out network",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="see above")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--logits", action="store_true", help="the network alone: takes normalized images and returns logits"
+    )
+    parser.add_argument(
+        "--dynamic-size", action="store_true", help="do not resize: the network takes each image at its own size"
+    )
+    parser.add_argument(
+        "--data", metavar="DATA", help="images to check it with, as of `evaluate` (some that come with the package)"
+    )
+    parser.add_argument("--int8", action="store_true", help="openvino: quantize to 8 bits with NNCF (coatnet[int8])")
+    parser.add_argument(
+        "--calibration", metavar="DATA", help="labeled images to calibrate int8 and measure its accuracy with"
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="SHARE",
+        help="accuracy that int8 may lose; 0.01 is one percentage point (0.01)",
+    )
+    given = parser.parse(arguments)
+    if given.int8 and given.calibration is None:
+        parser.error("--int8 needs --calibration, labeled data such as that of the training")
+    if not given.int8 and (given.calibration is not None or given.max_drop is not None):
+        parser.error("--calibration and --max-drop are for --int8")
+    if given.max_drop is None:
+        given.max_drop = 0.01
+    return given
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Export a trained model and print how far the export is from it."""
+    given = parse_arguments(arguments)
+    from coatnet.bundle import load
+    from coatnet.export.export import export
+    from coatnet.system.progress import ProgressBar
+
+    bundle = load(given.bundle)
+    with ProgressBar("exporting") as bar:
+        exported = export(
+            bundle,
+            given.format,
+            given.out,
+            logits=given.logits,
+            dynamic_size=given.dynamic_size,
+            data=given.data,
+            calibration=given.calibration,
+            max_drop=given.max_drop,
+            progress=bar.update,
+        )
+    print_export(exported)
+    return 0
+
+
+def print_export(exported: "Exported") -> None:
+    """Print what was written, how far it is from the bundle, and how to open it."""
+    parity, small, interface = exported.parity, exported.quantisation, exported.interface
+    print(
+        f"{exported.folder}: on {parity.num_images} images of {parity.data} within "
+        f"{parity.probability_difference:.1e} of the bundle's probabilities, the same likeliest class for "
+        f"{100 * parity.agreement:.1f} %"
+    )
+    if small is not None:
+        first = small.speed[0]
+        print(
+            f"int8: {small.figure} {100 * small.after:.2f} % against {100 * small.before:.2f} % on "
+            f"{small.num_images:,} images of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
+            f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
+        )
+    side = "H, W" if interface.any_size else "R, R"
+    taken = f"float32 (B, C, {side}), normalized" if interface.logits else "uint8 (B, H, W, 3), RGB"
+    print(f"Details are in parity.md. With {interface.input} {taken}:")
+    print(indent(exported.snippet, "  "))

@@ -1,0 +1,52 @@
+"""`coatnet features`: write the features that a trained model computes from images to a file."""
+
+import argparse
+from collections.abc import Sequence
+
+from coatnet.cli.exit_codes import print_unreadable
+from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "features",
+        "Write the features of images: the vector that a trained model feeds to its classifier, one row per image.\n"
+        "They serve search, clustering and classifiers of your own. An unreadable image is named, left out, and\n"
+        "makes the exit code 1.",
+        "examples:\n"
+        "  coatnet features runs/mine --data labels.csv --out all.npy      # all.csv names the rows\n"
+        "  coatnet features runs/mine --images holiday.jpg more/images --out found.parquet\n\n" + DATA_HELP,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DATA", help="images with labels, of any classes, see below")
+    source.add_argument("--images", nargs="+", metavar="PATH", help="images without labels: files and folders")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="new file: .npy (with a .csv beside it) or .parquet"
+    )
+    parser.add_argument(
+        "--split", choices=("validation", "training", "all"), default="all", help="which part of the data (all)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    given = parser.parse(arguments)
+    if given.images and given.split != "all":
+        parser.error("--split is for --data; --images are all taken")
+    return given
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write the features of images to a file."""
+    given = parse_arguments(arguments)
+    from coatnet.bundle import load
+    from coatnet.data.find_images import open_images
+    from coatnet.evaluation.feature_files import write_features
+    from coatnet.evaluation.features import extract
+    from coatnet.system.hardware import best_device
+
+    bundle = load(given.bundle)
+    bundle.model.to(best_device())
+    data = given.data or open_images(given.images)
+    features = extract(bundle, data, split=given.split, batch_size=given.batch_size)
+    num_images = write_features(features, given.out)
+    print(f"{given.out}: {num_images:,} images, {features.num_features:,} features each")
+    return print_unreadable(features.bad_images)

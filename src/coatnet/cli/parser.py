@@ -1,0 +1,83 @@
+"""The argument parser of the commands: argparse with examples in its help, and errors of one line."""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from coatnet.errors import UserError, nearest_option, same_spelling
+
+DATA_HELP = """\
+DATA is one of:
+  path/to/folder        images in one folder for each class, or in train/ and val/ with such folders in them
+  labels.csv            a manifest (.csv, .tsv, .parquet) with the columns path, label and, optionally, split;
+                        several labels of one image are separated by ; or |
+  fashion-mnist-small   12,000 images of clothes that come with the package; also: digits
+  fashion-mnist         all 70,000 of them, if they are on this machine or can be downloaded"""
+
+BUNDLE_HELP = (
+    "trained model: a bundle such as RUN/bundle, its run folder RUN, or an id of the Hugging Face hub such as "
+    "timm/coatnet_0_rw_224.sw_in1k"
+)
+
+
+class Layout(argparse.RawDescriptionHelpFormatter):
+    """Help that keeps the line breaks of descriptions and leaves room for dotted options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=42, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command: options in both spellings (`--top-k`, `--top_k`), an error is one line."""
+
+    def __init__(self, command: str, description: str, epilog: str) -> None:
+        super().__init__(f"coatnet {command}", None, description, epilog, formatter_class=Layout, allow_abbrev=False)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments behind the command. Raises UserError for anything that is wrong with them."""
+        options = [option for action in self._actions for option in action.option_strings]
+        return self.parse_args(spell_options(self.prog, options, arguments))
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows how")
+
+
+def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str], open_group: str = "") -> list[str]:
+    """The arguments with every option spelled as in `known`, hyphens and underscores being equal.
+
+    Args:
+        prog: the command, for the error.
+        known: all options; those of a group have dotted names, such as `--optimizer.learning_rate`.
+        open_group: a group that takes any name behind its dot.
+
+    Raises:
+        UserError: if an option is unknown; the message names the nearest one, or all of its group.
+    """
+    spellings = {_dashes(option) + same_spelling(option): option for option in known}
+    spelled = []
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--":
+            return [*spelled, *arguments[index:]]
+        if option.startswith("--") or re.match("-[a-zA-Z]", option):
+            group, _, rest = same_spelling(option).partition(".")
+            if not (rest and group == open_group):
+                if (key := _dashes(option) + same_spelling(option)) not in spellings:
+                    raise UserError(f"{prog} has no option {option}{_hint(option, spellings.values())}")
+                option = spellings[key]
+        spelled.append(option + equals + value)
+    return spelled
+
+
+def _dashes(option: str) -> str:
+    return "--" if option.startswith("--") else "-"
+
+
+def _hint(option: str, known: Iterable[str]) -> str:
+    """What to say about an unknown option: the names of its group, or the nearest of all options."""
+    group, _, rest = option.partition(".")
+    names = [other.removeprefix(f"{group}.") for other in known if other.startswith(f"{group}.")]
+    if names:
+        return f"{nearest_option(rest, names)}; {group.lstrip('-')} has {', '.join(names)}"
+    return f"{nearest_option(option, known)}; --help lists them"

@@ -1,0 +1,131 @@
+"""`coatnet predict`: classify images, as lines on standard output or as rows of a Parquet file."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from coatnet.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, print_unreadable
+from coatnet.cli.parser import BUNDLE_HELP, Parser
+from coatnet.errors import one_line
+
+if TYPE_CHECKING:
+    from coatnet.inference.prediction import Prediction
+
+FEW_IMAGES = 64  # so many are classified by torch before another engine has built its graph
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "predict",
+        "Classify images: print one line per image or, with --out, write one row per image to a Parquet file. An\n"
+        "unreadable image gets its own line or row, and makes the exit code 1. With --out there may be any number of\n"
+        "images: in folders, in a manifest (.csv, .tsv, .parquet with a column path), in tar shards, here or behind a\n"
+        "URL. The same command resumes after a stop; under torchrun every process takes its share.",
+        "examples:\n"
+        "  coatnet predict runs/mine holiday.jpg more/images\n"
+        "  coatnet predict runs/mine more/images --top-k 1 --json > answers.jsonl\n"
+        "  coatnet predict runs/mine s3://bucket/packed --out predictions.parquet\n"
+        "  torchrun --nproc-per-node 8 -m coatnet predict runs/mine images.csv --out predictions.parquet",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images; see above for --out")
+    parser.add_argument("--out", metavar="FILE", help="new .parquet file to write")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="most likely classes to give (5)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line, for a program")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        metavar="E",
+        help="what computes: torch, torch-compiled, openvino, onnxruntime (auto: the fastest that is installed)",
+    )
+    parser.add_argument(
+        "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
+    )
+    parser.add_argument(
+        "--views",
+        default="one",
+        metavar="V",
+        help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
+    )
+    given = parser.parse(arguments)
+    if given.out and given.json:
+        parser.error("--json is for lines, --out for a file: give one of them")
+    return given
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Classify images."""
+    given = parse_arguments(arguments)
+    return predict_to_parquet(given) if given.out else predict_to_stdout(given)
+
+
+def predict_to_stdout(given: argparse.Namespace) -> int:
+    """Print one line per image, as soon as its batch is computed."""
+    from coatnet.data.find_images import expand_paths
+    from coatnet.inference.prediction import predict
+    from coatnet.inference.predictor import Predictor
+
+    few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
+    engine = "torch" if given.engine == "auto" and few else given.engine
+    num_unreadable = 0
+    predictor = Predictor(given.bundle, engine, given.precision, views=given.views)
+    for prediction in predict(predictor, given.paths, top_k=given.top_k, batch_size=given.batch_size):
+        print_prediction(prediction, given.json)
+        num_unreadable += prediction.error is not None
+    return FAILED if num_unreadable else 0
+
+
+def print_prediction(prediction: "Prediction", as_json: bool) -> None:
+    """Print one line: to standard error if the image is unreadable, unless as JSON."""
+    found = dict(zip(prediction.classes, prediction.probabilities, strict=True))
+    if as_json:
+        line = {"path": prediction.name, "error": prediction.error, "probabilities": found}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    elif prediction.error is not None:
+        print_unreadable({prediction.name: prediction.error})
+    else:
+        likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.items())
+        print(one_line(f"{prediction.name}: {likeliest}"), flush=True)
+
+
+def predict_to_parquet(given: argparse.Namespace) -> int:
+    """Write one row per image; what is done is kept when the program stops."""
+    from coatnet.inference.batch.partitions import own_rank
+    from coatnet.inference.batch.parts import require_parquet
+    from coatnet.inference.batch.run import Terminated, predict_to_file, stopped_by_sigterm
+    from coatnet.inference.batch.samples import open_data
+    from coatnet.inference.predictor import Predictor
+
+    require_parquet(given.out)
+    rank, world_size = own_rank()
+    try:
+        with stopped_by_sigterm():
+            select_gpu()
+            images = open_data(given.paths)
+            predictor = Predictor(given.bundle, given.engine, given.precision, views=given.views)
+            written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
+    except KeyboardInterrupt as stop:
+        print(f"coatnet: {given.out}: stopped; the same command resumes", file=sys.stderr)
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    if written is None:
+        print(f"{given.out}: process {rank} of {world_size} has done its part; the last to finish joins them")
+        return 0
+    print_unreadable(dict(written.bad))
+    if more := written.num_bad - len(written.bad):
+        print(f"coatnet: error: and {more:,} more, in the column error", file=sys.stderr)
+    left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
+    print(f"{given.out}: {written.num_images:,} images{left_out}")
+    return FAILED if written.num_bad else 0
+
+
+def select_gpu() -> None:
+    """Under torchrun, use the GPU of this process's local rank."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

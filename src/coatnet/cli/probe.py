@@ -1,0 +1,36 @@
+"""`coatnet probe`: measure the features of a trained model on data of other classes."""
+
+import argparse
+from collections.abc import Sequence
+
+from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "probe",
+        "Measure the features of a trained model: a linear probe and a k-nearest-neighbors classifier are fitted to\n"
+        "the training split and measured on the validation split. The model itself is not trained.",
+        f"examples:\n  coatnet probe runs/mine --data other/images --k 10 --json\n\n{DATA_HELP}",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument(
+        "--data", required=True, metavar="DATA", help="training and validation images of any classes, see below"
+    )
+    parser.add_argument("--k", type=int, default=20, metavar="K", help="number of nearest neighbors that vote (20)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measure a model's features and print the figures."""
+    given = parse_arguments(arguments)
+    from coatnet.bundle import load
+    from coatnet.evaluation.probe import probe
+    from coatnet.system.hardware import best_device
+
+    bundle = load(given.bundle)
+    bundle.model.to(best_device())
+    report = probe(bundle, given.data, k=given.k)
+    print(report.to_json() if given.json else report.to_text(), end="")
+    return 0

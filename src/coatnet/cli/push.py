@@ -1,0 +1,33 @@
+"""`coatnet push`: publish a trained model on the Hugging Face hub."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from coatnet.cli.parser import Parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "push",
+        "Publish a trained model on the Hugging Face hub: weights, config and model card in one commit.\n"
+        "Log in first (`hf auth login`) or set HF_TOKEN.",
+        "examples:\n"
+        "  coatnet push runs/mine/bundle my-name/garments\n"
+        "  coatnet predict my-name/garments image.jpg           # then works for anyone, anywhere",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a trained model, such as RUN/bundle")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="if the repository is created: make it private")
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Publish a trained model and print its address."""
+    given = parse_arguments(arguments)
+    from coatnet.bundle import load
+    from coatnet.bundle.upload import upload
+
+    load(given.bundle)  # a damaged bundle is not published
+    print(upload(Path(given.bundle), given.repository, private=given.private))
+    return 0

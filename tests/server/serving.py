@@ -25,7 +25,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 from coatnet.server.app import create_app
-from coatnet.server.main import connections
+from coatnet.server.main import uvicorn_config
 from coatnet.server.service import Service
 from coatnet.server.settings import Settings
 
@@ -148,7 +148,7 @@ def running(
     """A server of these models, "one" for a single one, as long as the block lasts."""
     settings = settings or Settings()
     app, service = create_app({"one": predictors} if isinstance(predictors, Predictor) else predictors, settings, token)
-    config = connections(app, settings)
+    config = uvicorn_config(app, settings)
     config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -88,4 +88,4 @@ def test_no_bytes_on_a_socket_break_the_server(server: Address, count: int) -> N
         heard = server.raw(request, hang_up=number >= len(REQUESTS), patience=0.3)
         assert b"HTTP/1.1 5" not in heard and b"Traceback" not in heard, request
     assert server.predict(image()).status == 200
-    assert server.service.models["one"].batcher.free == 64 and server.service.bodies.held == 0
+    assert server.service.models["one"].batcher.free == 64 and server.service.uploads.num_bytes == 0

@@ -130,10 +130,10 @@ def test_all_uploads_together_are_bounded(strict: Address) -> None:
             client = stack.enter_context(strict.socket())
             client.sendall(head(content_length=CAP) + bytes(CAP - 1))
         assert strict.service is not None
-        eventually(lambda: strict.service.bodies.held >= 3 * (CAP - 1))
+        eventually(lambda: strict.service.uploads.num_bytes >= 3 * (CAP - 1))
         answer = strict.predict(bytes(CAP))
         assert (answer.status, answer.code) == (503, "full") and int(answer.headers["retry-after"]) >= 1
-    eventually(lambda: strict.service.bodies.held == 0)
+    eventually(lambda: strict.service.uploads.num_bytes == 0)
     assert strict.predict(image()).status == 200
 
 
@@ -211,7 +211,7 @@ def test_a_client_that_leaves_is_forgotten() -> None:
         engine.free.set()
         assert address.predict(image(2)).status == 200
         assert engine.sizes == [1, 1]
-        assert batcher.free == batcher.settings.max_queue and address.service.bodies.held == 0
+        assert batcher.free == batcher.settings.max_queue and address.service.uploads.num_bytes == 0
 
 
 def test_memory_threads_and_files_stay_flat_over_many_requests() -> None:

@@ -1,1 +1,1 @@
-"""A finished model behind HTTP: bounded in bytes, pixels, images and time, and honest about its state."""
+"""A finished model behind HTTP: bounded queues, bounded uploads, health checks, the Open Inference Protocol, a page."""

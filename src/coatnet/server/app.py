@@ -1,30 +1,16 @@
-"""The routes of the server, and its contract with the page at `/` and with every other client.
+"""The application: its routes, error answers, page and documentation.
 
-`GET /models` -> 200, a list of
-    {"name", "variant", "classes" (how many), "class_names", "resolution", "multilabel", "engine", "precision",
-     "num_parameters", "max_bytes" (of a body), "card" (Markdown of the bundle's README, or "")}
-
-`POST /predict?model=NAME&top_k=5`, the bytes of an image as the body, no form around them -> 200,
-    {"model", "predictions": [{"class", "probability"}, ...] likeliest first,
-     "milliseconds": {"decode", "queue", "inference", "total"}}
-    Without `model` it is the first one. `top_k` is at least 1; more than there are classes gives all.
-
-Every other answer is {"error": {"code", "message"}}, the message one readable line:
-    400 the request is no HTTP or no JSON      415 this is no image         500 the model failed on this batch
-    401 a token is needed                      422 an image that is of no    503 too much to do, with Retry-After
-    404 no such model or path                      use, or a wrong parameter  504 the deadline passed
-    408 the body came too slowly               413 more bytes than max_bytes
-
-Where a token is set, `/models`, `/predict`, `/metrics` and `/v2/models/...` want `Authorization: Bearer TOKEN`; the
-page, the documentation and the two questions of health do not. Class names are arbitrary text. Nothing is fetched
-from anywhere, nothing can be loaded or unloaded, and nothing that is uploaded touches a disk.
-
-The content-security policy of the page is `default-src 'self'; img-src 'self' blob:; ...`: no inline script or style.
+The contract with the page at `/` and with every other client stands in the OpenAPI description at `/docs`, from the
+models below and those of `errors.py` and `protocol.py`. `POST /predict?model=NAME&top_k=5` takes the bytes of an image
+as the body, without a form. Where a token is set, `/models`, `/predict`, `/metrics` and `/v2/models/...` require
+`Authorization: Bearer TOKEN`; the page, the documentation and the health checks do not. Class names are arbitrary text.
+Nothing is fetched from elsewhere, no model is loaded or unloaded, and no upload is written to a disk.
 """
 
 import hmac
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,27 +18,98 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from coatnet.bundle.card import model_card
+from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
-from coatnet.server.docs import add_docs
-from coatnet.server.errors import ClientGone, Refusal, json_response, refuse
+from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
-from coatnet.server.middleware import Guard
+from coatnet.server.middleware import Middleware
 from coatnet.server.protocol import add_protocol
-from coatnet.server.schemas import ERRORS, IMAGE_BODY, MODELS, PREDICTION
 from coatnet.server.service import Service
 from coatnet.server.settings import Settings
 from coatnet.version import __version__
 
 PAGE = Path(__file__).with_name("page")
+SWAGGER_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>coatnet: the API</title>
+<link rel="icon" href="/favicon.svg">
+<link rel="stylesheet" href="/docs/files/swagger-ui.css">
+<div id="docs"></div>
+<script src="/docs/files/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script>
+</html>
+"""
+SWAGGER_START = 'SwaggerUIBundle({ url: "/openapi.json", dom_id: "#docs", validatorUrl: null });\n'
+
+
+class ModelInfo(BaseModel):
+    """One model of `GET /models`. `classes` counts them, `max_bytes` bounds a body, `card` is the bundle's README."""
+
+    name: str
+    variant: str
+    classes: int
+    class_names: list[str]
+    resolution: int
+    multilabel: bool
+    engine: str
+    precision: str
+    num_parameters: int
+    max_bytes: int
+    card: str
+
+
+class ClassProbability(BaseModel):
+    name: str = Field(alias="class")
+    probability: float
+
+
+class Milliseconds(BaseModel):
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class PredictionAnswer(BaseModel):
+    """The likeliest classes, likeliest first."""
+
+    model: str
+    predictions: list[ClassProbability]
+    milliseconds: Milliseconds
+
+
+IMAGE_BODY = {
+    "requestBody": {
+        "description": "the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file",
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
 def create_app(
     predictors: Mapping[str, Predictor], settings: Settings | None = None, token: str | None = None
-) -> tuple[Guard, Service]:
-    """The application, and the service behind it. The first model is the one that nameless requests go to."""
+) -> tuple[Middleware, Service]:
+    """Build the ASGI application.
+
+    Args:
+        predictors: models by the name that clients use; requests without a name go to the first one.
+        settings: limits of the server.
+        token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
+
+    Returns:
+        The application, and the service that computes its answers.
+
+    Raises:
+        UserError: the files of Swagger UI are not installed.
+    """
     service = Service(predictors, settings or Settings())
 
     @asynccontextmanager
@@ -64,23 +121,30 @@ def create_app(
     app = FastAPI(title="coatnet", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi_version = "3.1.0"
     secured = [Depends(_token_check(token))] if token else []
-    _add_answers_to_mistakes(app, service)
+    _add_error_handlers(app, service)
     _add_routes(app, service, secured)
     add_protocol(app, service, secured)
-    add_docs(app)
+    _add_docs(app)
     _add_page(app)
-    return Guard(app), service
+    return Middleware(app), service
 
 
 def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
-    listing = [_facts(name, served.predictor, service.settings.max_bytes) for name, served in service.models.items()]
+    listing = [
+        _model_info(name, served.predictor, service.settings.max_bytes) for name, served in service.models.items()
+    ]
 
-    @app.get("/models", dependencies=secured, responses=MODELS)
+    @app.get("/models", dependencies=secured, responses={200: {"model": list[ModelInfo]}, 401: ERRORS[401]})
     async def models() -> Response:
         """The models that are served here."""
         return json_response(listing)
 
-    @app.post("/predict", dependencies=secured, responses=PREDICTION | ERRORS, openapi_extra=IMAGE_BODY)
+    @app.post(
+        "/predict",
+        dependencies=secured,
+        responses={200: {"model": PredictionAnswer}} | ERRORS,
+        openapi_extra=IMAGE_BODY,
+    )
     async def predict(
         request: Request,
         model: Annotated[str, Query(description="a name of GET /models; the first one if it is left out")] = "",
@@ -95,8 +159,25 @@ def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
         return Response(service.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
 
+def _add_docs(app: FastAPI) -> None:
+    """Add Swagger UI under /docs, served from an installed package. Raises UserError if it is not installed."""
+    package = find_spec("fastapi_offline")
+    if package is None or package.origin is None:
+        raise UserError("the server needs fastapi-offline: pip install 'coatnet[serve]'")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(SWAGGER_PAGE, media_type="text/html")
+
+    @app.get("/docs/start.js", include_in_schema=False)
+    async def start() -> Response:
+        return Response(SWAGGER_START, media_type="text/javascript")
+
+    app.mount("/docs/files", StaticFiles(directory=Path(package.origin).with_name("static")))
+
+
 def _add_page(app: FastAPI) -> None:
-    """A route a file: no path from outside ever becomes one of a disk."""
+    """One route a file: no path of a request becomes a path on the disk."""
     for file in PAGE.iterdir():
 
         async def send(_: Request, file: Path = file) -> Response:
@@ -105,7 +186,7 @@ def _add_page(app: FastAPI) -> None:
         app.router.add_route("/" if file.name == "index.html" else f"/{file.name}", send, methods=["GET"])
 
 
-def _facts(name: str, predictor: Predictor, max_bytes: int) -> dict[str, Any]:
+def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, Any]:
     bundle = predictor.bundle
     return {
         "name": name,
@@ -128,38 +209,38 @@ def _token_check(token: str) -> Any:
     ) -> None:
         offered = given.credentials if given else ""
         if not hmac.compare_digest(offered.encode(), token.encode()):
-            raise Refusal("token", "this server wants a token: send the header Authorization: Bearer TOKEN")
+            raise RequestError("token", "this server requires a token: send the header Authorization: Bearer TOKEN")
 
     return check
 
 
-def _add_answers_to_mistakes(app: FastAPI, service: Service) -> None:
-    def refused(request: Request, refusal: Refusal) -> Response:
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
+    def refused(request: Request, refusal: RequestError) -> Response:
         service.metrics.rejections.labels(refusal.code).inc()
-        return refuse(refusal, request.url.path)
+        return error_response(refusal, request.url.path)
 
-    @app.exception_handler(Refusal)
-    async def on_refusal(request: Request, refusal: Refusal) -> Response:
+    @app.exception_handler(RequestError)
+    async def on_request_error(request: Request, refusal: RequestError) -> Response:
         return refused(request, refusal)
 
     @app.exception_handler(RequestValidationError)
     async def on_parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return refused(request, Refusal("parameters", f"{first['loc'][-1]}: {first['msg']}"))
+        return refused(request, RequestError("parameters", f"{first['loc'][-1]}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            answer = refused(request, Refusal("method", f"{request.method} is not for this path"))
+            answer = refused(request, RequestError("method", f"{request.method} is not for this path"))
             answer.headers.update(error.headers or {})
             return answer
-        return refused(request, Refusal("path", "there is nothing at this path"))
+        return refused(request, RequestError("path", "there is nothing at this path"))
 
-    @app.exception_handler(ClientGone)
-    async def on_leaving(request: Request, _: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def on_disconnect(request: Request, _: ClientDisconnected) -> Response:
         service.metrics.disconnects.inc()
-        return Response(status_code=400)  # to nobody
+        return Response(status_code=400)  # nobody reads it
 
     @app.exception_handler(Exception)
-    async def on_our_mistake(request: Request, _: Exception) -> Response:
-        return refused(request, Refusal("internal", "a mistake of ours; the log of the server tells more"))
+    async def on_internal_error(request: Request, _: Exception) -> Response:
+        return refused(request, RequestError("internal", "internal error; see the log of the server"))

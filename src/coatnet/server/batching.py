@@ -1,7 +1,7 @@
-"""Images that wait together are computed together: a bounded queue, and one thread that runs the engine.
+"""Dynamic batching: a bounded queue of images, and one thread that runs the engine on batches of them.
 
-An idle engine takes what is there at once, unless more is being decoded: then it waits for that, `delay_seconds` at
-the most. A busy one finds a full batch when it returns. Shapes: V views, R resolution, C channels, K classes.
+An idle engine takes what is queued at once, unless further images are being decoded: it waits for those, at most
+`delay_seconds`. While it is busy, the next batch fills. Shapes: V views, R resolution, C channels, K classes.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.inference.predictor import Predictor
-from coatnet.server.errors import Refusal
+from coatnet.server.errors import RequestError
 from coatnet.server.metrics import ModelMetrics
 from coatnet.server.settings import Settings
 
 log = logging.getLogger("coatnet.serve")
-BEAT_SECONDS = 0.5
+HEARTBEAT_SECONDS = 0.5
 STOPPED = "the model has stopped; the server must be restarted"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`(K,)`, and how long the image waited and its batch took."""
+    """Probabilities `(K,)`, the seconds that the image was queued, and the seconds that its batch took."""
 
     probabilities: NDArray[np.float32]
     queue_seconds: float
@@ -36,8 +36,8 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Waiting:
-    """One image `(V, R, R, C)` on its way through the engine."""
+class QueuedImage:
+    """The views `(V, R, R, C)` of one image, and the future of its answer."""
 
     views: NDArray[np.uint8]
     answer: asyncio.Future[Answer]
@@ -45,24 +45,24 @@ class Waiting:
 
 
 @dataclass
-class Admission:
-    """Places in the queue; `coming` of them are for images that are still being decoded."""
+class Reservation:
+    """Places in the queue, of which `decoding` are for images that are still being decoded."""
 
-    coming: int
+    decoding: int
 
 
 class Batcher:
-    """The queue of one model and its thread. All but `_run` and what it calls belongs to the event loop."""
+    """The queue of one model and its thread. Everything but `_run`, and what it calls, runs in the event loop."""
 
     def __init__(self, predictor: Predictor, settings: Settings, metrics: ModelMetrics) -> None:
         self.predictor, self.settings, self.metrics = predictor, settings, metrics
         self.free = settings.max_queue
-        self._coming = 0
-        self._waiting: deque[Waiting] = deque()
-        self._changed = threading.Condition()  # of what waits, what comes, and whether to stop
+        self._decoding = 0
+        self._waiting: deque[QueuedImage] = deque()
+        self._changed = threading.Condition()  # guards the queue, the counts and the stop flag
         self._stopping = self._over = False
-        self._beat = time.monotonic()
-        # A daemon: an engine that hangs must not keep the process from its end.
+        self._heartbeat = time.monotonic()
+        # A daemon, so that an engine that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     @property
@@ -71,56 +71,56 @@ class Batcher:
 
     @property
     def ready(self) -> bool:
-        """Whether the thread has begun or ended something within `hang_seconds`."""
-        return self.alive and time.monotonic() - self._beat < self.settings.hang_seconds
+        """Whether the thread has begun or ended a batch within `hang_seconds`."""
+        return self.alive and time.monotonic() - self._heartbeat < self.settings.hang_seconds
 
     @property
     def depth(self) -> int:
         return len(self._waiting)
 
     def start(self) -> None:
-        """From the event loop that the answers go to."""
+        """Start the thread. Called in the event loop that receives the answers."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread when all that waits is answered; one that does not end within a second is left behind."""
+        """End the thread once the queue is empty; one that does not end within a second is abandoned."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join(1)
 
     def check(self, count: int = 1) -> None:
-        """Raises Refusal if there is no place for so many images."""
+        """Raise RequestError if the queue has no place for `count` images."""
         if not self.alive:
-            raise Refusal("stopped", STOPPED)
+            raise RequestError("stopped", STOPPED)
         if self.free < count:
-            raise Refusal("full", "too many images wait already; try again in a moment")
+            raise RequestError("full", "the queue is full; try again in a moment")
 
     @contextmanager
-    def admitted(self, count: int = 1) -> Iterator[Admission]:
-        """Places for images, from their upload to their answer. Raises Refusal as `check` does."""
+    def reserve(self, count: int = 1) -> Iterator[Reservation]:
+        """Reserve places for images, from their upload to their answer. Raises RequestError as `check` does."""
         self.check(count)
-        admission = Admission(count)
+        reservation = Reservation(count)
         self.free -= count
-        self._coming += count
+        self._decoding += count
         try:
-            yield admission
+            yield reservation
         finally:
             self.free += count
-            if admission.coming:
-                self._arrive(admission, admission.coming)
+            if reservation.decoding:
+                self._enqueue(reservation, reservation.decoding)
 
-    async def answer(self, admission: Admission, views: NDArray[np.uint8]) -> Answer:
+    async def answer(self, reservation: Reservation, views: NDArray[np.uint8]) -> Answer:
         """The model's answer to one decoded image; cancelling it takes the image out of the queue.
 
         Raises:
-            Refusal: the model failed on the batch ("inference"), or has stopped.
+            RequestError: the model failed on the batch ("inference"), or has stopped.
         """
-        waiting = Waiting(views, self._loop.create_future())
-        self._arrive(admission, 1, waiting)
-        if self._over:  # since it was admitted
-            raise Refusal("stopped", STOPPED)
+        waiting = QueuedImage(views, self._loop.create_future())
+        self._enqueue(reservation, 1, waiting)
+        if self._over:  # since the reservation
+            raise RequestError("stopped", STOPPED)
         try:
             return await waiting.answer
         except asyncio.CancelledError:
@@ -130,69 +130,69 @@ class Batcher:
                     self.metrics.dropped.inc()
             raise
 
-    def _arrive(self, admission: Admission, count: int, waiting: Waiting | None = None) -> None:
+    def _enqueue(self, reservation: Reservation, count: int, waiting: QueuedImage | None = None) -> None:
         with self._changed:
-            admission.coming -= count
-            self._coming -= count
+            reservation.decoding -= count
+            self._decoding -= count
             if waiting is not None:
                 self._waiting.append(waiting)
             self._changed.notify()
 
     def _run(self) -> None:
-        batch: list[Waiting] = []
+        batch: list[QueuedImage] = []
         try:
             while batch := self._next_batch():
-                self._give(batch, self._compute(batch))
+                self._send_results(batch, self._compute(batch))
                 batch = []
         except BaseException:
-            log.critical("the inference thread has died", exc_info=True)
+            log.critical("the inference thread has ended with an error", exc_info=True)
         finally:
             with self._changed:
                 self._over = True
                 left = [*batch, *self._waiting]
-            self._give(left, [Refusal("stopped", STOPPED) for _ in left])
+            self._send_results(left, [RequestError("stopped", STOPPED) for _ in left])
 
-    def _next_batch(self) -> list[Waiting]:
-        """Empty when it is time to stop."""
+    def _next_batch(self) -> list[QueuedImage]:
+        """The next batch; empty when the thread is to stop."""
         with self._changed:
             while True:
-                self._beat = time.monotonic()
+                self._heartbeat = time.monotonic()
                 if self._waiting:
-                    patience = self._waiting[0].since + self.settings.delay_seconds - time.perf_counter()
-                    if len(self._waiting) >= self.settings.batch_size or not self._coming or patience <= 0:
+                    remaining = self._waiting[0].since + self.settings.delay_seconds - time.perf_counter()
+                    if len(self._waiting) >= self.settings.batch_size or not self._decoding or remaining <= 0:
                         return [self._waiting.popleft() for _ in range(min(self.settings.batch_size, self.depth))]
-                    self._changed.wait(patience)
+                    self._changed.wait(remaining)
                 elif self._stopping:
                     return []
                 else:
-                    self._changed.wait(BEAT_SECONDS)
+                    self._changed.wait(HEARTBEAT_SECONDS)
 
-    def _compute(self, batch: Sequence[Waiting]) -> Sequence[Answer | Refusal]:
+    def _compute(self, batch: Sequence[QueuedImage]) -> Sequence[Answer | RequestError]:
         started = time.perf_counter()
         try:
             rows = self.predictor.probabilities(np.stack([waiting.views for waiting in batch]))
         except Exception:
             log.exception("a batch of %d images failed", len(batch))
-            return [Refusal("inference", "the model failed on this batch") for _ in batch]
+            return [RequestError("inference", "the model failed on this batch") for _ in batch]
         taken = time.perf_counter() - started
         self.metrics.batch_size.observe(len(batch))
         self.metrics.inference.observe(taken)
         return [
             Answer(row, started - waiting.since, taken)
             if np.isfinite(row).all()
-            else Refusal("inference", "the model gave no number for this image")
+            else RequestError("inference", "the model's answer to this image is not finite")
             for row, waiting in zip(rows, batch, strict=True)
         ]
 
-    def _give(self, batch: Sequence[Waiting], outcomes: Sequence[Answer | Refusal]) -> None:
+    def _send_results(self, batch: Sequence[QueuedImage], outcomes: Sequence[Answer | RequestError]) -> None:
         if batch and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, batch, outcomes)
+            self._loop.call_soon_threadsafe(self._set_results, batch, outcomes)
 
-    def _deliver(self, batch: Sequence[Waiting], outcomes: Sequence[Answer | Refusal]) -> None:
+    def _set_results(self, batch: Sequence[QueuedImage], outcomes: Sequence[Answer | RequestError]) -> None:
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if waiting.answer.done():  # cancelled
                 continue
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, RequestError):
                 waiting.answer.set_exception(outcome)
             else:
                 self.metrics.queue.observe(outcome.queue_seconds)

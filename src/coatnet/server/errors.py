@@ -1,9 +1,10 @@
-"""Answers that are no prediction: a code for programs, a line for people, a status for HTTP."""
+"""Error answers: a code for programs, one line for people, and the HTTP status of each."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 STATUS = {
@@ -28,11 +29,49 @@ STATUS = {
     "stopped": 503,
     "deadline": 504,
 }
-RETRY_SECONDS = 1
+MEANING = {
+    400: "not HTTP, or not JSON of the protocol",
+    401: "a token is needed",
+    404: "no such model",
+    408: "the body arrived too slowly",
+    413: "too many bytes",
+    415: "not an image",
+    422: "an image that cannot be decoded, or a wrong parameter",
+    500: "the model failed on this batch",
+    503: "overloaded; Retry-After says when to try again",
+    504: "the deadline passed",
+}
+RETRY_AFTER_SECONDS = 1
 
 
-class Refusal(Exception):
-    """Why a request has no prediction; `code` is one of STATUS, `message` one readable line."""
+class ErrorDetail(BaseModel):
+    """`code` is a key of `STATUS`; `message` is one readable line."""
+
+    code: str
+    message: str
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a prediction."""
+
+    error: ErrorDetail
+
+
+class ProtocolErrorAnswer(BaseModel):
+    """The error object of the Open Inference Protocol: one string."""
+
+    error: str
+
+
+Responses = dict[int | str, dict[str, Any]]
+ERRORS: Responses = {
+    status: {"model": ErrorAnswer, "description": description} for status, description in MEANING.items()
+}
+PROTOCOL_ERRORS: Responses = {status: {**response, "model": ProtocolErrorAnswer} for status, response in ERRORS.items()}
+
+
+class RequestError(Exception):
+    """A request that gets no prediction: `code` is one of `STATUS`, `message` one readable line."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
@@ -43,22 +82,22 @@ class Refusal(Exception):
     def headers(self) -> dict[str, str]:
         match self.status:
             case 503:
-                return {"retry-after": str(RETRY_SECONDS)}
+                return {"retry-after": str(RETRY_AFTER_SECONDS)}
             case 401:
                 return {"www-authenticate": "Bearer"}
         return {}
 
 
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnected(Exception):
+    """The client closed the connection before its answer."""
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON in ASCII: class names may hold what no encoding can write."""
+    """JSON in ASCII, since class names may hold lone surrogates, which UTF-8 cannot encode."""
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
 
 
-def refuse(refusal: Refusal, path: str) -> Response:
-    """The refusal as JSON; under /v2 with the error object of the Open Inference Protocol, a single string."""
-    error = refusal.message if path.startswith("/v2") else {"code": refusal.code, "message": refusal.message}
-    return json_response({"error": error}, refusal.status, refusal.headers)
+def error_response(error: RequestError, path: str) -> Response:
+    """The error as JSON; under /v2 as the error object of the Open Inference Protocol."""
+    body = error.message if path.startswith("/v2") else {"code": error.code, "message": error.message}
+    return json_response({"error": body}, error.status, error.headers)

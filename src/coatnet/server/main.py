@@ -1,5 +1,6 @@
-"""From the names of models to a server that listens, and to its end."""
+"""`serve`: load the models, listen, answer until SIGTERM or SIGINT."""
 
+import asyncio
 import os
 import socket
 import sys
@@ -7,17 +8,21 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
+import h11
 import numpy as np
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
 from coatnet.server.app import create_app
-from coatnet.server.connections import PatientConnection
-from coatnet.server.middleware import Guard
+from coatnet.server.middleware import Middleware
 from coatnet.server.service import Service
 from coatnet.server.settings import Settings
+
+HEADER_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def serve(
@@ -30,37 +35,47 @@ def serve(
     settings: Settings | None = None,
     token: str | None = None,
 ) -> bool:
-    """Serve models by name until SIGTERM or SIGINT; whether all that was under way could be answered.
+    """Serve models over HTTP until SIGTERM or SIGINT. The address is printed once requests are accepted.
 
-    Port 0 is any free one. The address is printed when requests are taken.
+    Args:
+        sources: bundles (folders, or ids of the hub) by the name that clients use; the first one is the default.
+        host: address to listen at.
+        port: 0 is any free one.
+        engine: as of `Predictor`.
+        precision: as of `Predictor`.
+        settings: limits of the server.
+        token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
+
+    Returns:
+        Whether every request in progress was answered before the end.
 
     Raises:
-        UserError: a model cannot be used, or the address not be listened at.
+        UserError: a model cannot be loaded, or the address is not free.
     """
     settings = settings or Settings()
     with _bound(host, port) as listener:
         predictors = {name: warm(Predictor(source, engine, precision), settings) for name, source in sources.items()}
         app, service = create_app(predictors, settings, token)
-        config = connections(app, settings)
+        config = uvicorn_config(app, settings)
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-            print(f"coatnet: {host} without a token: whoever reaches the port may ask", file=sys.stderr)
+            print(f"coatnet: warning: {host} without a token: no authentication", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         StoppableServer(config, service, f"http://{shown}:{listener.getsockname()[1]}").run([listener])
     return not any(served.batcher.alive for served in service.models.values())
 
 
 def warm(predictor: Predictor, settings: Settings) -> Predictor:
-    """The same, after a batch of each size that engines prepare for: no request waits for that."""
+    """Run a batch of each size that engines compile for, so that no request waits for that; returns `predictor`."""
     for power in range(settings.batch_size.bit_length()):
         predictor.probabilities(np.zeros((1 << power, *predictor.image_shape), np.uint8))
     return predictor
 
 
-def connections(app: Guard, settings: Settings) -> uvicorn.Config:
-    """How uvicorn is to treat connections."""
+def uvicorn_config(app: Middleware, settings: Settings) -> uvicorn.Config:
+    """The configuration of uvicorn: limits of connections, no access log."""
     return uvicorn.Config(
         app,
-        http=PatientConnection,
+        http=TimeoutConnection,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -72,11 +87,57 @@ def connections(app: Guard, settings: Settings) -> uvicorn.Config:
     )
 
 
-class StoppableServer(uvicorn.Server):
-    """A server that says at once that it is not ready when it is told to stop, and stops listening a moment later.
+class TimeoutConnection(H11Protocol):
+    """HTTP/1.1 connection with a header timeout, uvicorn's `timeout_keep_alive`; uvicorn itself waits without end.
 
-    In that moment, `notice_seconds`, it still answers: whoever sends requests here needs it to hear of it. Told twice,
-    it leaves.
+    h11 bounds headers at 16 KB and is strict about lengths; a faster parser would save little beside a network.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._cancel_timer()
+        elif self._timer is None:
+            self._start_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # an answer has begun, a second one is impossible
+            self.transport.close()
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.timeout_keep_alive, self._close_on_timeout)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close_on_timeout(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.trailing_data[0]:
+            self.transport.write(HEADER_TIMEOUT)
+        self.transport.close()
+
+
+class StoppableServer(uvicorn.Server):
+    """Stops in two steps: on the first SIGTERM or SIGINT it is not ready, `notice_seconds` later it stops
+    listening.
+
+    In between it still answers, so that a load balancer has time to take it out. A second signal ends it at once.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, address: str) -> None:
@@ -94,7 +155,7 @@ class StoppableServer(uvicorn.Server):
         print(f"listening at {self.address}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own remembers the signal and dies of it in the end; a server that ends as told ends well.
+        # uvicorn's own raises the signal again at the end; a server that was asked to stop exits with 0.
         if self.service.draining:
             self.should_exit = self.force_exit = True
         self.service.draining = True
@@ -108,7 +169,7 @@ class StoppableServer(uvicorn.Server):
 
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has the address, before a model is read for nothing; clients are not heard yet."""
+    """A socket bound to the address before any model is loaded; it does not listen yet."""
     if not 0 <= port < 2**16:
         raise UserError(f"there is no port {port}; ports go from 0 to 65535")
     try:

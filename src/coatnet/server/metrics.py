@@ -1,4 +1,4 @@
-"""What the server tells Prometheus, in a registry of its own."""
+"""Metrics for Prometheus, in a registry of their own."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class ModelMetrics:
-    """The figures of one model."""
+    """The metrics of one model."""
 
     def __init__(self, metrics: "Metrics", model: str) -> None:
         self.decode = metrics.decode.labels(model)
@@ -22,7 +22,7 @@ class ModelMetrics:
 
 
 class Metrics:
-    """The figures of a server."""
+    """The metrics of a server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -52,7 +52,7 @@ class Metrics:
         places: Callable[[], float],
         ready: Callable[[], float],
     ) -> None:
-        """Figures that are read when Prometheus asks."""
+        """Gauges whose value is read at each scrape."""
         self._info.labels(model, variant, engine).set(1)
         self._queue_depth.labels(model).set_function(depth)
         self._places.labels(model).set_function(places)

@@ -1,25 +1,25 @@
-"""What holds for every answer, whoever wrote it: security headers, and no answer lost behind an unread body."""
+"""Middleware around every answer: security headers, and reading the rest of a body that was answered early."""
 
 import asyncio
 import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# The page shows images that were dropped on it as blobs.
+# The page shows images that were dropped on it from blob URLs.
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-# Swagger UI writes style elements and has its icons as data.
+# Swagger UI writes style elements and has its icons in data URLs.
 DOCS_POLICY = PAGE_POLICY.replace("img-src 'self' blob:", "img-src 'self' data:; style-src 'self' 'unsafe-inline'")
-LINGER_SECONDS = 2.0
+DRAIN_SECONDS = 2.0
 
 
-class Guard:
+class Middleware:
     """The outermost layer of the application.
 
-    An answer that is given while the client still sends is followed by reading, and forgetting, the rest for
-    `LINGER_SECONDS`: closing at once would reset the connection, and the client would lose the answer.
+    If an answer is sent before the client has sent its whole body, the rest is read and discarded for up to
+    `DRAIN_SECONDS`: closing at once would reset the connection, and the client would lose the answer.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -44,7 +44,7 @@ class Guard:
             elif unread and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
+                    async with asyncio.timeout(DRAIN_SECONDS):
                         while unread:
                             await listen()
                 message = {"type": "http.response.body"}

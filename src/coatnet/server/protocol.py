@@ -1,74 +1,130 @@
-"""The routes of the Open Inference Protocol v2, as Triton and KServe speak it over HTTP, in JSON."""
+"""The Open Inference Protocol v2 over HTTP and in JSON, as KServe and Triton define it.
 
-from typing import Any
+Shapes: N images, R resolution, C channels, K classes. The one input is "pictures": UINT8 (N, R, R, C), as the network
+sees them, or BYTES (N,), image files of any size in base64. The outputs are "probabilities", FP32 (N, K), and "class",
+BYTES (N,), the likeliest.
+"""
 
+import base64
+import binascii
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
 from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from coatnet.server.batching import Admission, Answer
-from coatnet.server.errors import Refusal, json_response
-from coatnet.server.schemas import (
-    FLAG,
-    INFERENCE,
-    INFERENCE_BODY,
-    PROTOCOL_ERRORS,
-    STRING,
-    TENSOR,
-    answer,
-    fields,
-    listing,
-)
-from coatnet.server.service import Service
-from coatnet.server.tensors import model_metadata, read_inference, write_inference
+from coatnet.inference.predictor import Predictor
+from coatnet.server.batching import Answer, Reservation
+from coatnet.server.errors import PROTOCOL_ERRORS, RequestError, Responses, json_response
+from coatnet.server.service import ServedModel, Service
 from coatnet.version import __version__
 
-LIVE = fields(live=FLAG)
-READY = fields(ready=FLAG)
-Responses = dict[int | str, dict[str, Any]]
+INPUT, PROBABILITIES, CLASS = "pictures", "probabilities", "class"
+Shape = list[Annotated[int, Field(gt=0, lt=2**31)]]
+
+
+class InputTensor(BaseModel):
+    """The one input. `data` is checked against the shape by `read_pixels` and `read_files`, as one array."""
+
+    name: Literal["pictures"]
+    shape: Annotated[Shape, Field(min_length=1)]
+    datatype: Literal["UINT8", "BYTES"]
+    data: list[Any]
+
+
+class RequestedOutput(BaseModel):
+    name: Literal["probabilities", "class"]
+
+
+def _distinct(outputs: list[RequestedOutput]) -> list[RequestedOutput]:
+    if len({output.name for output in outputs}) != len(outputs):
+        raise ValueError("an output is named twice")
+    return outputs
+
+
+class InferenceRequest(BaseModel):
+    """The body of `POST /v2/models/{name}/infer`. Without `outputs`, both are given."""
+
+    id: str | None = None
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    outputs: Annotated[list[RequestedOutput] | None, AfterValidator(lambda given: _distinct(given or []))] = None
+
+
+class OutputTensor(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any]
+
+
+class InferenceResponse(BaseModel):
+    model_name: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class Live(BaseModel):
+    live: bool
+
+
+class Ready(BaseModel):
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
 
 
 def add_protocol(app: FastAPI, service: Service, secured: list[Any]) -> None:
-    """Everything under /v2."""
-    not_found: Responses = {status: PROTOCOL_ERRORS[status] for status in (401, 404)}
+    """Add the routes under /v2; those that name a model carry the dependencies `secured`."""
+    not_found = {status: PROTOCOL_ERRORS[status] for status in (401, 404)}
 
-    @app.get(
-        "/v2", responses={200: answer("the server", fields(name=STRING, version=STRING, extensions=listing(STRING)))}
-    )
+    @app.get("/v2", responses=_answers(ServerMetadata))
     async def server_metadata() -> Response:
         """The server's name and version."""
         return json_response({"name": "coatnet", "version": __version__, "extensions": []})
 
-    @app.get("/v2/health/live", responses={200: answer("alive", LIVE), 503: answer("restart it", LIVE)})
+    @app.get("/v2/health/live", responses=_answers(Live, 200, 503))
     async def live() -> Response:
         """Whether the inference threads run; if not, only a restart helps."""
         return json_response({"live": service.alive}, 200 if service.alive else 503)
 
-    @app.get("/v2/health/ready", responses={200: answer("ready", READY), 503: answer("not now", READY)})
+    @app.get("/v2/health/ready", responses=_answers(Ready, 200, 503))
     async def ready() -> Response:
         """Whether to send requests here."""
         return json_response({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get(
-        "/v2/models/{name}",
-        dependencies=secured,
-        responses={
-            200: answer("inputs and outputs", fields(name=STRING, inputs=listing(TENSOR), outputs=listing(TENSOR))),
-            **not_found,
-        },
-    )
+    @app.get("/v2/models/{name}", dependencies=secured, responses=_answers(ModelMetadata) | not_found)
     async def metadata(name: str) -> Response:
         """Inputs and outputs of a model."""
-        served = service.model(name)
-        return json_response(model_metadata(served.name, served.predictor))
+        return json_response(model_metadata(service.model(name)))
 
-    @app.get(
-        "/v2/models/{name}/ready",
-        dependencies=secured,
-        responses={
-            200: answer("ready", fields(name=STRING, ready=FLAG)),
-            503: answer("not now", fields(name=STRING, ready=FLAG)),
-            **not_found,
-        },
-    )
+    @app.get("/v2/models/{name}/ready", dependencies=secured, responses=_answers(ModelReady, 200, 503) | not_found)
     async def model_ready(name: str) -> Response:
         """Whether a model answers."""
         served = service.model(name)
@@ -78,23 +134,135 @@ def add_protocol(app: FastAPI, service: Service, secured: list[Any]) -> None:
     @app.post(
         "/v2/models/{name}/infer",
         dependencies=secured,
-        responses=INFERENCE | PROTOCOL_ERRORS,
-        openapi_extra=INFERENCE_BODY,
+        responses=_answers(InferenceResponse) | PROTOCOL_ERRORS,
+        # FastAPI would read the body unbounded: the route reads it, within the limits of the uploads.
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _schema(InferenceRequest)}}}
+        },
     )
     async def infer(request: Request, name: str) -> Response:
-        """The probabilities of images, given as pixels or as encoded files."""
+        """The probabilities of images, given as pixels or as image files."""
         if "inference-header-content-length" in request.headers:
-            raise Refusal("json", "binary tensors behind the JSON are not understood here; send data as JSON")
+            raise RequestError("json", "binary tensors behind the JSON are not supported; send data as JSON")
         served = service.model(name)
         served.batcher.check()
-        async with service.bodies.receive(request) as body:
-            asked = read_inference(body, served.predictor, service.settings.max_queue)
+        async with service.uploads.receive(request) as body:
+            given, images = read_request(body, served.predictor, service.settings.max_queue)
 
-            async def answer_one(admission: Admission, image: Any) -> Answer:
+            async def answer_one(reservation: Reservation, image: Any) -> Answer:
                 if isinstance(image, bytes):
-                    return (await service.from_file(served, admission, image))[0]
-                return await served.batcher.answer(admission, image)
+                    return (await service.from_file(served, reservation, image))[0]
+                return await served.batcher.answer(reservation, image)
 
-            answers = await service.all_answers(request, served, asked.images, answer_one)
-        rows = [one.probabilities for one in answers]
-        return json_response(write_inference(served.name, asked, rows, served.predictor))
+            answers = await service.answer_all(request, served, images, answer_one)
+        return json_response(write_response(served, given, [answer.probabilities for answer in answers]))
+
+
+def read_request(body: bytes, predictor: Predictor, max_images: int) -> tuple[InferenceRequest, Sequence[Any]]:
+    """The request, and its images: bytes of image files, or uint8 arrays (1, R, R, C).
+
+    Raises:
+        RequestError: code "json": it is not JSON, not of the protocol, or not what the model takes.
+    """
+    try:
+        request = InferenceRequest.model_validate(json.loads(body, parse_constant=_refuse_constant), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        _refuse(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg'][:200]}")
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a number of thousands of digits, nested too deeply
+        _refuse("the body is not JSON that can be read")
+    (tensor,) = request.inputs
+    if tensor.shape[0] > max_images:
+        _refuse(f"{tensor.shape[0]} images in one request; there may be {max_images}")
+    if tensor.datatype == "BYTES":
+        return request, read_files(tensor)
+    return request, read_pixels(tensor, predictor.image_shape[1:])
+
+
+def read_pixels(tensor: InputTensor, image_shape: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    """Whole numbers from 0 to 255, flat or nested as `tensor.shape`, to N arrays (1, R, R, C)."""
+    shape = tensor.shape
+    if tuple(shape[1:]) != image_shape:
+        _refuse(f"shape is {shape[:10]}; this model takes {[-1, *image_shape]}")
+    try:
+        values = np.array(tensor.data)
+    except (ValueError, OverflowError):  # ragged
+        values = np.array(None)
+    if values.dtype.kind not in "iu" or values.size != math.prod(shape):
+        _refuse(f"data must be {math.prod(shape):,} whole numbers, flat or in nested lists of that shape")
+    if values.ndim > 1 and values.shape != tuple(shape):
+        _refuse(f"data is nested as {list(values.shape)}, shape is {shape}")
+    if values.min() < 0 or values.max() > 255:
+        _refuse("UINT8 is from 0 to 255")
+    return list(values.astype(np.uint8).reshape(shape[0], 1, *image_shape))
+
+
+def read_files(tensor: InputTensor) -> list[bytes]:
+    """Texts in base64, as many as `tensor.shape` says, to image files."""
+    (count, *rest), data = tensor.shape, tensor.data
+    if rest:
+        _refuse(f"shape is {tensor.shape[:10]}; BYTES have [N]")
+    if len(data) != count or not all(isinstance(text, str) for text in data):
+        _refuse(f"data must be a list of {count} strings: images in base64")
+    try:
+        return [base64.b64decode(text, validate=True) for text in data]
+    except (binascii.Error, ValueError):
+        _refuse("BYTES must be images in base64")
+
+
+def write_response(
+    served: ServedModel, request: InferenceRequest, rows: Sequence[NDArray[np.float32]]
+) -> dict[str, Any]:
+    """The answer as JSON values, from one row of probabilities (K,) an image."""
+    predictor = served.predictor
+    tensors = {
+        PROBABILITIES: lambda: ("FP32", [len(rows), len(predictor.classes)], np.stack(rows).ravel().tolist()),
+        CLASS: lambda: ("BYTES", [len(rows)], [predictor.top(row, 1)[0][0] for row in rows]),
+    }
+    outputs = []
+    for name in [output.name for output in request.outputs or []] or tensors:
+        datatype, shape, data = tensors[name]()
+        outputs.append({"name": name, "datatype": datatype, "shape": shape, "data": data})
+    identity = {} if request.id is None else {"id": request.id}
+    return {"model_name": served.name, **identity, "outputs": outputs}
+
+
+def model_metadata(served: ServedModel) -> dict[str, Any]:
+    """Inputs and outputs of a model as the protocol describes them; -1 is any number of images."""
+    predictor = served.predictor
+    return {
+        "name": served.name,
+        "versions": [],
+        "platform": f"coatnet_{predictor.engine.name}",
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *predictor.image_shape[1:]]}],
+        "outputs": [
+            {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(predictor.classes)]},
+            {"name": CLASS, "datatype": "BYTES", "shape": [-1]},
+        ],
+    }
+
+
+def _answers(model: type[BaseModel], *statuses: int) -> Responses:
+    return {status: {"model": model} for status in statuses or (200,)}
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model with its parts in place: OpenAPI resolves references from its own root only."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, dict):
+            name = str(value.get("$ref", "")).rpartition("/")[2]
+            return inline(parts[name]) if name else {key: inline(part) for key, part in value.items()}
+        return [inline(part) for part in value] if isinstance(value, list) else value
+
+    return inline(schema)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    _refuse(f"{name} is not JSON")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError("json", message)

@@ -1,4 +1,4 @@
-"""Several models behind one door: from the bytes of an image to probabilities, or to the reason why not."""
+"""The service behind the routes: several models, from the bytes of an image to probabilities or an error."""
 
 import asyncio
 import time
@@ -11,18 +11,17 @@ from starlette.requests import Request
 from coatnet.data.loader import num_cores
 from coatnet.errors import nearest
 from coatnet.inference.predictor import Predictor
-from coatnet.server.batching import Admission, Answer, Batcher
-from coatnet.server.errors import ClientGone, Refusal
+from coatnet.server.batching import Answer, Batcher, Reservation
+from coatnet.server.errors import ClientDisconnected, RequestError
 from coatnet.server.metrics import Metrics, ModelMetrics
-from coatnet.server.pool import DecodingPool
 from coatnet.server.settings import Settings
-from coatnet.server.uploads import Bodies
+from coatnet.server.uploads import DecodingPool, Uploads
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One model under the name that clients use."""
 
     name: str
@@ -32,18 +31,18 @@ class Served:
 
 
 class Service:
-    """All that the routes need; `start` and `stop` belong to the event loop."""
+    """What the routes call. `start` and `stop` are called in the event loop."""
 
     def __init__(self, predictors: Mapping[str, Predictor], settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.bodies = Bodies(settings)
+        self.uploads = Uploads(settings)
         self.pool = DecodingPool(num_cores(), settings.max_decoding_pixels)
         self.models = {name: self._serve(name, predictor) for name, predictor in predictors.items()}
         self.draining = False
-        self.metrics.watch_uploads(lambda: self.bodies.held)
+        self.metrics.watch_uploads(lambda: self.uploads.num_bytes)
 
-    def _serve(self, name: str, predictor: Predictor) -> Served:
+    def _serve(self, name: str, predictor: Predictor) -> ServedModel:
         figures = ModelMetrics(self.metrics, name)
         batcher = Batcher(predictor, self.settings, figures)
         engine = f"{predictor.engine.name} {predictor.engine.precision}"
@@ -55,7 +54,7 @@ class Service:
             places=lambda: batcher.free,
             ready=lambda: batcher.ready,
         )
-        return Served(name, predictor, batcher, figures)
+        return ServedModel(name, predictor, batcher, figures)
 
     @property
     def alive(self) -> bool:
@@ -68,36 +67,36 @@ class Service:
         return not self.draining and all(served.batcher.ready for served in self.models.values())
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start the inference threads."""
         for served in self.models.values():
             served.batcher.start()
 
     def stop(self) -> None:
-        """Once all is answered; a thread that still computes is left behind."""
+        """Stop the threads, after all requests are answered; a thread that still computes is abandoned."""
         self.pool.close()
         for served in self.models.values():
             served.batcher.stop()
 
-    def model(self, name: str) -> Served:
-        """The model of that name, the first one for "". Raises Refusal if there is none ("model")."""
+    def model(self, name: str) -> ServedModel:
+        """The model of that name, the first one for "". Raises RequestError ("model") if there is none."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise Refusal("model", f"there is no model {name[:100]!r}{nearest(name[:100], self.models)}")
+            raise RequestError("model", f"there is no model {name[:100]!r}{nearest(name[:100], self.models)}")
         return self.models[name]
 
-    async def from_file(self, served: Served, admission: Admission, encoded: bytes) -> tuple[Answer, float]:
-        """The answer to an encoded image, and the seconds of its decoding. Raises Refusal."""
+    async def from_file(self, served: ServedModel, reservation: Reservation, encoded: bytes) -> tuple[Answer, float]:
+        """The answer to an encoded image, and the seconds of its decoding. Raises RequestError."""
         views, seconds = await self.pool.prepare(served.predictor, encoded)
         served.metrics.decode.observe(seconds)
-        return await served.batcher.answer(admission, views), seconds
+        return await served.batcher.answer(reservation, views), seconds
 
-    async def while_heard(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` gives, unless the deadline passes or the client leaves first; then it is cancelled.
+    async def until_disconnect(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled if the deadline passes or the client disconnects first.
 
         Raises:
-            Refusal: the deadline passed, or whatever `work` refuses.
-            ClientGone: the client left.
+            RequestError: the deadline passed, or as raised by `work`.
+            ClientDisconnected: the client closed the connection.
         """
         working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
         try:
@@ -106,25 +105,25 @@ class Service:
             if working.done():
                 return working.result()
             if leaving.done():
-                raise ClientGone
-            raise Refusal("deadline", f"no answer within {seconds:g} seconds")
+                raise ClientDisconnected
+            raise RequestError("deadline", f"no answer within {seconds:g} seconds")
         finally:
             working.cancel()
             leaving.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
 
     async def predict(self, request: Request, name: str, top_k: int) -> dict[str, Any]:
-        """The likeliest classes of the image that is the body of the request. Raises Refusal, ClientGone."""
+        """The likeliest classes of the image in the request's body. Raises RequestError, ClientDisconnected."""
         served = self.model(name)
         if request.headers.get("content-type", "").startswith("multipart/"):
-            raise Refusal("format", "this is a form; send the image itself: curl --data-binary @image.jpg")
+            raise RequestError("format", "this is a form; send the image itself: curl --data-binary @image.jpg")
         served.batcher.check()  # before the image is uploaded
         started = time.perf_counter()
-        async with self.bodies.receive(request) as body:
+        async with self.uploads.receive(request) as body:
             if not body:
-                raise Refusal("empty", "the body is empty: send the bytes of an image")
-            with served.batcher.admitted() as admission:
-                answer, decoding = await self.while_heard(request, self.from_file(served, admission, body))
+                raise RequestError("empty", "the body is empty: send the bytes of an image")
+            with served.batcher.reserve() as reservation:
+                answer, decoding = await self.until_disconnect(request, self.from_file(served, reservation, body))
         total = time.perf_counter() - started
         served.metrics.total.observe(total)
         classes, probabilities = served.predictor.top(answer.probabilities, top_k)
@@ -143,19 +142,21 @@ class Service:
             "milliseconds": {step: round(1e3 * seconds, 3) for step, seconds in times.items()},
         }
 
-    async def all_answers(
+    async def answer_all(
         self,
         request: Request,
-        served: Served,
+        served: ServedModel,
         images: Sequence[T],
-        answer_one: Callable[[Admission, T], Coroutine[Any, Any, Answer]],
+        answer_one: Callable[[Reservation, T], Coroutine[Any, Any, Answer]],
     ) -> list[Answer]:
-        """An answer an image, or the first refusal, with the others taken back. Raises Refusal, ClientGone."""
-        with served.batcher.admitted(len(images)) as admission:
-            return await self.while_heard(request, _together([answer_one(admission, one) for one in images]))
+        """One answer an image; the first error cancels the others. Raises RequestError, ClientDisconnected."""
+        with served.batcher.reserve(len(images)) as reservation:
+            return await self.until_disconnect(
+                request, _gather_or_cancel([answer_one(reservation, one) for one in images])
+            )
 
 
-async def _together(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+async def _gather_or_cancel(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
     tasks = [asyncio.ensure_future(answer) for answer in answers]
     try:
         return await asyncio.gather(*tasks)

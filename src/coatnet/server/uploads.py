@@ -1,29 +1,36 @@
-"""Bodies of requests: bounded in bytes, one and all together, and in time."""
+"""From the body of a request to what a model takes, within bounds of bytes, pixels and time."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import Request
 
-from coatnet.server.errors import ClientGone, Refusal
+from coatnet.data.decode import BadImage, image_size
+from coatnet.inference.predictor import Predictor
+from coatnet.server.errors import ClientDisconnected, RequestError
 from coatnet.server.settings import Settings
 
 
-class Bodies:
-    """The bodies of all requests under way; `held` is what they take, in bytes."""
+class Uploads:
+    """The bodies of all requests in progress; `num_bytes` is the memory that they take."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.held = 0
+        self.num_bytes = 0
 
     @asynccontextmanager
     async def receive(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body, in memory, until the block ends.
+        """The whole body, in memory until the block ends.
 
         Raises:
-            Refusal: it is too long ("bytes"), too slow ("slow"), or there is no room for it ("full").
-            ClientGone: the client left before its end.
+            RequestError: the body is too long ("bytes"), too slow ("slow"), or there is no room for it ("full").
+            ClientDisconnected: the client left before its end.
         """
         size = 0
         try:
@@ -35,21 +42,75 @@ class Bodies:
                     while more:
                         message = await request.receive()
                         if message["type"] == "http.disconnect":
-                            raise ClientGone
+                            raise ClientDisconnected
                         chunk, more = message.get("body", b""), message.get("more_body", False)
                         self._check(size + len(chunk), len(chunk))
                         size += len(chunk)
-                        self.held += len(chunk)
+                        self.num_bytes += len(chunk)
                         chunks.append(chunk)
             except TimeoutError:
                 seconds = self.settings.body_seconds
-                raise Refusal("slow", f"the body did not arrive within {seconds:g} seconds") from None
+                raise RequestError("slow", f"the body did not arrive within {seconds:g} seconds") from None
             yield b"".join(chunks)
         finally:
-            self.held -= size
+            self.num_bytes -= size
 
     def _check(self, size: int, new: int = 0) -> None:
         if size > self.settings.max_bytes:
-            raise Refusal("bytes", f"the body is too long: it may have {self.settings.max_bytes:,} bytes")
-        if self.held + new > self.settings.max_upload_bytes:
-            raise Refusal("full", "too many uploads at once; try again in a moment")
+            raise RequestError("bytes", f"the body is too long: it may have {self.settings.max_bytes:,} bytes")
+        if self.num_bytes + new > self.settings.max_upload_bytes:
+            raise RequestError("full", "too many uploads at once; try again in a moment")
+
+
+class DecodingPool:
+    """Threads that decode and resize image files; the pixels in memory at the same time are bounded."""
+
+    def __init__(self, num_threads: int, max_pixels: int) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decoding")
+        self._condition = threading.Condition()
+        self._free = self._max_pixels = max_pixels
+
+    async def prepare(self, predictor: Predictor, encoded: bytes) -> tuple[NDArray[np.uint8], float]:
+        """The views `(V, R, R, C)` of an image, and the seconds that they took.
+
+        Raises:
+            RequestError: not an image, or one that cannot be decoded; the code is that of `BadImage`.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, predictor, encoded)
+        except BadImage as error:
+            raise RequestError(error.code, error.reason.partition(": ")[2]) from None
+
+    def close(self) -> None:
+        """Stop; images that are not being decoded yet are dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, predictor: Predictor, encoded: bytes) -> tuple[NDArray[np.uint8], float]:
+        with self._reserve_pixels(_num_pixels(encoded)):
+            started = time.perf_counter()
+            views = predictor.prepare(encoded)
+            return views, time.perf_counter() - started
+
+    @contextmanager
+    def _reserve_pixels(self, pixels: int) -> Iterator[None]:
+        """Wait until they are free. An image above the bound waits for all of them: the decoder refuses it, or it is
+        decoded alone."""
+        pixels = min(pixels, self._max_pixels)
+        with self._condition:
+            self._condition.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._free += pixels
+                self._condition.notify_all()
+
+
+def _num_pixels(encoded: bytes) -> int:
+    """By the header of the file; 0 without a readable header, which the decoder then reports."""
+    try:
+        height, width = image_size(encoded, "image")
+    except BadImage:
+        return 0
+    return height * width

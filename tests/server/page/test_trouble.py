@@ -59,7 +59,7 @@ def test_images_wait_for_a_server_that_is_gone(visit: Open, server: Server, imag
     server.kill()
     seen.drop(images[0])
     expect(seen.see("#banner")).to_be_visible()
-    expect(seen.see("#headline")).to_have_text("Waiting")
+    expect(seen.see("#headline")).to_have_text("QueuedImage")
     server.start()
     expect(seen.see("#headline")).to_have_text(best, timeout=15_000)
     expect(seen.see("#banner")).to_be_hidden()
@@ -79,7 +79,7 @@ def test_a_image_that_never_gets_through_ends_in_words(visit: Open, server: Serv
     expect(seen.see("#headline")).to_be_focused()
 
 
-def refuse(status: int, code: str, seconds: str) -> Callable[[Route], None]:
+def error_response(status: int, code: str, seconds: str) -> Callable[[Route], None]:
     error = {"error": {"code": code, "message": "too much to do"}}
     return lambda route: route.fulfill(status=status, json=error, headers={"Retry-After": seconds})
 
@@ -89,7 +89,7 @@ def test_a_busy_server_is_asked_again_when_it_says(visit: Open, server: Server, 
 
     def answer(route: Route) -> None:
         times.append(time.monotonic())
-        route.continue_() if len(times) == 2 else refuse(503, "full", "2")(route)
+        route.continue_() if len(times) == 2 else error_response(503, "full", "2")(route)
 
     seen.expected = ("status of 503",)
     seen.on_predict(answer)
@@ -103,7 +103,7 @@ def test_a_busy_server_is_asked_again_when_it_says(visit: Open, server: Server, 
 def test_a_server_that_stays_busy_is_asked_six_times(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     seen.expected = ("status of 503",)
-    seen.on_predict(refuse(503, "full", "0"))
+    seen.on_predict(error_response(503, "full", "0"))
     seen.drop(images[0])
     expect(seen.see("#again")).to_be_visible()
     expect(seen.see("#headline")).to_have_text("The server is busy")
@@ -114,7 +114,7 @@ def test_a_server_that_stays_busy_is_asked_six_times(visit: Open, server: Server
 def test_a_failure_of_the_server_can_be_tried_again(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     seen.expected = ("status of 500",)
-    seen.on_predict(refuse(500, "inference", "1"))
+    seen.on_predict(error_response(500, "inference", "1"))
     seen.drop(images[0])
     expect(seen.see("#headline")).to_have_text("The server failed")
     assert len(seen.predictions) == 1, "only a busy server is asked again by itself"

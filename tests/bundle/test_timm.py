@@ -11,8 +11,8 @@ from coatnet.bundle.timm.names import from_timm, to_timm
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import CoAtNet, create_model
+from coatnet.model.timm.blocks import LayerScale, LogOffsetBias
 from coatnet.model.timm.config import TIMM_VARIANTS
-from coatnet.model.timm.layers import LayerScale, LogOffsetBias
 
 SMALL = ("test_coatnet", "coatnet_nano_rw_224", "coatnext_nano_rw_224", "coatnet_nano_cc_224")
 TOLERANCE = 1e-4  # of the largest logit

@@ -9,10 +9,11 @@ from torch import nn
 
 from coatnet.errors import UserError
 from coatnet.model.compat import from_coatnet_pytorch
+from coatnet.model.config import Stage, Variant
+from coatnet.model.freeze import freeze, layer_groups
 from coatnet.model.layers import StochasticDepth, mean_over_cells, to_map, to_tokens
 from coatnet.model.network import create_model
-from coatnet.model.registry import Stage, Variant
-from coatnet.model.resize import change_resolution, freeze, layer_groups
+from coatnet.model.resize import change_resolution
 
 TINY = Variant(
     "tiny",

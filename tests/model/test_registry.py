@@ -4,9 +4,9 @@ import pytest
 
 from coatnet.errors import UserError
 from coatnet.model.complexity import complexity
-from coatnet.model.config import Stage
+from coatnet.model.config import Stage, Variant
 from coatnet.model.network import create_model
-from coatnet.model.registry import PUBLISHED, VARIANTS, Variant, default_variant, list_variants
+from coatnet.model.registry import PUBLISHED, VARIANTS, default_variant, list_variants
 
 OURS = {name for name in VARIANTS if name not in PUBLISHED}
 # The derived counts of parameters and, at 224, of multiply-accumulates in units of 10 M.

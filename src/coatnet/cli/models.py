@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from coatnet.cli.parser import Parser
-from coatnet.model.registry import PUBLISHED, Variant, find_variant, list_variants
+from coatnet.model.config import Variant
+from coatnet.model.registry import PUBLISHED, find_variant, list_variants
 from coatnet.model.timm.config import TimmVariant
 
 if TYPE_CHECKING:

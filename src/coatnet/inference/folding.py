@@ -15,7 +15,7 @@ from coatnet.model.layers import fold_batch_norm
 from coatnet.model.mbconv import ConvNormGELU, MBConv
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import GlobalBias
-from coatnet.model.timm.layers import MeanHead
+from coatnet.model.timm.blocks import MeanHead
 from coatnet.model.transformer import FeedForward
 
 Part = TypeVar("Part", bound=nn.Module)

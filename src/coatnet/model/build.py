@@ -9,10 +9,9 @@ from coatnet.model.attention import (
     PostRelativeAttention,
     RelativeAttention,
 )
-from coatnet.model.config import Stage
-from coatnet.model.head import Head
+from coatnet.model.config import PATCH_STRIDE, Stage, Variant
+from coatnet.model.layers import Head
 from coatnet.model.mbconv import ConvNormGELU, MBConv
-from coatnet.model.registry import PATCH_STRIDE, Variant
 from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.transformer import Transformer
 

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from coatnet.errors import UserError
-from coatnet.model.config import Stage
+from coatnet.model.config import Stage, Variant
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.model.registry import Variant
 
 KINDS = {"C": "mbconv", "T": "transformer"}
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from coatnet.model.config import Variant
 from coatnet.model.network import create_model
-from coatnet.model.registry import Variant, find_variant
+from coatnet.model.registry import find_variant
 from coatnet.model.timm.config import TimmVariant
 
 

@@ -1,6 +1,31 @@
-"""What every row of the family says: its stem, its stages, and so the grid after each of them."""
+"""What a network consists of: its stages, and the paper's variations of a network as fields of a `Variant`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from coatnet.errors import UserError, nearest
+
+CHOICES = {
+    "stem": ("convolution", "patch"),
+    "downsample": ("expand", "depthwise"),
+    "mbconv_norm": ("batch", "layer"),
+    "attention": ("pre", "post", "local", "linear"),
+}
+# What a variation is about: blocks of one kind, which a row may lack.
+ABOUT = {
+    "downsample": "mbconv",
+    "mbconv_norm": "mbconv",
+    "attention": "transformer",
+    "relative_bias": "transformer",
+    "head_dim": "transformer",
+    "window": "transformer",
+}
+LAYOUTS = ("C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T", "ViT_REL")
+# paper: Table 7 moves four blocks from S2 to S3 (V1) or two from S3 to S2 (V2).
+MOVED_TO_S3 = {"V0": 0, "V1": 4, "V2": -2}
+PATCH_STRIDE = 16  # paper: "16x16 stride" of the ViT stem
+MAX_DEPTH, MAX_WIDTH = 128, 8192
 
 
 @dataclass(frozen=True)
@@ -14,7 +39,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Row:
+class Architecture:
     """Stem and stages of a network.
 
     Args:
@@ -36,3 +61,129 @@ class Row:
             side = -(-side // stage.stride)
             sides.append(side)
         return tuple(sides)
+
+
+@dataclass(frozen=True)
+class Variant(Architecture):
+    """A row of the family, complete: equal rows build equal networks.
+
+    Args:
+        stem: "convolution" (two 3x3), or "patch", the 16x16 patches of the ViT_REL study.
+        downsample: where MBConv strides: its "expand" convolution (equation 5) or "depthwise" (Table 9).
+        mbconv_norm: "batch" or "layer" (Table 8).
+        attention: "pre" or "post" (equation 3), "local" or "linear" (section 2.2, B and C).
+        window: side of the neighbourhood of local attention, cells, odd.
+    """
+
+    stem: str = "convolution"
+    downsample: str = "expand"
+    mbconv_norm: str = "batch"
+    attention: str = "pre"
+    relative_bias: bool = True
+    window: int = 7
+
+    def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise UserError(f"{key}={getattr(self, key)!r} is unknown; it is one of {', '.join(choices)}")
+        for key in ("stem_width", "head_dim", "resolution", "stem_stride"):
+            if type(getattr(self, key)) is not int or getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)!r}: it is a whole number of at least 1")
+        if not isinstance(self.relative_bias, bool):
+            raise UserError(f"relative_bias={self.relative_bias!r}: it is true or false")
+        if self.stem == "patch" and self.stem_stride != PATCH_STRIDE:
+            raise UserError(
+                f"stem='patch' has stem_stride={PATCH_STRIDE}, not {self.stem_stride}; layout='ViT_REL' sets both"
+            )
+        if not self.stages:
+            raise UserError(f"{self.name} has no stages; a network has at least one")
+        for stage in self.stages:
+            self._check(stage)
+        kinds = [stage.kind for stage in self.stages]
+        if kinds != sorted(kinds):
+            raise UserError(f"stages {kinds}: every mbconv stage stands before any transformer stage (section 2.2)")
+        if self.attention == "linear" and self.relative_bias:
+            raise UserError(
+                "attention='linear' forms no matrix that a relative bias could be added to; pass relative_bias=False"
+            )
+        if self.attention == "post" and not self.relative_bias:
+            raise UserError("attention='post' without relative_bias is attention='pre' without it; pass that")
+        if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
+            raise UserError(f"window={self.window!r}: a neighbourhood has a middle, so its side is odd, such as 7")
+
+    def _check(self, stage: Stage) -> None:
+        if stage.kind not in ("mbconv", "transformer") or stage.stride not in (1, 2):
+            raise UserError(f"{stage}: a stage is 'mbconv' or 'transformer' with stride 1 or 2")
+        if not (1 <= stage.depth <= MAX_DEPTH and 1 <= stage.width <= MAX_WIDTH):
+            raise UserError(f"{stage}: depth is 1 to {MAX_DEPTH} and width 1 to {MAX_WIDTH}")
+        if stage.kind == "transformer" and stage.width % self.head_dim:
+            raise UserError(f"head_dim={self.head_dim} does not divide the width {stage.width} of a stage")
+
+    def vary(self, *, layout: str | None = None, block_counts: str | None = None, **changes: Any) -> "Variant":
+        """This row with the variations of the paper: a layout, block counts, or any field of a row.
+
+        Raises:
+            UserError: if a variation is unknown or does not make sense for this row.
+        """
+        known = [f.name for f in fields(self) if f.name not in ("name", "stages", "resolution")]
+        for key in changes:
+            if key not in known:
+                raise UserError(
+                    f"unknown variation {key!r}{nearest(key, ['layout', 'block_counts', *known])}; "
+                    f"there are layout, block_counts, {', '.join(known)}"
+                )
+        varied = self
+        if block_counts is not None:
+            varied = varied._with_block_counts(block_counts)
+        if layout is not None:
+            varied = varied._with_layout(layout)
+        kinds = {stage.kind for stage in varied.stages}
+        for key in changes:
+            if key in ABOUT and ABOUT[key] not in kinds:
+                raise UserError(f"{key}={changes[key]!r} is about {ABOUT[key]} blocks, of which there are none here")
+        varied = replace(varied, **changes)
+        if "window" in changes and varied.attention != "local":
+            raise UserError(f"window={varied.window} is about attention='local', not {varied.attention!r}; pass both")
+        return varied
+
+    def _with_block_counts(self, counts: str) -> "Variant":
+        if counts not in MOVED_TO_S3:
+            raise UserError(f"block_counts={counts!r} is unknown; it is one of {', '.join(MOVED_TO_S3)}")
+        moved = MOVED_TO_S3[counts]
+        if len(self.stages) != 4:
+            raise UserError(f"block_counts={counts!r} is about four stages; {self.name} has {len(self.stages)}")
+        if not (self.stages[1].depth > moved and self.stages[2].depth > -moved):
+            raise UserError(
+                f"block_counts={counts!r} moves {abs(moved)} blocks between S2 and S3: too many for {self.name}"
+            )
+        s1, s2, s3, s4 = self.stages
+        s2, s3 = replace(s2, depth=s2.depth - moved), replace(s3, depth=s3.depth + moved)
+        return replace(self, stages=(s1, s2, s3, s4))
+
+    def _with_layout(self, layout: str) -> "Variant":
+        if layout not in LAYOUTS:
+            raise UserError(f"layout={layout!r} is unknown; it is one of {', '.join(LAYOUTS)}")
+        if len(self.stages) != 4:
+            raise UserError(f"layout={layout!r} names four stages; {self.name} has {len(self.stages)}")
+        if layout == "ViT_REL":
+            # chosen: all blocks of the row at the width of its S3, since the paper gives neither depth nor width.
+            # That comes to the same size: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
+            width, depth = self.stages[2].width, sum(stage.depth for stage in self.stages)
+            blocks = Stage("transformer", depth, width, stride=1)
+            return replace(self, stem="patch", stem_width=width, stem_stride=PATCH_STRIDE, stages=(blocks,))
+        kinds = {"C": "mbconv", "T": "transformer"}
+        stages = zip(self.stages, layout.split("-"), strict=True)
+        return replace(self, stages=tuple(replace(stage, kind=kinds[letter]) for stage, letter in stages))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Variant":
+        """The row that `to_dict` wrote. Raises UserError if a key is unknown or missing, or a value is absurd."""
+        try:
+            values: dict[str, Any] = {**row, "stages": tuple(Stage(**stage) for stage in row["stages"])}
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"not a row of the family: {error}") from None

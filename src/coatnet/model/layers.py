@@ -132,3 +132,25 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """`(B, N, C) -> (B, C, H, W)`, channels-last in memory: the inverse of `to_tokens`."""
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+class Head(nn.Module):
+    """W tanh(V Norm(mean(x))): `(B, C, H, W) -> (B, K)`.
+
+    chosen: LayerNorm and a hidden tanh layer; without them the published sizes of CoAtNet-0, -5 and -7 are missed.
+    """
+
+    def __init__(self, width: int, num_classes: int, epsilon: float = LAYER_NORM_EPSILON) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.hidden = nn.Linear(width, width)
+        self.classifier = build_classifier(width, num_classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        features = torch.tanh(self.hidden(self.norm(mean_over_cells(x))))
+        return features if pre_logits else self.classifier(features)
+
+
+def build_classifier(width: int, num_classes: int) -> nn.Module:
+    """Features to logits; nothing at all for 0 classes."""
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from coatnet.errors import UserError
 from coatnet.model import build
-from coatnet.model.head import build_classifier
-from coatnet.model.registry import Variant, find_variant, read_row
-from coatnet.model.timm import build as timm_build
+from coatnet.model.config import Variant
+from coatnet.model.layers import build_classifier
+from coatnet.model.registry import find_variant, read_row
+from coatnet.model.timm import blocks as timm_blocks
 from coatnet.model.timm.config import TimmVariant
 
 
@@ -41,7 +42,7 @@ class CoAtNet(nn.Module):
         self.variant, self.in_channels, self.resolution = variant, in_channels, resolution
         self.num_classes, self.num_features = num_classes, variant.stages[-1].width
         self.grad_checkpointing = False
-        parts: Any = timm_build if isinstance(variant, TimmVariant) else build
+        parts: Any = timm_blocks if isinstance(variant, TimmVariant) else build
         self.stem = parts.build_stem(variant, in_channels)
         self.stages = build_stages(variant, parts.build_block, resolution, stochastic_depth)
         self.head = parts.build_head(variant, num_classes)

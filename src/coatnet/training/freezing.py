@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from coatnet.errors import UserError
+from coatnet.model.freeze import freeze
 from coatnet.model.network import CoAtNet
-from coatnet.model.resize import freeze
 
 
 def freeze_parts(model: CoAtNet, prefixes: Sequence[str], *, new_classifier: bool) -> CoAtNet:

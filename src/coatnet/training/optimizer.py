@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.errors import UserError
+from coatnet.model.freeze import layer_groups
 from coatnet.model.network import CoAtNet
-from coatnet.model.resize import layer_groups
 from coatnet.training.distributed.shards import here
 from coatnet.training.freezing import frozen_modules
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coatnet.model.config import Row
+from coatnet.model.config import Architecture
 from coatnet.model.network import CoAtNet
 from coatnet.model.timm.config import TimmVariant
 
@@ -96,7 +96,7 @@ def from_timm(model: CoAtNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {each.ours: each.to_ours(state[each.theirs]) for each in counterparts(model)}
 
 
-def _timm_places(row: Row) -> list[tuple[int, int]]:
+def _timm_places(row: Architecture) -> list[tuple[int, int]]:
     """For each stage of ours: the stage of timm's, and the place of its first block there."""
     places, at, used = [], -1, 0
     for stage in row.stages:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from coatnet.errors import UserError
-from coatnet.model.config import Row, Stage
+from coatnet.model.config import Architecture, Stage
 
 
 @dataclass(frozen=True)
-class TimmVariant(Row):
+class TimmVariant(Architecture):
     """A network of timm, complete. The values of `coatnet_0_224` to `coatnet_5_224` are the defaults.
 
     Args:

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.errors import UserError
+from coatnet.model.config import Variant
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.model.registry import Variant, find_variant
+from coatnet.model.registry import find_variant
 from coatnet.training.config import Recipe
 from coatnet.training.distributed.materialize import materialise
 from coatnet.training.distributed.processes import Processes

@@ -2,6 +2,7 @@
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
+INSTALL := -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/.installed
 COATNET := .venv/bin/coatnet
 # One thread a process: the tests run in two processes, and two cores is what everybody has. Each takes a half in one
@@ -9,24 +10,33 @@ COATNET := .venv/bin/coatnet
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 PYTEST_ARGS ?= -n 2 --dist worksteal
 SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+# Exact versions, for a repeatable installation; empty for the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# All but mlflow and wandb, which no test needs.
+EXTRAS := hub,parquet,shards,datasets,tensorboard,openvino,onnx,int8,serve,benchmarks
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+OLDEST := .venv-oldest/bin/python
+OLDEST_PYTHON ?= python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults check format bench docs clean
+.PHONY: help install demo test test-slow test-faults test-oldest check format bench docs release-check clean
 
 help:
-	@echo 'make demo       train on 10,000 images of clothes, report, classify three: four minutes'
-	@echo 'make test       the tests (make test-slow: those that train for minutes;'
-	@echo '                make test-faults: kills, full disks, lost processes, with a table of outcomes)'
-	@echo 'make check      format, lint, types and architecture'
-	@echo 'make format     rewrite the files as make check wants them'
-	@echo 'make bench      our speed beside timm'\''s'
-	@echo 'make docs       the documentation as a site in build/docs, with search, readable without a network'
-	@echo 'make clean      remove what the tools left (.venv and runs stay)'
+	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
+	@echo 'make test           the tests (make test-slow: those that train for minutes;'
+	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
+	@echo 'make test-oldest    the tests with the oldest dependencies allowed, in .venv-oldest (6 GB)'
+	@echo 'make check          format, lint, types and architecture'
+	@echo 'make format         rewrite the files as make check wants them'
+	@echo 'make bench          our speed beside timm'\''s'
+	@echo 'make docs           the documentation as a site in build/docs, with search, readable without a network'
+	@echo 'make release-check  build wheel and sdist, install the wheel alone, predict with it (6 GB)'
+	@echo 'make clean          remove what the tools left (environments and runs stay)'
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
 	    for python in $(SYSTEM_PYTHON); do \
 	        "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
@@ -41,7 +51,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    "$$python" -m venv --clear .venv; \
 	fi
 	@echo 'Installing coatnet and what it needs into .venv (once; a few minutes, mostly PyTorch) ...'
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) $(INSTALL) 'pip>=25.1' $(CONSTRAINTS:%=-c %)
+	@$(PYTHON) $(INSTALL) -e '.[$(EXTRAS)]' --group dev $(CONSTRAINTS:%=-c %)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -69,11 +80,24 @@ test-slow: $(INSTALLED)
 test-faults: $(INSTALLED)
 	@$(PYTEST) -m faults tests/faults
 
+test-oldest: .venv-oldest/.installed
+	@OMP_NUM_THREADS=1 $(OLDEST) -m pytest -m 'not slow and not faults' $(PYTEST_ARGS)
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	@$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	@echo 'Installing the oldest dependencies into .venv-oldest ...'
+	@$(OLDEST) $(INSTALL) 'pip>=25.1'
+	@$(OLDEST) $(INSTALL) -e '.[$(EXTRAS)]' --group test -c constraints-oldest.txt
+	@touch $@
+
 check: $(INSTALLED)
 	@.venv/bin/ruff format --check
 	@.venv/bin/ruff check
 	@.venv/bin/pyrefly check
 	@$(PYTEST) -q tests/test_architecture.py
+
+release-check: $(INSTALLED)
+	@$(PYTHON) scripts/check_release.py
 
 format: $(INSTALLED)
 	@.venv/bin/ruff format
@@ -88,4 +112,4 @@ docs: $(INSTALLED)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

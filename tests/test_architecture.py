@@ -23,7 +23,7 @@ LAYERS = (
     ("bundle",),
     ("data", "model"),
     ("system",),
-    ("errors", "version"),
+    ("deprecation", "errors", "version"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -16,6 +16,7 @@ from coatnet.bundle import Bundle, load
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import num_cores
 from coatnet.data.transforms import as_images, match_channels
+from coatnet.deprecation import renamed_attribute
 from coatnet.errors import UserError
 from coatnet.inference.engines import open_engine
 from coatnet.inference.network import probabilities_of
@@ -48,6 +49,8 @@ class Predictor:
         side = self.bundle.preprocessing.resolution
         self.image_shape = (num_views(views), side, side, self.bundle.preprocessing.channels)
         self.engine = open_engine(self.bundle, engine, precision)
+
+    picture_shape = renamed_attribute("picture_shape", "image_shape", since="0.2", removed_in="0.3")
 
     def __call__(self, images: Image | Iterable[Image], *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
         """One prediction an image, in order; an image that is no use gets one with its `error`.

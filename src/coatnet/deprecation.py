@@ -1,0 +1,59 @@
+"""Old public names that work for one more release, with a warning that names the new one.
+
+The warning is a FutureWarning, which Python shows to users; it hides a DeprecationWarning outside of `__main__`.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Decorator = Callable[[Callable[P, R]], Callable[P, R]]
+
+
+def warn_renamed(old: str, new: str, *, since: str, removed_in: str, stacklevel: int = 3) -> None:
+    """Warn that `old` is now `new`.
+
+    Args:
+        since: the release that has the new name first.
+        removed_in: the release that no longer has the old one.
+        stacklevel: 3 for the caller of the function that calls this one, as in the `__getattr__` of a module.
+    """
+    message = f"{old} is deprecated since coatnet {since} and will be removed in {removed_in}; use {new}"
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel)
+
+
+def renamed_attribute(old: str, new: str, *, since: str, removed_in: str) -> Any:
+    """A property for the old name of an attribute: `old = renamed_attribute("old", "new", ...)` in a class body."""
+
+    def read(instance: object) -> Any:
+        name = type(instance).__name__
+        warn_renamed(f"{name}.{old}", f"{name}.{new}", since=since, removed_in=removed_in)
+        return getattr(instance, new)
+
+    return property(read)
+
+
+def renamed_arguments(names: Mapping[str, str], *, since: str, removed_in: str) -> Decorator[P, R]:
+    """Decorate a function so that it accepts old names of keyword arguments, given as `{old: new}`.
+
+    Raises (when the function is called):
+        TypeError: an argument is given by its old name and by its new one.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def renaming(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{function.__name__}() got {new!r} and also {old!r}, its deprecated name")
+                    warn_renamed(f"{function.__name__}({old}=...)", f"{new}=...", since=since, removed_in=removed_in)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renaming
+
+    return decorate

@@ -9,21 +9,24 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.data.batches import read_image
 from coatnet.data.datasets import Dataset
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
+from coatnet.data.transforms import as_images
 from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
-from coatnet.evaluation.thumbnails import thumbnail
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import best_device
 
 NUM_MISTAKES = 24
+THUMBNAIL_PIXELS = 160  # of the longer side
 
 # Probability of the wrong answer, image (place in the list of datasets, index), truth, wrong answer.
 _Wrong = tuple[float, tuple[int, int], str, str]
@@ -106,7 +109,7 @@ def evaluate(
         ),
         bad_images=dict(bad_images.records),
         seconds=seconds,
-        thumbnails=tuple(thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
+        thumbnails=tuple(_thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
     )
 
 
@@ -173,3 +176,14 @@ def _find_mistakes(
     for row in np.flatnonzero(predictions != labels.numpy()).tolist():
         truth, predicted = bundle.classes[int(labels[row])], bundle.classes[predictions[row]]
         yield float(probabilities[row, predictions[row]]), images[row], truth, predicted
+
+
+def _thumbnail(dataset: Dataset, index: int) -> np.ndarray:
+    """Image number `index`, whole, at most 160 pixels a side: uint8 (H, W, 3)."""
+    pixels = as_images(read_image(dataset, index)[0])  # (3 or 1, H, W)
+    scale = THUMBNAIL_PIXELS / max(pixels.shape[1:])
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in pixels.shape[1:]]
+        pixels = F.interpolate(pixels[None].float(), size=size, mode="bilinear", antialias=True)[0]
+        pixels = pixels.round().clamp(0, 255).byte()
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()

@@ -1,19 +1,16 @@
 """The images of a run and of a report: learning curves, confusion, calibration, worst mistakes."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from coatnet.evaluation.calibration import CalibrationBin
-    from coatnet.evaluation.report import Mistake
+from coatnet.evaluation.calibration import CalibrationBin
+from coatnet.evaluation.report import Mistake
 
 _INK, _FAINT = "#24292f", "#8c959f"
 _RIGHT, _WRONG = "#1f6feb", "#d1480f"

@@ -19,8 +19,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import choose_datasets
 from coatnet.evaluation.features import extract
 from coatnet.evaluation.intervals import Interval
-from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.report_markdown import FIGURES
+from coatnet.evaluation.metrics import FIGURES, Metrics
 from coatnet.system.progress import track
 
 TEMPERATURE = 0.07
@@ -57,7 +56,7 @@ class ProbeReport:
 
     def to_text(self) -> str:
         """A few lines for people."""
-        title = FIGURES[self.figure][0]
+        title = FIGURES[self.figure].title
         lines = [
             f"linear probe: {title} {_percent(self.linear, self.linear_interval)} (L2 {self.l2:g})",
             f"k-NN, k = {self.k}: {title} {_percent(self.knn, self.knn_interval)}",

@@ -1,24 +1,21 @@
-"""What an evaluation found, as one value that reads as text, as numbers and as images."""
+"""The result of an evaluation as data."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.evaluation import report_markdown
 from coatnet.evaluation.calibration import CalibrationBin
 from coatnet.evaluation.intervals import Interval
-from coatnet.evaluation.metrics import ClassFigures
-from coatnet.system.files import atomic_files, atomic_write
+from coatnet.evaluation.metrics import FIGURES, ClassFigures
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image the model was sure and wrong about; `probability` is what it gave to its wrong answer."""
+    """A misclassified image; `probability` is that of the wrong answer."""
 
     image: str
     truth: str
@@ -28,11 +25,27 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Report:
-    """Figures as fractions with their 95 % intervals, and everything needed to believe or doubt them.
+    """What `evaluate` returns. Two reports are equal if all but `seconds` and `thumbnails` are equal.
 
-    `per_class` is in the order of `classes`; `confusion[i][j]` counts images of class i taken for class j;
-    `thumbnails` are the worst mistakes' images, uint8 (H, W, 3). Equality ignores what the clock and the
-    thumbnails say.
+    Attributes:
+        data: name of the data.
+        split: validation, training or all.
+        model: name of the variant.
+        resolution: of the input, in pixels.
+        num_parameters: of the model.
+        classes: names of the K classes.
+        multilabel: whether an image may have several labels.
+        figures: the figures of `Metrics.compute` by name, as fractions; `n` is the number of images.
+        intervals: their 95 % intervals.
+        per_class: figures of each class, in the order of `classes`.
+        confusion: `confusion[i][j]` is the number of images of class i predicted as class j; None for multi-label
+            and above 1,000 classes.
+        confused_pairs: the most frequent mistakes: true class, predicted class, number of images.
+        calibration: bins of the reliability diagram.
+        mistakes: the misclassified images with the highest probabilities, up to 24.
+        bad_images: why each unreadable image was left out, by its name.
+        seconds: duration of the evaluation.
+        thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
     """
 
     data: str
@@ -54,15 +67,37 @@ class Report:
     thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     def headline(self) -> str:
-        """The main figure, its interval and its n, in one line."""
-        return report_markdown.headline(self)
+        """The main figure in one line: `top-1 accuracy 94.1 % (95 % interval 93.6 to 94.5) on 10,000 images ...`."""
+        name = "mean_average_precision" if self.multilabel else "top1"
+        text = f"{FIGURES[name].title} {self.format_figure(name)}"
+        if self.intervals[name] is not None:
+            text += f" (95 % interval {self.format_interval(name)})"
+        return f"{text} on {self.format_num_images()} of {len(self.classes):,} classes"
 
-    def to_markdown(self, *, with_plots: bool = False) -> str:
-        """The report as GitHub-flavoured Markdown; `with_plots` shows the files that `write` makes."""
-        return report_markdown.render(self, with_plots=with_plots)
+    def format_figure(self, name: str) -> str:
+        """A figure as text: fractions in percent."""
+        value = self.figures[name]
+        return f"{100 * value:.{self._percent_digits}f} %" if FIGURES[name].is_fraction else f"{value:.3f}"
+
+    def format_interval(self, name: str) -> str:
+        """The interval of a figure as text, `93.6 to 94.5`."""
+        interval = self.intervals[name]
+        if interval is None:
+            return "unknown"
+        scale, digits = (100, self._percent_digits) if FIGURES[name].is_fraction else (1, 3)
+        return " to ".join(f"{scale * bound:.{digits}f}" for bound in interval)
+
+    def format_num_images(self) -> str:
+        """`10,000 images`."""
+        n = int(self.figures["n"])
+        return f"{n:,} image" + "s" * (n != 1)
+
+    @property
+    def _percent_digits(self) -> int:
+        return 2 if self.figures["n"] >= 10_000 else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fractions not percent: what report.json and a bundle's record hold."""
+        """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
         plain = {name: value for name, value in vars(self).items() if name not in ("thumbnails", "per_class")}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
         plain |= {
@@ -78,23 +113,5 @@ class Report:
         return json.loads(json.dumps(plain, allow_nan=False))
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """`to_dict` as indented JSON."""
         return readable_json(self.to_dict())
-
-
-def write(report: Report, folder: str | Path) -> None:
-    """Put report.md, report.json and the plots they show into a folder, which is made if need be."""
-    from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
-
-    folder = Path(folder)
-    # Names of files need not be Unicode; what is not is written as JSON would escape it.
-    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")
-    if report.confusion is not None:
-        with atomic_files(folder / "confusion.png") as (staged,):
-            draw_confusion(np.array(report.confusion), report.classes, staged)
-    if report.thumbnails:
-        with atomic_files(folder / "mistakes.png") as (staged,):
-            draw_mistakes(report.thumbnails, report.mistakes, staged)
-    with atomic_files(folder / "calibration.png") as (staged,):
-        draw_calibration(report.calibration, staged)
-    atomic_write(folder / "report.md", report.to_markdown(with_plots=True), errors="backslashreplace")

@@ -1,51 +1,57 @@
-"""A report as a page of GitHub-flavoured Markdown; percent instead of fractions, weakest classes first."""
-
-from __future__ import annotations
+"""A report as a page of Markdown, percent instead of fractions, weakest classes first; and as a folder with its plots."""
 
 import html
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from coatnet.evaluation.report import Report
+import numpy as np
 
-# Figure -> (title, what it says, whether it is a share shown in percent).
-FIGURES = {
-    "top1": ("top-1 accuracy", "the first guess is right", True),
-    "top5": ("top-5 accuracy", "the truth is among the first five guesses", True),
-    "mean_average_precision": ("mean average precision", "how well each class ranks the images", True),
-    "macro_recall": ("macro recall", "accuracy with every class counted alike", True),
-    "micro_f1": ("micro F1", "F1 of all decisions at a probability of 0.5", True),
-    "macro_f1": ("macro F1", "F1 with every class counted alike", True),
-    "exact_match": ("exact match", "all labels of an image are right", True),
-    "calibration_error": ("calibration error", "mean gap between probability and accuracy", True),
-    "nll": ("negative log-likelihood", "nats; 0 is best", False),
-    "brier": ("Brier score", "squared error of the probabilities; 0 is best", False),
-}
+from coatnet.evaluation.metrics import FIGURES, ClassFigures
+from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
+from coatnet.evaluation.report import Report
+from coatnet.system.files import atomic_files, atomic_write
 
-LONGEST_OPEN_TABLE = 50
+MAX_OPEN_TABLE_ROWS = 50  # chosen: a longer table is folded
 
 
-def headline(report: Report) -> str:
-    """`top-1 accuracy 94.1 % (95 % interval 93.6 to 94.5) on 10,000 images of 10 classes`."""
-    name = "mean_average_precision" if report.multilabel else "top1"
-    value = _figure(report, name)
-    if report.intervals[name] is not None:
-        value += f" (95 % interval {_interval(report, name)})"
-    return f"{FIGURES[name][0]} {value} on {_images(report)} of {len(report.classes):,} classes"
+def write_report(report: Report, folder: str | Path) -> None:
+    """Write report.md, report.json and the plots shown in it into a folder, which is made if needed.
+
+    The plots are confusion.png (up to 1,000 classes, single-label), mistakes.png and calibration.png.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    folder = Path(folder)
+    # Names of files need not be Unicode; what is not is written as JSON would escape it.
+    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")
+    if report.confusion is not None:
+        with atomic_files(folder / "confusion.png") as (staged,):
+            draw_confusion(np.array(report.confusion), report.classes, staged)
+    if report.thumbnails:
+        with atomic_files(folder / "mistakes.png") as (staged,):
+            draw_mistakes(report.thumbnails, report.mistakes, staged)
+    with atomic_files(folder / "calibration.png") as (staged,):
+        draw_calibration(report.calibration, staged)
+    atomic_write(folder / "report.md", to_markdown(report, with_plots=True), errors="backslashreplace")
 
 
-def render(report: Report, *, with_plots: bool) -> str:
-    """The page, section by section; sections with nothing to say are left out."""
-    title = headline(report)
+def to_markdown(report: Report, *, with_plots: bool = False) -> str:
+    """Format a report as GitHub-flavored Markdown; sections without content are left out.
+
+    Args:
+        report: from `evaluate`.
+        with_plots: whether to show the images that `write_report` puts beside the page.
+    """
+    headline = report.headline()
     sections = [
-        f"# {_text(report.model)} on {_text(report.data)}\n\n**{title[0].upper()}{title[1:]}**",
+        f"# {_text(report.model)} on {_text(report.data)}\n\n**{headline[0].upper()}{headline[1:]}**",
         _table(
             ("figure", "value", "95 % interval", "what it says"),
             [
-                (FIGURES[name][0], _figure(report, name), _interval(report, name), FIGURES[name][1])
-                for name in FIGURES
+                (figure.title, report.format_figure(name), report.format_interval(name), figure.meaning)
+                for name, figure in FIGURES.items()
                 if name in report.figures
             ],
             numbers=(1, 2),
@@ -55,7 +61,7 @@ def render(report: Report, *, with_plots: bool) -> str:
         _mistake_section(report, with_plots),
         _calibration_section(report, with_plots),
         _bad_image_section(report),
-        _making_section(report),
+        _provenance_section(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -79,11 +85,11 @@ def _confusion_section(report: Report, with_plots: bool) -> str:
 def _class_section(report: Report) -> str:
     measure = "average_precision" if report.multilabel else "f1"
 
-    def weakness(item: tuple) -> tuple:
+    def weakest_first(item: tuple[str, ClassFigures]) -> tuple:
         value = getattr(item[1], measure)
         return (item[1].support == 0, value is None, value)
 
-    ordered = sorted(zip(report.classes, report.per_class, strict=True), key=weakness)
+    ordered = sorted(zip(report.classes, report.per_class, strict=True), key=weakest_first)
     columns = ["recall", "precision", "f1"] + ["average_precision"] * report.multilabel
     header = ["class", "images"] + [name.replace("_", " ").replace("f1", "F1") for name in columns]
     rows = [
@@ -91,7 +97,7 @@ def _class_section(report: Report) -> str:
         for name, row in ordered
     ]
     numbers = range(1, len(header))
-    if len(rows) <= LONGEST_OPEN_TABLE:
+    if len(rows) <= MAX_OPEN_TABLE_ROWS:
         return "## Classes, weakest first\n\n" + _table(header, rows, numbers=numbers)
     return "\n\n".join(
         (
@@ -152,9 +158,9 @@ def _bad_image_section(report: Report) -> str:
     )
 
 
-def _making_section(report: Report) -> str:
+def _provenance_section(report: Report) -> str:
     rows = [
-        ("data", f"{_text(report.data)}, {_text(report.split)}, {_images(report)}"),
+        ("data", f"{_text(report.data)}, {_text(report.split)}, {report.format_num_images()}"),
         ("model", f"{_text(report.model)}, {report.num_parameters / 1e6:,.2f} M parameters"),
         ("resolution", f"{report.resolution} pixels"),
         (
@@ -165,34 +171,12 @@ def _making_section(report: Report) -> str:
     return "## How it was made\n\n" + _table(("", ""), rows)
 
 
-def _images(report: Report) -> str:
-    n = int(report.figures["n"])
-    return f"{n:,} image" + "s" * (n != 1)
-
-
-def _figure(report: Report, name: str) -> str:
-    value = report.figures[name]
-    return f"{100 * value:.{_digits(report)}f} %" if FIGURES[name][2] else f"{value:.3f}"
-
-
-def _digits(report: Report) -> int:
-    return 2 if report.figures["n"] >= 10_000 else 1
-
-
-def _interval(report: Report, name: str) -> str:
-    interval = report.intervals[name]
-    if interval is None:
-        return "unknown"
-    scale, digits = (100, _digits(report)) if FIGURES[name][2] else (1, 3)
-    return " to ".join(f"{scale * bound:.{digits}f}" for bound in interval)
-
-
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _text(text: str) -> str:
-    """Names come from folders and files: whatever they hold must neither break a table nor become markup."""
+    """Escape a name: names come from folders and files, and must neither break a table nor become markup."""
     flat = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", flat)
 

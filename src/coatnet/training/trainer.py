@@ -14,7 +14,8 @@ from coatnet.bundle import Bundle, load
 from coatnet.data.open import open_dataset
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.plots import draw_curves
-from coatnet.evaluation.report import Report, write
+from coatnet.evaluation.report import Report
+from coatnet.evaluation.report_markdown import write_report
 from coatnet.system.hardware import keep_freed_memory
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
@@ -83,7 +84,7 @@ def finish(session: Session, bundle: Bundle) -> Report:
     if report.bad_images:
         progress.say(f"{len(report.bad_images)} images could not be used; {run.path}/report.md names them")
     session.log({**report.figures, "bad_images": len(report.bad_images)})
-    write(report, run.path)
+    write_report(report, run.path)
     draw_curves(run.metrics, run.path / "curves.png")
     replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(run.bundle)
     return report

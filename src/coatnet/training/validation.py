@@ -49,7 +49,9 @@ def measure(
             stopped = told_to_stop()
     if working:
         return None
-    told = processes.gather(list(zip(first_images, metrics.parts, strict=True)))
+    told = processes.gather(list(zip(first_images, metrics.batches, strict=True)))
     # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
-    metrics.parts = [part for _, part in sorted((each for of_one in told for each in of_one), key=lambda each: each[0])]
+    metrics.batches = [
+        part for _, part in sorted((each for of_one in told for each in of_one), key=lambda each: each[0])
+    ]
     return metrics.compute()

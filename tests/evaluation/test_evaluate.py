@@ -16,7 +16,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import evaluate
-from coatnet.evaluation.report import write
+from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
@@ -144,9 +144,9 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> Non
     report = evaluate(bundle, tmp_path / "pictures", split="all", batch_size=3)
     assert report.figures["n"] == 19
     assert list(report.bad_images) == [str(bad)]
-    assert str(bad) in report.to_markdown().replace("\\", "")
+    assert str(bad) in to_markdown(report).replace("\\", "")
     assert {thumbnail.shape for thumbnail in report.thumbnails} == {(16, 160, 3)}
-    write(report, tmp_path / "report")
+    write_report(report, tmp_path / "report")
     assert json.loads((tmp_path / "report" / "report.json").read_text())["bad_images"] == dict(report.bad_images)
 
 

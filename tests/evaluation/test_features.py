@@ -17,9 +17,8 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation import feature_files
-from coatnet.evaluation.feature_files import write_features
-from coatnet.evaluation.features import extract
+from coatnet.evaluation import features as features_module
+from coatnet.evaluation.features import extract, write_features
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
@@ -224,7 +223,7 @@ def test_parquet_holds_what_was_extracted_in_groups(
     import pyarrow
     from pyarrow import parquet
 
-    monkeypatch.setattr(feature_files, "ROWS_OF_A_GROUP", 7)
+    monkeypatch.setattr(features_module, "MIN_ROW_GROUP_IMAGES", 7)
     features = extract(bundle, folder, batch_size=3)
     out = folder.parent / "all.parquet"
     assert write_features(features, out) == 20

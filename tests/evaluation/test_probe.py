@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -14,11 +15,10 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation import probe as probing
 from coatnet.evaluation.features import extract
 from coatnet.evaluation.intervals import wilson_interval
 from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.probe import TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
+from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
 from coatnet.model.network import create_model
 
 
@@ -69,8 +69,8 @@ def test_parts_at_once_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(100, spread=1.5)
     others, _ = clusters(70, spread=1.5, seed=1)
     whole = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
-    monkeypatch.setattr(probing, "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(probing, "NUMBERS_AT_ONCE", 500)
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "NUMBERS_AT_ONCE", 500)
     parts = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
@@ -145,7 +145,7 @@ def test_more_noise_is_answered_with_more_l2() -> None:
     for name, features in (("clear", clusters(40, spread=0.01)[0]), ("noisy", torch.cat([few, noise], 1))):
         strength[name] = linear_scores(features, labels, features, 5)[1]
     # All strengths are right where the classes are clear: the strongest of equals is taken.
-    assert strength["clear"] == probing.L2_STRENGTHS[0] and strength["noisy"] in probing.L2_STRENGTHS
+    assert strength["clear"] == L2_STRENGTHS[0] and strength["noisy"] in L2_STRENGTHS
 
 
 @pytest.fixture(scope="module")

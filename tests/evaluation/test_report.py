@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.report import Mistake, Report, write
+from coatnet.evaluation.report import Mistake, Report
+from coatnet.evaluation.report_markdown import to_markdown, write_report
 
 ODD = (
     "t-shirt | top",
@@ -71,7 +72,7 @@ def test_the_headline_is_percent_with_n_and_interval(report: Report) -> None:
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
     expected = f"top-1 accuracy {top1} ({interval}) on 120 images of 7 classes"
     assert report.headline() == expected
-    assert expected[1:] in report.to_markdown()
+    assert expected[1:] in to_markdown(report)
 
 
 def test_numbers_come_back_from_json_as_fractions(report: Report) -> None:
@@ -88,33 +89,33 @@ def test_numbers_come_back_from_json_as_fractions(report: Report) -> None:
 
 
 def test_classes_stand_weakest_first(report: Report) -> None:
-    rows = rows_of(report.to_markdown(), "Classes, weakest first")
+    rows = rows_of(to_markdown(report), "Classes, weakest first")
     scores = [float(row.split(" | ")[-1].removesuffix(" % |")) for row in rows]
     assert len(scores) == 7 and scores == sorted(scores)
 
 
 def test_no_name_breaks_a_table(report: Report) -> None:
-    for line in report.to_markdown(with_plots=True).splitlines():
+    for line in to_markdown(report, with_plots=True).splitlines():
         if line.startswith("|"):
             columns = line.replace("\\|", "").count("|") - 1
             assert columns in (2, 4, 5), line
-    assert "<b>" not in report.to_markdown()
+    assert "<b>" not in to_markdown(report)
 
 
 def test_long_tables_are_folded() -> None:
-    page = report_of(tuple(f"class {number}" for number in range(51))).to_markdown()
+    page = to_markdown(report_of(tuple(f"class {number}" for number in range(51))))
     assert "## The ten weakest classes" in page
     assert "<details><summary>All 51 classes, weakest first</summary>\n\n| class |" in page
     assert page.index("<details>") < page.rindex("| class 50 |") < page.index("</details>")
-    assert "<details>" not in report_of(tuple(f"class {number}" for number in range(50))).to_markdown()
+    assert "<details>" not in to_markdown(report_of(tuple(f"class {number}" for number in range(50))))
 
 
 def test_several_labels_have_average_precision_and_no_confusion(tmp_path: Path) -> None:
     report = report_of(multilabel=True)
-    page = report.to_markdown()
+    page = to_markdown(report)
     assert page.count("mean average precision") and "average precision |" in page
     assert "top-1" not in page and "taken for" not in page
-    write(report, tmp_path)
+    write_report(report, tmp_path)
     assert not (tmp_path / "confusion.png").exists() and (tmp_path / "mistakes.png").exists()
 
 
@@ -126,7 +127,7 @@ def test_clock_and_thumbnails_do_not_make_reports_differ(report: Report) -> None
 def test_written_pages_show_only_images_that_are_there(report: Report, tmp_path: Path) -> None:
     for number, each in enumerate((report, replace(report, thumbnails=(), mistakes=()))):
         folder = tmp_path / str(number)
-        write(each, folder)
+        write_report(each, folder)
         page = (folder / "report.md").read_text(encoding="utf-8")
         shown = {piece.partition(")")[0] for piece in page.split("](")[1:]}
         assert shown == {path.name for path in folder.glob("*.png")}
@@ -138,12 +139,12 @@ def test_written_pages_show_only_images_that_are_there(report: Report, tmp_path:
 
 def test_a_name_that_is_not_unicode_is_written_escaped(tmp_path: Path) -> None:
     report = report_of(("caf\udce9", "b"))
-    write(report, tmp_path)
+    write_report(report, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["classes"] == ["caf\udce9", "b"]
 
 
 def test_one_image_has_a_report() -> None:
-    page = report_of(("a", "b"), num_images=1).to_markdown()
+    page = to_markdown(report_of(("a", "b"), num_images=1))
     assert "on 1 image of 2 classes" in page and "unknown" in page
 
 

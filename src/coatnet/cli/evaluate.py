@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     """Measure a trained model and print its report."""
     given = parse_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.evaluation.evaluate import evaluate
+    from coatnet.evaluation import evaluate, to_markdown
     from coatnet.system.hardware import best_device
     from coatnet.system.progress import ProgressBar
 
@@ -42,5 +42,5 @@ def run(arguments: Sequence[str]) -> int:
     bundle.model.to(best_device())
     with ProgressBar("evaluating") as bar:
         report = evaluate(bundle, given.data, split=given.split, progress=bar.update)
-    print(report.to_json() if given.json else report.to_markdown(), end="")
+    print(report.to_json() if given.json else to_markdown(report), end="")
     return 0

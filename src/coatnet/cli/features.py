@@ -39,8 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle import load
     from coatnet.data.find_images import open_images
-    from coatnet.evaluation.feature_files import write_features
-    from coatnet.evaluation.features import extract
+    from coatnet.evaluation import extract, write_features
     from coatnet.system.hardware import best_device
 
     bundle = load(given.bundle)

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     """Measure a model's features and print the figures."""
     given = parse_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.evaluation.probe import probe
+    from coatnet.evaluation import probe
     from coatnet.system.hardware import best_device
 
     bundle = load(given.bundle)

@@ -1,1 +1,23 @@
-"""What came out: exact figures with their uncertainty, the images that went wrong, and a report to show."""
+"""What a finished model is worth: figures with their uncertainty, the worst mistakes, features, and a linear probe."""
+
+from coatnet.evaluation.evaluate import evaluate as evaluate
+from coatnet.evaluation.features import extract as extract
+from coatnet.evaluation.features import write_features as write_features
+from coatnet.evaluation.metrics import Metrics as Metrics
+from coatnet.evaluation.probe import ProbeReport as ProbeReport
+from coatnet.evaluation.probe import probe as probe
+from coatnet.evaluation.report import Report as Report
+from coatnet.evaluation.report_markdown import to_markdown as to_markdown
+from coatnet.evaluation.report_markdown import write_report as write_report
+
+__all__ = [
+    "Metrics",
+    "ProbeReport",
+    "Report",
+    "evaluate",
+    "extract",
+    "probe",
+    "to_markdown",
+    "write_features",
+    "write_report",
+]

@@ -1,4 +1,4 @@
-"""A report as a page of Markdown, percent instead of fractions, weakest classes first; and as a folder with its plots."""
+"""A report as a page of Markdown, and as a folder with its plots."""
 
 import html
 import re

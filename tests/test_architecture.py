@@ -30,6 +30,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NOT_OURS = {
     ".git",
     ".venv",
+    ".venv-oldest",
     ".hypothesis",
     ".pytest_cache",
     ".ruff_cache",

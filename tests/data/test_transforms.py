@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional._geometry import _do_native_uint8_resize_on_cpu
 
 from coatnet.data import augmentation as augment
 from coatnet.data.sampler import hash_words
@@ -34,6 +35,8 @@ def noise(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(37, 50), (333, 250), (100, 80), (224, 224), (28, 28)])
 def test_center_equals_torchvision_resize_then_center_crop(interpolation, size):
+    if not _do_native_uint8_resize_on_cpu(v2.InterpolationMode(interpolation)):
+        pytest.skip("this torchvision resizes uint8 in float32 on this processor (before 0.22 with AVX-512)")
     image = noise(3, *size)
     reference = v2.Compose([v2.Resize(64, v2.InterpolationMode(interpolation)), v2.CenterCrop(56)])
     preprocessing = Preprocessing(resolution=56, interpolation=interpolation)

@@ -24,14 +24,15 @@ Part = TypeVar("Part", bound=nn.Module)
 class ConstantBias(nn.Module):
     """The relative bias of one grid: `(A, N, N)`, whatever it was made of."""
 
+    matrix: Tensor
+
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
         self.register_buffer("matrix", matrix)
 
     def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        matrix = self.get_buffer("matrix")
-        assert matrix.shape[-1] == grid[0] * grid[1]
-        return matrix.to(dtype)
+        assert self.matrix.shape[-1] == grid[0] * grid[1]
+        return self.matrix.to(dtype)
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if not self._progress.disable:  # before version 14, rich ends a line for a bar that is not shown
+            self._progress.stop()
 
     def advance(self, amount: float = 1) -> None:
         """Add to the work done."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import coatnet
-from coatnet.data.transforms import EvaluationTransform
+from coatnet.data import EvaluationTransform
 
 run = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="coatnet-"))
 

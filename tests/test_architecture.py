@@ -23,6 +23,7 @@ LAYERS = (
     ("bundle",),
     ("data", "model"),
     ("system",),
+    ("lazy_exports",),
     ("deprecation", "errors", "version"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,43 +1,58 @@
-"""CoAtNets, from a folder of images to a measured, finished classifier.
+"""CoAtNets: from a folder of images to a trained and measured classifier.
 
-The public names are imported when they are first used: `import coatnet` itself does not import torch.
+The names below are what programs may rely on. They are imported when they are first used: `import coatnet` itself does
+not import torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from coatnet.lazy_exports import lazy_exports
 from coatnet.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from coatnet.bundle import load as load
+    from coatnet.bundle.bundle import Bundle as Bundle
+    from coatnet.bundle.bundle import load as load
+    from coatnet.data.inspection import inspect as inspect
     from coatnet.data.open import open_dataset as open_dataset
+    from coatnet.errors import UserError as UserError
     from coatnet.evaluation.evaluate import evaluate as evaluate
+    from coatnet.evaluation.features import extract_features as extract_features
+    from coatnet.evaluation.probe import probe as probe
+    from coatnet.evaluation.report import Report as Report
+    from coatnet.evaluation.report_markdown import write_report as write_report
+    from coatnet.inference.prediction import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
+    from coatnet.model.compat import from_coatnet_pytorch as from_coatnet_pytorch
+    from coatnet.model.freeze import freeze as freeze
     from coatnet.model.network import create_model as create_model
+    from coatnet.model.registry import find_variant as find_variant
     from coatnet.model.registry import list_variants as list_variants
     from coatnet.training.config import Recipe as Recipe
+    from coatnet.training.interruption import Interrupted as Interrupted
     from coatnet.training.trainer import train as train
 
-_HOMES = {
-    "Predictor": "coatnet.inference.predictor",
-    "Recipe": "coatnet.training.config",
-    "create_model": "coatnet.model.network",
-    "evaluate": "coatnet.evaluation.evaluate",
-    "list_variants": "coatnet.model.registry",
-    "load": "coatnet.bundle",
-    "open_dataset": "coatnet.data.open",
-    "train": "coatnet.training.trainer",
-}
-
-__all__ = ["Predictor", "Recipe", "create_model", "evaluate", "list_variants", "load", "open_dataset", "train"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'coatnet' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Bundle": "coatnet.bundle.bundle",
+        "Interrupted": "coatnet.training.interruption",
+        "Prediction": "coatnet.inference.prediction",
+        "Predictor": "coatnet.inference.predictor",
+        "Recipe": "coatnet.training.config",
+        "Report": "coatnet.evaluation.report",
+        "UserError": "coatnet.errors",
+        "create_model": "coatnet.model.network",
+        "evaluate": "coatnet.evaluation.evaluate",
+        "extract_features": "coatnet.evaluation.features",
+        "find_variant": "coatnet.model.registry",
+        "freeze": "coatnet.model.freeze",
+        "from_coatnet_pytorch": "coatnet.model.compat",
+        "inspect": "coatnet.data.inspection",
+        "list_variants": "coatnet.model.registry",
+        "load": "coatnet.bundle.bundle",
+        "open_dataset": "coatnet.data.open",
+        "probe": "coatnet.evaluation.probe",
+        "train": "coatnet.training.trainer",
+        "write_report": "coatnet.evaluation.report_markdown",
+    },
+)

@@ -15,7 +15,7 @@ from coatnet.bundle import Bundle, load
 from coatnet.cli.main import main
 from coatnet.data.builtin import open_digits
 from coatnet.data.transforms import Preprocessing
-from coatnet.evaluation.features import extract
+from coatnet.evaluation.features import extract_features
 from coatnet.model.network import create_model
 
 
@@ -57,7 +57,7 @@ def test_features_of_data_go_to_a_file(
     out = tmp_path / "all.npy"
     assert main(["features", str(bundle), "--data", str(digits), "--out", str(out), "--batch-size", "20"]) == 0
     assert capsys.readouterr().out == f"{out}: 90 images, 128 features each\n"
-    expected, _, names = extract(load(bundle), digits).gather()
+    expected, _, names = extract_features(load(bundle), digits).gather()
     np.testing.assert_allclose(np.load(out), expected, rtol=1e-4, atol=1e-5)
     with (tmp_path / "all.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -18,7 +18,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation import features as features_module
-from coatnet.evaluation.features import extract, write_features
+from coatnet.evaluation.features import extract_features, write_features
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_features_are_what_the_classifier_is_given(bundle: Bundle) -> None:
     dataset = dataset_of(5)
-    features, labels, names = extract(bundle, dataset).gather()
+    features, labels, names = extract_features(bundle, dataset).gather()
     transform = EvaluationTransform(bundle.preprocessing)
     assert features.shape == (5, bundle.model.num_features) and features.dtype == torch.float32
     for index in range(5):
@@ -67,9 +67,9 @@ def test_features_are_what_the_classifier_is_given(bundle: Bundle) -> None:
 
 
 def test_the_batch_size_changes_nothing(bundle: Bundle) -> None:
-    whole, labels, names = extract(bundle, dataset_of(), batch_size=64).gather()
+    whole, labels, names = extract_features(bundle, dataset_of(), batch_size=64).gather()
     for batch_size in (1, 8):
-        parts = list(extract(bundle, dataset_of(), batch_size=batch_size))
+        parts = list(extract_features(bundle, dataset_of(), batch_size=batch_size))
         assert {len(part.names) for part in parts[:-1]} == {batch_size}
         torch.testing.assert_close(torch.cat([part.features for part in parts]), whole)
         assert torch.cat([part.labels for part in parts]).equal(labels)
@@ -86,7 +86,7 @@ def test_no_more_than_a_batch_is_read_ahead(bundle: Bundle, folder: Path) -> Non
 
     paths = [f"{name}/{number}.png" for name in "ab" for number in range(10)]
     dataset = Counted("counted", ("a", "b"), folder, paths, np.arange(20) // 10)
-    batches = iter(extract(bundle, dataset, batch_size=3))
+    batches = iter(extract_features(bundle, dataset, batch_size=3))
     assert dataset.num_reads == 0
     for number in range(1, 4):
         next(batches)
@@ -95,24 +95,24 @@ def test_no_more_than_a_batch_is_read_ahead(bundle: Bundle, folder: Path) -> Non
 
 def test_splits_follow_each_other(bundle: Bundle) -> None:
     splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
-    parts = [extract(bundle, splits, split=split).gather()[0] for split in ("training", "validation")]
-    torch.testing.assert_close(extract(bundle, splits).gather()[0], torch.cat(parts))
+    parts = [extract_features(bundle, splits, split=split).gather()[0] for split in ("training", "validation")]
+    torch.testing.assert_close(extract_features(bundle, splits).gather()[0], torch.cat(parts))
     with pytest.raises(UserError, match="split 'test' is unknown"):
-        extract(bundle, splits, split="test")
+        extract_features(bundle, splits, split="test")
 
 
 def test_the_classes_need_not_be_the_models(bundle: Bundle) -> None:
-    foreign = extract(bundle, dataset_of(classes=("zebra", "yak")))
+    foreign = extract_features(bundle, dataset_of(classes=("zebra", "yak")))
     assert foreign.classes == ("zebra", "yak") and set(foreign.gather()[1].tolist()) == {0, 1}
 
 
 def test_the_model_is_in_evaluation_mode_and_left_as_it_was(bundle: Bundle) -> None:
-    expected = extract(bundle, dataset_of(6)).gather()[0]
+    expected = extract_features(bundle, dataset_of(6)).gather()[0]
     before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
     bundle.model.train()
     try:
-        torch.testing.assert_close(extract(bundle, dataset_of(6), batch_size=2).gather()[0], expected)
-        next(iter(extract(bundle, dataset_of(6), batch_size=2)))  # given up in the middle
+        torch.testing.assert_close(extract_features(bundle, dataset_of(6), batch_size=2).gather()[0], expected)
+        next(iter(extract_features(bundle, dataset_of(6), batch_size=2)))  # given up in the middle
         assert bundle.model.training
     finally:
         bundle.model.eval()
@@ -120,7 +120,7 @@ def test_the_model_is_in_evaluation_mode_and_left_as_it_was(bundle: Bundle) -> N
 
 
 def test_a_head_can_be_trained_on_features(bundle: Bundle) -> None:
-    features, labels, _ = extract(bundle, dataset_of(6)).gather()
+    features, labels, _ = extract_features(bundle, dataset_of(6)).gather()
     head = torch.nn.Linear(features.shape[1], 4)
     torch.nn.functional.cross_entropy(head(features), labels).backward()
     assert head.weight.grad.norm() > 0
@@ -142,13 +142,13 @@ def test_only_the_public_contract_is_asked_of_a_model() -> None:
             return x.mean((2, 3))
 
     other = Bundle(Other(), CLASSES, Preprocessing(resolution=8, mean=(0.5,), std=(0.5,)))
-    assert extract(other, dataset_of(5)).gather()[0].shape == (5, 3)
+    assert extract_features(other, dataset_of(5)).gather()[0].shape == (5, 3)
 
 
 def test_bad_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
     bad = folder / "b" / "4.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    features = extract(bundle, folder, batch_size=3)
+    features = extract_features(bundle, folder, batch_size=3)
     table, labels, names = features.gather()
     assert len(features) == 20 and len(table) == len(labels) == len(names) == 19
     assert list(features.bad_images) == [str(bad)] and str(bad) not in names
@@ -156,29 +156,29 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
 
 def test_nothing_to_extract_is_a_mistake(bundle: Bundle, folder: Path) -> None:
     with pytest.raises(UserError, match="noise: the all split holds no images"):
-        extract(bundle, dataset_of(0)).gather()
+        extract_features(bundle, dataset_of(0)).gather()
     with pytest.raises(UserError, match="batch_size is 0"):
-        extract(bundle, dataset_of(), batch_size=0)
+        extract_features(bundle, dataset_of(), batch_size=0)
     for path in folder.rglob("*.png"):
         path.write_text("not an image")
     with pytest.raises(UserError, match="none of the 20 images of the all split could be read"):
-        extract(bundle, folder).gather()
+        extract_features(bundle, folder).gather()
 
 
 def test_broken_weights_are_told(bundle: Bundle) -> None:
     broken = create_model("coatnet-femto-16", num_classes=4, in_channels=1, resolution=8)
     torch.nn.init.constant_(broken.head.hidden.weight, torch.nan)
     with pytest.raises(UserError, match="not finite"):
-        extract(Bundle(broken, CLASSES, bundle.preprocessing), dataset_of(3)).gather()
+        extract_features(Bundle(broken, CLASSES, bundle.preprocessing), dataset_of(3)).gather()
 
 
 def test_images_without_labels_come_in_the_order_asked(bundle: Bundle, folder: Path) -> None:
     single = folder / "b" / "7.png"
-    features = extract(bundle, open_images([single, folder / "a"]))
+    features = extract_features(bundle, open_images([single, folder / "a"]))
     table, labels, names = features.gather()
     assert names == (str(single), *(str(folder / "a" / f"{number}.png") for number in range(10)))
     assert features.classes == () and set(labels.tolist()) == {-1}
-    labelled = extract(bundle, folder).gather()
+    labelled = extract_features(bundle, folder).gather()
     place = {name: index for index, name in enumerate(labelled[2])}
     torch.testing.assert_close(table, labelled[0][[place[name] for name in names]])
 
@@ -198,7 +198,7 @@ def rows_of(path: Path) -> list[list[str]]:
 
 def test_npy_and_csv_hold_what_was_extracted(bundle: Bundle, folder: Path) -> None:
     (folder / "b" / "4.png").write_bytes(b"")
-    features = extract(bundle, folder, batch_size=3)
+    features = extract_features(bundle, folder, batch_size=3)
     out = folder.parent / "found" / "all.npy"
     assert write_features(features, out) == 19
     assert {path.name for path in out.parent.iterdir()} == {"all.npy", "all.csv"}
@@ -212,7 +212,7 @@ def test_npy_and_csv_hold_what_was_extracted(bundle: Bundle, folder: Path) -> No
 
 
 def test_the_csv_is_a_manifest(bundle: Bundle, folder: Path) -> None:
-    write_features(extract(bundle, folder), folder.parent / "all.npy")
+    write_features(extract_features(bundle, folder), folder.parent / "all.npy")
     splits = open_dataset(folder.parent / "all.csv")
     assert splits.classes == ("a", "b") and len(splits.training) + len(splits.validation) == 20
 
@@ -224,7 +224,7 @@ def test_parquet_holds_what_was_extracted_in_groups(
     from pyarrow import parquet
 
     monkeypatch.setattr(features_module, "MIN_ROW_GROUP_IMAGES", 7)
-    features = extract(bundle, folder, batch_size=3)
+    features = extract_features(bundle, folder, batch_size=3)
     out = folder.parent / "all.parquet"
     assert write_features(features, out) == 20
     table, labels, names = features.gather()
@@ -242,10 +242,10 @@ def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle
 
     images = dataset_of(3).images
     labels = np.array([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
-    several = extract(bundle, ArrayDataset("noise", CLASSES, images, labels))
+    several = extract_features(bundle, ArrayDataset("noise", CLASSES, images, labels))
     write_features(several, folder / "several.npy")
     assert [row[1] for row in rows_of(folder / "several.csv")[1:]] == ["a;c", "", "b"]
-    write_features(extract(bundle, open_images([folder / "a" / "1.png"])), folder / "none.parquet")
+    write_features(extract_features(bundle, open_images([folder / "a" / "1.png"])), folder / "none.parquet")
     assert parquet.read_table(folder / "none.parquet")["label"].to_pylist() == [None]
 
 
@@ -254,7 +254,7 @@ def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle
 def test_a_name_that_is_not_text_is_written_as_reports_have_it(bundle: Bundle, folder: Path, name: str) -> None:
     strange = Path(os.fsdecode(os.fsencode(folder) + b'/\xff,"\n.png'))
     (folder / "a" / "1.png").rename(strange)
-    assert write_features(extract(bundle, open_images([strange])), folder / name) == 1
+    assert write_features(extract_features(bundle, open_images([strange])), folder / name) == 1
     if name == "f.npy":
         assert rows_of(folder / "f.csv")[1] == [f'{folder}/\\xff,"\\n.png', ""]
 
@@ -267,12 +267,12 @@ def test_what_cannot_be_finished_leaves_nothing(bundle: Bundle, folder: Path, tm
         path.write_bytes(b"")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="none of the 20 images"):
-        write_features(extract(bundle, folder), tmp_path / "out" / name)
+        write_features(extract_features(bundle, folder), tmp_path / "out" / name)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_file_in_the_way_is_left_alone(bundle: Bundle, tmp_path: Path) -> None:
-    features = extract(bundle, dataset_of(2))
+    features = extract_features(bundle, dataset_of(2))
     for present, out in (("f.npy", "f.npy"), ("g.csv", "g.npy"), ("h.parquet", "h.parquet")):
         (tmp_path / present).write_text("mine")
         with pytest.raises(UserError, match=f"{present} is there already"):
@@ -282,7 +282,7 @@ def test_a_file_in_the_way_is_left_alone(bundle: Bundle, tmp_path: Path) -> None
 
 
 def test_an_impossible_place_is_one_line(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = extract(bundle, dataset_of(2))
+    features = extract_features(bundle, dataset_of(2))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="could not be written"):
         write_features(features, tmp_path / "file" / "f.npy")

@@ -15,7 +15,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation.features import extract
+from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.intervals import wilson_interval
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
@@ -171,8 +171,8 @@ def digits() -> Splits:
 
 def test_a_probe_is_both_figures_of_extracted_features_twice_the_same(bundle: Bundle, digits: Splits) -> None:
     report = probe(bundle, digits, k=7)
-    features, labels, _ = extract(bundle, digits, split="training").gather()
-    others, truth, _ = extract(bundle, digits, split="validation").gather()
+    features, labels, _ = extract_features(bundle, digits, split="training").gather()
+    others, truth, _ = extract_features(bundle, digits, split="validation").gather()
     assert (report.n, report.num_training, report.num_features) == (100, 300, bundle.model.num_features)
     for scores, value, interval in (
         (knn_scores(features, labels, others, 10, k=7), report.knn, report.knn_interval),
@@ -195,8 +195,8 @@ def test_several_labels_have_a_mean_average_precision(bundle: Bundle, digits: Sp
 
     splits = Splits("digits", even_and_large(digits.training), even_and_large(digits.validation))
     report = probe(bundle, splits)
-    features, labels, _ = extract(bundle, splits, split="training").gather()
-    others, truth, _ = extract(bundle, splits, split="validation").gather()
+    features, labels, _ = extract_features(bundle, splits, split="training").gather()
+    others, truth, _ = extract_features(bundle, splits, split="validation").gather()
     metrics = Metrics(2, multilabel=True)
     metrics.update(knn_scores(features, labels, others, 2, k=20), truth)
     assert report.figure == "mean_average_precision"

@@ -65,12 +65,12 @@ def run(arguments: Sequence[str]) -> int:
     """Export a trained model and print how far the export is from it."""
     given = parse_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.export.export import export
+    from coatnet.export.export import export_bundle
     from coatnet.system.progress import ProgressBar
 
     bundle = load(given.bundle)
     with ProgressBar("exporting") as bar:
-        exported = export(
+        exported = export_bundle(
             bundle,
             given.format,
             given.out,

@@ -39,13 +39,13 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle import load
     from coatnet.data.find_images import open_images
-    from coatnet.evaluation import extract, write_features
+    from coatnet.evaluation import extract_features, write_features
     from coatnet.system.hardware import best_device
 
     bundle = load(given.bundle)
     bundle.model.to(best_device())
     data = given.data or open_images(given.images)
-    features = extract(bundle, data, split=given.split, batch_size=given.batch_size)
+    features = extract_features(bundle, data, split=given.split, batch_size=given.batch_size)
     num_images = write_features(features, given.out)
     print(f"{given.out}: {num_images:,} images, {features.num_features:,} features each")
     return print_unreadable(features.bad_images)

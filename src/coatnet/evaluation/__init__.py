@@ -1,7 +1,7 @@
 """What a finished model is worth: figures with their uncertainty, the worst mistakes, features, and a linear probe."""
 
 from coatnet.evaluation.evaluate import evaluate as evaluate
-from coatnet.evaluation.features import extract as extract
+from coatnet.evaluation.features import extract_features as extract_features
 from coatnet.evaluation.features import write_features as write_features
 from coatnet.evaluation.metrics import Metrics as Metrics
 from coatnet.evaluation.probe import ProbeReport as ProbeReport
@@ -15,7 +15,7 @@ __all__ = [
     "ProbeReport",
     "Report",
     "evaluate",
-    "extract",
+    "extract_features",
     "probe",
     "to_markdown",
     "write_features",

@@ -133,7 +133,7 @@ class Features:
         return table[: len(names)], torch.cat(labels), tuple(names)
 
 
-def extract(
+def extract_features(
     bundle: Bundle,
     data: str | Path | Dataset | Splits,
     *,

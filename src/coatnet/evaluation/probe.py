@@ -17,7 +17,7 @@ from coatnet.bundle.config import readable_json
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import choose_datasets
-from coatnet.evaluation.features import extract
+from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import FIGURES, Metrics
 from coatnet.system.progress import track
@@ -94,7 +94,7 @@ def probe(
     # Before the features are computed, and again without the images that cannot be read.
     _check(name, torch.from_numpy(splits.training.labels), num_classes, k)
     training, validation = (
-        extract(bundle, splits, split=split, batch_size=batch_size, num_workers=num_workers)
+        extract_features(bundle, splits, split=split, batch_size=batch_size, num_workers=num_workers)
         for split in ("training", "validation")
     )
     others, truth, _ = validation.gather()

@@ -1,6 +1,13 @@
-"""Finished models in the formats of other programs. Torch is imported where it is needed, not here."""
+"""Trained models in the formats of other programs."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coatnet.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from coatnet.export.export import Exported as Exported
+    from coatnet.export.export import export_bundle as export_bundle
 
 
 @dataclass(frozen=True)
@@ -27,3 +34,12 @@ FORMATS = {
         Format("safetensors", "coatnet.export.safetensors", False),
     )
 }
+
+
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Exported": "coatnet.export.export",
+        "export_bundle": "coatnet.export.export",
+    },
+)

@@ -30,7 +30,7 @@ class Exported:
     snippet: str
 
 
-def export(
+def export_bundle(
     bundle: Bundle,
     format: str,
     out: str | Path,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatnet.data.sampler import BalancedSampler, EpochSampler, expand_words, hash_words, random_words, uniform
+from coatnet.data.sampler import BalancedSampler, EpochSampler, expand_words, hash_words, uniform
 from coatnet.errors import UserError
 
 
@@ -89,14 +89,14 @@ def test_balanced_order_refuses_several_labels_a_image():
         BalancedSampler(np.zeros((4, 3)), seed=0)
 
 
-def test_random_words_of_a_image_do_not_depend_on_its_batch():
-    whole = random_words(1, 2, np.arange(100), 3)
-    assert np.array_equal(random_words(1, 2, np.arange(40, 60), 3), whole[40:60])
-    assert np.array_equal(random_words(1, np.full(100, 2), np.arange(100), 5)[:, :3], whole)
+def test_random_words_of_an_image_do_not_depend_on_its_batch():
+    whole = expand_words(hash_words(1, 2, np.arange(100)), 3)
+    assert np.array_equal(expand_words(hash_words(1, 2, np.arange(40, 60)), 3), whole[40:60])
+    assert np.array_equal(expand_words(hash_words(1, np.full(100, 2), np.arange(100)), 5)[:, :3], whole)
 
 
 def test_random_words_differ_between_seeds_epochs_and_images():
-    words = [random_words(seed, epoch, np.arange(50), 4) for seed in range(4) for epoch in range(4)]
+    words = [expand_words(hash_words(seed, epoch, np.arange(50)), 4) for seed in range(4) for epoch in range(4)]
     assert len(np.unique(np.concatenate(words))) == 4 * 4 * 50 * 4
 
 

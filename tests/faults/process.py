@@ -135,7 +135,7 @@ def follow(plan: Plan) -> None:
     around(CoAtNet, "forward_features", "forward", plan)
     around(torch.Tensor, "backward", "backward", plan)
     around(Metrics, "update", "evaluation", plan)
-    around(async_checkpoint.Saver, "begin", "save", plan)
+    around(async_checkpoint.CheckpointWriter, "start", "save", plan)
     around(async_checkpoint, "write_part", "writing", plan)
 
 

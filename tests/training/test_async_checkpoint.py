@@ -1,15 +1,16 @@
-"""Saving beside the training: a copy of the step it began at, one at a time, whole or absent."""
+"""Asynchronous checkpoints: a copy of the step at which they start, one at a time, whole or absent."""
 
 import json
 import threading
 
 import pytest
 import torch
+from tests.training import checkpoints
 
 from coatnet.errors import UserError
 from coatnet.training import async_checkpoint as module
-from coatnet.training.async_checkpoint import Saver
-from coatnet.training.checkpoint import Checkpoint, load_checkpoint, published, retain, save_checkpoint
+from coatnet.training.async_checkpoint import CheckpointWriter
+from coatnet.training.checkpoint import load_checkpoint, published, retain
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 
 
@@ -27,61 +28,61 @@ def gate(monkeypatch):
     event.set()
 
 
-def saver(folder):
-    return Saver(folder, SINGLE_PROCESS, keep=2, keep_every_hours=None)
+def writer_to(folder):
+    return CheckpointWriter(folder, SINGLE_PROCESS, keep=2)
 
 
-def test_what_is_saved_is_what_was_there_when_it_began(gate, tmp_path):
-    saving, weight = saver(tmp_path), torch.arange(6.0)
-    saving.begin("step-000000001", {"weight": weight}, {"step": 1})
+def test_a_checkpoint_holds_the_tensors_of_the_step_at_which_it_was_started(gate, tmp_path):
+    writer, weight = writer_to(tmp_path), torch.arange(6.0)
+    writer.start("step-000000001", {"weight": weight}, {"step": 1})
     weight += 100  # training goes on
-    assert saving.busy and not saving.written and published(tmp_path) == []
+    assert writer.busy and not writer.written and published(tmp_path) == []
     gate.set()
-    saving.finish()
-    assert not saving.busy and saving.last == ("step-000000001", {"step": 1})
+    writer.finish()
+    assert not writer.busy and writer.last == ("step-000000001", {"step": 1})
     found = load_checkpoint(tmp_path / "step-000000001")
     assert torch.equal(found.tensors["weight"], torch.arange(6.0)) and found.state == {"step": 1}
 
 
-def test_a_part_on_the_disk_has_no_name_before_all_processes_know(tmp_path):
-    saving = saver(tmp_path)
-    saving.begin("step-000000001", {"weight": torch.zeros(3)}, {})
-    while not saving.written:
+def test_a_written_part_is_not_published_before_finish(tmp_path):
+    writer = writer_to(tmp_path)
+    writer.start("step-000000001", {"weight": torch.zeros(3)}, {})
+    while not writer.written:
         pass
     assert published(tmp_path) == [] and len(list(tmp_path.glob("*.tmp-*"))) == 1
-    saving.finish()
+    writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
-def test_a_part_that_can_not_be_written_leaves_the_one_before_and_is_told(monkeypatch, tmp_path):
-    saving, said = saver(tmp_path), []
-    saving.begin("step-000000001", {"weight": torch.zeros(3)}, {})
-    saving.finish()
+def test_a_part_that_cannot_be_written_keeps_the_checkpoint_before_and_is_reported(monkeypatch, tmp_path):
+    writer, warnings = writer_to(tmp_path), []
+    writer.start("step-000000001", {"weight": torch.zeros(3)}, {})
+    writer.finish()
 
     def fail(path, tensors):
         path.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "write_part", fail)
-    saving.begin("step-000000002", {"weight": torch.zeros(3)}, {})
-    saving.finish_or_tell(said.append)
-    assert "step-000000002 was not written" in said[0] and "No space left on device" in said[0]
+    writer.start("step-000000002", {"weight": torch.zeros(3)}, {})
+    writer.finish_or_warn(warnings.append)
+    assert "step-000000002 was not written" in warnings[0] and "No space left on device" in warnings[0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
-    saving.begin("step-000000003", {"weight": torch.zeros(3)}, {})
+    writer.start("step-000000003", {"weight": torch.zeros(3)}, {})
     with pytest.raises(UserError, match="No space left"):
-        saving.finish()
+        writer.finish()
 
 
-def test_a_folder_that_can_not_be_made_is_told_at_once(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_at_once(tmp_path):
     (tmp_path / "checkpoints").write_text("a file is in the way")
     with pytest.raises(UserError, match="was not written"):
-        saver(tmp_path / "checkpoints").begin("step-000000001", {"weight": torch.zeros(3)}, {})
+        writer_to(tmp_path / "checkpoints").start("step-000000001", {"weight": torch.zeros(3)}, {})
 
 
 def test_a_checkpoint_in_parts_is_read_as_one(tmp_path):
     """As processes write it: rows one after the other, the last ones shorter; what all have is in the first part."""
     whole = {"weight": torch.arange(20.0).reshape(5, 4), "count": torch.tensor(7)}
-    path = save_checkpoint(tmp_path, "step-000000001", Checkpoint(whole, {}))
+    path = checkpoints.save(tmp_path, "step-000000001", whole, {})
     (path / "tensors.safetensors").unlink()
     files = {}
     for part, (rows, rest) in enumerate(
@@ -96,13 +97,13 @@ def test_a_checkpoint_in_parts_is_read_as_one(tmp_path):
     torch.testing.assert_close(dict(found), whole, rtol=0, atol=0)
     for first in range(5):
         for count in range(6 - first):
-            assert torch.equal(found.rows("weight", (first, count)), whole["weight"][first : first + count])
+            assert torch.equal(found.read("weight", (first, count)), whole["weight"][first : first + count])
 
 
 def test_retention_keeps_the_first_of_every_so_many_hours(tmp_path):
     hours = [0.1, 0.9, 2.1, 2.5, 3.9, 4.2, 6.5, 6.6, 6.7]
     for step, hour in enumerate(hours):
-        save_checkpoint(tmp_path, f"step-{step:09d}", Checkpoint({}, {"position": {"seconds": 3600 * hour}}))
+        checkpoints.save(tmp_path, f"step-{step:09d}", {}, {"position": {"seconds": 3600 * hour}})
         retain(tmp_path, keep=2, keep_every_hours=2)
     kept = [hours[int(path.name.removeprefix("step-"))] for path in published(tmp_path)]
     assert kept == [2.1, 4.2, 6.5, 6.6, 6.7]

@@ -6,37 +6,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.training import checkpoints
 
 from coatnet.errors import UserError
 from coatnet.training import checkpoint as module
 from coatnet.training.checkpoint import (
-    Checkpoint,
     CorruptCheckpoint,
     latest_checkpoint,
     load_checkpoint,
     published,
     retain,
-    save_checkpoint,
 )
 
 
-def sample(step):
-    return Checkpoint({"weight": torch.arange(12.0).reshape(3, 4) + step, "count": torch.tensor(step)}, {"step": step})
+def tensors_at(step):
+    return {"weight": torch.arange(12.0).reshape(3, 4) + step, "count": torch.tensor(step)}
 
 
 def save(folder, step):
-    return save_checkpoint(folder, f"step-{step:09d}", sample(step))
+    return checkpoints.save(folder, f"step-{step:09d}", tensors_at(step), {"step": step})
 
 
 def test_a_checkpoint_equals_itself_after_a_round_trip(tmp_path):
     loaded = load_checkpoint(save(tmp_path, 7))
     assert loaded.state == {"step": 7}
-    torch.testing.assert_close(loaded.tensors, sample(7).tensors, rtol=0, atol=0)
+    torch.testing.assert_close(dict(loaded.tensors), tensors_at(7), rtol=0, atol=0)
 
 
 def test_channels_last_tensors_keep_their_values(tmp_path):
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
-    path = save_checkpoint(tmp_path, "step-000000001", Checkpoint({"weight": weight}, {}))
+    path = checkpoints.save(tmp_path, "step-000000001", {"weight": weight}, {})
     assert torch.equal(load_checkpoint(path).tensors["weight"], weight)
 
 
@@ -74,7 +73,7 @@ def damage_unreadable_manifest(path):
 
 
 @pytest.mark.parametrize("damage", [value for name, value in globals().items() if name.startswith("damage_")])
-def test_a_damaged_checkpoint_is_skipped_loudly_for_the_one_before(damage, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(damage, tmp_path):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
     with pytest.raises(CorruptCheckpoint):
@@ -89,17 +88,18 @@ def test_no_checkpoint_is_none(tmp_path):
     assert latest_checkpoint(tmp_path / "nowhere", pytest.fail) is None
 
 
-def test_retention_keeps_the_last_two_the_best_and_no_leftovers(tmp_path):
+def test_retention_keeps_the_last_two_and_the_best_and_removes_leftovers(tmp_path):
     for step in (1, 2, 10):
         save(tmp_path, step)
-    save_checkpoint(tmp_path, "best", sample(1))
+    checkpoints.save(tmp_path, "best", tensors_at(1), {"step": 1})
     (tmp_path / "step-000000003.tmp-0a1b2c3d").mkdir()
+    (tmp_path / ".tmp-0a1b2c3d-step-000000003").mkdir()
     (tmp_path / ".trash-0a1b2c3d").mkdir()
-    retain(tmp_path)
+    retain(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000000002", "step-000000010"]
 
 
-@pytest.mark.parametrize("call", ["save_file", "_fingerprint", "flush", "os.rename"])
+@pytest.mark.parametrize("call", ["save_file", "_fingerprint", "fsync_path", "os.rename"])
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(call, tmp_path, monkeypatch):
     save(tmp_path, 1)
 
@@ -115,7 +115,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(call, 
     load_checkpoint(tmp_path / "step-000000001")
 
 
-def test_a_full_disk_is_told_with_what_is_needed_and_what_is_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_needed_and_free_space(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"disk full, it needs 0\.1 MB and has 0\.0 MB"):
         save(tmp_path, 1)

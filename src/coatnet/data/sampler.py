@@ -70,11 +70,6 @@ class BalancedSampler:
         return Samples(self.members[self.starts[chosen] + _permute(offsets, sizes, keys)], epochs)
 
 
-def random_words(seed: int, epoch: ArrayLike, indices: ArrayLike, count: int) -> Words:
-    """The random numbers (B, count) of images (B,) in an epoch, whatever the batch, worker or machine."""
-    return expand_words(hash_words(seed, epoch, indices), count)
-
-
 def hash_words(seed: int, *counters: ArrayLike) -> Words:
     """Mix a seed with integer counters, broadcast against each other, into one 64-bit word each."""
     word = _finalise(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN)

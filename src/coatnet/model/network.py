@@ -4,6 +4,7 @@ Shapes: B batch, C width, H W feature map, K classes.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ class CoAtNet(nn.Module):
         super().__init__()
         self.variant, self.in_channels, self.resolution = variant, in_channels, resolution
         self.num_classes, self.num_features = num_classes, variant.stages[-1].width
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self._recompute_batch_norm = False
         parts: Any = timm_blocks if isinstance(variant, TimmVariant) else build
         self.stem = parts.build_stem(variant, in_channels)
         self.stages = build_stages(variant, parts.build_block, resolution, stochastic_depth)
         self.head = parts.build_head(variant, num_classes)
-        self.apply(build.initialise)
+        self.apply(build.init_weights)
         # With channels-last weights every map is channels-last, so that maps become tokens without a copy.
         self.to(memory_format=torch.channels_last)
 
@@ -62,7 +63,12 @@ class CoAtNet(nn.Module):
 
     def forward_stage(self, blocks: nn.Module, x: Tensor) -> Tensor:
         """One stage, `(B, C, H, W) -> (B, C', H', W')`."""
-        return checkpoint_blocks(blocks, x) if self.grad_checkpointing and self.training else blocks(x)
+        if not (self.training and self.grad_checkpointing):
+            return blocks(x)
+        for block in blocks.children():
+            recompute = self._recompute_batch_norm or not has_batch_norm(block)
+            x = checkpoint_block(block, x) if recompute else block(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits `(B, K)`, or the features `(B, num_features)` that make them."""
@@ -123,7 +129,7 @@ class CoAtNet(nn.Module):
             )
         self.num_classes = num_classes
         device = next(self.parameters()).device
-        self.head.classifier = build_classifier(self.num_features, num_classes).apply(build.initialise).to(device)
+        self.head.classifier = build_classifier(self.num_features, num_classes).apply(build.init_weights).to(device)
 
     def no_weight_decay(self) -> set[str]:
         """Names of what makes relative biases: not to be decayed, beside every one-dimensional parameter."""
@@ -134,9 +140,13 @@ class CoAtNet(nn.Module):
         # What no pattern names, the head, is to timm a group of its own behind all others.
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks without BatchNorm in the backward pass instead of keeping what they computed."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, *, batch_norm: bool = False) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            batch_norm: blocks with BatchNorm too (MBConv); each batch still counts once in their statistics.
+        """
+        self.grad_checkpointing, self._recompute_batch_norm = enable, batch_norm
 
     def config(self) -> dict[str, Any]:
         """Plain values from which `create_model(**config)` builds this network again, untrained."""
@@ -211,9 +221,32 @@ def build_stages(
     return stages
 
 
-def checkpoint_blocks(blocks: nn.Module, x: Tensor) -> Tensor:
-    """The blocks in turn, each keeping its input only; one with BatchNorm would count its statistics twice."""
-    for each in blocks.children():
-        counts = any(isinstance(module, nn.BatchNorm2d) for module in each.modules())
-        x = each(x) if counts else checkpoint(each, x, use_reentrant=False)
-    return x
+def has_batch_norm(block: nn.Module) -> bool:
+    """Whether a block has a BatchNorm of either class."""
+    return any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in block.modules())
+
+
+def checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`, keeping only x for the backward pass, in which the block is computed a second time."""
+
+    def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        return nullcontext(), UncountedStatistics(block)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+class UncountedStatistics:
+    """While entered, the BatchNorms of a block write running statistics and counter to copies that are discarded."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [each for each in block.modules() if isinstance(each, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        self._buffers: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._buffers = [norm._buffers for norm in self._norms]
+        for norm in self._norms:
+            norm._buffers = {name: each if each is None else each.clone() for name, each in norm._buffers.items()}
+
+    def __exit__(self, *_: object) -> None:
+        for norm, buffers in zip(self._norms, self._buffers, strict=True):
+            norm._buffers = buffers

@@ -20,13 +20,12 @@ from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import Recipe, parts
-from coatnet.training.distributed.parallelize import Parallel, Single, rework_blocks
+from coatnet.training.distributed.parallelize import Parallel, Single, compile_and_checkpoint
 from coatnet.training.distributed.processes import Processes
-from coatnet.training.distributed.sharded_average import ShardedAverage
-from coatnet.training.distributed.shards import here
+from coatnet.training.distributed.shards import local_tensor
 from coatnet.training.distributed.wrappers import Sharded, mesh_for
 from coatnet.training.losses import build_loss
-from coatnet.training.optimizer import WeightAverage, build_optimizer
+from coatnet.training.optimizer import ShardedAverage, WeightAverage, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -83,7 +82,7 @@ def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Process
                 averages = ShardedAverage(model, decay).tensors()
         else:
             averages = (model if whole_average is model else whole_average.to_empty(device=CPU)).state_dict()
-        rework_blocks(model, recipe, CPU)
+        compile_and_checkpoint(model, recipe, CPU)
         # Of DDP's buckets the gradients are views; they are there all the time.
         keep_gradients = not processes.alone and not sharded
         return _take_step(recipe, model, parallel, averages, share=share, keep_gradients=keep_gradients)
@@ -146,7 +145,7 @@ def optimizer_state(recipe: Recipe, model: CoAtNet) -> list[Tensor]:
     """What the optimizer holds from the first step on, of what this process holds of the parameters."""
     optimizer = build_optimizer(model, parts(recipe).optimizer)
     for group in optimizer.param_groups:
-        group["params"] = [here(each).detach().requires_grad_() for each in group["params"]]
+        group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

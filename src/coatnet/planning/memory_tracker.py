@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from coatnet.training.distributed.shards import here
+from coatnet.training.distributed.shards import local_tensor
 
 OTHER = "activations"  # the kind of whatever nobody has labelled
 
@@ -68,7 +68,7 @@ class MemoryTracker(TorchDispatchMode):
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Say what these tensors are, from their beginning on; what was there before the tape is on it from now."""
         for tensor in tensors:
-            self._kinds[self._watch(here(tensor).untyped_storage())] = kind
+            self._kinds[self._watch(local_tensor(tensor).untyped_storage())] = kind
 
     def label_rest(self, kind: str) -> None:
         """Say what all that is alive and has no label is."""

@@ -6,31 +6,70 @@ is found by looking for the highest step that is whole. Nothing in it is execute
 """
 
 import json
-import os
 import re
 import shutil
-import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coatnet.errors import UserError
-from coatnet.system.files import fsync_path
-from coatnet.training.stored_tensors import StoredTensors
+from coatnet.system.files import commit_folder, fsync_path, remove_folder, remove_leftovers, temporary_path
+from coatnet.training.distributed.shards import Rows
 
 FORMAT = 1
-KEEP = 2
 _NAME = re.compile(r"step-(\d{9})$")
 _PART = re.compile(r"tensors(-\d{5}-of-\d{5})?\.safetensors")
 
 Fingerprint = list[int]  # size and CRC-32 of a file
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of one or more safetensors files, each read when it is asked for.
+
+    A tensor that lies in several files is their rows one after the other.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Raises SafetensorError or OSError if a file is not readable safetensors."""
+        self._parts: dict[str, list[Any]] = {}
+        for path in sorted(files):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118  # no mapping: it cannot be iterated
+                self._parts.setdefault(name, []).append(file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [file.get_tensor(name) for file in self._parts[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read(self, name: str, rows: Rows | None = None) -> Tensor:
+        """Some rows of a tensor, without reading the others; all for None."""
+        if rows is None:
+            return self[name]
+        found, start, (first, count) = [], 0, rows
+        for file in self._parts[name]:
+            part = file.get_slice(name)
+            length = part.get_shape()[0]
+            begin, end = max(first - start, 0), min(first + count - start, length)
+            if begin < end:
+                found.append(part[begin:end])
+            start += length
+        if not found:
+            return self._parts[name][0].get_slice(name)[0:1][:0]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class CorruptCheckpoint(Exception):
@@ -41,38 +80,19 @@ class CorruptCheckpoint(Exception):
 class Checkpoint:
     """What training needs to go on: tensors by name, and plain values."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: StoredTensors
     state: Mapping[str, Any]
-    path: Path | None = None  # where it was read from
+    path: Path
 
 
-def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> Path:
-    """Publish a checkpoint as `folder/name`; on any failure nothing of it is left.
-
-    Raises UserError when the disk is too full or not writable; earlier checkpoints are untouched.
-    """
-    staged = staging_place(folder, name)
-    try:
-        stage(staged, checkpoint.tensors)
-        written = {part_name(0, 1): write_part(staged / part_name(0, 1), checkpoint.tensors)}
-        publish(staged, folder / name, written, checkpoint.state)
-    except (OSError, SafetensorError) as error:
-        raise not_written(folder / name, error) from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return folder / name
-
-
-def staging_place(folder: Path, name: str) -> Path:
-    """Where a checkpoint is put together; a new place every time."""
-    return folder / f"{name}.tmp-{uuid.uuid4().hex[:8]}"
-
-
-def stage(staged: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Make that place. Raises OSError, also if the disk has too little room for the tensors."""
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_full_disk(staged.parent, tensors)
+def stage(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
+    """Make the temporary folder of a checkpoint. Raises OSError, also if the disk has too little room for the
+    tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_space(folder, tensors)
+    staged = temporary_path(folder / name)
     staged.mkdir()
+    return staged
 
 
 def part_name(part: int, num_parts: int) -> str:
@@ -88,15 +108,13 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state: Mapping[str, Any]) -> None:
-    """Complete a staged checkpoint and give it its name. Raises OSError."""
+    """Complete a staged checkpoint, whose parts are on the disk, and rename it to its place. Raises OSError."""
     (staged / "state.json").write_text(json.dumps(state))
     files = {**parts, "state.json": _fingerprint(staged / "state.json")}
     (staged / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
-    for path in (staged / "state.json", staged / "manifest.json", staged):
-        fsync_path(path)
-    remove(target)
-    os.rename(staged, target)
-    fsync_path(target.parent)
+    for name in ("state.json", "manifest.json"):
+        fsync_path(staged / name)
+    commit_folder(staged, target, replace=True)
 
 
 def not_written(target: Path, reason: object) -> UserError:
@@ -146,21 +164,15 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir())
 
 
-def retain(folder: Path, keep: int = KEEP, keep_every_hours: float | None = None) -> None:
-    """Remove all but the last `keep` steps and the first of every so many hours of training, and what interrupted
-    saves have left."""
+def retain(folder: Path, keep: int, keep_every_hours: float = 0.0) -> None:
+    """Remove all but the last `keep` checkpoints and the first of every so many hours of training (0: none), and what
+    interrupted saves have left."""
     steps = published(folder)
     lasting = milestones(steps, keep_every_hours) if keep_every_hours else set()
     for path in steps[:-keep]:
         if path not in lasting:
-            remove(path)
+            remove_folder(path)
     remove_leftovers(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves and removals have left."""
-    for path in [path for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(".trash-")]:
-        remove(path)
 
 
 def milestones(steps: list[Path], hours: float) -> set[Path]:
@@ -174,23 +186,6 @@ def milestones(steps: list[Path], hours: float) -> set[Path]:
             continue  # a damaged one is no milestone
     found.pop(0, None)
     return set(found.values())
-
-
-def remove(path: Path) -> None:
-    """Remove a folder in one visible step: renamed first, so that nobody meets a half-removed checkpoint."""
-    if not path.exists():
-        return
-    trash = path.with_name(f".trash-{uuid.uuid4().hex[:8]}")
-    os.rename(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    staged = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    staged.write_text(text, encoding="utf-8")
-    fsync_path(staged)
-    os.replace(staged, path)
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
@@ -214,7 +209,7 @@ def _fingerprint(path: Path) -> Fingerprint:
     return [path.stat().st_size, checksum]
 
 
-def _refuse_full_disk(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _require_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     needed = sum(tensor.nbytes for tensor in tensors.values()) + (1 << 16)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +20,10 @@ from coatnet.training.distributed.batch_split import share_of
 from coatnet.training.distributed.parallelize import build_network, parallelism_of, scale
 from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes, translate_errors
 from coatnet.training.distributed.shards import fill
-from coatnet.training.freezing import HeadFirst
-from coatnet.training.initialization import describe_start, start_statistics
+from coatnet.training.initialization import HeadFirst, describe_start, start_statistics
 from coatnet.training.losses import balancing_weights, build_loss
 from coatnet.training.oom import shortage_explained
 from coatnet.training.optimizer import build_optimizer, gradient_norm, take_step
-from coatnet.training.stored_tensors import StoredTensors
 
 INITIALISATION = -1  # the step whose randomness the untrained weights come from
 
@@ -140,17 +139,16 @@ class Learner:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to what `tensors` gave."""
         stored = checkpoint.tensors
-        assert isinstance(stored, StoredTensors)
         self.optimizer.state.clear()
         for name, target in self.tensors().items():
-            fill(target, stored, name)
+            fill(target, partial(stored.read, name))
         for name, parameter in self._parameters.items():
             # in the memory order of the parameter: the fused step walks both side by side
             moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             state = {"step": torch.zeros((), device=self.device), **moments}
             # a parameter that has not learned yet has no state
             for key in [key for key in state if f"optimizer.{key}.{name}" in stored]:
-                fill(state[key], stored, f"optimizer.{key}.{name}")
+                fill(state[key], partial(stored.read, f"optimizer.{key}.{name}"))
                 self.optimizer.state[parameter][key] = state[key]
 
     def bundle(self, dataset: Dataset, record: dict) -> Bundle:

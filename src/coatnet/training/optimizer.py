@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from coatnet.errors import UserError
 from coatnet.model.freeze import layer_groups
-from coatnet.model.network import CoAtNet
-from coatnet.training.distributed.shards import here
-from coatnet.training.freezing import frozen_modules
+from coatnet.model.network import CoAtNet, create_model
+from coatnet.training.distributed.shards import full_tensor, local_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -107,7 +106,7 @@ def take_step(
     limit: float,
 ) -> None:
     """One AdamW step with the gradients scaled down to the norm `limit`; clears the gradients."""
-    gradients = [here(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, torch.clamp(limit / (grad_norm + 1e-6), max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"]
@@ -117,12 +116,18 @@ def take_step(
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, a scalar; of what this process holds of them."""
-    return nn.utils.get_total_norm([here(p.grad) for p in parameters if p.grad is not None], foreach=True)
+    return nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None], foreach=True)
 
 
 def decay_at(step: int, limit: float) -> float:
     """How much of an average the update after optimizer step `step` keeps; less at first, to forget the start."""
     return min(limit, (1 + step) / (10 + step))
+
+
+def frozen_modules(model: nn.Module) -> set[str]:
+    """Names of the modules with parameters of their own that are all frozen; their buffers stand still too."""
+    own = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
+    return {name for name, parameters in own.items() if parameters and not any(p.requires_grad for p in parameters)}
 
 
 class MovingAverage:
@@ -135,7 +140,7 @@ class MovingAverage:
     def __init__(self, averages: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
         self.decay, self._averages, still = decay, averages, frozen_modules(model)
         pairs = [
-            (here(averages[name]), here(value))
+            (local_tensor(averages[name]), local_tensor(value))
             for name, value in model.state_dict().items()
             if name.rpartition(".")[0] not in still
         ]
@@ -158,7 +163,7 @@ class MovingAverage:
 
 
 class WeightAverage(MovingAverage, Generic[Model]):
-    """InferenceCache as a second model in `.model`; with decay 0 that is the model itself."""
+    """The average as a second model, `.model`; with decay 0 that is the model itself."""
 
     def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval() if decay > 0 else model
@@ -167,3 +172,22 @@ class WeightAverage(MovingAverage, Generic[Model]):
     def whole(self) -> Model:
         """The averaged model."""
         return self.model
+
+
+class ShardedAverage(MovingAverage):
+    """The average of weights that are spread over processes: each keeps that of its own rows."""
+
+    def __init__(self, model: CoAtNet, decay: float) -> None:
+        self._model, current = model, model.state_dict()
+        super().__init__({k: value.clone() for k, value in current.items()} if decay > 0 else current, model, decay)
+
+    @torch.no_grad()
+    def whole(self) -> CoAtNet:
+        """An ordinary network with the averages on every process; takes 4 bytes a parameter for as long as it is used.
+
+        All processes must call it together. Evaluation then needs no communication.
+        """
+        with torch.device("meta"):
+            network = create_model(**self._model.config())
+        network.load_state_dict({name: full_tensor(value) for name, value in self._averages.items()}, assign=True)
+        return network.to(memory_format=torch.channels_last).requires_grad_(False).eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError, few
-from coatnet.training.checkpoint import remove_leftovers, write_file
+from coatnet.system.files import atomic_write, remove_leftovers
 from coatnet.training.config import PARTS, Recipe
 from coatnet.training.config_parsing import plain
 
@@ -93,8 +93,8 @@ class RunFolder:
         """Make the folder and write recipe and classes into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_file(self.path / "recipe.yaml", self.recipe.to_yaml())
-            write_file(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
+            atomic_write(self.path / "recipe.yaml", self.recipe.to_yaml())
+            atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
         except OSError as error:
             raise UserError(
                 f"{self.path} can not be written ({error.strerror}): choose another folder for out"
@@ -124,7 +124,7 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # the line that the process was writing when it died
-        write_file(self.metrics, "".join(line + "\n" for line in kept))
+        atomic_write(self.metrics, "".join(line + "\n" for line in kept))
 
 
 def filled(given: Recipe, stored: Recipe) -> Recipe:

@@ -16,7 +16,7 @@ from coatnet.data.loader import sampler_of, training_batches
 from coatnet.data.splits import Splits
 from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
-from coatnet.training.async_checkpoint import Saver
+from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import CorruptCheckpoint, latest_checkpoint, load_checkpoint, open_checkpoint
 from coatnet.training.config import parts
 from coatnet.training.distributed.batch_split import workers_of_one
@@ -49,7 +49,9 @@ class Session:
         """`began` is when this process took up the run, on the monotonic clock."""
         self.learner, self.plan, self.splits, self.run, self.progress = learner, plan, splits, run, progress
         self.recipe, self.processes = learner.recipe, learner.processes
-        self.saver = Saver(run.checkpoints, self.processes, self.recipe.keep_checkpoints, self.recipe.keep_every_hours)
+        self.saver = CheckpointWriter(
+            run.checkpoints, self.processes, self.recipe.keep_checkpoints, self.recipe.keep_every_hours or 0.0
+        )
         self.agreement, self.loggers = Agreement(self.processes), Loggers({}, progress.say)
         self.position = Position(seconds=time.monotonic() - began)
         num_images = len(splits.training) + len(splits.validation)
@@ -159,13 +161,13 @@ class Session:
         self.log({**figures, "bad_images": len(self.bad_images.records)})
         self.progress.evaluated(self.position.step, self.epoch, figures)
         if better and self.recipe.patience is not None:
-            self.saver.finish_or_tell(self.progress.say)
+            self.saver.finish_or_warn(self.progress.say)
             self._begin_saving(BEST)
             self.saver.finish()
 
     def save(self) -> None:
         """Publish a checkpoint of this step, and wait for it. Raises UserError if it can not be written."""
-        self.saver.finish_or_tell(self.progress.say)
+        self.saver.finish_or_warn(self.progress.say)
         if any(self.processes.gather(self.saver.last != (self._name, self._state))):  # bad images differ
             self._begin_saving(self._name)
             self.saver.finish()
@@ -176,7 +178,7 @@ class Session:
         A save that fails is told, and training goes on.
         """
         if self.agreement.written:
-            self.saver.finish_or_tell(self.progress.say)
+            self.saver.finish_or_warn(self.progress.say)
         if self.agreement.save_due and not self.saver.busy:
             self._saved_at = time.monotonic()
             try:
@@ -232,7 +234,7 @@ class Session:
 
     def _begin_saving(self, name: str) -> None:
         self._gather_bad_images()
-        self.saver.begin(name, self.learner.tensors(), self._state)
+        self.saver.start(name, self.learner.tensors(), self._state)
 
     def _gather_bad_images(self) -> None:
         for records in self.processes.gather(dict(self.bad_images.records)):

@@ -8,13 +8,17 @@ import torch
 from torch import nn
 
 import coatnet
-from coatnet.model.network import create_model
+from coatnet.model.network import create_model, has_batch_norm
 from coatnet.model.registry import VARIANTS
-from coatnet.model.relative_bias import LocalRelativeBias, RelativeBias
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
-from coatnet.training.distributed.materialize import draw, materialise, own_tensors
-from coatnet.training.distributed.parallelize import holds_batch_norm, parallelism_of, rework_blocks
+from coatnet.training.distributed.parallelize import (
+    compile_and_checkpoint,
+    materialize,
+    own_tensors,
+    parallelism_of,
+    untrained,
+)
 from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
 from coatnet.training.learner import Learner
 
@@ -37,7 +41,7 @@ def gradients(model, images):
 def test_recomputed_blocks_give_the_same_gradients_and_count_batch_norm_once(kind):
     plain = network(stochastic_depth=0.5)
     recomputed = copy.deepcopy(plain)
-    rework_blocks(recomputed, Recipe(activation_checkpointing=kind), CPU)
+    compile_and_checkpoint(recomputed, Recipe(activation_checkpointing=kind), CPU)
     images = torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(gradients(recomputed, images), gradients(plain, images), rtol=0, atol=0)
     torch.testing.assert_close(recomputed.state_dict(), plain.state_dict(), rtol=0, atol=0)
@@ -51,7 +55,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
     kept = {}
     for kind in ("none", "transformer", "all"):
         model, kept[kind] = network(), 0
-        rework_blocks(model, Recipe(activation_checkpointing=kind), CPU)
+        compile_and_checkpoint(model, Recipe(activation_checkpointing=kind), CPU)
 
         def keep(x, kind=kind):
             kept[kind] += x.nbytes
@@ -66,7 +70,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
 def test_compiled_blocks_learn_as_plain_ones():
     plain = network()
     compiled = copy.deepcopy(plain)
-    rework_blocks(compiled, Recipe(compile=True), CPU)
+    compile_and_checkpoint(compiled, Recipe(compile=True), CPU)
     images = torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(gradients(compiled, images), gradients(plain, images), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
@@ -76,7 +80,7 @@ def test_weights_from_the_meta_device_are_spread_as_those_of_an_ordinary_network
     ordinary = network()
     with torch.device("meta"):
         model = network()
-    materialise(model, 3, CPU)
+    materialize(model, 3, CPU)
     for (name, value), drawn in zip(ordinary.state_dict().items(), model.state_dict().values(), strict=True):
         assert drawn.shape == value.shape and drawn.dtype == value.dtype
         if value.numel() >= 500:
@@ -93,16 +97,16 @@ def test_every_part_of_the_family_knows_how_to_begin():
             model = create_model(name)
         for module in model.modules():
             if own_tensors(module):
-                assert isinstance(module, RelativeBias | LocalRelativeBias) or callable(module.reset_parameters), name
+                assert callable(module.reset_parameters), name
 
 
 def test_weights_are_a_function_of_seed_and_name():
     with torch.device("meta"):
         layer = nn.Linear(3, 4)
-    assert torch.equal(draw(layer, 1).weight, draw(layer, 1).weight)
-    assert not torch.equal(draw(layer, 1).weight, draw(layer, 2).weight)
+    assert torch.equal(untrained(layer, 1).weight, untrained(layer, 1).weight)
+    assert not torch.equal(untrained(layer, 1).weight, untrained(layer, 2).weight)
     state = torch.get_rng_state()
-    draw(layer, 1)
+    untrained(layer, 1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -132,4 +136,4 @@ def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():
 
 def test_blocks_with_and_without_batch_norm_are_told_apart():
     model = network()
-    assert [holds_batch_norm(stage[0]) for stage in model.stages] == [True, True, False]
+    assert [has_batch_norm(stage[0]) for stage in model.stages] == [True, True, False]

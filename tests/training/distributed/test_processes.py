@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with told_at(STOPPED_AFTER, 0, signal.SIGTERM), pytest.raises(Interrupted):
         train(RECIPE, folder / "grown")
-    code, output = launching.run([launching.ROOT / "tests" / "training" / "parallel" / "two_processes.py", folder])
+    code, output = launching.run([launching.ROOT / "tests" / "training" / "distributed" / "two_processes.py", folder])
     assert code == 0, output
     (folder / "output.txt").write_text(output)
     return folder

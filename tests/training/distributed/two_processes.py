@@ -14,7 +14,7 @@ import torch
 from coatnet import Recipe, open_dataset, train
 from coatnet.training.defaults import resolve
 from coatnet.training.distributed.processes import Processes, joined
-from coatnet.training.distributed.shards import completed
+from coatnet.training.distributed.shards import full_tensor
 from coatnet.training.learner import Learner, NotFinite
 
 # Six steps, an evaluation after every second, and everything on that could make a difference.
@@ -75,13 +75,13 @@ def spoiled_step(out: Path, processes: Processes, parallelism: str) -> dict:
     if processes.rank == 1:
         images[3, 0, 2, 2] = float("nan")
     parameters = [p.detach() for p in learner.model.parameters()]
-    before = [completed(p).clone() for p in parameters]
+    before = [full_tensor(p).clone() for p in parameters]
     raised = ""
     try:
         learner.step(images, labels, step=1, learning_rate=1e-3)
     except NotFinite as error:
         raised = f"{type(error).__name__}: {error}"
-    same = all(torch.equal(one, completed(other)) for one, other in zip(before, parameters, strict=True))
+    same = all(torch.equal(one, full_tensor(other)) for one, other in zip(before, parameters, strict=True))
     return {"raised": raised, "same": same}
 
 

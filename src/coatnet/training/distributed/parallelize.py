@@ -3,35 +3,34 @@
 In this order: BatchNorm over all GPUs, copies or shards, compilation, recomputation. The network does not notice.
 """
 
+import copy
+import os
 import shutil
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
+from coatnet.data.sampler import hash_words
 from coatnet.errors import UserError
+from coatnet.model.build import init_weights
 from coatnet.model.config import Variant
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.registry import find_variant
 from coatnet.training.config import Recipe
-from coatnet.training.distributed.materialize import materialise
 from coatnet.training.distributed.processes import Processes
-from coatnet.training.distributed.sharded_average import ShardedAverage
+from coatnet.training.distributed.shards import Rows, fill
 from coatnet.training.initialization import build_model
-from coatnet.training.optimizer import WeightAverage
+from coatnet.training.optimizer import ShardedAverage, WeightAverage
 
 SHARDED_ABOVE = 1_000_000_000  # chosen: parameters; copies take 20 bytes each with AdamW and an average, 20 GB
 # chosen: images a GPU and pass. From here on a GPU's own statistics are as good, and nothing is waited for.
 SYNCHRONISED_BELOW = 32
-
-Forward = Callable[[Tensor], Tensor]
 
 
 class Parallel(Protocol):
@@ -107,7 +106,7 @@ def scale(
     decay, on_meta = recipe.ema_decay or 0.0, next(model.parameters()).is_meta
     if parallelism == "ddp" or processes.alone:
         if on_meta:
-            materialise(model, recipe.seed, device)
+            materialize(model, recipe.seed, device)
         average: WeightAverage[CoAtNet] | ShardedAverage = WeightAverage(model.to(device), decay)
         parallel: Parallel = Single(model) if processes.alone else replicated(model, recipe, processes, device)
     else:
@@ -119,9 +118,9 @@ def scale(
         synchronise(model, recipe, processes)
         parallel = Sharded(model, processes, mesh_for(parallelism, processes, device), bf16=bf16)
         if on_meta:
-            materialise(model, recipe.seed, device)
+            materialize(model, recipe.seed, device)
         average = ShardedAverage(model, decay)
-    rework_blocks(model, recipe, device)
+    compile_and_checkpoint(model, recipe, device)
     return parallel, average
 
 
@@ -133,26 +132,34 @@ def replicated(model: CoAtNet, recipe: Recipe, processes: Processes, device: tor
     return Replicated(model, processes, device)
 
 
-def rework_blocks(model: CoAtNet, recipe: Recipe, device: torch.device) -> None:
-    """Have the blocks compiled, one by one, and computed twice, as the recipe says."""
+def compile_and_checkpoint(model: CoAtNet, recipe: Recipe, device: torch.device) -> None:
+    """Compile the blocks, one by one, and recompute their activations in the backward pass, as the recipe says."""
     if recipe.compile:
         refuse_without_compiler(device)
         # The compiler looks for the gradients of what comes from the block before, and warns of itself.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-    for block in (block for stage in model.stages for block in stage.children()):
-        if recipe.compile:
-            # One by one, since blocks differ in their rate of stochastic depth, and eight kinds are the default limit.
-            separate: dict[str, Any] = {"isolate_recompiles": True}
-            in_training(block, torch.compile(block.forward, **separate))
-        if recipe.activation_checkpointing == "all" or (
-            recipe.activation_checkpointing == "transformer" and not holds_batch_norm(block)
-        ):
-            in_training(block, partial(recomputed, block, block.forward))
+        for block in (block for stage in model.stages for block in stage.children()):
+            compile_in_training(block)
+    if recipe.activation_checkpointing != "none":
+        model.set_grad_checkpointing(batch_norm=recipe.activation_checkpointing == "all")
+
+
+def compile_in_training(block: nn.Module) -> None:
+    """Compile a block for training; evaluation, whose batches vary in size, computes it as before."""
+    # One by one, since blocks differ in their rate of stochastic depth, and eight kinds are the default limit.
+    options: dict[str, Any] = {"isolate_recompiles": True}
+    plain, compiled = block.forward, torch.compile(block.forward, **options)
+
+    def forward(x: Tensor) -> Tensor:
+        return compiled(x) if block.training else plain(x)
+
+    block.forward = forward
 
 
 def refuse_without_compiler(device: torch.device) -> None:
     """Raises UserError where there is no compiler for torch.compile."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "c++", "clang++")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError("compile needs a C++ compiler (g++) on the PATH: install one, or set compile to false")
 
 
@@ -181,43 +188,50 @@ def synchronise(model: CoAtNet, recipe: Recipe, processes: Processes) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def in_training(block: nn.Module, forward: Forward) -> None:
-    """Have a block compute by `forward` in training, and as before in evaluation, whose batches vary in size."""
-    before = block.forward
+@torch.no_grad()
+def materialize(model: nn.Module, seed: int, device: torch.device) -> None:
+    """Give a network on the meta device memory on `device` and untrained weights, one module after the other.
 
-    def either(x: Tensor) -> Tensor:
-        return forward(x) if block.training else before(x)
-
-    block.forward = either
-
-
-def recomputed(block: nn.Module, forward: Forward, x: Tensor) -> Tensor:
-    """`forward(x)`, keeping only x for the backward pass, in which it is computed a second time."""
-    return checkpoint(forward, x, use_reentrant=False, context_fn=partial(_contexts, block))
-
-
-def holds_batch_norm(block: nn.Module) -> bool:
-    """Whether a block has a BatchNorm of either class."""
-    return any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in block.modules())
+    The weights are a function of the seed and their names: the same on any number of processes, which hold any rows.
+    """
+    model.to_empty(device=device)
+    for name, module in model.named_modules():
+        targets = own_tensors(module)
+        if targets:
+            values = own_tensors(untrained(module, module_seed(seed, name)))
+            for key, target in targets.items():
+                fill(target, partial(rows_of, values[key]))
 
 
-class UncountedStatistics:
-    """While entered, the BatchNorms of a block write running statistics and counter to copies that are thrown away."""
+def untrained(module: nn.Module, seed: int) -> nn.Module:
+    """A whole module like this one on the CPU, initialized from the seed; its own tensors only, not its children's."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: None if value is None else nn.Parameter(torch.empty(value.shape))
+        for name, value in module._parameters.items()
+    }
+    twin._buffers = {
+        name: None if value is None else torch.empty(value.shape, dtype=value.dtype)
+        for name, value in module._buffers.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        twin.reset_parameters()  # pyrefly: ignore[not-callable]  # every layer of the family has it
+        init_weights(twin)
+    return twin
 
-    def __init__(self, block: nn.Module) -> None:
-        self._norms = [each for each in block.modules() if isinstance(each, nn.BatchNorm2d | nn.SyncBatchNorm)]
-        self._kept: list[dict[str, Tensor | None]] = []
 
-    def __enter__(self) -> None:
-        self._kept = [norm._buffers for norm in self._norms]
-        for norm in self._norms:
-            norm._buffers = {name: each if each is None else each.clone() for name, each in norm._buffers.items()}
-
-    def __exit__(self, *_: object) -> None:
-        for norm, kept in zip(self._norms, self._kept, strict=True):
-            norm._buffers = kept
+def rows_of(tensor: Tensor, rows: Rows | None) -> Tensor:
+    """Some rows of a tensor, all for None."""
+    return tensor if rows is None else tensor.narrow(0, *rows)
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """For the first computation and for the second."""
-    return nullcontext(), UncountedStatistics(block)
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module, without its children's."""
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: value.detach() for name, value in named}
+
+
+def module_seed(seed: int, name: str) -> int:
+    """A seed for the weights of one module."""
+    return int(hash_words(seed, *name.encode())[0] >> 1)

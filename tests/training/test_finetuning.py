@@ -329,9 +329,9 @@ def test_a_frozen_classifier_can_not_learn_first():
 
 def test_the_same_classes_with_labels_of_another_kind_are_refused_and_other_classes_are_not():
     tagged = splits_of(noise(40, 8, 8), multilabel=True)
-    with pytest.raises(UserError, match="images has several labels an image, but init learned the same classes"):
+    with pytest.raises(UserError, match="pictures has several labels an image, but init learned the same classes"):
         resolve(finetune("x"), tagged, learned(DIGITS))
-    with pytest.raises(UserError, match="images has one label an image, but init learned the same classes"):
+    with pytest.raises(UserError, match="pictures has one label an image, but init learned the same classes"):
         resolve(finetune("x"), splits_of(noise(40, 8, 8)), learned(DIGITS, multilabel=True))
     learner = fitted_learner(finetune("x"), learned(LETTERS), tagged)
     assert learner.recipe.loss == "sigmoid"

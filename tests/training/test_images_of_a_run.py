@@ -57,7 +57,7 @@ def one_less_and_one_more(folder):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (one_more, r"holds a run on 2 classes, but .*images is now with the new blue: undo that"),
+        (one_more, r"holds a run on 2 classes, but .*pictures is now with the new blue: undo that"),
         (one_less_and_one_more, r"is now without red and with the new crimson: undo that"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_run_is_not_resumed_on_classes_in_another_order(folder, tmp_path):
 
 def test_a_run_among_its_own_images_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match=r"runs/mine lies in .*images, where its curves would become images"):
+    with pytest.raises(UserError, match=r"runs/mine lies in .*pictures, where its curves would become images"):
         train(replace(BRIEF, data="."), "runs/mine", console=QUIET)
     assert not (folder / "runs").exists()
 

@@ -42,7 +42,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, processes: Processes, keep: int, keep_every_hours: float = 0.0) -> None:
-        """Keep the last `keep` checkpoints, and the first one of every `keep_every_hours` hours of training (0: none)."""
+        """Keep the last `keep` checkpoints, and the first of every `keep_every_hours` hours of training (0: none)."""
         self.folder, self.processes = folder, processes
         self.keep, self.keep_every_hours = keep, keep_every_hours
         self.last: tuple[str, Mapping[str, Any]] | None = None

@@ -21,8 +21,12 @@ def warn_renamed(old: str, new: str, *, since: str, removed_in: str, stacklevel:
         removed_in: the release that no longer has the old one.
         stacklevel: 3 for the caller of the function that calls this one, as in the `__getattr__` of a module.
     """
-    message = f"{old} is deprecated since coatnet {since} and will be removed in {removed_in}; use {new}"
-    warnings.warn(message, FutureWarning, stacklevel=stacklevel)
+    warnings.warn(renamed_message(old, new, since=since, removed_in=removed_in), FutureWarning, stacklevel=stacklevel)
+
+
+def renamed_message(old: str, new: str, *, since: str, removed_in: str) -> str:
+    """The sentence that says that `old` is now `new`."""
+    return f"{old} is deprecated since coatnet {since} and will be removed in {removed_in}; use {new}"
 
 
 def renamed_attribute(old: str, new: str, *, since: str, removed_in: str) -> Any:

@@ -81,7 +81,8 @@ def nearest(given: str, known: Iterable[str], most: int = 1) -> str:
 def nearest_option(given: str, known: Iterable[str]) -> str:
     """Like `nearest`, for options, fields and commands, whose usual names elsewhere (`USUAL_NAMES`) are understood too.
 
-    The last part of a dotted name is enough: `--lr` leads to `--optimizer.learning_rate`.
+    The last part of a dotted name is enough: `--lr` leads to `--optimizer.learning_rate`. A usual name whose meaning is
+    not among the known ones leads nowhere, however similar its letters are to another one's.
     """
     names = sorted(known, key=lambda name: name.count("."))
     plain = same_spelling(given)
@@ -89,7 +90,7 @@ def nearest_option(given: str, known: Iterable[str]) -> str:
         for name in names:
             if wanted in (same_spelling(name), same_spelling(name).rpartition(".")[2]):
                 return f" (did you mean {name!r}?)"
-    return nearest(given, names)
+    return "" if plain in USUAL_NAMES else nearest(given, names)
 
 
 def same_spelling(option: str) -> str:

@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="which part of the data (validation)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    parser.add_device()
     return parser.parse(arguments)
 
 
@@ -35,11 +36,12 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle import load
     from coatnet.evaluation import evaluate, to_markdown
-    from coatnet.system.hardware import best_device
+    from coatnet.system.hardware import choose_device
     from coatnet.system.progress import ProgressBar
 
+    device = choose_device(given.device)
     bundle = load(given.bundle)
-    bundle.model.to(best_device())
+    bundle.model.to(device)
     with ProgressBar("evaluating") as bar:
         report = evaluate(bundle, given.data, split=given.split, progress=bar.update)
     print(report.to_json() if given.json else to_markdown(report), end="")

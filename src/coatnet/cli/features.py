@@ -28,6 +28,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--split", choices=("validation", "training", "all"), default="all", help="which part of the data (all)"
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    parser.add_device()
+    parser.rename_option("--pictures", "--images", since="0.2", removed_in="0.3")
     given = parser.parse(arguments)
     if given.images and given.split != "all":
         parser.error("--split is for --data; --images are all taken")
@@ -40,10 +42,11 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.bundle import load
     from coatnet.data.find_images import open_images
     from coatnet.evaluation import extract_features, write_features
-    from coatnet.system.hardware import best_device
+    from coatnet.system.hardware import choose_device
 
+    device = choose_device(given.device)
     bundle = load(given.bundle)
-    bundle.model.to(best_device())
+    bundle.model.to(device)
     data = given.data or open_images(given.images)
     features = extract_features(bundle, data, split=given.split, batch_size=given.batch_size)
     num_images = write_features(features, given.out)

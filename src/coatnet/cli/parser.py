@@ -2,9 +2,11 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from coatnet.deprecation import renamed_message
 from coatnet.errors import UserError, nearest_option, same_spelling
 
 DATA_HELP = """\
@@ -33,11 +35,31 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, epilog: str) -> None:
         super().__init__(f"coatnet {command}", None, description, epilog, formatter_class=Layout, allow_abbrev=False)
+        self._renamed: dict[str, tuple[str, str]] = {}
+
+    def add_device(self) -> None:
+        """Add the option `--device`."""
+        self.add_argument(
+            "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
+        )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse the arguments behind the command. Raises UserError for anything that is wrong with them."""
         options = [option for action in self._actions for option in action.option_strings]
-        return self.parse_args(spell_options(self.prog, options, arguments))
+        spelled = spell_options(self.prog, [*options, *self._renamed], arguments)
+        return self.parse_args([self._renamed_now(argument) for argument in spelled])
+
+    def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:
+        """Accept the old name of an option for one more release, with a warning that names the new one."""
+        self._renamed[old] = (new, renamed_message(old, new, since=since, removed_in=removed_in))
+
+    def _renamed_now(self, argument: str) -> str:
+        option, equals, value = argument.partition("=")
+        if option not in self._renamed:
+            return argument
+        new, message = self._renamed[option]
+        print(f"coatnet: warning: {message}", file=sys.stderr)
+        return new + equals + value
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` shows how")

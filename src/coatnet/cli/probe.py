@@ -19,6 +19,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--k", type=int, default=20, metavar="K", help="number of nearest neighbors that vote (20)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    parser.add_device()
     return parser.parse(arguments)
 
 
@@ -27,10 +28,11 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle import load
     from coatnet.evaluation import probe
-    from coatnet.system.hardware import best_device
+    from coatnet.system.hardware import choose_device
 
+    device = choose_device(given.device)
     bundle = load(given.bundle)
-    bundle.model.to(best_device())
+    bundle.model.to(device)
     report = probe(bundle, given.data, k=given.k)
     print(report.to_json() if given.json else report.to_text(), end="")
     return 0

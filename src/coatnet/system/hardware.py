@@ -1,22 +1,27 @@
-"""What the machine under a run is told, once, before the work begins."""
+"""The hardware of this machine: which device computes, what it computes in, how its C library keeps memory."""
 
 import ctypes
 import platform
+import re
 from typing import TYPE_CHECKING
+
+from coatnet.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
+
+DEVICES = ("auto", "cpu", "cuda")
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next tensor, not give it back; whether it listened.
+    """Make the C library keep freed memory for the next tensor; False if it cannot.
 
-    By default glibc maps every large tensor afresh, and the kernel clears each page at the first touch: 20 of the
-    27 ms of a GELU over (16, 384, 56, 56) float32 on two cores. The process then holds its peak memory until it
-    ends. Nothing happens where the C library is another one.
+    By default glibc maps every large tensor anew, and the kernel clears each page at its first use: 20 of the 27 ms
+    of a GELU over (16, 384, 56, 56) float32 on two cores. In exchange the process holds its peak memory until it
+    ends. With another C library nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -25,11 +30,28 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(option, value) for option, value in settings.items())
 
 
-def best_device() -> "torch.device":
-    """The first GPU, or the CPU where there is none."""
+def choose_device(device: str = "auto") -> "torch.device":
+    """The device of a name: "cpu", "cuda", "cuda:1", or "auto" for the first GPU, and the CPU where there is none.
+
+    Raises:
+        UserError: the name is another one, or there is no such GPU.
+    """
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"device {device!r} is unknown{nearest(device, DEVICES)}; it is auto, cpu, cuda or cuda:N")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= num_gpus:
+        found = f"{num_gpus} GPU{'s' * (num_gpus > 1)}, the last is cuda:{num_gpus - 1}" if num_gpus else "no GPU"
+        raise UserError(f"device {device} is not there: torch finds {found}; take --device auto or cpu")
+    return torch.device(device)
+
+
+def best_device() -> "torch.device":
+    """The first GPU, or the CPU where there is none."""
+    return choose_device()
 
 
 def multiplies_bf16(device: "torch.device") -> bool:

@@ -24,12 +24,12 @@ from rich.table import Table
 
 import coatnet
 from coatnet.bundle import Bundle
-from coatnet.data.loader import num_cores
 from coatnet.data.transforms import Preprocessing
 from coatnet.inference.batch.predict_batch import prepare_ahead
 from coatnet.inference.batch.run import predict_to_file
 from coatnet.inference.batch.samples import Images, open_data
 from coatnet.inference.predictor import Predictor
+from coatnet.system.hardware import num_cores
 
 
 def main() -> None:

@@ -28,13 +28,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from coatnet.data.loader import training_batches
+from coatnet.data.loader import BadImages, training_batches
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import EpochSampler
-from coatnet.data.shards.block_sampler import BlockSampler
+from coatnet.data.shards.dataset import BlockSampler
 from coatnet.data.shards.pack import pack
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.data.unreadable import BadImages
 
 RESOLUTION = 224
 HALF = (0.5, 0.5, 0.5)

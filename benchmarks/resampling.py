@@ -21,8 +21,7 @@ from torch import Tensor
 import coatnet
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import evaluation_batches
-from coatnet.data.unreadable import BadImages
+from coatnet.data.loader import BadImages, evaluation_batches
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.resize import change_resolution

@@ -1,8 +1,7 @@
 """Batches of a small dataset as lists, for tests to compare."""
 
-from coatnet.data.loader import evaluation_batches, training_batches
+from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.data.unreadable import BadImages
 
 SMALL = Preprocessing(resolution=12, crop_fraction=1.0)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coatnet.data import builtin
-from coatnet.data.idx import read_idx
+from coatnet.data.builtin import read_idx
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 

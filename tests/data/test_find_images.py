@@ -13,7 +13,7 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
-from coatnet.data.find_images import expand_paths, open_images
+from coatnet.data.folder import expand_paths, open_images
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError

@@ -11,9 +11,9 @@ from tests.data.loaders import train
 
 from coatnet.data.decode import BadImage
 from coatnet.data.hugging_face import open_hugging_face
+from coatnet.data.loader import BadImages
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")

@@ -15,12 +15,10 @@ import torch
 from tests.data.loaders import SMALL, evaluate, train
 
 import coatnet.data
-from coatnet.data.batches import read_image
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.loader import training_batches
+from coatnet.data.loader import BadImages, read_image, training_batches
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 
 
@@ -125,7 +123,7 @@ def test_a_script_without_a_main_guard_runs_once(files, tmp_path):
     script.write_text(f"""
 import numpy as np
 from pathlib import Path
-from coatnet.data.unreadable import BadImages
+from coatnet.data.loader import BadImages
 from coatnet.data.datasets import FileDataset
 from coatnet.data.loader import evaluation_batches
 from coatnet.data.transforms import Preprocessing
@@ -150,7 +148,7 @@ def test_several_labels_come_as_rows(arrays):
     dataset = ArrayDataset("some", arrays.classes, arrays.images, matrix)
     (_, labels), (_, numbers) = train(dataset, num_steps=1)[0], train(arrays, num_steps=1)[0]
     assert torch.equal(labels.argmax(1), numbers)
-    with pytest.raises(UserError, match="one label an image"):
+    with pytest.raises(UserError, match="one label per image"):
         train(dataset, balanced=True)
 
 
@@ -177,3 +175,19 @@ def test_small_images_flow_faster_than_a_model_takes_them():
 def test_a_batch_size_of_nothing_is_refused(arrays):
     with pytest.raises(UserError, match="batch_size"):
         train(arrays, batch_size=0)
+
+
+class Minimal:
+    """The members that a dataset must have, and no more."""
+
+    def __init__(self, dataset: FileDataset) -> None:
+        self.name, self.classes, self.multilabel = dataset.name, dataset.classes, dataset.multilabel
+        self.labels, self.read, self.describe = dataset.labels, dataset.read, dataset.describe
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def test_a_class_that_does_not_inherit_from_dataset_gives_the_same_batches(files):
+    assert_same(train(Minimal(files), num_workers=1), train(files))
+    assert_same(evaluate(Minimal(files)), evaluate(files))

@@ -85,7 +85,7 @@ def test_balanced_order_shows_every_image_of_a_class_before_any_repeats():
 
 
 def test_balanced_order_refuses_several_labels_a_image():
-    with pytest.raises(UserError, match="one label an image"):
+    with pytest.raises(UserError, match="one label per image"):
         BalancedSampler(np.zeros((4, 3)), seed=0)
 
 

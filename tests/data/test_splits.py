@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.splits import Splits, choose_validation, class_counts, summarise
+from coatnet.data.splits import Splits, choose_validation, summarise
 from coatnet.errors import UserError
 
 NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
@@ -101,4 +101,4 @@ def test_counts_of_several_labels_are_sums():
     labels = np.array([[1, 0, 1], [0, 0, 1]])
     dataset = ArrayDataset("some", "abc", np.zeros((2, 4, 4), np.uint8), labels)
     assert dataset.multilabel
-    assert class_counts(dataset).tolist() == [1, 0, 2]
+    assert dataset.class_counts.tolist() == [1, 0, 2]

@@ -7,11 +7,10 @@ import pytest
 import torch
 from tests.data.loaders import SMALL, evaluate, train
 
-from coatnet.data.batches import read_image
 from coatnet.data.decode import BadImage
+from coatnet.data.loader import BadImages, read_image
 from coatnet.data.sampler import EpochSampler, hash_words
 from coatnet.data.transforms import Augmentation, TrainingTransform
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 
 

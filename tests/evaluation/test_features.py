@@ -12,7 +12,7 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.find_images import open_images
+from coatnet.data.folder import open_images
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing

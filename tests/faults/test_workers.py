@@ -11,7 +11,7 @@ from tests.faults.running import RECIPE, event, last_step, run
 
 from coatnet.data import loader
 from coatnet.data.folder import open_folder
-from coatnet.data.unreadable import BadImages
+from coatnet.data.loader import BadImages
 from coatnet.errors import UserError
 
 ON_FILES = replace(RECIPE, num_workers=2, evaluate_every=1000, epochs=2.5, batch_size=16)
@@ -69,12 +69,12 @@ def test_a_killed_worker_ends_the_run_in_one_line(images, tmp_path):
 
 @pytest.mark.fault("B1", "a worker hangs (every file a pipe nobody writes into)", "one line that names the image")
 def test_a_worker_that_hangs_ends_the_run_after_a_while(images, monkeypatch):
-    monkeypatch.setattr(loader, "PATIENCE", 3.0)
+    monkeypatch.setattr(loader, "BATCH_TIMEOUT_SECONDS", 3.0)
     dataset = open_folder(images, 0.1).training
     for path in images.rglob("*.png"):
         path.unlink()
         os.mkfifo(path)
-    with pytest.raises(UserError, match=r"nothing came for 3 s: a worker process hangs.*\.png"):
+    with pytest.raises(UserError, match=r"no batch for 3 s: a worker process hangs.*\.png"):
         train(dataset, num_workers=2)
 
 

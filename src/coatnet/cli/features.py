@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     """Write the features of images to a file."""
     given = parse_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.data.find_images import open_images
+    from coatnet.data.folder import open_images
     from coatnet.evaluation import extract_features, write_features
     from coatnet.system.hardware import choose_device
 

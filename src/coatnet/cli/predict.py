@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def predict_to_stdout(given: argparse.Namespace) -> int:
     """Print one line per image, as soon as its batch is computed."""
-    from coatnet.data.find_images import expand_paths
+    from coatnet.data.folder import expand_paths
     from coatnet.inference.prediction import predict
     from coatnet.inference.predictor import Predictor
 

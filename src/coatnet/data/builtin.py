@@ -1,7 +1,9 @@
 """Datasets known by name: `fashion-mnist`, `fashion-mnist-small`, `digits`; and folders of IDX files."""
 
+import gzip
 import os
 import socket
+import zlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coatnet.data.datasets import ArrayDataset
-from coatnet.data.idx import find_idx, read_idx
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
 from coatnet.system.cache import cache_folder
@@ -22,6 +23,7 @@ _SHEET_COLUMNS = 100
 _SMALL_SIDE = 28
 _EMBEDDED = files("coatnet.data") / "embedded"
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_UNSIGNED_BYTES = 0x08
 _DOWNLOAD_SECONDS = 30  # of silence, not in all
 
 
@@ -90,6 +92,30 @@ def open_idx_folder(folder: Path, name: str, classes: tuple[str, ...] | None = N
         ArrayDataset(name, classes, training, training_labels),
         ArrayDataset(name, classes, validation, validation_labels, numbers),
     )
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An array of unsigned bytes, from a plain or gzipped file."""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a readable IDX file ({error}); fetch it again") from error
+
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTES or not 1 <= data[3] <= 4:
+        raise UserError(f"{path}: not an IDX file of bytes; it would begin with 00 00 08, got {data[:4].hex(' ')!r}")
+    num_axes = data[3]
+    header = 4 + 4 * num_axes
+    shape = tuple(int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(num_axes))
+    if len(data) - header != int(np.prod(shape, dtype=object)):
+        raise UserError(f"{path}: {len(data) - header:,} bytes where its header says {shape}; fetch it again")
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def find_idx(folder: Path, stem: str) -> Path | None:
+    """The file in `folder` whose name begins with `stem`, such as `train-images`, gzipped or not."""
+    return next(iter(sorted(folder.glob(f"{stem}*ubyte*"))), None)
 
 
 def _read_pair(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -1,7 +1,8 @@
-"""What every source of images is: a length, class names, labels, and `read(index)`."""
+"""What every source of images offers, and the two simplest sources: arrays in memory and files in a folder."""
 
 import os
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -9,39 +10,92 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.decode import BadImage
+from coatnet.data.sampler import EpochSampler
 from coatnet.errors import one_line
 
 Encoded = bytes | NDArray[np.uint8]
 
 
 class Dataset(Protocol):
-    """Images by number. `labels` are class indices (N,), or 0 and 1 a class (N, K) if multi-label."""
+    """Images by number, with labels: what a source of images must offer.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def multilabel(self) -> bool: ...
-    @property
-    def labels(self) -> NDArray: ...
+    A class of your own has the four attributes and `__len__`, `read` and `describe`. If it inherits from this class it
+    gets the other members too, and may override them where it has a better way; they are optional for the functions
+    of `coatnet.data.loader`.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        name: how messages and reports name the source.
+        classes: the names of the K classes; label k stands for `classes[k]`.
+        multilabel: whether an image may have several labels, or none.
+        labels: class indices (N,) int64; if multi-label, 0 and 1 per class (N, K) uint8.
+        in_memory: whether `read_batch` gives many images at once. No worker processes are started then.
+        thread_safe: whether several threads may read at the same time.
+    """
 
+    name: str
+    classes: tuple[str, ...]
+    multilabel: bool
+    labels: NDArray
+    in_memory: bool = False
+    thread_safe: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images, N."""
+        ...
+
+    @abstractmethod
     def read(self, index: int) -> tuple[Encoded, NDArray]:
-        """The encoded bytes or the pixels (H, W) or (H, W, 3) of an image, and its label.
+        """An image, as the bytes of its file or as pixels uint8 (H, W) or (H, W, 3), and its label, () or (K,).
 
-        Raises `BadImage` if the image cannot be read.
+        Raises:
+            BadImage: the image cannot be read.
         """
         ...
 
+    @abstractmethod
     def describe(self, index: int) -> str:
-        """How a report names this image."""
+        """The name of an image in messages and reports, such as its path."""
         ...
 
+    def read_batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray]:
+        """The pixels (B, H, W) or (B, H, W, 3) and labels (B,) or (B, K) of several images, if `in_memory`."""
+        raise NotImplementedError(f"{self.name} is not in memory")
 
-class ArrayDataset:
-    """Images of one size, held in memory as uint8 (N, H, W) or (N, H, W, 3)."""
+    def label(self, index: int) -> NDArray:
+        """The label of an image, () or (K,), without reading the image."""
+        return self.labels[index]
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        """The number of images of each class, (K,)."""
+        if self.multilabel:
+            return self.labels.sum(axis=0, dtype=np.int64)
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def sampler(self, seed: int) -> EpochSampler:
+        """The order in which training reads the images: every image once per epoch."""
+        return EpochSampler(len(self), seed)
+
+    def identity(self) -> Iterator[bytes]:
+        """Bytes to hash that distinguish these images from others: their names in order."""
+        for index in range(len(self)):
+            yield f"{self.describe(index)}\n".encode()
+
+
+class ArrayDataset(Dataset):
+    """Images of one size, held in memory.
+
+    Args:
+        name: how messages and reports name the source.
+        classes: the names of the K classes.
+        images: uint8 (N, H, W) or (N, H, W, 3).
+        labels: class indices (N,), or 0 and 1 per class (N, K).
+        numbers: the images' numbers in the set they come from (N,), if this is a part of it.
+    """
+
+    in_memory = True
+    thread_safe = True
 
     def __init__(
         self,
@@ -51,7 +105,6 @@ class ArrayDataset:
         labels: NDArray,
         numbers: NDArray[np.int64] | None = None,
     ) -> None:
-        """`numbers` are the images' numbers in the set they come from, if this is a part of it."""
         self.name = name
         self.classes = tuple(classes)
         self.images = images
@@ -65,15 +118,27 @@ class ArrayDataset:
     def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray]:
         return self.images[index], self.labels[index]
 
+    def read_batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray]:
+        return self.images[indices], self.labels[indices]
+
     def describe(self, index: int) -> str:
         return f"{self.name}[{self.numbers[index]}]"
 
 
-class FileDataset:
-    """Images in files below one folder; their names live in one buffer, cheap to send to workers."""
+class FileDataset(Dataset):
+    """Image files below one folder. Their names are kept in one buffer, which is cheap to send to worker processes.
+
+    Args:
+        name: how messages and reports name the source.
+        classes: the names of the K classes.
+        root: the folder.
+        paths: relative to `root`; names that are not UTF-8 hold surrogates, as from `os`.
+        labels: class indices (N,), or 0 and 1 per class (N, K).
+    """
+
+    thread_safe = True
 
     def __init__(self, name: str, classes: Sequence[str], root: Path, paths: Iterable[str], labels: NDArray) -> None:
-        """`paths` are relative to `root`; names that are not UTF-8 hold surrogates, as from `os`."""
         self.name = name
         self.classes = tuple(classes)
         self.root = root
@@ -87,6 +152,7 @@ class FileDataset:
         return len(self._ends)
 
     def path(self, index: int) -> Path:
+        """The file of an image."""
         start = self._ends[index - 1] if index else 0
         return self.root / os.fsdecode(self._names[start : self._ends[index]])
 
@@ -101,10 +167,10 @@ class FileDataset:
 
 
 def as_labels(labels: NDArray) -> NDArray:
-    """Class indices as int64 (N,), or 0 and 1 as uint8 (N, K)."""
+    """Class indices as int64 (N,), or 0 and 1 per class as uint8 (N, K)."""
     return labels.astype(np.int64) if labels.ndim == 1 else labels.astype(np.uint8)
 
 
 def printable(name: str) -> str:
-    r"""A file name on one line of any terminal or JSON file: bytes that are not UTF-8 become \xNN, breaks \n."""
+    r"""A file name on one line of any terminal or JSON file: bytes that are not UTF-8 become \xNN, line breaks \n."""
     return one_line(os.fsencode(name).decode("utf-8", "backslashreplace"))

@@ -8,6 +8,7 @@ profiles (ICC) are not applied.
 import io
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from coatnet.data.jpeg import JpegHeader, has_end_marker, read_jpeg_header
 from coatnet.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -45,6 +45,14 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0 to RST7, SOI
+_SCAN = 0xDA
+_APP1 = 0xE1
+_EXIF = b"Exif\0\0"
+_END = b"\xff\xd9"
+
+
 class BadImage(UserError):
     """An image that cannot be used: `name` says which, `reason` is a short code, a colon and the details."""
 
@@ -60,6 +68,15 @@ class BadImage(UserError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class JpegHeader(NamedTuple):
+    bits: int
+    height: int
+    width: int
+    components: int
+    scan: int  # byte offset of the first scan
+    exif: bytes  # the first Exif segment, from its "Exif" on; empty if there is none
 
 
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Tensor:
@@ -195,3 +212,33 @@ def _as_tensor(pixels: Pixels) -> Tensor:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader | None:
+    """None if the segments do not lead to a scan: then the file is cut off or broken."""
+    frame, exif = None, b""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+        elif marker in _WITHOUT_LENGTH:
+            position += 2
+        elif marker == _SCAN:
+            return JpegHeader(*frame, position, exif) if frame and all(frame) else None
+        else:
+            if marker in _FRAMES and position + 10 <= len(data):
+                bits, components = data[position + 4], data[position + 9]
+                height = int.from_bytes(data[position + 5 : position + 7], "big")
+                width = int.from_bytes(data[position + 7 : position + 9], "big")
+                frame = (bits, height, width, components)
+            end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            if marker == _APP1 and not exif and data.startswith(_EXIF, position + 4):
+                exif = data[position + 4 : end]
+            position = end
+    return None
+
+
+def has_end_marker(data: bytes, header: JpegHeader | None) -> bool:
+    """Whether the scans end. Some decoders invent the marker, and grey pixels where data is missing."""
+    return data.rfind(_END, header.scan if header else 0) >= 0  # from the end, where it is

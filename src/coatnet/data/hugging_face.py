@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import as_labels, printable
+from coatnet.data.datasets import Dataset, as_labels, printable
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import Splits, choose_validation
@@ -20,7 +20,7 @@ _IMAGE_NAMES = ("image", "img", "picture")
 _LABEL_NAMES = ("label", "labels", "class", "fine_label")
 
 
-class HuggingFaceDataset:
+class HuggingFaceDataset(Dataset):
     """Rows of a table with an image column, of which only that column is read."""
 
     def __init__(
@@ -142,7 +142,7 @@ def _load(name: str) -> Mapping[str, Any]:
 
 def _image_column(source: str, features: Mapping[str, Any]) -> str:
     found = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    return _choose(source, "pictures", found, _IMAGE_NAMES, features)
+    return _choose(source, "images", found, _IMAGE_NAMES, features)
 
 
 def _label_column(source: str, features: Mapping[str, Any]) -> str:

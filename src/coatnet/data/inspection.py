@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coatnet.data.batches import read_image
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage, complaint
+from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError

@@ -1,40 +1,96 @@
-"""From datasets to batches: in this process for arrays, in worker processes for files.
+"""From a dataset to batches of tensors: in this process for arrays, in worker processes for files.
 
-Training batch b takes the positions [b * B, (b + 1) * B) of the endless order, so a step number resumes.
+A batch is a pure function of its number: the same whatever the workers, and a run resumes by its step number alone.
+Batch b of size B takes the positions [b * B, (b + 1) * B) of the endless sequence of epochs.
 """
 
+import math
 import multiprocessing
-import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
-from coatnet.data.batches import Batch, EvaluationBatches, TrainingBatches
-from coatnet.data.datasets import ArrayDataset, Dataset
-from coatnet.data.sampler import BalancedSampler, EpochSampler
-from coatnet.data.shards.dataset import ShardDataset
-from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform
-from coatnet.data.unreadable import BadImages
+from coatnet.data.datasets import Dataset
+from coatnet.data.decode import BadImage, decode
+from coatnet.data.sampler import BalancedSampler, EpochSampler, Sampler, hash_words
+from coatnet.data.transforms import (
+    Augmentation,
+    EvaluationTransform,
+    Image,
+    Preprocessing,
+    TrainingTransform,
+    as_images,
+)
 from coatnet.data.workers import (
-    BATCHES_ON_THE_WAY,
     CHECK_SECONDS,
+    PREFETCHED_BATCHES,
     WorkerReaper,
-    refuse_small_shared_memory,
-    signals_held,
+    block_signals,
+    require_shared_memory,
     with_timeout,
 )
 from coatnet.errors import UserError
+from coatnet.system.hardware import num_cores
 
-MOST_WORKERS = 8
-PATIENCE = 900.0  # seconds that a batch is waited for; chosen: far above what slow storage takes, far below a night
+MAX_WORKERS = 8
+BATCH_TIMEOUT_SECONDS = 900.0  # chosen: far above what slow storage takes, far below a night
+MAX_REPLACEMENTS = 64  # candidates for one bad image; after as many in a row the batch stays short
+MAX_LISTED = 20
+
+
+class BadImages:
+    """The images that cannot be used, by name, with the reasons; ends the run if they are too many.
+
+    An image is counted once, however often it is read. One is always allowed, unless the budget is 0.
+
+    Args:
+        num_images: the number of images of all datasets that are read.
+        budget: the fraction of them that may be bad, 0 to 1.
+
+    Raises:
+        UserError: the budget is not a fraction.
+    """
+
+    def __init__(self, num_images: int, budget: float = 0.001) -> None:
+        if not 0 <= budget <= 1:
+            raise UserError(f"the budget for bad images must be a fraction from 0 to 1, got {budget!r}")
+        self.budget = budget
+        self.num_images = num_images
+        self._records: dict[str, str] = {}
+
+    @property
+    def records(self) -> Mapping[str, str]:
+        """The reason for each name."""
+        return self._records
+
+    @property
+    def allowed(self) -> int:
+        """How many images may be bad."""
+        return max(1, int(self.budget * self.num_images)) if self.budget else 0
+
+    def add(self, name: str, reason: str) -> None:
+        """Record an image; only its first reason is kept."""
+        self._records.setdefault(name, reason)
+
+    def raise_if_over(self) -> None:
+        """Raise a UserError that lists the images if there are more than allowed."""
+        num_bad = len(self._records)
+        if num_bad > self.allowed:
+            listed = "; ".join(f"{name} ({reason})" for name, reason in list(self._records.items())[:MAX_LISTED])
+            more = f"; and {num_bad - MAX_LISTED} more" if num_bad > MAX_LISTED else ""
+            raise UserError(
+                f"{num_bad} of {self.num_images:,} images cannot be used, {self.allowed} may be "
+                f"(bad_image_budget {self.budget:g}; raise it, or remove them): {listed}{more}"
+            )
 
 
 def training_batches(
@@ -49,21 +105,28 @@ def training_batches(
     num_workers: int | None,
     bad_images: BadImages,
     balanced: bool = False,
-    places: NDArray[np.int64] | None = None,
+    batch_indices: NDArray[np.int64] | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """`num_steps` batches from `first_step` on: images (B, C, R, R), channels last; labels (B,) or (B, K).
+    """Yield `num_steps` batches from `first_step` on: images (B, C, R, R), channels last, and labels (B,) or (B, K).
 
-    The same batches whatever the workers. An image that cannot be used is replaced by the next good one.
+    An image that cannot be used is replaced by the next good one of the dataset.
 
-    `num_workers` None means one a core, up to 8. Arrays never need any. `places` are those in a batch, 0 to
-    `batch_size` - 1, whose images are wanted here; all of them if None.
+    Args:
+        num_workers: processes that decode; None is one per core, up to 8. Arrays in memory never need any.
+        bad_images: collects the images that cannot be used.
+        balanced: show every class equally often, instead of every image once per epoch.
+        batch_indices: which of the images 0 to `batch_size` - 1 of each batch to make here, for a process that takes
+            a part of every batch; None is all of them.
 
-    Raises `UserError` with the list once `bad_images` is over its budget.
+    Raises:
+        UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
     transform = TrainingTransform(preprocessing, augmentation)
-    batches = TrainingBatches(dataset, transform, sampler_of(dataset, seed, balanced), batch_size, seed, places)
-    for batch in _run(batches, range(first_step, first_step + num_steps), num_workers, bad_images):
-        if len(batch.indices) < len(batches.places):
+    if batch_indices is None:
+        batch_indices = np.arange(batch_size)
+    batches = _TrainingBatches(dataset, batch_size, transform, sampler_of(dataset, seed, balanced), seed, batch_indices)
+    for batch in _load(batches, range(first_step, first_step + num_steps), num_workers, bad_images):
+        if len(batch.indices) < len(batch_indices):
             raise UserError(f"{dataset.name}: dozens of images in a row cannot be used, such as {min(batch.bad)}")
         yield batch.images, batch.labels
 
@@ -78,46 +141,195 @@ def evaluation_batches(
     first: int = 0,
     every: int = 1,
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
-    """Every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
+    """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
-    Of the batches, only number `first` and every `every`-th after it.
+    An image that cannot be used is left out, because another one in its place would count twice.
 
-    An image that cannot be used is left out, because another in its place would count twice.
+    Args:
+        num_workers: processes that decode; None is one per core, up to 8. Arrays in memory never need any.
+        bad_images: collects the images that cannot be used.
+        first: number of the first batch to make.
+        every: distance to the next.
 
-    Raises `UserError` with the list once `bad_images` is over its budget.
+    Raises:
+        UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
-    batches = EvaluationBatches(dataset, EvaluationTransform(preprocessing), batch_size)
-    for batch in _run(batches, range(first, len(batches), every), num_workers, bad_images):
+    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing))
+    for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images):
         if len(batch.indices):
             yield batch.images, batch.labels, batch.indices
 
 
-def sampler_of(dataset: Dataset, seed: int, balanced: bool = False) -> EpochSampler | BalancedSampler:
-    """Every class equally often; or every image once an epoch, those in shards by blocks of neighbours."""
+def sampler_of(dataset: Dataset, seed: int, balanced: bool = False) -> Sampler:
+    """The order of training: every class equally often if `balanced`, else the dataset's own order."""
     if balanced:
         return BalancedSampler(dataset.labels, seed)
-    return dataset.order(seed) if isinstance(dataset, ShardDataset) else EpochSampler(len(dataset), seed)
+    if hasattr(dataset, "sampler"):
+        return dataset.sampler(seed)
+    return EpochSampler(len(dataset), seed)
 
 
-def _run(
-    batches: TrainingBatches | EvaluationBatches,
-    numbers: range,
-    num_workers: int | None,
-    bad_images: BadImages,
-) -> Iterator[Batch]:
-    if isinstance(batches.dataset, ArrayDataset):
+def read_image(dataset: Dataset, index: int) -> tuple[Image, NDArray]:
+    """The pixels of an image, a tensor (3, H, W) or an array (H, W) or (H, W, 3) of uint8, and its label.
+
+    Raises:
+        BadImage: the image cannot be read or decoded.
+    """
+    try:
+        encoded, label = dataset.read(index)
+        if isinstance(encoded, bytes):
+            return decode(encoded, dataset.describe(index)), label
+        return encoded, label
+    except BadImage:
+        raise
+    except Exception as error:
+        error.add_note(f"while reading image {index} of {dataset.name}")
+        raise
+
+
+@dataclass
+class _Batch:
+    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), and the reason for each bad image by name."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    bad: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _EvaluationBatches:
+    """Batch b of the dataset in its own order; a bad image is missing from its batch."""
+
+    dataset: Dataset
+    batch_size: int
+    transform: EvaluationTransform
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    @property
+    def num_images(self) -> int:
+        """The most images of a batch."""
+        return self.batch_size
+
+    def first_index(self, number: int) -> int:
+        """The index of the first image of that batch."""
+        return number * self.batch_size
+
+    def __getitem__(self, number: int) -> _Batch:
+        indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
+
+        def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
+            return self.transform.batch(pixels, out)
+
+        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, candidates=1)
+
+
+@dataclass(frozen=True)
+class _TrainingBatches:
+    """Batch b of the endless run; a bad image is replaced by the next good one of the dataset."""
+
+    dataset: Dataset
+    batch_size: int
+    transform: TrainingTransform
+    sampler: Sampler
+    seed: int
+    batch_indices: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
+
+    @property
+    def num_images(self) -> int:
+        """The images of a batch that are made here."""
+        return len(self.batch_indices)
+
+    def first_index(self, number: int) -> int:
+        """The index of the first image of that batch."""
+        return int(self.sampler.indices(number * self.batch_size + self.batch_indices[:1])[0])
+
+    def __getitem__(self, number: int) -> _Batch:
+        indices, epochs = self.sampler.sample(number * self.batch_size + self.batch_indices)
+        seeds = hash_words(self.seed, epochs, indices)
+
+        def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
+            return self.transform.batch(pixels, seeds[part], out)
+
+        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, MAX_REPLACEMENTS)
+
+
+def _make_batch(
+    dataset: Dataset,
+    indices: NDArray[np.int64],
+    preprocessing: Preprocessing,
+    transform: Callable[[Tensor, slice, Tensor | None], Tensor],
+    candidates: int,
+) -> _Batch:
+    """Read, decode and transform images (B,); a bad one is replaced by the first good one of so many candidates.
+
+    `transform(pixels, part, out)` takes uint8 (b, C, H, W), which part of the batch they are, and the tensor to fill.
+    """
+    if getattr(dataset, "in_memory", False):
+        pixels, labels = dataset.read_batch(indices)
+        images = transform(as_images(pixels), slice(None), None)
+        return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices))
+
+    images = _empty_images(len(indices), preprocessing)
+    labels, used, bad = [], [], {}
+    for position, index in enumerate(indices.tolist()):
+        for number in range(index, index + candidates):
+            candidate = number % len(dataset)
+            try:
+                image, label = read_image(dataset, candidate)
+            except BadImage as error:
+                bad[error.name] = error.reason
+                continue
+            filled = len(used)
+            transform(as_images(image)[None], slice(position, position + 1), images[filled : filled + 1])
+            labels.append(label)
+            used.append(candidate)
+            break
+    if not used:
+        return _Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64), bad)
+    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad)
+
+
+def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:
+    """An uninitialized float32 tensor (B, C, R, R), channels last.
+
+    In a worker process it lies in shared memory, so that it is not copied there on its way out.
+    """
+    shape = (count, preprocessing.resolution, preprocessing.resolution, preprocessing.channels)
+    if get_worker_info() is None:
+        return torch.empty(shape).movedim(-1, 1)  # (B, C, R, R)
+    size = math.prod(shape)
+    shared = torch.UntypedStorage._new_shared(4 * size)  # as torch's own collation does
+    return torch.empty(0).set_(shared, 0, (size,), (1,)).view(shape).movedim(-1, 1)  # (B, C, R, R)
+
+
+def _load(
+    batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int | None, bad_images: BadImages
+) -> Iterator[_Batch]:
+    """Make the batches with these numbers, in order, and check the budget of bad images after each."""
+    if getattr(batches.dataset, "in_memory", False):
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
-        num_workers = max(0, min(MOST_WORKERS, num_cores(), len(numbers) - 1))
-    produced = _from_workers(batches, numbers, num_workers) if num_workers else (batches[number] for number in numbers)
-    for batch in produced:
+        num_workers = max(0, min(MAX_WORKERS, num_cores(), len(numbers) - 1))
+    loaded = _from_workers(batches, numbers, num_workers) if num_workers else (batches[number] for number in numbers)
+    for batch in loaded:
         for name, reason in batch.bad.items():
             bad_images.add(name, reason)
         bad_images.raise_if_over()
         yield batch
 
 
-def _from_workers(batches: TrainingBatches | EvaluationBatches, numbers: range, num_workers: int) -> Iterator[Batch]:
+def _from_workers(batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int) -> Iterator[_Batch]:
     # Fork would copy the locks of threads that do not exist in the child; a forkserver has no threads.
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "coatnet.data.loader"])
@@ -126,30 +338,32 @@ def _from_workers(batches: TrainingBatches | EvaluationBatches, numbers: range, 
         batch_size=None,  # an item is a whole batch
         sampler=numbers,
         num_workers=num_workers,
-        prefetch_factor=BATCHES_ON_THE_WAY,
+        prefetch_factor=PREFETCHED_BATCHES,
         timeout=CHECK_SECONDS,
         multiprocessing_context=context,
         worker_init_fn=_start_worker,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
     )
-    refuse_small_shared_memory(num_workers, batches.num_bytes)
-    workers, arrived = WorkerReaper(), 0
+    preprocessing = batches.transform.preprocessing
+    bytes_per_image = 4 * preprocessing.channels * preprocessing.resolution**2
+    require_shared_memory(num_workers, batches.num_images * bytes_per_image)
+    workers, num_received = WorkerReaper(), 0
     try:
-        with script_hidden(unless_it_defines=type(batches.dataset)), signals_held(), workers.starting():
+        with hide_main_script(unless_it_defines=type(batches.dataset)), block_signals(), workers.starting():
             produced = iter(loader)
-        for batch in with_timeout(produced, PATIENCE):
-            arrived += 1
+        for batch in with_timeout(produced, BATCH_TIMEOUT_SECONDS):
+            num_received += 1
             yield batch
-    except UserError as error:  # as the worker raised it, but for the traceback that torch wraps it in
+    except UserError as error:  # without the traceback that torch puts around a worker's message
         raise UserError(str(error).rpartition("UserError: ")[2].partition("\n")[0]) from error
-    except (RuntimeError, OSError, EOFError) as error:  # by where in its work the worker was killed
-        if str(error).startswith("Caught "):  # an error in a worker that lives
+    except (RuntimeError, OSError, EOFError) as error:  # which one depends on what the worker did when it was killed
+        if str(error).startswith("Caught "):  # raised in a worker that is alive
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        name = batches.dataset.describe(batches.first_index(numbers[min(arrived, len(numbers) - 1)]))
+        name = batches.dataset.describe(batches.first_index(numbers[min(num_received, len(numbers) - 1)]))
         if "timed out" in reason:
             raise UserError(
-                f"nothing came for {PATIENCE:g} s: a worker process hangs, or reads too slowly ({name})"
+                f"no batch for {BATCH_TIMEOUT_SECONDS:g} s: a worker process hangs, or reads too slowly ({name})"
             ) from error
         raise UserError(f"a worker process stopped, perhaps for lack of memory: {reason} (near {name})") from error
     finally:
@@ -157,10 +371,11 @@ def _from_workers(batches: TrainingBatches | EvaluationBatches, numbers: range, 
 
 
 @contextmanager
-def script_hidden(unless_it_defines: type) -> Iterator[None]:
-    """New processes run the user's script again, which would train again but for a `__main__` guard.
+def hide_main_script(unless_it_defines: type) -> Iterator[None]:
+    """Keep processes that are started in the block from running the user's script again.
 
-    Ours need nothing from it, unless the dataset's class is defined there.
+    Without a `__main__` guard the script would train again. The workers need nothing from it, unless it defines the
+    class of the dataset.
     """
     names = vars(sys.modules["__main__"])
     shown = {name: names[name] for name in ("__spec__", "__file__") if name in names}
@@ -172,16 +387,11 @@ def script_hidden(unless_it_defines: type) -> Iterator[None]:
         names.update(shown)
 
 
-def num_cores() -> int:
-    """The cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # The terminal sends Ctrl-C to the workers too, but the main process is to finish its step and stop them.
+    # The terminal sends Ctrl-C to the workers too; the main process finishes its step and stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -68,7 +68,7 @@ class Splits:
 
     def describe(self) -> str:
         """What was found, a few lines for people: images, sizes, classes, balance, split, notes."""
-        counts = class_counts(self.training)
+        counts = self.training.class_counts
         num_images = len(self.training) + len(self.validation)
         kind = "several labels an image" if self.multilabel else "one label an image"
         shown = ", ".join(self.classes[:10]) + (
@@ -111,13 +111,6 @@ def summarise(dataset: Dataset) -> Summary:
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])
     return Summary(median, by_area[0], by_area[-1], grey, len(sizes))
-
-
-def class_counts(dataset: Dataset) -> NDArray[np.int64]:
-    """Images of each class, (K,)."""
-    if dataset.multilabel:
-        return dataset.labels.sum(axis=0, dtype=np.int64)
-    return np.bincount(dataset.labels, minlength=len(dataset.classes))
 
 
 def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) -> NDArray[np.bool_]:

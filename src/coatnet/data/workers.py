@@ -1,7 +1,7 @@
-"""What worker processes are kept from: hearing signals meant for the run, outliving it, and a shared memory too small.
+"""Shield worker processes from signals, from outliving the run, and from a shared memory that is too small.
 
-Launchers and schedulers send a signal to every process of a run. The one that trains finishes its step and saves; its
-workers are needed until then.
+Launchers and schedulers send a signal to every process of a run. The main process finishes its step and saves; it
+needs its workers until then.
 """
 
 import multiprocessing
@@ -18,18 +18,18 @@ from coatnet.errors import UserError
 
 Item = TypeVar("Item")
 
-CHECK_SECONDS = 5.0  # between two looks whether all workers live; a forkserver's do not tell when they die
+CHECK_SECONDS = 5.0  # between two checks that all workers are alive; a forkserver does not report their death
 SHARED_MEMORY = "/dev/shm"
-BATCHES_ON_THE_WAY = 2  # a worker, as torch has it
+PREFETCHED_BATCHES = 2  # per worker, as in torch
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Processes started within never hear SIGTERM and SIGUSR1. One that arrives meanwhile is heard afterwards."""
+def block_signals() -> Iterator[None]:
+    """Processes started in the block ignore SIGTERM and SIGUSR1. This one handles them after the block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # where Python starts it later, it lets SIGTERM through again
+    resource_tracker.ensure_running()  # where Python starts it later, it unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
@@ -38,13 +38,14 @@ def signals_held() -> Iterator[None]:
 
 
 class WorkerReaper:
-    """Processes that are started while `starting` is entered, and killed, if they still live, by `kill`."""
+    """Kills the processes that were started inside `starting`."""
 
     def __init__(self) -> None:
         self._processes: set[multiprocessing.process.BaseProcess] = set()
 
     @contextmanager
     def starting(self) -> Iterator[None]:
+        """Register the processes that are started in the block."""
         before = set(multiprocessing.active_children())
         try:
             yield
@@ -52,15 +53,15 @@ class WorkerReaper:
             self._processes |= set(multiprocessing.active_children()) - before
 
     def kill(self) -> None:
-        """Not to be waited for: one that hangs would never end, and none holds anything but batches."""
+        """Kill them without waiting: one that hangs would never end, and they hold nothing but batches."""
         for process in self._processes:
             process.kill()
 
 
-def with_timeout(produced: Iterator[Item], patience: float) -> Iterator[Item]:
-    """What a DataLoader with `timeout=CHECK_SECONDS` gives, waited for `patience` seconds each.
+def with_timeout(produced: Iterator[Item], seconds: float) -> Iterator[Item]:
+    """Yield the items of a DataLoader with `timeout=CHECK_SECONDS`, waiting up to `seconds` for each.
 
-    By itself it would look after dead workers only once its whole timeout is over.
+    With one long timeout, the DataLoader would notice dead workers only at its end.
     """
     while True:
         began = time.monotonic()
@@ -71,19 +72,19 @@ def with_timeout(produced: Iterator[Item], patience: float) -> Iterator[Item]:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "timed out" not in str(error) or time.monotonic() - began >= patience:
+                if "timed out" not in str(error) or time.monotonic() - began >= seconds:
                     raise
         yield item
 
 
-def refuse_small_shared_memory(num_workers: int, bytes_a_batch: int) -> None:
-    """Raises UserError if batches on their way from the workers do not fit where they lie; else a worker would die."""
+def require_shared_memory(num_workers: int, bytes_per_batch: int) -> None:
+    """Raise a UserError if the batches that workers prefetch do not fit into shared memory: a worker would crash."""
     if not os.path.isdir(SHARED_MEMORY):
         return
-    needed, there = num_workers * BATCHES_ON_THE_WAY * bytes_a_batch, shutil.disk_usage(SHARED_MEMORY).free
-    if needed > there:
+    needed, free = num_workers * PREFETCHED_BATCHES * bytes_per_batch, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
         raise UserError(
-            f"{SHARED_MEMORY} has room for {there / 1e6:.0f} MB, but the batches of {num_workers} worker processes "
+            f"{SHARED_MEMORY} has room for {free / 1e6:.0f} MB, but the batches of {num_workers} worker processes "
             f"take {needed / 1e6:.0f} MB: give fewer num_workers or a smaller batch_size, or more shared memory "
             "(docker run --shm-size 2g)"
         )

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.data.batches import read_image
 from coatnet.data.datasets import Dataset
+from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import as_images
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report

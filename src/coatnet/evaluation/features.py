@@ -16,8 +16,8 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
+from coatnet.data.loader import BadImages
 from coatnet.data.splits import Splits
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import choose_datasets
 from coatnet.inference.logits import infer, workers_for

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import evaluation_batches
+from coatnet.data.loader import BadImages, evaluation_batches
 from coatnet.data.transforms import Preprocessing
-from coatnet.data.unreadable import BadImages
 from coatnet.model.network import CoAtNet
 
 MAX_IMAGES_WITHOUT_WORKERS = 2000  # chosen: starting workers takes about as long as reading as many small photographs

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coatnet.data.find_images import expand_paths
+from coatnet.data.folder import expand_paths
 from coatnet.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.decode import BadImage, decode
-from coatnet.data.loader import num_cores
 from coatnet.data.transforms import as_images, match_channels
 from coatnet.deprecation import renamed_attribute
 from coatnet.errors import UserError
@@ -22,6 +21,7 @@ from coatnet.inference.engines import open_engine
 from coatnet.inference.network import probabilities_of
 from coatnet.inference.prediction import Prediction, check_amounts
 from coatnet.inference.test_time_augmentation import check_views, look, num_views
+from coatnet.system.hardware import num_cores
 
 Image = str | Path | bytes | NDArray[np.uint8] | Tensor
 

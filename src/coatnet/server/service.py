@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from coatnet.data.loader import num_cores
 from coatnet.errors import nearest
 from coatnet.inference.predictor import Predictor
 from coatnet.server.batching import Answer, Batcher, Reservation
@@ -16,6 +15,7 @@ from coatnet.server.errors import ClientDisconnected, RequestError
 from coatnet.server.metrics import Metrics, ModelMetrics
 from coatnet.server.settings import Settings
 from coatnet.server.uploads import DecodingPool, Uploads
+from coatnet.system.hardware import num_cores
 
 T = TypeVar("T")
 

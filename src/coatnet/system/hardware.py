@@ -1,6 +1,7 @@
 """The hardware of this machine: which device computes, what it computes in, how its C library keeps memory."""
 
 import ctypes
+import os
 import platform
 import re
 from typing import TYPE_CHECKING
@@ -28,6 +29,11 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_ARENA_MAX: 1}
     return all(libc.mallopt(option, value) for option, value in settings.items())
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(device: str = "auto") -> "torch.device":

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from coatnet.data.loader import sampler_of, training_batches
+from coatnet.data.loader import BadImages, sampler_of, training_batches
 from coatnet.data.splits import Splits
-from coatnet.data.unreadable import BadImages
 from coatnet.errors import UserError
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import CorruptCheckpoint, latest_checkpoint, load_checkpoint, open_checkpoint
@@ -89,7 +88,7 @@ class Session:
             num_workers=workers_of_one(recipe.num_workers, self.processes),
             balanced=recipe.balance == "sampler",
             bad_images=self.bad_images,
-            places=self.learner.share.places,
+            batch_indices=self.learner.share.places,
         )
 
     @property

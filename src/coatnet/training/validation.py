@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from coatnet.data.datasets import Dataset
-from coatnet.data.unreadable import BadImages
+from coatnet.data.loader import BadImages
 from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
 from coatnet.training.config import parts

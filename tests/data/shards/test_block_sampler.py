@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coatnet.data.shards.block_sampler import BlockSampler
+from coatnet.data.shards.dataset import BlockSampler
 from coatnet.errors import UserError
 
 

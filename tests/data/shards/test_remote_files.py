@@ -40,8 +40,8 @@ def surroundings(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("coatnet.data.shards.dataset.BLOCK_BYTES", 12_000)
-    monkeypatch.setattr("coatnet.data.shards.remote_files._FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("coatnet.data.shards.remote_files._LAST_PAUSE", 0.02)
+    monkeypatch.setattr("coatnet.data.shards.storage._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("coatnet.data.shards.storage._LAST_PAUSE", 0.02)
     return tmp_path / "cache" / "blocks"
 
 
@@ -68,7 +68,7 @@ def assert_equal(remote, local) -> None:
     for one, other in ((remote.training, local.training), (remote.validation, local.validation)):
         assert everything(one) == everything(other)
         assert np.array_equal(one.labels, other.labels)
-        assert np.array_equal(one.order(3).indices(np.arange(50)), other.order(3).indices(np.arange(50)))
+        assert np.array_equal(one.sampler(3).indices(np.arange(50)), other.sampler(3).indices(np.arange(50)))
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/coatnet-shards.json"])
@@ -99,7 +99,7 @@ def test_one_image_costs_one_block(server):
 
 def test_an_epoch_fetches_every_byte_of_every_image_once(server):
     dataset = open_dataset(server.url).training
-    for index in dataset.order(5).indices(np.arange(len(dataset))).tolist():
+    for index in dataset.sampler(5).indices(np.arange(len(dataset))).tolist():
         dataset.read(index)
     ranges = server.ranges(".tar")
     assert len(ranges) == len(set(ranges))
@@ -113,7 +113,7 @@ READER = """
 import sys, pickle
 import numpy as np
 dataset, seed = pickle.loads(sys.stdin.buffer.read())
-for index in dataset.order(seed).indices(np.arange(len(dataset))).tolist():
+for index in dataset.sampler(seed).indices(np.arange(len(dataset))).tolist():
     data, _ = dataset.read(index)
     assert data.startswith(b"\\x89PNG") and data.endswith(b"IEND\\xaeB`\\x82")
 """

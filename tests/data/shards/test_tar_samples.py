@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.data.shards.tars import image, samples, write_tar
 
-from coatnet.data.shards.tar_samples import Sample, read_samples
+from coatnet.data.shards.webdataset import Sample, read_samples
 from coatnet.errors import UserError
 
 

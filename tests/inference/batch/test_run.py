@@ -10,7 +10,7 @@ import pytest
 from tests.data.shards.range_server import RangeServer
 
 from coatnet.data.datasets import ArrayDataset
-from coatnet.data.find_images import expand_paths
+from coatnet.data.folder import expand_paths
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Predictions

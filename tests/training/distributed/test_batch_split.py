@@ -5,10 +5,9 @@ import pytest
 import torch
 
 import coatnet
-from coatnet.data.loader import evaluation_batches, training_batches
+from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.mixing import Mixing, mix
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.data.unreadable import BadImages
 from coatnet.training.distributed.batch_split import share_of, workers_of_one
 from coatnet.training.distributed.processes import Processes
 
@@ -26,7 +25,7 @@ def batch(dataset, number, places):
         num_steps=1,
         num_workers=0,
         bad_images=BadImages(len(dataset)),
-        places=places,
+        batch_indices=places,
     )
     return next(iter(given))
 

@@ -10,21 +10,62 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
-from coatnet.data.shards.block_sampler import BlockSampler
-from coatnet.data.shards.files import ShardFiles, chunks
+from coatnet.data.sampler import EpochSampler, Indices, Samples, hash_words
 from coatnet.data.shards.index import SAMPLE_COLUMNS, Head, Split, digest, from_npy, index_name, labels_of
+from coatnet.data.shards.storage import ShardFiles, chunks
 from coatnet.errors import UserError
 
 # chosen: 8 MiB a request. Object stores answer in some 50 ms, so a connection gives about 100 MB/s.
 BLOCK_BYTES = 8 << 20
+# chosen: 128 blocks a window. Neighbours in the order then share a block in 1 of 128 cases.
+BLOCKS_PER_WINDOW = 128
 _OPEN_INDEXES = 160  # as many as shards are kept open
 _THREADS = 16
 
 
-class ShardDataset:
+class BlockSampler(EpochSampler):
+    """Every epoch visits each of `size` images once; `block_size` images that lie side by side are a block."""
+
+    def __init__(self, size: int, seed: int, block_size: int, blocks_per_window: int = BLOCKS_PER_WINDOW) -> None:
+        super().__init__(size, seed)
+        self.block_size = min(block_size, size)
+        num_blocks = -(-size // self.block_size)
+        self._blocks = EpochSampler(num_blocks, seed)
+        self._per_window = min(blocks_per_window, num_blocks)
+        self._num_windows = -(-num_blocks // self._per_window)
+        # The last window of an epoch may have fewer blocks, and the last block fewer images.
+        last = num_blocks - (self._num_windows - 1) * self._per_window
+        own_seed = int(hash_words(seed, 1)[0])
+        self._inside = EpochSampler(self._per_window * self.block_size, own_seed)
+        self._inside_last = EpochSampler(last * self.block_size, own_seed)
+
+    def sample(self, positions: ArrayLike) -> Samples:
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.size)
+        indices = self._shuffle(epochs, places)
+        # The last block is filled up with images that are not there. Cycle walking, as in `EpochSampler`: whoever lands
+        # on one of them goes on from there, which keeps every image's turn unique.
+        while len(beyond := np.flatnonzero(indices >= self.size)):
+            indices[beyond] = self._shuffle(epochs[beyond], indices[beyond])
+        return Samples(indices, epochs)
+
+    def _shuffle(self, epochs: Indices, places: Indices) -> Indices:
+        """A permutation of range(num_blocks * block_size) for each epoch."""
+        windows, offsets = np.divmod(places, self._inside.size)
+        turns = epochs * self._num_windows + windows
+        inside = np.empty_like(places)
+        is_last = windows == self._num_windows - 1
+        for part, order in ((~is_last, self._inside), (is_last, self._inside_last)):
+            inside[part] = order.indices(turns[part] * order.size + offsets[part])
+        slots, rest = np.divmod(inside, self.block_size)
+        blocks = self._blocks.indices(epochs * self._blocks.size + windows * self._per_window + slots)
+        return blocks * self.block_size + rest
+
+
+class ShardDataset(Dataset):
     """A split of a folder of shards. Tables of samples are mapped, not held: a worker process costs next to nothing."""
 
     def __init__(self, head: Head, split: Split, table: NDArray, files: ShardFiles, index_files: ShardFiles) -> None:
@@ -33,7 +74,7 @@ class ShardDataset:
         self.classes = head.classes
         self.multilabel = head.multilabel
         self.table = table
-        self.class_counts = np.array(split.class_counts, dtype=np.int64)
+        self._class_counts = np.array(split.class_counts, dtype=np.int64)
         self._files = files
         self._index_files = index_files
         self._starts = np.concatenate([[0], np.cumsum(table["num_samples"])])
@@ -49,14 +90,14 @@ class ShardDataset:
         return int(self._starts[-1])
 
     @cached_property
-    def labels(self) -> NDArray:
+    def labels(self) -> NDArray:  # pyrefly: ignore[bad-override]  # read when first used
         """Of every sample, from all tables. `class_counts` and `read` do not need it."""
         shards = np.flatnonzero(self.table["num_samples"])
         with ThreadPoolExecutor(_THREADS) as threads:
             tables = threads.map(self._load, shards.tolist())
             return np.concatenate([labels_of(table, len(self.classes), self.multilabel) for table in tables])
 
-    def order(self, seed: int) -> BlockSampler:
+    def sampler(self, seed: int) -> BlockSampler:
         """The order of training: the same for a folder and for a copy of it behind a URL."""
         return BlockSampler(len(self), seed, self.block_size)
 
@@ -77,6 +118,17 @@ class ShardDataset:
         if len(data) != length:
             raise UserError(f"{self._files}/{self.shard_name(shard)}: has become shorter; fetch or pack it again")
         return data, labels_of(sample, len(self.classes), self.multilabel)
+
+    def label(self, index: int) -> NDArray:
+        shard, row = self._find(index)
+        return labels_of(self._samples(shard)[row], len(self.classes), self.multilabel)
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        return self._class_counts
+
+    def identity(self) -> Iterator[bytes]:
+        yield self.table.tobytes()
 
     def describe(self, index: int) -> str:
         shard, row = self._find(index)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from coatnet.data.shards.block_cache import default_cache
 from coatnet.data.shards.dataset import ShardDataset
-from coatnet.data.shards.files import LocalFiles, ShardFiles, read_whole
 from coatnet.data.shards.index import (
     HEAD,
     TRAINING,
@@ -17,7 +16,7 @@ from coatnet.data.shards.index import (
     parse_head,
     table_name,
 )
-from coatnet.data.shards.remote_files import RemoteFiles
+from coatnet.data.shards.storage import LocalFiles, RemoteFiles, ShardFiles, read_whole
 from coatnet.data.shards.webdataset import index_foreign, split_of
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError

@@ -4,18 +4,21 @@ The index belongs to names and sizes of the tars (on this machine to the times o
 that changes is read again, with all checks.
 """
 
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
-from coatnet.data.shards.files import LocalFiles, ShardFiles
+from coatnet.data.datasets import printable
+from coatnet.data.folder import IMAGE_SUFFIXES, TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.shards.index import (
     HEAD,
     TRAINING,
@@ -30,13 +33,24 @@ from coatnet.data.shards.index import (
     table_name,
     to_npy,
 )
-from coatnet.data.shards.tar_samples import Label, Sample, read_samples
+from coatnet.data.shards.storage import LocalFiles, ShardFiles
 from coatnet.errors import UserError
 from coatnet.system.cache import cache_folder
 from coatnet.system.files import atomic_folder, file_lock
 from coatnet.system.progress import ProgressBar
 
+Label = int | str | tuple[int | str, ...]
+
+_LONGEST_LABEL = 1 << 20
+_JSON_KEYS = ("labels", "label", "cls", "class")
 _MOST_CLASSES = 1_000_000
+
+
+class Sample(NamedTuple):
+    key: str
+    offset: int
+    length: int
+    label: Label
 
 
 class _Tar(NamedTuple):
@@ -163,3 +177,96 @@ def _names(label: Label) -> tuple[int | str, ...]:
 
 def _name_hash(name: str) -> bytes:
     return blake2b(name.encode(), digest_size=8).digest()
+
+
+@dataclass
+class _Members:
+    """What was met of a sample so far."""
+
+    key: str
+    image: tuple[int, int] | None = None
+    label: Label | None = None
+    seen: set[str] = field(default_factory=set)
+
+
+def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
+    """The samples of a tar in their order. `.cls` holds a class index or name, `.json` a label or a list of labels.
+
+    Raises `UserError`, beginning with `where`, if the tar is compressed, cut off or damaged, if a key comes twice,
+    or if an image has no label.
+    """
+    seen: set[str] = set()
+    current: _Members | None = None
+    for member in _members(file, where):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, kind = name.partition(".")
+        key = printable(f"{folder}/{stem}" if folder else stem)
+        if current is None or key != current.key:
+            if current is not None:
+                yield from _finish(current, where)
+            if key in seen:
+                raise UserError(f"{where}: the key {key!r} comes twice; keys must be unique within a tar")
+            seen.add(key)
+            current = _Members(key)
+        if kind in current.seen:
+            raise UserError(f"{where}: {member.name!r} comes twice; keys must be unique within a tar")
+        current.seen.add(kind)
+        suffix = "." + kind.lower().rpartition(".")[2]
+        if suffix in IMAGE_SUFFIXES:
+            current.image = current.image or (member.offset_data, member.size)
+        elif suffix in (".cls", ".json") and member.size <= _LONGEST_LABEL and current.label is None:
+            current.label = _read_label(file, member, f"{where}: {printable(member.name)}")
+    if current is not None:
+        yield from _finish(current, where)
+
+
+def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            yield from (member for member in archive if member.isreg())
+            end = archive.offset
+    except (tarfile.TarError, EOFError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{where}: truncated, or no plain tar ({reason}); fetch it again, unpack a .tar.gz") from error
+    # tarfile takes whatever it cannot parse for the end of the archive, which is a block of zeros.
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"{where}: truncated or damaged, no end mark at byte {end:,}; fetch it again")
+
+
+def _finish(members: _Members, where: str) -> Iterator[Sample]:
+    if members.image is None:
+        return  # a README, or a sample of something else
+    if members.label is None:
+        raise UserError(f"{where}: {members.key!r} has no .cls or .json with a label; each image needs one")
+    yield Sample(members.key, *members.image, members.label)
+
+
+def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | None:
+    """None for a JSON object that says nothing of labels."""
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise UserError(f"{where}: truncated at byte {member.offset_data + len(data):,}; fetch it again")
+    try:
+        text = data.decode().strip()
+        value = json.loads(text) if member.name.lower().endswith(".json") else text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a label ({' '.join(str(error).split())[:80]})") from error
+    if isinstance(value, dict):
+        value = next((value[key] for key in _JSON_KEYS if key in value), None)
+        if value is None:
+            return None
+    if isinstance(value, list):
+        return tuple(_one(item, where) for item in value)
+    return _one(value, where)
+
+
+def _one(value: object, where: str) -> int | str:
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+        value = int(value)
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise UserError(f"{where}: the label is {value!r}; it must be a class index or a class name")

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.data.decode import BadImage
-from coatnet.data.loader import num_cores
 from coatnet.inference.batch.samples import Images
 from coatnet.inference.predictor import Predictor
+from coatnet.system.hardware import num_cores
 
 
 class Row(NamedTuple):

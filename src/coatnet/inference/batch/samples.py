@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from coatnet.data.builtin import is_idx_folder
-from coatnet.data.datasets import ArrayDataset, Dataset, Encoded, FileDataset
+from coatnet.data.datasets import Dataset, Encoded, FileDataset
 from coatnet.data.decode import BadImage
-from coatnet.data.find_images import open_images
+from coatnet.data.folder import open_images
 from coatnet.data.hugging_face import is_saved_folder
 from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
 from coatnet.data.open import NAMES, open_dataset
-from coatnet.data.shards.dataset import ShardDataset
 from coatnet.data.shards.open import is_shard_folder
 from coatnet.errors import UserError
 
@@ -37,9 +36,8 @@ class Images:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = tuple(datasets)
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
-        # The other kinds keep files open and tables mapped, and are made for one reader.
-        by_many = all(isinstance(dataset, FileDataset | ArrayDataset) for dataset in datasets)
-        self._turn: AbstractContextManager = nullcontext() if by_many else threading.Lock()
+        thread_safe = all(dataset.thread_safe for dataset in datasets)
+        self._turn: AbstractContextManager = nullcontext() if thread_safe else threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -53,9 +51,7 @@ class Images:
             try:
                 image, label = dataset.read(index)
             except BadImage as error:
-                # the labels of all shards are more than memory may hold
-                known = not isinstance(dataset, ShardDataset)
-                return Taken(name, label_name(dataset, dataset.labels[index]) if known else None, None, error.reason)
+                return Taken(name, label_name(dataset, dataset.label(index)), None, error.reason)
         return Taken(name, label_name(dataset, label), image)
 
     def identity(self) -> str:
@@ -63,11 +59,8 @@ class Images:
         digest = hashlib.sha256()
         for dataset in self._datasets:
             digest.update(f"{dataset.name} {len(dataset)}\n".encode())
-            if isinstance(dataset, ShardDataset):
-                digest.update(dataset.table.tobytes())
-            else:
-                for index in range(len(dataset)):
-                    digest.update(f"{dataset.describe(index)}\n".encode())
+            for part in dataset.identity():
+                digest.update(part)
         return digest.hexdigest()[:32]
 
 

@@ -7,11 +7,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
-from coatnet.data.loader import num_cores
 from coatnet.errors import UserError
 from coatnet.inference.engines.graph_cache import cached_graph
 from coatnet.inference.graphs import to_onnx, to_program
 from coatnet.inference.network import ImageNetwork, example_images
+from coatnet.system.hardware import num_cores
 
 
 class OnnxRuntimeEngine:

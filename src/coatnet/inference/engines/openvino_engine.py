@@ -7,11 +7,11 @@ import openvino
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
-from coatnet.data.loader import num_cores
 from coatnet.inference.engines.batch_sizes import split
 from coatnet.inference.engines.graph_cache import cached_graph
 from coatnet.inference.graphs import to_openvino, to_program
 from coatnet.inference.network import ImageNetwork, example_images
+from coatnet.system.hardware import num_cores
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 

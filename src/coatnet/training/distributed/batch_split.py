@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.loader import MOST_WORKERS, num_cores
+from coatnet.data.loader import MAX_WORKERS
 from coatnet.data.mixing import Mixing
+from coatnet.system.hardware import num_cores
 from coatnet.training.distributed.processes import Processes
 
 
@@ -35,4 +36,4 @@ def workers_of_one(wanted: int | None, processes: Processes) -> int | None:
     """Worker processes of each process: as many as are wanted, or its part of the machine's cores."""
     if wanted is not None or processes.alone:
         return wanted
-    return max(1, min(MOST_WORKERS, num_cores() // processes.local_world_size))
+    return max(1, min(MAX_WORKERS, num_cores() // processes.local_world_size))

@@ -1,9 +1,15 @@
 """Directives that write the reference pages from the code, so that no page repeats what the code says.
 
 - `{public-names} coatnet.data`: the documentation of every name in the folder's `__all__`.
+- `{command-help}`: what each command's `--help` prints.
+- `{may-change-on-resume}`: the options that may differ when a run is resumed.
 """
 
+import contextlib
 import inspect
+import io
+import os
+import pkgutil
 import re
 from importlib import import_module
 
@@ -24,26 +30,60 @@ class Generated(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         container = nodes.Element()
         container.document = self.state.document
-        self.state.nested_parse(StringList(self.markdown(), source=self.env.docname), 0, container)
+        text = StringList(self.markdown(), source=self.env.docname)
+        self.state.nested_parse(text, 0, container, match_titles=True)
         return container.children
 
 
 class PublicNames(Generated):
-    """Documents every public name of a package; names that `coatnet` itself exports are documented there only."""
+    """Documents the public names of a folder and of those inside it; what `coatnet` itself exports is documented there."""
 
     required_arguments = 1
 
     def markdown(self) -> list[str]:
-        package = self.arguments[0]
-        module = import_module(package)
-        lines = [*inspect.cleandoc(module.__doc__ or "").splitlines(), ""]
-        front = set() if package == FRONT_DOOR else set(import_module(FRONT_DOOR).__all__)
-        for name in sorted(module.__all__, key=str.lower):
-            found = getattr(module, name)
-            if name in front and getattr(import_module(FRONT_DOOR), name) is found:
-                continue
-            lines += ["```{eval-rst}", *directive(package, name, found), "```", ""]
+        folder = self.arguments[0]
+        front_door = import_module(FRONT_DOOR)
+        lines = [*inspect.cleandoc(import_module(folder).__doc__ or "").splitlines(), ""]
+        for package in [FRONT_DOOR] if folder == FRONT_DOOR else packages(folder):
+            module = import_module(package)
+            for name in sorted(getattr(module, "__all__", ()), key=str.lower):
+                found = getattr(module, name)
+                if folder != FRONT_DOOR and name in front_door.__all__ and getattr(front_door, name) is found:
+                    lines += [f"`{package}.{name}` is {{py:obj}}`coatnet.{name}`.", ""]
+                else:
+                    lines += ["```{eval-rst}", *directive(package, name, found), "```", ""]
         return lines
+
+
+def packages(folder: str) -> list[str]:
+    """A folder of the package and the folders inside it."""
+    inside = pkgutil.walk_packages(import_module(folder).__path__, f"{folder}.")
+    return [folder, *(found.name for found in inside if found.ispkg)]
+
+
+class CommandHelp(Generated):
+    """A section for each command, with its help."""
+
+    def markdown(self) -> list[str]:
+        from coatnet.cli.main import VERBS, main
+
+        lines = []
+        os.environ["COLUMNS"] = "120"
+        for command in VERBS:
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+                main([command, "--help"])
+            lines += [f"### `coatnet {command}`", "", "```text", *output.getvalue().splitlines(), "```", ""]
+        return lines
+
+
+class MayChangeOnResume(Generated):
+    """The names in `MAY_CHANGE`, as a list."""
+
+    def markdown(self) -> list[str]:
+        from coatnet.training.run_folder import MAY_CHANGE
+
+        return [f"- `{name}`" for name in MAY_CHANGE]
 
 
 def directive(package: str, name: str, found: object) -> list[str]:
@@ -70,5 +110,7 @@ def plain_to_restructured(app: Sphinx, what: str, name: str, found: object, opti
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
+    app.add_directive("command-help", CommandHelp)
+    app.add_directive("may-change-on-resume", MayChangeOnResume)
     app.connect("autodoc-process-docstring", plain_to_restructured, priority=400)  # before napoleon, at 500
     return {"parallel_read_safe": True}

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,13 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import coatnet
 from coatnet.bundle import Bundle
-from coatnet.cli.arguments.export import export_arguments
-from coatnet.cli.arguments.finished import evaluate_arguments, features_arguments, probe_arguments, push_arguments
-from coatnet.cli.arguments.looking import doctor_arguments, models_arguments, pack_arguments, plan_arguments
-from coatnet.cli.arguments.predict import predict_arguments
-from coatnet.cli.arguments.serve import serve_arguments
-from coatnet.cli.arguments.train import train_arguments
-from coatnet.cli.main import VERBS, main
+from coatnet.cli import exit_codes
+from coatnet.cli.main import COMMANDS, main
 from coatnet.data.transforms import Preprocessing
 from coatnet.export import FORMATS
+from coatnet.training.recipes.registry import RECIPES
+from coatnet.training.run_folder import MAY_CHANGE
 
-PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "train": train_arguments,
-    "evaluate": evaluate_arguments,
-    "predict": predict_arguments,
-    "features": features_arguments,
-    "probe": probe_arguments,
-    "export": export_arguments,
-    "serve": serve_arguments,
-    "push": push_arguments,
-    "models": models_arguments,
-    "doctor": doctor_arguments,
-    "plan": plan_arguments,
-    "pack": pack_arguments,
-}
 # What a page takes for granted, beside the images of the `desk`.
 GIVEN = {
     "docs/guides/batch.md": ["runs/mine/bundle"],
@@ -50,6 +34,12 @@ GIVEN = {
     "docs/guides/predicting.md": ["runs/mine/bundle"],
     "docs/guides/reports.md": ["runs/mine/bundle"],
     "docs/guides/serving.md": ["server"],
+}
+# Parts of what the Python of a page prints.
+PRINTED = {
+    "README.md": ["accuracy", "bright"],
+    "docs/guides/predicting.md": ["holiday.jpg {'", "image 1 {'", "(('"],
+    "docs/guides/serving.md": [" %  "],
 }
 # Their blocks are those of another page, which a test compares and another runs.
 SAME_AS = {"README.zh.md": "README.md", "docs/tutorial.md": "examples/tutorial.ipynb"}
@@ -60,7 +50,7 @@ RUNNABLE = [
     if page_name(page) not in SAME_AS
     and any(block.runs and ("slow" in block.words) == slow for block in blocks(page, "python", "sh"))
 ]
-COMMANDS = [
+CALLS = [
     pytest.param(program, arguments, id=f"{page_name(page)}:{block.line} {' '.join(arguments)}")
     for page in PAGES
     for block in blocks(page, *SHELLS)
@@ -94,10 +84,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle, after two epochs of handwritten digits."""
-    run = tmp_path_factory.mktemp("digits") / "run"
-    coatnet.train(coatnet.Recipe(data="digits", model="coatnet-femto-16", epochs=2, num_workers=0), run)
+def clothes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle, after half an epoch of grey images of clothes."""
+    run = tmp_path_factory.mktemp("clothes") / "run"
+    recipe = coatnet.Recipe(
+        data="fashion-mnist-small", model="coatnet-femto-16", resolution=16, epochs=0.5, num_workers=0
+    )
+    coatnet.train(recipe, run)
     return run / "bundle"
 
 
@@ -112,7 +105,7 @@ def folder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def given(page: str, desk: Path, digits: Path, two_classes: Path) -> Iterator[Callable[[str], str]]:
+def given(page: str, desk: Path, clothes: Path, two_classes: Path) -> Iterator[Callable[[str], str]]:
     """Provide what a page takes for granted; yields what adapts its code to this place."""
     names = GIVEN.get(page, [])
     for name in names:
@@ -122,7 +115,7 @@ def given(page: str, desk: Path, digits: Path, two_classes: Path) -> Iterator[Ca
             model.train()(torch.randn(4, 3, 64, 64))
             Bundle(model.eval(), ("a", "b"), Preprocessing(resolution=64)).save(desk / name)
         elif name.startswith("runs/"):
-            shutil.copytree(digits if "export" in page or "finetuning" in page else two_classes, desk / name)
+            shutil.copytree(clothes if "export" in page or "finetuning" in page else two_classes, desk / name)
     if "server" not in names:
         yield lambda text: text
         return
@@ -133,39 +126,51 @@ def given(page: str, desk: Path, digits: Path, two_classes: Path) -> Iterator[Ca
 @pytest.mark.filterwarnings("default")  # of the programs that open an export
 @pytest.mark.parametrize(("page", "slow"), RUNNABLE)
 def test_the_python_of_a_page_runs_from_top_to_bottom(
-    page: Path, slow: bool, desk: Path, digits_bundle: Path, folder_bundle: Path
+    page: Path, slow: bool, desk: Path, clothes_bundle: Path, folder_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
-    with given(page_name(page), desk, digits_bundle, folder_bundle) as adapted:
+    with given(page_name(page), desk, clothes_bundle, folder_bundle) as adapted:
         for block in blocks(page, "python", "sh"):
             place = f"{page_name(page)}, line {block.line}"
             if block.language == "python":
                 code = compile("\n" * block.line + adapted(block.text), page_name(page), "exec")
                 if block.runs and (slow or "slow" not in block.words):
                     exec(code, names)
+                    check_export(names)
             elif block.runs and (slow or "slow" not in block.words):
                 for arguments in programs(block.text, "coatnet"):
                     assert main(arguments) == 0, place
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in PRINTED.get(page_name(page), [])), printed
 
 
-@pytest.mark.parametrize(("program", "arguments"), COMMANDS)
+def check_export(names: dict[str, Any]) -> None:
+    """What an export gave: probabilities of ten classes for one image, and the names of the classes."""
+    if "probabilities" in names:
+        probabilities = np.asarray(torch.as_tensor(names["probabilities"]).detach())
+        assert probabilities.shape == (1, 10) and probabilities.sum() == pytest.approx(1, abs=1e-3)
+    if "classes" in names:
+        assert names["classes"][1] == "Trouser"
+
+
+@pytest.mark.parametrize(("program", "arguments"), CALLS)
 def test_a_command_is_understood(program: str, arguments: list[str], desk: Path) -> None:
     if program == "torchrun":
         parsed = torchrun_parser().parse_args(arguments)
         assert parsed.module and parsed.training_script == "coatnet"
         arguments = parsed.training_script_args
     command, *rest = arguments
-    assert PARSERS.keys() == VERBS.keys()
+    assert command in COMMANDS
     if "--config" in rest:
         (desk / "runs/mine").mkdir(parents=True)
         shutil.copy("mine.yaml", "runs/mine/recipe.yaml")
-    PARSERS[command](rest)
+    import_module(f"coatnet.cli.{command}").parse_arguments(rest)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_options_in_the_text_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = options(capsys)
-    for command, text in re.findall(r"`coatnet (\w+)([^`\n]*)`", prose(page)):
+    for command, text in re.findall(r"`coatnet ([a-z]+)([^`\n]*)`", prose(page)):
         assert command in known, f"{page_name(page)}: coatnet {command}"
         wrong = set(re.findall(r"(?<=\s)--[\w.-]+", text)) - known[command]
         assert not wrong, f"{page_name(page)}: coatnet {command}{text}"
@@ -176,7 +181,7 @@ _OPTIONS: dict[str, set[str]] = {}
 
 def options(capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
     """The options of each command, from its help."""
-    for command in VERBS:
+    for command in COMMANDS:
         if command not in _OPTIONS:
             try:
                 main([command, "--help"])
@@ -217,3 +222,61 @@ def test_the_errors_that_are_explained_are_those_of_the_code() -> None:
         fragments = [re.escape(fragment.strip()) for fragment in line.split("…") if fragment.strip()]
         pattern = re.compile(".*".join(fragments), re.DOTALL)
         assert any(pattern.search(template) for template in templates), line
+
+
+PLANS = [rest for block in blocks(ROOT / "docs/guides/scale.md", "sh") for rest in programs(block.text, "coatnet")]
+
+
+@pytest.mark.parametrize("arguments", [rest for rest in PLANS if rest[0] == "plan"], ids=" ".join)
+def test_a_plan_of_the_guide_is_made(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, model, *rest = arguments
+    assert model in coatnet.list_variants()
+    assert main([command, "coatnet-femto", *rest]) == 0  # a small network, for the time it takes
+    page = capsys.readouterr().out
+    assert "torchrun" in page and "gradients" in page
+
+
+def test_the_steps_of_the_paper_are_those_of_the_recipes() -> None:
+    rows = re.findall(r"(?m)^\| (`.*?`[^|]*)\|.*\| ([\d,]+) \|$", prose(ROOT / "docs/guides/scale.md"))
+    assert len(rows) == 7
+    for names, steps in rows:
+        first, *_ = re.findall(r"`(.*?)`", names)
+        assert RECIPES[first].steps == int(steps.replace(",", "")), first
+
+
+def test_what_may_differ_on_resume_is_what_the_code_allows() -> None:
+    text = prose(ROOT / "docs/guides/training.md")
+    sentence = re.search(r"When you resume, these may differ from before: (.*?)\. Any other", text, re.DOTALL)
+    assert sentence and tuple(re.findall(r"`(\w+)`", sentence[1])) == MAY_CHANGE
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    listed = re.findall(r"^\| (\d+) \|", prose(ROOT / "docs/reference/command-line.md"), re.MULTILINE)
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper()}
+    assert {int(code) for code in listed} == codes | {0}
+
+
+def test_the_messages_of_the_page_are_explained() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src/coatnet/server/page").glob("*.[jh]*"))
+    section = prose(ROOT / "docs/guides/page.md").partition("## 2. ")[2].partition("## 3. ")[0]
+    messages = [row for row in re.findall(r"^\| (.*?) \|", section, re.MULTILINE) if row not in ("message", "---")]
+    assert len(messages) == 6
+    for message in messages:
+        assert message in scripts, message
+
+
+def test_tests_that_a_page_names_exist() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", code, re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`(test_\w+)`", prose(page))) <= defined | {"test_coatnet"}, page_name(page)
+
+
+def test_files_that_a_page_names_exist() -> None:
+    known = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("src/coatnet/**/*.*")]
+    known += [path.relative_to(ROOT).as_posix() for folder in ("tests", "examples", "benchmarks", "docs", "scripts")
+              for path in (ROOT / folder).rglob("*")]  # fmt: skip
+    for page in PAGES:
+        for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|ipynb|js))`", prose(page)):
+            if name != "coatnet.py":  # the file of chinhsuanwu/coatnet-pytorch
+                assert any(f"/{path}".endswith(f"/{name}") for path in known), f"{page_name(page)}: {name}"

@@ -36,7 +36,7 @@ class Generated(SphinxDirective):
 
 
 class PublicNames(Generated):
-    """Documents the public names of a folder and of those inside it; what `coatnet` itself exports is documented there."""
+    """Documents the public names of a folder and of those inside it, except what `coatnet` itself exports."""
 
     required_arguments = 1
 
@@ -65,11 +65,11 @@ class CommandHelp(Generated):
     """A section for each command, with its help."""
 
     def markdown(self) -> list[str]:
-        from coatnet.cli.main import VERBS, main
+        from coatnet.cli.main import COMMANDS, main
 
         lines = []
         os.environ["COLUMNS"] = "120"
-        for command in VERBS:
+        for command in COMMANDS:
             output = io.StringIO()
             with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
                 main([command, "--help"])

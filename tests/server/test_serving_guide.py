@@ -1,26 +1,25 @@
-"""The guide to serving does what it says: its requests are sent, its commands are understood."""
+"""The requests of the guide to serving that are not Python (tests/test_docs.py runs that), and its complete lists."""
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.pages import ROOT, blocks
 from tests.server.serving import Address, image, make_predictor, running
 
-from coatnet.cli.serve import parse_arguments
 from coatnet.server.errors import STATUS
 
-GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs/guides/serving.md"
+GUIDE = PAGE.read_text(encoding="utf-8")
 CLASSES = ("daisy", "rose", "tulip", "dandelion")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+def texts(language: str) -> list[str]:
+    return [block.text for block in blocks(PAGE, language)]
 
 
 @pytest.fixture(scope="module")
@@ -53,37 +52,21 @@ def best(address: Address) -> tuple[str, float]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(address: Address, folder: Path) -> None:
-    predict, infer = [block for block in blocks("sh") if "curl" in block]
+    predict, infer = [block for block in texts("sh") if "curl" in block]
     answer = json.loads(run(["bash", "-c", here(predict, address)], folder))
     assert len(answer["predictions"]) == 3 and answer["predictions"][0]["class"] == best(address)[0]
-    (shown,) = map(json.loads, blocks("json"))
+    (shown,) = map(json.loads, texts("json"))
     assert shown.keys() == answer.keys() and shown["milliseconds"].keys() == answer["milliseconds"].keys()
     outputs = json.loads(run(["bash", "-c", here(infer, address)], folder))["outputs"]
     assert outputs[1]["data"] == [best(address)[0]]
 
 
-def test_python(address: Address, folder: Path) -> None:
-    (block,) = blocks("python")
-    lines = run([sys.executable, "-c", here(block, address)], folder).splitlines()
-    name, probability = best(address)
-    assert len(lines) == 3 and lines[0] == f"{100 * probability:.1f} %  {name}"
-
-
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
 def test_javascript(address: Address, folder: Path) -> None:
-    (block,) = blocks("js")
+    (block,) = texts("js")
     (folder / "ask.mjs").write_text(here(block, address), encoding="utf-8")
     lines = run(["node", "ask.mjs"], folder).splitlines()
     assert len(lines) == 3 and lines[0].endswith(best(address)[0])
-
-
-def test_the_commands_are_understood() -> None:
-    text = "".join(blocks("sh") + blocks("console") + blocks("ini")).replace("\\\n", " ")
-    found = [line[line.index("coatnet serve") :] for line in text.splitlines() if "coatnet serve" in line]
-    assert len(found) == 5
-    for command in found:
-        bundles = parse_arguments(shlex.split(command)[2:]).bundles
-        assert bundles
 
 
 def test_every_code_of_an_error_is_explained() -> None:

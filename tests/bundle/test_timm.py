@@ -158,5 +158,5 @@ def test_layer_scale_multiplies_channels() -> None:
 
 
 def test_a_network_of_timms_knows_no_variations() -> None:
-    with pytest.raises(ValueError, match="knows no downsample"):
+    with pytest.raises(ValueError, match="without the option downsample"):
         create_model("test_coatnet", downsample="expand")

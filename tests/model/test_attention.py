@@ -14,7 +14,7 @@ from coatnet.model.attention import (
     RelativeAttention,
     scaled_dot_product_attention,
 )
-from coatnet.model.relative_bias import RelativeBias, pairs, pairs_as_one_operation, resample
+from coatnet.model.relative_bias import RelativeBias, expand_table, opaque_expand_table, resample
 
 GRID = (3, 4)
 N = GRID[0] * GRID[1]
@@ -69,7 +69,7 @@ def test_plain_attention_is_relative_attention_with_a_zero_table():
     torch.testing.assert_close(plain(x), relative(x))
 
 
-def test_our_product_equals_torchs_fused_attention():
+def test_eager_attention_equals_torchs_fused_attention():
     q, k, v = torch.randn(3, 2, 3, N, 8, dtype=torch.float64)
     bias = torch.randn(3, N, N, dtype=torch.float64)
     torch.testing.assert_close(
@@ -87,14 +87,14 @@ def test_the_bias_matrix_is_block_toeplitz():
             assert torch.equal(matrix[:, n, m], wanted)
 
 
-def test_the_operation_of_a_graph_reads_and_learns_the_table_as_the_plain_code():
+def test_the_opaque_operation_has_the_values_and_gradients_of_expand_table():
     table = torch.randn(2, 2 * GRID[0] - 1, 2 * GRID[1] - 1, dtype=torch.float64, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(pairs_as_one_operation, (table, *GRID), test_utils=checks)
+    torch.library.opcheck(opaque_expand_table, (table, *GRID), test_utils=checks)
     upstream = torch.randn(2, N, N, dtype=torch.float64)
-    (plain,) = torch.autograd.grad(pairs(table, *GRID), table, upstream)
-    matrix = pairs_as_one_operation(table, *GRID)
-    assert torch.equal(matrix, pairs(table, *GRID))
+    (plain,) = torch.autograd.grad(expand_table(table, *GRID), table, upstream)
+    matrix = opaque_expand_table(table, *GRID)
+    assert torch.equal(matrix, expand_table(table, *GRID))
     torch.testing.assert_close(torch.autograd.grad(matrix, table, upstream)[0], plain)
 
     graphs = []
@@ -107,7 +107,7 @@ def test_the_operation_of_a_graph_reads_and_learns_the_table_as_the_plain_code()
     assert "relative_bias_pairs" in graphs[0]
 
 
-def test_a_constant_on_the_table_changes_nothing_in_pre_and_something_in_post():
+def test_adding_a_constant_to_the_table_changes_post_but_not_pre_attention():
     x = torch.randn(2, 8, *GRID, dtype=torch.float64)
     for kind, changes in ((RelativeAttention, False), (PostRelativeAttention, True)):
         attention = strong(kind(8, 12, 4, RelativeBias(3, GRID)))
@@ -117,7 +117,7 @@ def test_a_constant_on_the_table_changes_nothing_in_pre_and_something_in_post():
         assert torch.allclose(before, attention(x)) is not changes
 
 
-def test_without_content_pre_is_a_depthwise_convolution_with_a_normalised_global_kernel():
+def test_with_zero_queries_and_keys_attention_is_a_normalized_global_depthwise_convolution():
     """The paper's unification: softmax(w_{i-j}) sums x_j over the map like a convolution whose kernel is exp(w).
 
     The convolution divides by the kernel's own sum over the map, which is a convolution of ones.
@@ -151,7 +151,7 @@ def test_local_attention_is_masked_global_attention(relative_bias):
     torch.testing.assert_close(local(x), local.merge(scaled_dot_product_attention(*local.split(x), bias), grid))
 
 
-def test_local_attention_never_holds_a_matrix_of_all_pairs():
+def test_local_attention_saves_no_matrix_of_all_pairs():
     grid = (64, 64)
     local, largest = LocalAttention(4, 4, 4, 3, relative_bias=True), 0
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
@@ -183,7 +183,7 @@ def test_resampling_is_bilinear_and_keeps_the_zero_offset_in_the_middle():
     torch.testing.assert_close(larger[:, 4, 5], table[:, 2, 3])
 
 
-def test_the_kept_matrix_is_the_computed_one_and_follows_the_table():
+def test_the_cached_bias_matrix_follows_the_table():
     bias = RelativeBias(2, GRID).eval()
     with torch.no_grad():
         first = bias(GRID, torch.float32)

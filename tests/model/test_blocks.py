@@ -79,7 +79,7 @@ def test_a_folded_batch_norm_changes_nothing_and_follows_its_statistics(stride):
             assert not torch.equal(block(x), expected)  # it is another way to compute the same
 
 
-def test_a_copy_folds_for_itself():
+def test_a_copied_block_has_its_own_cache():
     block = MBConv(6, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0).eval()
     x = torch.randn(1, 6, 5, 5)
     with torch.no_grad():
@@ -88,8 +88,8 @@ def test_a_copy_folds_for_itself():
         assert torch.equal(block(x), before) and not torch.allclose(copied(x), before)
 
 
-def test_what_is_kept_is_forgotten_when_a_fused_optimizer_has_changed_the_weights():
-    """A fused step leaves the version of a weight as it is, so the version alone would not do."""
+def test_caches_are_cleared_after_a_step_of_a_fused_optimizer():
+    """A fused optimizer does not increment the version of a weight, so comparing versions is not enough."""
     torch.manual_seed(0)
     block = Transformer(8, 8, 1, attention=RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))), stochastic_depth=0.0)
     network = torch.nn.Sequential(
@@ -105,7 +105,7 @@ def test_what_is_kept_is_forgotten_when_a_fused_optimizer_has_changed_the_weight
         torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_kept_is_forgotten_by_eval_since_no_version_counts_writes_through_data():
+def test_eval_clears_caches_after_writes_through_data():
     block = Transformer(8, 8, 1, attention=RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))), stochastic_depth=0.0)
     convolution = MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0)
     network, x = torch.nn.Sequential(convolution, block).eval(), torch.randn(2, 8, 3, 3)
@@ -117,7 +117,7 @@ def test_what_is_kept_is_forgotten_by_eval_since_no_version_counts_writes_throug
         torch.testing.assert_close(network.eval()(x), expected)
 
 
-def test_weights_of_inference_mode_are_used_without_keeping_anything():
+def test_nothing_is_cached_for_weights_created_in_inference_mode():
     with torch.inference_mode():
         convolution = MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0).eval()
         attention = RelativeAttention(8, 8, 4, RelativeBias(2, (3, 3))).eval()

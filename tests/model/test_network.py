@@ -1,4 +1,4 @@
-"""The network as a whole: shapes, resolutions, memory formats, compilation, the contract."""
+"""The whole network: shapes, resolutions, memory formats, compilation, the interface of timm."""
 
 import copy
 import pickle
@@ -121,7 +121,7 @@ def test_any_resolution_goes_through(size, variations):
     assert logits.shape == (2, 5) and logits.isfinite().all()
 
 
-def test_stage_maps_have_the_grids_and_widths_of_the_row():
+def test_stage_maps_have_the_grids_and_widths_of_the_variant():
     images = torch.randn(1, 3, 97, 64)
     last, maps = tiny().eval().forward_intermediates(images)
     assert [tuple(m.shape[1:]) for m in maps] == [
@@ -135,7 +135,7 @@ def test_stage_maps_have_the_grids_and_widths_of_the_row():
     assert last is maps[1] and len(maps) == 2
     assert len(model.forward_intermediates(images, 3, intermediates_only=True)) == 3
     for unknown in ({"norm": True}, {"output_fmt": "NLC"}):
-        with pytest.raises(UserError, match="maps come as stages make them"):
+        with pytest.raises(UserError, match="only unnormalized NCHW feature maps"):
             model.forward_intermediates(images, **unknown)
 
 
@@ -155,7 +155,7 @@ def tiny_logits(images):
     return lively(tiny()).eval()(images)
 
 
-def test_tokens_of_a_channels_last_map_are_a_view_and_come_back():
+def test_tokens_of_a_channels_last_map_are_a_view_and_convert_back():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     tokens = to_tokens(x)
     assert tokens.data_ptr() == x.data_ptr() and tokens.shape == (2, 20, 3)
@@ -163,7 +163,7 @@ def test_tokens_of_a_channels_last_map_are_a_view_and_come_back():
     torch.testing.assert_close(mean_over_cells(x), x.mean((2, 3)))
 
 
-def test_the_mean_that_is_compiled_for_bf16_answers_is_a_product_and_the_mean():
+def test_the_compiled_bf16_mean_is_a_matrix_product_with_the_same_value():
     torch.compiler.reset()
     x = torch.rand(2, 8, 5, 7).bfloat16()
     graphs = []
@@ -179,9 +179,9 @@ def test_the_mean_that_is_compiled_for_bf16_answers_is_a_product_and_the_mean():
     torch.testing.assert_close(mean.float(), x.float().mean((2, 3)), rtol=2**-7, atol=0)
 
 
-def test_the_cache_of_evaluation_changes_nothing():
+def test_inference_caches_do_not_change_the_logits():
     model, images = lively(tiny()).eval(), torch.randn(2, 3, 64, 64)
-    fresh = model(images).detach()  # with gradients nothing is kept
+    fresh = model(images).detach()  # with gradients nothing is cached
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(model(images), fresh)
@@ -191,7 +191,7 @@ def test_the_cache_of_evaluation_changes_nothing():
         assert torch.equal(copy.deepcopy(model)(images), model(images))
 
 
-def test_the_contract_of_timm():
+def test_the_interface_of_timm():
     model, images = tiny().eval(), torch.randn(2, 3, 64, 64)
     features = model.forward_features(images)
     assert torch.equal(model.forward_head(features), model(images))
@@ -202,14 +202,14 @@ def test_the_contract_of_timm():
     assert torch.equal(model(images), pooled)
     model.reset_classifier(7, "avg")
     assert model(images).shape == (2, 7) and model.num_classes == 7
-    with pytest.raises(UserError, match="global_pool='max': maps are averaged"):
+    with pytest.raises(UserError, match="global_pool='max': only average pooling"):
         model.reset_classifier(7, "max")
     assert len(model.no_weight_decay()) == 3
     matcher = model.group_matcher()
     assert set(matcher) == {"stem", "blocks"}
 
 
-def test_timm_groups_our_layers_one_a_block():
+def test_timm_groups_parameters_by_block():
     helpers = pytest.importorskip("timm.models")
     model = tiny()
     layers = helpers.group_parameters(model, model.group_matcher(), reverse=True)
@@ -276,7 +276,7 @@ def test_frozen_parts_do_not_move_nor_do_their_statistics():
         freeze(model, ["stage.0"])
 
 
-def test_the_port_of_chinhsuanwu_gets_the_network_of_the_paper():
+def test_from_coatnet_pytorch_creates_the_network_of_the_paper():
     with torch.device("meta"):
         model = from_coatnet_pytorch((224, 224), 3, [2, 2, 3, 5, 2], [64, 96, 192, 384, 768])
         paper = create_model("coatnet-0")
@@ -299,7 +299,7 @@ def test_meta_device_builds_the_largest_member_without_memory():
     assert sum(p.numel() for p in model.parameters()) > 2.4e9
 
 
-def test_weights_begin_at_one_over_fan_in():
+def test_initial_weights_have_variance_one_over_fan_in():
     torch.manual_seed(0)
     for name, weight in create_model("coatnet-nano").named_parameters():
         if weight.ndim > 1 and weight.numel() > 50_000:

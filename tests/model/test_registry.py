@@ -1,4 +1,4 @@
-"""Every row of the family is the paper's, counted on the meta device; every variation builds or is refused."""
+"""The variants have the sizes that the paper publishes; options build or are refused."""
 
 import pytest
 
@@ -23,7 +23,7 @@ EXACT = {
 }
 
 
-def test_every_row_of_the_paper_is_there():
+def test_every_variant_of_the_paper_is_listed():
     assert list_variants()[:8] == [f"coatnet-{i}" for i in range(7)] + ["coatnet-6-printed"]
     assert {f"coatnet-{i}" for i in range(8)} == PUBLISHED.keys()
     assert OURS.isdisjoint(PUBLISHED) and EXACT.keys() == PUBLISHED.keys() | {"coatnet-6-printed"}
@@ -92,7 +92,7 @@ def test_activation_bytes_are_what_an_mbconv_keeps():
     assert counted == pytest.approx(4 * kept, rel=0.01)  # vectors of a few hundred bytes are left out here
 
 
-def test_vit_rel_has_the_size_of_its_row():
+def test_vit_rel_has_the_size_of_its_variant():
     for name in ("coatnet-0", "coatnet-1", "coatnet-2"):
         plain, vit = complexity(name, 224), complexity(name, 224, layout="ViT_REL")
         assert vit.parameters == pytest.approx(plain.parameters, rel=0.15)
@@ -110,12 +110,12 @@ def test_a_layout_names_the_kind_of_each_stage(layout):
     assert "-".join(kinds).replace("M", "C") == layout
 
 
-def test_a_row_survives_a_round_trip_through_plain_values():
+def test_variants_survive_a_round_trip_through_plain_values():
     for row in VARIANTS.values():
         assert Variant.from_dict(row.to_dict()) == row
 
 
-def test_small_images_get_rows_that_leave_cells_to_attend_over():
+def test_default_variants_leave_cells_for_attention_on_small_images():
     assert default_variant(8) == "coatnet-femto-16" and default_variant(28) == "coatnet-pico-64"
     assert VARIANTS[default_variant(28)].grids(28) == (14, 7, 7)
     assert VARIANTS["coatnet-0"].grids(97) == (25, 13, 7, 4)
@@ -149,23 +149,23 @@ def test_small_images_get_rows_that_leave_cells_to_attend_over():
         ({"stochastic_depth": "0.1"}, "stochastic_depth='0.1'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_reason(variations, message):
+def test_invalid_arguments_are_refused_with_a_reason(variations, message):
     with pytest.raises(UserError) as caught:
         create_model("coatnet-0", **variations)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_name_gets_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'coatnet-0'"):
         create_model("coatnet_0")
     with pytest.raises(UserError, match="four stages"):
         create_model("coatnet-7", layout="C-C-T-T")
 
 
-def test_absurd_rows_are_refused_before_anything_is_allocated():
+def test_out_of_bounds_variants_are_refused_before_anything_is_allocated():
     row = VARIANTS["coatnet-0"].to_dict()
     for changes in ({"depth": 10**6}, {"width": 10**9}, {"kind": "_target_"}, {"stride": 3}):
         with pytest.raises(UserError):
             create_model({**row, "stages": [{**row["stages"][0], **changes}]})
-    with pytest.raises(UserError, match="not a row"):
+    with pytest.raises(UserError, match="not a variant"):
         create_model({**row, "_target_": "os.system"})

@@ -1,4 +1,8 @@
-"""What is computed: the networks of the paper and timm's, from a configuration of the registry to logits."""
+"""The networks: variants by name, the modules that the paper's equations describe, and operations on a network.
+
+`config` and `registry` hold the variants, `network` builds them with `create_model`, `complexity` counts their costs,
+`resize` and `freeze` change a network in place. `timm` holds what timm's CoAtNets have and the paper's do not.
+"""
 
 from typing import TYPE_CHECKING
 

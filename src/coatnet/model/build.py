@@ -1,4 +1,4 @@
-"""From a row of the family to the parts of a network: which class stands where, and how weights are initialized."""
+"""Build the modules of a `Variant`: which class for which option; and initialize their weights."""
 
 from torch import nn
 
@@ -17,11 +17,11 @@ from coatnet.model.transformer import Transformer
 
 
 def build_stem(variant: Variant, in_channels: int) -> nn.Module:
-    """S0: two 3x3 convolutions, the first with the stride; or the 16x16 patches of ViT_REL."""
+    """Build S0: two 3x3 convolutions, the first with the stride; or the 16x16 patches of ViT_REL."""
     width = variant.stem_width
     if variant.stem == "patch":
         return nn.Conv2d(in_channels, width, kernel_size=PATCH_STRIDE, stride=PATCH_STRIDE)
-    # chosen: BatchNorm and GELU between the two and nothing after them, from the authors' later code.
+    # chosen: BatchNorm and GELU between the two and nothing after the second, from the authors' later code.
     first = ConvNormGELU(in_channels, width, 3, norm="batch", stride=variant.stem_stride)
     return nn.Sequential(first, nn.Conv2d(width, width, kernel_size=3, padding=1))
 
@@ -29,7 +29,7 @@ def build_stem(variant: Variant, in_channels: int) -> nn.Module:
 def build_block(
     variant: Variant, stage: Stage, in_width: int, stride: int, side: int, stochastic_depth: float
 ) -> nn.Module:
-    """One block of a stage, with a grid of side x side cells behind it."""
+    """Build one block of a stage, with an output of side x side cells."""
     if stage.kind == "mbconv":
         return MBConv(
             in_width,
@@ -44,7 +44,7 @@ def build_block(
 
 
 def build_attention(variant: Variant, in_width: int, width: int, side: int) -> nn.Module:
-    """The attention that the row names, for a grid of side x side cells."""
+    """Build the attention of a variant, for a grid of side x side cells."""
     shape = (in_width, width, variant.head_dim)
     if variant.attention == "linear":
         return LinearAttention(*shape)
@@ -57,7 +57,7 @@ def build_attention(variant: Variant, in_width: int, width: int, side: int) -> n
 
 
 def build_head(variant: Variant, num_classes: int) -> Head:
-    """What makes logits of the last map."""
+    """Build the classification head."""
     return Head(variant.stages[-1].width, num_classes)
 
 

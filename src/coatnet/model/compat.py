@@ -1,4 +1,4 @@
-"""For code written against `chinhsuanwu/coatnet-pytorch`: the same arguments, the network of the paper."""
+"""Compatibility with `chinhsuanwu/coatnet-pytorch`: its arguments, the network of the paper."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from coatnet.errors import UserError
 from coatnet.model.config import Stage, Variant
 from coatnet.model.network import CoAtNet, create_model
 
-KINDS = {"C": "mbconv", "T": "transformer"}
+STAGE_KINDS = {"C": "mbconv", "T": "transformer"}
 
 
 def from_coatnet_pytorch(
@@ -17,16 +17,22 @@ def from_coatnet_pytorch(
     num_classes: int = 1000,
     block_types: Sequence[str] = ("C", "C", "T", "T"),
 ) -> CoAtNet:
-    """The network that the port's `CoAtNet(...)` with these arguments was meant to be.
+    """Create a network from the arguments of `CoAtNet(...)` in `chinhsuanwu/coatnet-pytorch`.
 
-    Weights of the port do not fit: `docs/guides/coatnet-pytorch.md` lists what differs.
+    The network follows the paper where that implementation does not, so its weights do not fit; the guide "From
+    coatnet-pytorch" lists the differences.
 
     Args:
-        image_size: height and width, pixels; the relative biases are made for the larger; any size goes through.
-        num_blocks, channels: of the stem and the four stages.
+        image_size: height and width in pixels; the relative biases belong to the larger of them. Images of any other
+            size go through as well.
+        in_channels: channels of the images.
+        num_blocks: number of layers of the stem (always 2) and of blocks of the four stages.
+        channels: widths of the stem and of the four stages.
+        num_classes: number of outputs.
+        block_types: "C" (MBConv) or "T" (Transformer) for each of the four stages.
 
     Raises:
-        UserError: if the numbers make no CoAtNet; the message says which and why.
+        UserError: the numbers do not describe a CoAtNet.
     """
     if len(num_blocks) != 5 or len(channels) != 5 or len(block_types) != 4:
         raise UserError(
@@ -34,9 +40,12 @@ def from_coatnet_pytorch(
             "there are 5 of the first two (stem and four stages) and 4 block_types"
         )
     if num_blocks[0] != 2:
-        raise UserError(f"num_blocks[0]={num_blocks[0]}: the stem of the paper has two layers, so it is 2")
-    if unknown := set(block_types) - KINDS.keys():
+        raise UserError(f"num_blocks[0]={num_blocks[0]}: the stem of the paper has two layers, so it must be 2")
+    if unknown := set(block_types) - STAGE_KINDS.keys():
         raise UserError(f"block_types {sorted(unknown)}: a type is 'C' (MBConv) or 'T' (Transformer)")
-    stages = zip(block_types, num_blocks[1:], channels[1:], strict=True)
-    row = Variant("from-port", channels[0], tuple(Stage(KINDS[t], depth, width) for t, depth, width in stages))
-    return create_model(row, num_classes=num_classes, in_channels=in_channels, resolution=max(image_size))
+    stages = tuple(
+        Stage(STAGE_KINDS[kind], depth, width)
+        for kind, depth, width in zip(block_types, num_blocks[1:], channels[1:], strict=True)
+    )
+    variant = Variant("from-coatnet-pytorch", channels[0], stages)
+    return create_model(variant, num_classes=num_classes, in_channels=in_channels, resolution=max(image_size))

@@ -1,4 +1,4 @@
-"""What a network costs, counted on the meta device: no memory, no arithmetic, any size in seconds."""
+"""Parameters, multiply-accumulates and activation memory of a network, counted on the meta device in seconds."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from coatnet.model.config import Variant
 from coatnet.model.network import create_model
@@ -17,8 +16,13 @@ from coatnet.model.timm.config import TimmVariant
 
 @dataclass(frozen=True)
 class Complexity:
-    """Of one image: multiply-accumulates of its matrix products and convolutions (the paper calls them FLOPs), and
-    bytes of activations kept for the backward pass in float32."""
+    """Cost of one image.
+
+    Attributes:
+        parameters: number of trainable parameters.
+        macs: multiply-accumulates of matrix products and convolutions in the forward pass; the paper calls them FLOPs.
+        activation_bytes: memory that the forward pass stores for the backward pass, in float32.
+    """
 
     parameters: int
     macs: int
@@ -40,51 +44,60 @@ def complexity(
     num_classes: int = 1000,
     **variations: Any,
 ) -> Complexity:
-    """The cost of one square image of `resolution` pixels.
+    """Count the cost of one image, without allocating the network.
 
     Args:
-        table_resolution: resolution that the relative bias tables are made for; the paper counts them at 224.
+        variant: a name of `list_variants()`, or a variant.
+        resolution: side of the square image in pixels.
+        table_resolution: resolution in pixels that the relative bias tables belong to; the paper counts their
+            parameters at 224.
+        num_classes: number of outputs.
         variations: as in `create_model`.
+
+    Raises:
+        UserError: the name or a variation is unknown.
     """
-    row = find_variant(variant) if isinstance(variant, str) else variant
-    row = row.vary(**variations)
-    # All blocks of a stage behind its first are the same, so one of them speaks for the rest.
-    short = replace(row, stages=tuple(replace(stage, depth=min(stage.depth, 2)) for stage in row.stages))
+    variant = find_variant(variant) if isinstance(variant, str) else variant
+    variant = variant.vary(**variations)
+    # All blocks of a stage after its first have equal costs, so only two of each stage are run.
+    short = replace(variant, stages=tuple(replace(stage, depth=min(stage.depth, 2)) for stage in variant.stages))
     with torch.device("meta"):
         model = create_model(short, num_classes=num_classes, resolution=table_resolution)
         x = torch.empty(1, 3, resolution, resolution)
     total = Complexity(0, 0, 0)
-    x, cost = _run(model.stem, x)
+    x, cost = _count(model.stem, x)
     total += cost
-    for stage, blocks in zip(row.stages, model.stages, strict=True):
+    for stage, blocks in zip(variant.stages, model.stages, strict=True):
         for block, times in zip(blocks.children(), (1, stage.depth - 1), strict=False):
-            x, cost = _run(block, x)
+            x, cost = _count(block, x)
             total += cost * times
-    return total + _run(model.head, x)[1]
+    return total + _count(model.head, x)[1]
 
 
-def _run(part: nn.Module, x: Tensor) -> tuple[Tensor, Complexity]:
-    """What a part of a network makes of a map, and what that costs."""
-    kept = KeptStorages()
-    with FlopCounterMode(display=False) as counter, kept:
-        result = part(x)
-    parameters = list(part.parameters())
-    activation_bytes = kept.nbytes(but=parameters)
-    return result, Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2, activation_bytes)
+def _count(module: nn.Module, x: Tensor) -> tuple[Tensor, Complexity]:
+    """Run a module and return its output and its cost."""
+    from torch.utils.flop_counter import FlopCounterMode  # imported here, since it takes 0.2 s
+
+    saved = SavedTensors()
+    with FlopCounterMode(display=False) as counter, saved:
+        output = module(x)
+    parameters = list(module.parameters())
+    activation_bytes = saved.num_bytes(exclude=parameters)
+    return output, Complexity(sum(p.numel() for p in parameters), counter.get_total_flops() // 2, activation_bytes)
 
 
-class KeptStorages(saved_tensors_hooks):
-    """Collects the memory that a forward pass keeps for the backward pass; views of one storage count once."""
+class SavedTensors(saved_tensors_hooks):
+    """Context manager that records the storages that autograd saves for the backward pass, each once."""
 
     def __init__(self) -> None:
-        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
-        super().__init__(self._keep, lambda tensor: tensor)
+        self._storages: dict[int, torch.UntypedStorage] = {}  # references, so that no address is reused
+        super().__init__(self._record, lambda tensor: tensor)
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _record(self, tensor: Tensor) -> Tensor:
         self._storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    def nbytes(self, *, but: Iterable[torch.Tensor]) -> int:
-        """Bytes of all of it, except of these tensors."""
-        excepted = {tensor.untyped_storage()._cdata for tensor in but}
-        return sum(each.nbytes() for address, each in self._storages.items() if address not in excepted)
+    def num_bytes(self, *, exclude: Iterable[Tensor]) -> int:
+        """Bytes of all recorded storages except those of the given tensors."""
+        excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
+        return sum(each.nbytes() for address, each in self._storages.items() if address not in excluded)

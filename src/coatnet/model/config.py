@@ -1,4 +1,4 @@
-"""What a network consists of: its stages, and the paper's variations of a network as fields of a `Variant`."""
+"""Configuration of a network: its stages, and as fields of a `Variant` the design choices that the paper studies."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,8 +12,8 @@ CHOICES = {
     "mbconv_norm": ("batch", "layer"),
     "attention": ("pre", "post", "local", "linear"),
 }
-# What a variation is about: blocks of one kind, which a row may lack.
-ABOUT = {
+# The kind of blocks that an option changes; an option for blocks that a variant lacks is refused.
+BLOCK_KIND_OF_OPTION = {
     "downsample": "mbconv",
     "mbconv_norm": "mbconv",
     "attention": "transformer",
@@ -23,14 +23,21 @@ ABOUT = {
 }
 LAYOUTS = ("C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T", "ViT_REL")
 # paper: Table 7 moves four blocks from S2 to S3 (V1) or two from S3 to S2 (V2).
-MOVED_TO_S3 = {"V0": 0, "V1": 4, "V2": -2}
-PATCH_STRIDE = 16  # paper: "16x16 stride" of the ViT stem
-MAX_DEPTH, MAX_WIDTH = 128, 8192
+BLOCKS_MOVED_TO_S3 = {"V0": 0, "V1": 4, "V2": -2}
+PATCH_STRIDE = 16  # pixels; paper: "16x16 stride" of the ViT stem
+MAX_STAGE_DEPTH, MAX_STAGE_WIDTH = 128, 8192
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`depth` blocks of one kind ("mbconv" or "transformer") at `width`; the first has the stride."""
+    """One stage: `depth` blocks of one kind.
+
+    Args:
+        kind: "mbconv" or "transformer".
+        depth: number of blocks.
+        width: channels of the blocks' outputs.
+        stride: of the first block, 1 or 2.
+    """
 
     kind: str
     depth: int
@@ -40,11 +47,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Stem and stages of a network.
+    """Stem and stages of a network; what the paper's and timm's variants have in common.
 
     Args:
+        name: name in `list_variants()`.
+        stem_width: channels of the stem's output.
+        stages: stages from the first to the last.
         head_dim: width of an attention head.
-        resolution: side of the square images that the relative biases are made for by default, pixels.
+        resolution: default side of the square images that the relative biases belong to, in pixels.
+        stem_stride: stride of the stem.
     """
 
     name: str
@@ -55,7 +66,7 @@ class Architecture:
     stem_stride: int = 2
 
     def grids(self, resolution: int) -> tuple[int, ...]:
-        """Side of the square map after each stage, in cells, for square images of that many pixels."""
+        """Side of the feature map after each stage, in cells, for square images of `resolution` pixels."""
         sides, side = [], -(-resolution // self.stem_stride)
         for stage in self.stages:
             side = -(-side // stage.stride)
@@ -65,14 +76,18 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Variant(Architecture):
-    """A row of the family, complete: equal rows build equal networks.
+    """A network of the paper's family: everything that `create_model` needs except classes, channels and resolution.
 
     Args:
-        stem: "convolution" (two 3x3), or "patch", the 16x16 patches of the ViT_REL study.
-        downsample: where MBConv strides: its "expand" convolution (equation 5) or "depthwise" (Table 9).
+        stem: "convolution" (two 3x3), or "patch", the 16x16 patches of ViT_REL (section 2.2).
+        downsample: the convolution of MBConv with the stride: "expand" (equation 5) or "depthwise" (Table 9).
         mbconv_norm: "batch" or "layer" (Table 8).
-        attention: "pre" or "post" (equation 3), "local" or "linear" (section 2.2, B and C).
-        window: side of the neighbourhood of local attention, cells, odd.
+        attention: "pre" or "post" (equation 3), "local" or "linear" (section 2.2, options B and C).
+        relative_bias: whether attention has a relative bias (Table 6).
+        window: side of the window of local attention in cells, odd.
+
+    Raises:
+        UserError: a value is unknown, out of bounds or does not fit the others.
     """
 
     stem: str = "convolution"
@@ -98,7 +113,7 @@ class Variant(Architecture):
         if not self.stages:
             raise UserError(f"{self.name} has no stages; a network has at least one")
         for stage in self.stages:
-            self._check(stage)
+            self._check_stage(stage)
         kinds = [stage.kind for stage in self.stages]
         if kinds != sorted(kinds):
             raise UserError(f"stages {kinds}: every mbconv stage stands before any transformer stage (section 2.2)")
@@ -109,21 +124,26 @@ class Variant(Architecture):
         if self.attention == "post" and not self.relative_bias:
             raise UserError("attention='post' without relative_bias is attention='pre' without it; pass that")
         if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
-            raise UserError(f"window={self.window!r}: a neighbourhood has a middle, so its side is odd, such as 7")
+            raise UserError(f"window={self.window!r}: the side of a window must be odd, such as 7")
 
-    def _check(self, stage: Stage) -> None:
+    def _check_stage(self, stage: Stage) -> None:
         if stage.kind not in ("mbconv", "transformer") or stage.stride not in (1, 2):
             raise UserError(f"{stage}: a stage is 'mbconv' or 'transformer' with stride 1 or 2")
-        if not (1 <= stage.depth <= MAX_DEPTH and 1 <= stage.width <= MAX_WIDTH):
-            raise UserError(f"{stage}: depth is 1 to {MAX_DEPTH} and width 1 to {MAX_WIDTH}")
+        if not (1 <= stage.depth <= MAX_STAGE_DEPTH and 1 <= stage.width <= MAX_STAGE_WIDTH):
+            raise UserError(f"{stage}: depth is 1 to {MAX_STAGE_DEPTH} and width 1 to {MAX_STAGE_WIDTH}")
         if stage.kind == "transformer" and stage.width % self.head_dim:
             raise UserError(f"head_dim={self.head_dim} does not divide the width {stage.width} of a stage")
 
     def vary(self, *, layout: str | None = None, block_counts: str | None = None, **changes: Any) -> "Variant":
-        """This row with the variations of the paper: a layout, block counts, or any field of a row.
+        """Return a variant with changed options.
+
+        Args:
+            layout: kinds of the four stages, such as "C-C-T-T", or "ViT_REL" (section 2.2).
+            block_counts: "V0", "V1" or "V2": blocks moved between S2 and S3 (Table 7).
+            changes: fields of `Variant`.
 
         Raises:
-            UserError: if a variation is unknown or does not make sense for this row.
+            UserError: an option is unknown or does not apply to this variant.
         """
         known = [f.name for f in fields(self) if f.name not in ("name", "stages", "resolution")]
         for key in changes:
@@ -139,17 +159,17 @@ class Variant(Architecture):
             varied = varied._with_layout(layout)
         kinds = {stage.kind for stage in varied.stages}
         for key in changes:
-            if key in ABOUT and ABOUT[key] not in kinds:
-                raise UserError(f"{key}={changes[key]!r} is about {ABOUT[key]} blocks, of which there are none here")
+            if (kind := BLOCK_KIND_OF_OPTION.get(key)) and kind not in kinds:
+                raise UserError(f"{key}={changes[key]!r} is about {kind} blocks, of which there are none here")
         varied = replace(varied, **changes)
         if "window" in changes and varied.attention != "local":
             raise UserError(f"window={varied.window} is about attention='local', not {varied.attention!r}; pass both")
         return varied
 
     def _with_block_counts(self, counts: str) -> "Variant":
-        if counts not in MOVED_TO_S3:
-            raise UserError(f"block_counts={counts!r} is unknown; it is one of {', '.join(MOVED_TO_S3)}")
-        moved = MOVED_TO_S3[counts]
+        if counts not in BLOCKS_MOVED_TO_S3:
+            raise UserError(f"block_counts={counts!r} is unknown; it is one of {', '.join(BLOCKS_MOVED_TO_S3)}")
+        moved = BLOCKS_MOVED_TO_S3[counts]
         if len(self.stages) != 4:
             raise UserError(f"block_counts={counts!r} is about four stages; {self.name} has {len(self.stages)}")
         if not (self.stages[1].depth > moved and self.stages[2].depth > -moved):
@@ -166,8 +186,8 @@ class Variant(Architecture):
         if len(self.stages) != 4:
             raise UserError(f"layout={layout!r} names four stages; {self.name} has {len(self.stages)}")
         if layout == "ViT_REL":
-            # chosen: all blocks of the row at the width of its S3, since the paper gives neither depth nor width.
-            # That comes to the same size: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
+            # chosen: all blocks at the width of S3, since the paper gives neither depth nor width. That gives similar
+            # sizes: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
             width, depth = self.stages[2].width, sum(stage.depth for stage in self.stages)
             blocks = Stage("transformer", depth, width, stride=1)
             return replace(self, stem="patch", stem_width=width, stem_stride=PATCH_STRIDE, stages=(blocks,))
@@ -176,14 +196,18 @@ class Variant(Architecture):
         return replace(self, stages=tuple(replace(stage, kind=kinds[letter]) for stage, letter in stages))
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain values, for a file."""
+        """Plain values for a file."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "Variant":
-        """The row that `to_dict` wrote. Raises UserError if a key is unknown or missing, or a value is absurd."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "Variant":
+        """Create a variant from the values of `to_dict`.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is out of bounds.
+        """
         try:
-            values: dict[str, Any] = {**row, "stages": tuple(Stage(**stage) for stage in row["stages"])}
-            return cls(**values)
+            arguments: dict[str, Any] = {**values, "stages": tuple(Stage(**stage) for stage in values["stages"])}
+            return cls(**arguments)
         except (TypeError, KeyError) as error:
-            raise UserError(f"not a row of the family: {error}") from None
+            raise UserError(f"not a variant: {error}") from None

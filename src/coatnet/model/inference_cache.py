@@ -1,4 +1,4 @@
-"""What follows from weights alone, computed once in evaluation rather than at every call."""
+"""Cache of values computed from weights alone, so that evaluation computes them once instead of at every call."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
@@ -10,39 +10,40 @@ Value = TypeVar("Value")
 
 
 class InferenceCache(Generic[Value]):
-    """A value that is made of weights, and made again when one of them changes; a copy or a pickle makes its own.
+    """The last value computed from weights; recomputed when the key or a weight changes.
 
-    A change is seen by the version that torch counts. Writes through `weight.data` are not counted: `eval()`, called
-    behind them, forgets the value. Weights made in `torch.inference_mode` have no version: nothing is kept of them.
+    A change is detected by the version counter of the tensor. Writes through `weight.data` do not increment it, so
+    modules clear the cache in `train()` and `eval()`. Weights created in `torch.inference_mode` have no version
+    counter, and nothing computed from them is cached. Copies and pickles of the cache start empty.
     """
 
     def __init__(self) -> None:
         self._entry: tuple[Hashable, Value] | None = None
 
-    def serves(self, module: nn.Module) -> bool:
-        """Whether the module is evaluated, without gradients, outside of a graph, which holds no state of ours.
+    def is_usable(self, module: nn.Module) -> bool:
+        """Return whether the module runs in evaluation mode, without gradients and not traced into a graph.
 
-        Where it learns, the value is forgotten: a fused optimizer changes weights without a word to their version.
+        Clears the cache during training, since fused optimizers change weights without incrementing their version.
         """
         if torch.compiler.is_compiling():
             return False
         if module.training or torch.is_grad_enabled():
-            self.forget()
+            self.clear()
             return False
         return True
 
-    def get(self, key: Hashable, weights: Iterable[Tensor], make: Callable[[], Value]) -> Value:
-        """The value for this key and these weights, as `make` gives it."""
+    def get(self, key: Hashable, weights: Iterable[Tensor], compute: Callable[[], Value]) -> Value:
+        """Return the cached value for this key and these weights, computing it if there is none."""
         weights = list(weights)
         if any(each.is_inference() for each in weights):
-            return make()
+            return compute()
         key = (key, tuple((each.device, each.data_ptr(), each._version) for each in weights))
         if self._entry is None or self._entry[0] != key:
-            self._entry = (key, make())
+            self._entry = (key, compute())
         return self._entry[1]
 
-    def forget(self) -> None:
-        """Make the value anew at the next call."""
+    def clear(self) -> None:
+        """Remove the cached value."""
         self._entry = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:

@@ -1,7 +1,7 @@
-"""Small parts that several blocks share.
+"""Layers that the blocks share: norms, pooling, shortcuts, stochastic depth, the head, maps as tokens.
 
-Shapes: B batch, C width, H W feature map, N = H * W cells. A map `(B, C, H, W)` lies channels-last in memory, so
-its tokens `(B, N, C)` are a view of it and never a copy.
+Shapes: B batch, C width, H W feature map, N = H * W cells, K classes. Feature maps `(B, C, H, W)` are channels-last in
+memory, so that their tokens `(B, N, C)` are a view, not a copy.
 """
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 # chosen: 1e-3, from the authors' later code; the paper gives no epsilon.
 BATCH_NORM_EPSILON = 1e-3
-# chosen: 0.1. The authors' later code averages over ~100 steps (0.01), which small data sets never reach.
+# chosen: 0.1. The authors' later code uses 0.01, an average over about 100 steps, too slow for small data sets.
 BATCH_NORM_MOMENTUM = 0.1
 # chosen: 1e-5, from the authors' later code.
 LAYER_NORM_EPSILON = 1e-5
 
 
 def batch_norm(width: int) -> nn.BatchNorm2d:
-    """BatchNorm over a map `(B, C, H, W)`: the paper's choice inside MBConv (appendix A.1)."""
+    """BatchNorm for feature maps `(B, C, H, W)`, the paper's choice in MBConv (appendix A.1)."""
     return nn.BatchNorm2d(width, eps=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM)
 
 
@@ -41,7 +41,7 @@ def fold_batch_norm(
 
 
 class MapLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each cell: around attention and FFN, and in MBConv for Table 8.
+    """LayerNorm over the channels of each cell: before attention and FFN, and in MBConv for Table 8.
 
     `(B, C, H, W) -> (B, C, H, W)`
     """
@@ -60,13 +60,13 @@ class Pool(nn.MaxPool2d):
     """
 
     def __init__(self) -> None:
-        # chosen: 2x2 windows (the paper gives only the stride); an odd last row is a window of its own, so that
-        # the grid is the one a strided convolution gives.
+        # chosen: 2x2 windows (the paper gives only the stride), rounding up, so that odd sizes give the same grid as a
+        # strided convolution.
         super().__init__(kernel_size=2, stride=2, ceil_mode=True)
 
 
 class Shortcut(nn.Sequential):
-    """Proj(Pool(x)) of equations (4) and (5); the identity where neither grid nor width changes.
+    """Proj(Pool(x)) of equations (4) and (5); the identity if neither grid nor width changes.
 
     `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`
     """
@@ -79,9 +79,12 @@ class Shortcut(nn.Sequential):
 
 
 class StochasticDepth(nn.Module):
-    """Drops whole residuals of samples at random in training ("drop path" in timm), keeping the expectation.
+    """Drop the residual branch of random samples in training ("drop path" in timm) and rescale the others.
 
     `(B, ...) -> (B, ...)`; the identity in evaluation and at rate 0.
+
+    Args:
+        rate: probability of dropping a sample's residual.
     """
 
     def __init__(self, rate: float) -> None:
@@ -93,8 +96,8 @@ class StochasticDepth(nn.Module):
             return residual
         keep_rate = 1.0 - self.rate
         shape = (residual.shape[0],) + (1,) * (residual.ndim - 1)
-        kept = torch.rand(shape, device=residual.device) < keep_rate
-        return residual * (kept / keep_rate).to(residual.dtype)
+        mask = torch.rand(shape, device=residual.device) < keep_rate  # (B, 1, ...)
+        return residual * (mask / keep_rate).to(residual.dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -103,10 +106,10 @@ class StochasticDepth(nn.Module):
 def mean_over_cells(x: Tensor) -> Tensor:
     """Global average pooling, `(B, C, H, W) -> (B, C)`.
 
-    Over tokens, since torch's own reduction of channels-last bf16 maps is slow on CPUs: 12 ms against 40 ms for
-    (16, 384, 56, 56) on one core. In a graph it is one operation, of which compilers know more than of a view; save
-    that bf16 on CPUs is bound by computing, and a product keeps what it reads, so that the GELU of squeeze-excitation
-    is not computed twice (740 for 760 ms of coatnet-0, batches of 16).
+    Averages tokens in eager mode, since torch reduces channels-last bf16 maps slowly on CPUs: 12 ms against 40 ms for
+    (16, 384, 56, 56) on one core. In a graph it is one reduction, which compilers fuse better than a view. For bf16 on
+    CPUs it is a matrix product in a graph: the product stores its input, so that the GELU before squeeze-excitation is
+    not computed twice (740 instead of 760 ms for coatnet-0, batches of 16).
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and compiled_for_inference():
         tokens = to_tokens(x)
@@ -115,30 +118,34 @@ def mean_over_cells(x: Tensor) -> Tensor:
 
 
 def compiled_for_inference() -> bool:
-    """Whether this call is traced for `torch.compile`, for answers alone."""
+    """Return whether this call is traced by `torch.compile` without gradients."""
     return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
 
 
 def grid_of(x: Tensor) -> tuple[int, int]:
-    """Height and width of a map `(B, C, H, W)`, in cells."""
+    """Height and width of a feature map `(B, C, H, W)`, in cells."""
     return x.shape[2], x.shape[3]
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """`(B, C, H, W) -> (B, N, C)`, row by row; a view where the map lies channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """`(B, C, H, W) -> (B, N, C)`, row by row; a view if the map is channels-last in memory."""
+    x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+    return x.flatten(1, 2)  # (B, N, C)
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """`(B, N, C) -> (B, C, H, W)`, channels-last in memory: the inverse of `to_tokens`."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    x = tokens.unflatten(1, grid)  # (B, H, W, C)
+    return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 class Head(nn.Module):
-    """W tanh(V Norm(mean(x))): `(B, C, H, W) -> (B, K)`.
+    """Classification head, W tanh(V Norm(mean(x))): `(B, C, H, W) -> (B, K)`.
 
-    chosen: LayerNorm and a hidden tanh layer; without them the published sizes of CoAtNet-0, -5 and -7 are missed.
+    With `pre_logits`, the features `(B, C)` before the last layer.
     """
+
+    # chosen: LayerNorm and a hidden tanh layer; without them CoAtNet-0, -5 and -7 do not have their published sizes.
 
     def __init__(self, width: int, num_classes: int, epsilon: float = LAYER_NORM_EPSILON) -> None:
         super().__init__()
@@ -152,5 +159,5 @@ class Head(nn.Module):
 
 
 def build_classifier(width: int, num_classes: int) -> nn.Module:
-    """Features to logits; nothing at all for 0 classes."""
+    """The last linear layer, features to logits; the identity for 0 classes."""
     return nn.Linear(width, num_classes) if num_classes else nn.Identity()

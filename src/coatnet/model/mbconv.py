@@ -12,43 +12,45 @@ from torch import Tensor, nn
 from coatnet.model.inference_cache import InferenceCache
 from coatnet.model.layers import MapLayerNorm, Shortcut, StochasticDepth, batch_norm, fold_batch_norm, mean_over_cells
 
-EXPANSION = 4  # paper: Table 3, "expansion of inverted bottleneck always 4"; of the output width, as the FLOPs show
+EXPANSION = 4  # paper: Table 3, "always 4"; relative to the output width, as the published FLOPs show
 NORMS = {"batch": batch_norm, "layer": MapLayerNorm}
 
 
 class ConvNormGELU(nn.Sequential):
     """GELU(Norm(Conv(x))): `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`.
 
-    In evaluation a BatchNorm is folded into the convolution in front of it, which spares a pass over the widest maps.
+    In evaluation, BatchNorm is folded into the convolution, which saves a pass over the widest feature maps.
     """
 
     def __init__(
         self, in_width: int, width: int, kernel_size: int, *, norm: str, stride: int = 1, groups: int = 1
     ) -> None:
-        # chosen: the exact GELU, on CPUs the faster one (24 ms against 29 ms for 19 M bf16 values).
-        # chosen: symmetric padding, so that a map and its mirror image give mirrored maps.
+        # chosen: the exact GELU, faster on CPUs than the tanh approximation (24 ms against 29 ms for 19 M bf16 values).
+        # chosen: symmetric padding, so that a mirrored input gives a mirrored output.
         convolution = nn.Conv2d(
             in_width, width, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
         )
         super().__init__(convolution, NORMS[norm](width), nn.GELU())
-        self._kept: InferenceCache[tuple[Tensor, Tensor]] = InferenceCache()
+        self._folded: InferenceCache[tuple[Tensor, Tensor]] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:
-        self._kept.forget()
+        self._folded.clear()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         convolution, norm, activation = self
-        if not (isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and self._kept.serves(self)):
+        if not (
+            isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and self._folded.is_usable(self)
+        ):
             return super().forward(input)
         weights = (convolution.weight, *norm.parameters(), *norm.buffers())
-        weight, bias = self._kept.get((), weights, lambda: fold_batch_norm(convolution, norm))
-        folded = F.conv2d(input, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
-        return activation(folded)
+        weight, bias = self._folded.get((), weights, lambda: fold_batch_norm(convolution, norm))
+        x = F.conv2d(input, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
+        return activation(x)
 
 
 class SqueezeExcite(nn.Module):
-    """x * sigmoid(Expand(SiLU(Squeeze(mean(x))))): one gate a channel, from the whole map.
+    """x * sigmoid(Excite(SiLU(Squeeze(mean(x))))): one gate per channel, computed from the whole feature map.
 
     `(B, C, H, W) -> (B, C, H, W)`
     """
@@ -61,7 +63,7 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Linear(squeezed_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.excite(self.activation(self.squeeze(mean_over_cells(x))))
+        gate = self.excite(self.activation(self.squeeze(mean_over_cells(x))))  # (B, C)
         return x * torch.sigmoid(gate)[:, :, None, None]
 
 
@@ -71,8 +73,10 @@ class MBConv(nn.Module):
     `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`
 
     Args:
-        downsample: where the stride sits: "expand", the first 1x1 (equation 5), or "depthwise" (Table 9).
-        norm: "batch" (the paper's), or "layer" (Table 8).
+        stride: 1 or 2.
+        downsample: the convolution that has the stride: "expand", the first 1x1 (equation 5), or "depthwise" (Table 9).
+        norm: "batch" (the paper's choice) or "layer" (Table 8).
+        stochastic_depth: probability of dropping the residual branch of an image in training.
     """
 
     def __init__(
@@ -85,9 +89,10 @@ class MBConv(nn.Module):
         self.norm: nn.Module = NORMS[norm](in_width)
         self.expand = ConvNormGELU(in_width, hidden, 1, norm=norm, stride=expand_stride)
         self.depthwise = ConvNormGELU(hidden, hidden, 3, norm=norm, stride=depthwise_stride, groups=hidden)
-        # paper: squeeze ratio 0.25; of the output width, as the published parameter counts show.
+        # paper: squeeze ratio 0.25; relative to the output width, as the published parameter counts show.
         self.squeeze_excite = SqueezeExcite(hidden, max(1, width // 4))
-        # chosen: a bias and no norm behind it, no activation behind the first norm, from the authors' later code.
+        # chosen: a bias, no norm after the projection and no activation after the first norm, from the authors' later
+        # code.
         self.project = nn.Conv2d(hidden, width, kernel_size=1)
         self.stochastic_depth = StochasticDepth(stochastic_depth)
 

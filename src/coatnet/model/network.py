@@ -1,4 +1,4 @@
-"""The network: stem, stages, head; its initialisation, and the contract that users of timm know.
+"""The network: stem, stages and head, with the interface of timm's models.
 
 Shapes: B batch, C width, H W feature map, K classes.
 """
@@ -15,19 +15,22 @@ from coatnet.errors import UserError
 from coatnet.model import build
 from coatnet.model.config import Variant
 from coatnet.model.layers import build_classifier
-from coatnet.model.registry import find_variant, read_row
+from coatnet.model.registry import find_variant, variant_from_dict
 from coatnet.model.timm import blocks as timm_blocks
 from coatnet.model.timm.config import TimmVariant
 
 
 class CoAtNet(nn.Module):
-    """Images `(B, in_channels, H, W)`, float and normalised, to logits `(B, K)`; any H and W.
+    """CoAtNet: normalized images `(B, in_channels, H, W)` of any size to logits `(B, K)`.
+
+    `create_model` creates one by name and checks the arguments.
 
     Args:
-        variant: the row of the family.
-        num_classes: K; 0 leaves the features in front of the classifier, `(B, num_features)`.
-        resolution: side of the square images that the relative biases are made for, pixels.
-        stochastic_depth: rate at the last block, rising linearly from 0 at the first.
+        variant: stem and stages.
+        num_classes: K; with 0 the outputs are features, `(B, num_features)`.
+        in_channels: channels of the images.
+        resolution: side of the square images that the relative bias tables belong to, in pixels.
+        stochastic_depth: rate of the last block; rates rise linearly from 0 at the first.
     """
 
     def __init__(
@@ -48,21 +51,21 @@ class CoAtNet(nn.Module):
         self.stages = build_stages(variant, parts.build_block, resolution, stochastic_depth)
         self.head = parts.build_head(variant, num_classes)
         self.apply(build.init_weights)
-        # With channels-last weights every map is channels-last, so that maps become tokens without a copy.
+        # With channels-last weights all feature maps are channels-last, and their tokens are views.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """`(B, in_channels, H, W)` -> the last map `(B, num_features, H / 32, W / 32)`, rounded up."""
+        """`(B, in_channels, H, W)` -> the last feature map `(B, num_features, H / 32, W / 32)`, rounded up."""
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for blocks in self.stages:
             x = self.forward_stage(blocks, x)
         return x
 
     def forward_stage(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        """One stage, `(B, C, H, W) -> (B, C', H', W')`."""
+        """Run one stage, `(B, C, H, W) -> (B, C', H', W')`."""
         if not (self.training and self.grad_checkpointing):
             return blocks(x)
         for block in blocks.children():
@@ -71,7 +74,7 @@ class CoAtNet(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map -> logits `(B, K)`, or the features `(B, num_features)` that make them."""
+        """The last feature map -> logits `(B, K)`; with `pre_logits`, features `(B, num_features)`."""
         return self.head(x, pre_logits)
 
     def forward_intermediates(
@@ -83,31 +86,36 @@ class CoAtNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The last map, and the list of maps after the stem (index 0) and after each stage (1, 2, ...).
+        """Return the last feature map and a list of feature maps.
 
         Args:
-            indices: which maps, from the end if negative; the last that many if it is a number; all if None.
-            stop_early: go no further than the last map asked for, which is then the last one.
-            intermediates_only: the list alone.
+            indices: which maps to list: 0 is after the stem, 1, 2, ... after each stage; negative indices count from
+                the end; a number n lists the last n; None lists all.
+            norm: only False is supported.
+            stop_early: stop after the last listed map and return it as the last one.
+            output_fmt: only "NCHW" is supported.
+            intermediates_only: return only the list.
 
-        Raises UserError for norm=True and other formats, which timm offers and maps here do not have.
+        Raises:
+            UserError: `norm` or `output_fmt` is not supported.
         """
         if norm or output_fmt != "NCHW":
             raise UserError(
-                f"norm={norm}, output_fmt={output_fmt!r}: maps come as stages make them, (B, C, H, W); leave both out"
+                f"norm={norm}, output_fmt={output_fmt!r}: only unnormalized NCHW feature maps are supported; "
+                "leave both out"
             )
         num_maps = len(self.stages) + 1
         if indices is None:
             indices = num_maps
-        wanted = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
+        listed = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
         maps = [self.stem(images.contiguous(memory_format=torch.channels_last))]
-        for blocks in self.stages[: max(wanted) if stop_early else None]:
+        for blocks in self.stages[: max(listed) if stop_early else None]:
             maps.append(self.forward_stage(blocks, maps[-1]))
-        chosen = [maps[index] for index in wanted]
-        return chosen if intermediates_only else (maps[-1], chosen)
+        intermediates = [maps[index] for index in listed]
+        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def train(self, mode: bool = True) -> "CoAtNet":
-        """As in torch, except that a BatchNorm with frozen weights keeps its statistics too."""
+        """Set the mode as in torch, except that a BatchNorm with frozen weights stays in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
@@ -119,25 +127,30 @@ class CoAtNet(nn.Module):
         return self.head.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, untrained classifier for that many classes; none (features come out) for 0.
+        """Replace the last linear layer by an untrained one.
 
-        Raises UserError for a `global_pool` of timm's other than "avg", the paper's.
+        Args:
+            num_classes: number of outputs; with 0 the outputs are features.
+            global_pool: None or "avg", the paper's.
+
+        Raises:
+            UserError: another `global_pool`.
         """
         if global_pool not in (None, "avg"):
             raise UserError(
-                f"global_pool={global_pool!r}: maps are averaged over their cells; give 'avg' or leave it out"
+                f"global_pool={global_pool!r}: only average pooling is supported; give 'avg' or leave it out"
             )
         self.num_classes = num_classes
         device = next(self.parameters()).device
         self.head.classifier = build_classifier(self.num_features, num_classes).apply(build.init_weights).to(device)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of what makes relative biases: not to be decayed, beside every one-dimensional parameter."""
+        """Names of the parameters of relative biases, which get no weight decay, as one-dimensional ones get none."""
         return {name for name, _ in self.named_parameters() if ".relative_bias." in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter names from stem to head, as timm reads them: a group a block (a stage if coarse)."""
-        # What no pattern names, the head, is to timm a group of its own behind all others.
+        """Patterns that group parameter names by block, or by stage if `coarse`, for timm's `group_parameters`."""
+        # timm puts parameters that match no pattern, those of the head, into a last group.
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True, *, batch_norm: bool = False) -> None:
@@ -149,7 +162,7 @@ class CoAtNet(nn.Module):
         self.grad_checkpointing, self._recompute_batch_norm = enable, batch_norm
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which `create_model(**config)` builds this network again, untrained."""
+        """Plain values from which `create_model(**config)` builds the same network, untrained."""
         return {
             "variant": self.variant.to_dict(),
             "num_classes": self.num_classes,
@@ -167,35 +180,44 @@ def create_model(
     stochastic_depth: float = 0.0,
     **variations: Any,
 ) -> CoAtNet:
-    """An untrained network of the family.
+    """Create an untrained network.
 
     Args:
-        variant: a name of `list_variants()`, a row, or the row that `CoAtNet.config()` holds.
-        resolution: side of the square images that the relative biases are made for, pixels; the row's if None.
-            Images of any other size go through as well.
-        stochastic_depth: rate at the last block, rising linearly from 0 at the first.
-        variations: `layout`, `block_counts`, or fields of a row, as in `Variant.vary`.
+        variant: a name of `list_variants()`, a variant, or the mapping in `CoAtNet.config()["variant"]`.
+        num_classes: number of outputs; with 0 the outputs are features, `(B, num_features)`.
+        in_channels: channels of the images.
+        resolution: side of the square images that the relative bias tables belong to, in pixels; the variant's default
+            if None. Images of any other size go through as well.
+        stochastic_depth: rate of the last block, 0 <= rate < 1; rates rise linearly from 0 at the first block.
+        variations: `layout`, `block_counts`, or fields of `Variant`, as in `Variant.vary`; for the paper's variants.
+
+    Returns:
+        The network in training mode. It maps normalized float images `(B, in_channels, H, W)` to logits
+        `(B, num_classes)`.
 
     Raises:
-        UserError: if a name, a number or a combination makes no sense; the message says what would.
+        UserError: a name or an option is unknown, a number is out of bounds, or options contradict each other.
+
+    Example:
+        >>> model = create_model("coatnet-0", num_classes=10, attention="post")
     """
     if isinstance(variant, str):
-        row = find_variant(variant)
-    else:
-        row = read_row(variant) if isinstance(variant, Mapping) else variant
-    row = row.vary(**variations)
-    resolution = row.resolution if resolution is None else resolution
+        variant = find_variant(variant)
+    elif isinstance(variant, Mapping):
+        variant = variant_from_dict(variant)
+    variant = variant.vary(**variations)
+    resolution = variant.resolution if resolution is None else resolution
     for name, value, smallest in (
         ("num_classes", num_classes, 0),
         ("in_channels", in_channels, 1),
         ("resolution", resolution, 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise UserError(f"{name}={value!r}: it is a whole number of at least {smallest}")
+            raise UserError(f"{name}={value!r}: it must be a whole number of at least {smallest}")
     if not (isinstance(stochastic_depth, float | int) and 0.0 <= stochastic_depth < 1.0):
-        raise UserError(f"stochastic_depth={stochastic_depth!r}: it is a rate of at least 0 and less than 1")
+        raise UserError(f"stochastic_depth={stochastic_depth!r}: it must be a rate of at least 0 and less than 1")
     return CoAtNet(
-        row,
+        variant,
         num_classes=num_classes,
         in_channels=in_channels,
         resolution=resolution,
@@ -206,7 +228,7 @@ def create_model(
 def build_stages(
     variant: Variant | TimmVariant, build_block: Callable[..., nn.Module], resolution: int, stochastic_depth: float
 ) -> nn.ModuleList:
-    """The stages, each a sequence of blocks; their relative biases are made for images of that many pixels."""
+    """Build the stages, each a sequence of blocks, with relative biases for images of `resolution` pixels."""
     depth = sum(stage.depth for stage in variant.stages)
     # chosen: linear from 0 at the first block to the full rate at the last; the paper gives the rate only.
     rates = iter([stochastic_depth * index / max(1, depth - 1) for index in range(depth)])

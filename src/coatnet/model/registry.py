@@ -1,4 +1,4 @@
-"""All networks by name: the paper's family, smaller ones for small data, and timm's; and the paper's own figures."""
+"""All variants by name: the paper's, smaller ones for small data sets, and timm's; and the figures of the paper."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,13 @@ from coatnet.model.timm.config import TIMM_VARIANTS, TimmVariant
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper reports: parameters, and multiply-accumulates by resolution for both places of the stride."""
+    """Figures that the paper reports.
+
+    Attributes:
+        parameters: number of parameters.
+        macs: multiply-accumulates by resolution, with the stride in the expand convolution (equation 5).
+        macs_depthwise: the same with the stride in the depthwise convolution (Table 9).
+    """
 
     parameters: float
     macs: Mapping[int, float] = field(default_factory=dict)
@@ -22,7 +28,7 @@ class Published:
 C = partial(Stage, "mbconv")  # the paper's letters
 T = partial(Stage, "transformer")
 
-_ROWS = (
+_VARIANTS = (
     # paper: Table 3
     Variant("coatnet-0", 64, (C(2, 96), C(3, 192), T(5, 384), T(2, 768))),
     Variant("coatnet-1", 64, (C(2, 96), C(6, 192), T(14, 384), T(2, 768))),
@@ -48,7 +54,7 @@ _ROWS = (
     # chosen: for 16 pixels and less, the same with one stride less.
     Variant("coatnet-femto-16", 16, (C(1, 32, 1), C(2, 64), T(2, 128, 1)), resolution=8, stem_stride=1),
 )
-VARIANTS = {row.name: row for row in _ROWS}
+VARIANTS = {row.name: row for row in _VARIANTS}
 
 # paper: Tables 4, 5, 9, 11 and 12; its "FLOPs" are multiply-accumulates.
 PUBLISHED = {
@@ -64,13 +70,17 @@ PUBLISHED = {
 
 
 def list_variants() -> list[str]:
-    """The names that `create_model` knows: the family of the paper, the small rows, and timm's architectures."""
+    """Names that `create_model` accepts: the paper's variants, smaller ones, and timm's architectures."""
     return [*VARIANTS, *TIMM_VARIANTS]
 
 
 def default_variant(resolution: int) -> str:
-    """The row to begin with for images of that many pixels, on a machine without an accelerator."""
-    # chosen: the largest row that trains on some 10,000 images within the hour on two CPU cores.
+    """Name of the variant to start with on a machine without a GPU.
+
+    Args:
+        resolution: side of the images in pixels.
+    """
+    # chosen: the largest variant that trains on some 10,000 images within an hour on two CPU cores.
     if resolution <= 16:
         return "coatnet-femto-16"
     if resolution <= 64:
@@ -79,17 +89,21 @@ def default_variant(resolution: int) -> str:
 
 
 def find_variant(name: str) -> Variant | TimmVariant:
-    """The row of that name. Raises UserError with the nearest names if there is none."""
-    rows = {**VARIANTS, **TIMM_VARIANTS}
-    if name not in rows:
-        raise UserError(f"unknown model {name!r}{nearest(name, list(rows))}; `coatnet models` lists all {len(rows)}")
-    return rows[name]
-
-
-def read_row(values: Mapping[str, Any]) -> Variant | TimmVariant:
-    """The row that `to_dict` wrote: in full, or only its name for a row that knows no variations.
+    """Return the variant with this name, one of `list_variants()`.
 
     Raises:
-        UserError: if a key is unknown or missing, or a value is absurd.
+        UserError: there is no such variant; the message suggests the nearest name.
+    """
+    known = {**VARIANTS, **TIMM_VARIANTS}
+    if name not in known:
+        raise UserError(f"unknown model {name!r}{nearest(name, list(known))}; `coatnet models` lists all {len(known)}")
+    return known[name]
+
+
+def variant_from_dict(values: Mapping[str, Any]) -> Variant | TimmVariant:
+    """Return the variant that `to_dict` described: all its fields, or only the name of one of timm's.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is out of bounds.
     """
     return find_variant(values["name"]) if values.keys() == {"name"} else Variant.from_dict(values)

@@ -1,4 +1,4 @@
-"""The relative bias w_{i-j}: one scalar for each offset between two cells, for each head (paper, equation 3).
+"""The relative bias w_{i-j}: one scalar per offset between two cells and per head (paper, equation 3).
 
 Shapes: A heads, N = H * W cells, S window side.
 """
@@ -15,41 +15,43 @@ INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says
 
 
 class GlobalBias(nn.Module):
-    """The matrix w_{i-j} for all pairs of cells of a grid, read out of one table of offsets.
+    """Base class of relative biases over a whole grid: a table of offsets, expanded to all pairs of cells.
 
-    In evaluation the last matrix is kept until grid, dtype, device or weights change.
+    In evaluation the last matrix is cached until grid, dtype, device or weights change (appendix A.1).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: InferenceCache[Tensor] = InferenceCache()
+        self._matrix: InferenceCache[Tensor] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:
-        self._kept.forget()
+        self._matrix.clear()
         return super().train(mode)
 
     def table_for(self, grid: tuple[int, int]) -> Tensor:
-        """One scalar for each offset of query minus key on that grid, for each head: `(A, 2H-1, 2W-1)`."""
+        """One scalar per head and offset of query minus key on that grid: `(A, 2H-1, 2W-1)`."""
         raise NotImplementedError
 
     def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The bias `(A, N, N)` of queries (rows) and keys (columns), both row by row over the grid."""
+        """The bias `(A, N, N)` for queries (rows) and keys (columns), both row by row over the grid."""
         if torch.compiler.is_dynamo_compiling():
-            return pairs_as_one_operation(self.table_for(grid).to(dtype), *grid)
-        if not self._kept.serves(self):
+            return opaque_expand_table(self.table_for(grid).to(dtype), *grid)
+        if not self._matrix.is_usable(self):
             return self.matrix(grid).to(dtype)
-        return self._kept.get((grid, dtype), self.parameters(), lambda: self.matrix(grid).to(dtype))
+        return self._matrix.get((grid, dtype), self.parameters(), lambda: self.matrix(grid).to(dtype))
 
     def matrix(self, grid: tuple[int, int]) -> Tensor:
         """P[i - i' + H - 1, j - j' + W - 1] for query (i, j) and key (i', j'), `(A, N, N)`."""
-        return pairs(self.table_for(grid), *grid)
+        return expand_table(self.table_for(grid), *grid)
 
 
 class RelativeBias(GlobalBias):
-    """The paper's: every offset of a grid has a parameter of its own.
+    """The paper's relative bias: one parameter per head and offset.
 
-    The table `(A, 2H-1, 2W-1)` belongs to the grid it was made for; for any other grid it is resampled bilinearly
-    (appendix A.1).
+    The table `(A, 2H-1, 2W-1)` belongs to one grid; for any other grid it is resampled bilinearly (appendix A.1).
+
+    Args:
+        grid: height and width of the feature map, in cells.
     """
 
     def __init__(self, num_heads: int, grid: tuple[int, int]) -> None:
@@ -58,8 +60,8 @@ class RelativeBias(GlobalBias):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin untrained."""
-        draw(self.table)
+        """Initialize the table from a normal distribution."""
+        initialize_table(self.table)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -71,7 +73,7 @@ class RelativeBias(GlobalBias):
 
 
 class LocalRelativeBias(nn.Module):
-    """The bias of local attention: one scalar for each of the S x S offsets, for each head."""
+    """The relative bias of local attention: one parameter per head and offset, `(A, S, S)`."""
 
     def __init__(self, num_heads: int, window: int) -> None:
         super().__init__()
@@ -79,62 +81,71 @@ class LocalRelativeBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin untrained."""
-        draw(self.table)
+        """Initialize the table from a normal distribution."""
+        initialize_table(self.table)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """`(A, 1, S * S)` for neighbours row by row; indexed by query minus key, like the global table."""
-        return self.table.flip(1, 2).flatten(1)[:, None].to(dtype)
+        """The bias `(A, 1, S * S)` of the neighbors, row by row."""
+        table = self.table.flip(1, 2)  # from query minus key, as in the global table, to the positions of keys
+        return table.flatten(1)[:, None].to(dtype)  # (A, 1, S * S)
 
 
-def pairs(table: Tensor, height: int, width: int) -> Tensor:
-    """One scalar for each offset, `(A, 2H-1, 2W-1)`, as one for each pair of cells, `(A, N, N)`.
+def expand_table(table: Tensor, height: int, width: int) -> Tensor:
+    """Expand one scalar per offset, `(A, 2H-1, 2W-1)`, to one per pair of cells, `(A, N, N)`.
 
-    Windows of H x W offsets slide over the table: window (i, j) is row (i, j) of the matrix, keys mirrored.
+    An H x W window slides over the table: the window at (i, j), mirrored, is the row of query (i, j).
     """
-    windows = table.unfold(1, height, 1).unfold(2, width, 1)  # (A, H, W, H, W)
-    return windows.flip(3, 4).flatten(3, 4).flatten(1, 2)
+    windows = table.unfold(1, height, 1)  # (A, H, 2W-1, H)
+    windows = windows.unfold(2, width, 1)  # (A, H, W, H, W)
+    windows = windows.flip(3, 4)
+    windows = windows.flatten(3, 4)  # (A, H, W, N)
+    return windows.flatten(1, 2)  # (A, N, N)
 
 
-# The compiler would read `pairs` out of the table anew for every image, within the softmax, which on CPUs then runs
-# without vectors: 49 instead of 29 ms for an attention of 12 heads over (16, 384, 14, 14), bf16. What it cannot look
-# into is computed once.
+# Inductor fuses `expand_table` into the softmax, recomputes it for every image, and on CPUs no longer vectorizes: 49
+# instead of 29 ms for an attention of 12 heads over (16, 384, 14, 14), bf16. An opaque operation is computed once.
 @torch.library.custom_op("coatnet::relative_bias_pairs", mutates_args=())
-def pairs_as_one_operation(table: Tensor, height: int, width: int) -> Tensor:
-    """`pairs`, in a graph."""
-    return pairs(table, height, width).contiguous()
+def opaque_expand_table(table: Tensor, height: int, width: int) -> Tensor:
+    """`expand_table` as one operation that a compiler does not look into."""
+    return expand_table(table, height, width).contiguous()
 
 
-@pairs_as_one_operation.register_fake
+@opaque_expand_table.register_fake
 def _(table: Tensor, height: int, width: int) -> Tensor:
     return table.new_empty(table.shape[0], height * width, height * width)
 
 
-def _remember_grid(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+def _save_grid(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
     _, ctx.height, ctx.width = inputs
 
 
 def _sum_over_pairs(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    """The gradient of a scalar of the table: the sum over all pairs at that offset."""
+    """The gradient of each scalar of the table: the sum over all pairs of cells at that offset."""
     heads, height, width = gradient.shape[0], ctx.height, ctx.width
-    windows = gradient.unflatten(2, (height, width)).unflatten(1, (height, width)).flip(3, 4)
+    windows = gradient.unflatten(2, (height, width))  # (A, N, H, W)
+    windows = windows.unflatten(1, (height, width))  # (A, H, W, H, W)
+    windows = windows.flip(3, 4)
     rows = torch.ops.aten.unfold_backward(windows, (heads, height, 2 * width - 1, height), 2, width, 1)
-    return torch.ops.aten.unfold_backward(rows, (heads, 2 * height - 1, 2 * width - 1), 1, height, 1), None, None
+    table = torch.ops.aten.unfold_backward(rows, (heads, 2 * height - 1, 2 * width - 1), 1, height, 1)
+    return table, None, None
 
 
-pairs_as_one_operation.register_autograd(_sum_over_pairs, setup_context=_remember_grid)
+opaque_expand_table.register_autograd(_sum_over_pairs, setup_context=_save_grid)
 
 
-def draw(table: Tensor) -> None:
-    """Untrained biases, in place; nothing on the meta device, where normal_ imports torch's compiler for a second."""
-    if not table.is_meta:
+def initialize_table(table: Tensor) -> None:
+    """Initialize a table of biases from N(0, 0.02), in place."""
+    if not table.is_meta:  # there are no values on the meta device, and normal_ imports torch's compiler, a second
         nn.init.normal_(table, std=INITIAL_DEVIATION)
 
 
 def resample(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The table `(A, 2H'-1, 2W'-1)` for another grid, bilinearly; itself where the grid is its own."""
+    """Resample a table to another grid, bilinearly: `(A, 2H-1, 2W-1) -> (A, 2H'-1, 2W'-1)` (appendix A.1).
+
+    Returns the table itself if it has that grid already.
+    """
     size = (2 * grid[0] - 1, 2 * grid[1] - 1)
     if size == tuple(table.shape[1:]):
         return table
-    # chosen: half-pixel centres, as the authors' later code; the zero offset stays in the middle.
+    # chosen: half-pixel centers, as in the authors' later code; the zero offset stays in the middle.
     return F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -1,4 +1,4 @@
-"""Relative biases for another resolution."""
+"""Resize the relative biases of a network to another resolution (paper, appendix A.1)."""
 
 import torch
 from torch import nn
@@ -9,19 +9,21 @@ from coatnet.model.relative_bias import RelativeBias, resample
 
 @torch.no_grad()
 def change_resolution(model: CoAtNet, resolution: int) -> CoAtNet:
-    """Make the relative biases those of another resolution, bilinearly (appendix A.1); in place.
+    """Resample the relative bias tables bilinearly for another resolution (appendix A.1), in place.
 
-    Evaluation at that resolution gives the same logits before and after; training then adapts every offset.
+    The logits at that resolution are the same before and after; training then updates every offset of the new grid.
 
     Args:
-        resolution: side of the square images, pixels.
+        resolution: side of the square images in pixels.
+
+    Returns:
+        The same network.
     """
     grids = model.variant.grids(resolution)
     for blocks, side in zip(model.stages, grids, strict=True):
         for module in blocks.modules():
             if isinstance(module, RelativeBias):
-                module.table = nn.Parameter(
-                    resample(module.table, (side, side)).clone(), requires_grad=module.table.requires_grad
-                )
+                table = resample(module.table, (side, side)).clone()
+                module.table = nn.Parameter(table, requires_grad=module.table.requires_grad)
     model.resolution = resolution
     return model

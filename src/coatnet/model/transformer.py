@@ -1,4 +1,4 @@
-"""The block around attention (paper, equation 4 and appendix A.1).
+"""The Transformer block: attention and feed-forward network (paper, equation 4 and appendix A.1).
 
 Shapes: B batch, C width, H W feature map.
 """
@@ -11,7 +11,7 @@ EXPANSION = 4  # paper: "expansion always 4"
 
 
 class FeedForward(nn.Sequential):
-    """W2 GELU(W1 x) in every cell, four times as wide in the middle: `(B, C, H, W) -> (B, C, H, W)`."""
+    """W2 GELU(W1 x) in every cell, with a hidden width of 4 C: `(B, C, H, W) -> (B, C, H, W)`."""
 
     def __init__(self, width: int) -> None:
         hidden = EXPANSION * width
@@ -24,7 +24,9 @@ class Transformer(nn.Module):
     `(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))`
 
     Args:
+        stride: 1, or 2 to pool before the attention.
         attention: maps `(B, C, H, W)` to `(B, C', H, W)`.
+        stochastic_depth: probability of dropping a residual branch of an image in training.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""timm's CoAtNets, in the same parts as the paper's where they agree and in their own where they do not."""
+"""timm's CoAtNets: their variants, and the blocks that the paper's do not have."""

@@ -1,6 +1,6 @@
-"""The blocks of timm's CoAtNets, and which of them a `TimmVariant` builds.
+"""Blocks that only timm's CoAtNets have, and functions that build the modules of a `TimmVariant`.
 
-Order, biases and constants: timm 1.0.31, as the constructed networks show them.
+Order, biases and constants are those of the networks that timm 1.0.31 constructs.
 
 Shapes: B batch, C width, H W feature map, K classes.
 """
@@ -18,13 +18,13 @@ from coatnet.model.relative_bias import GlobalBias, RelativeBias
 from coatnet.model.timm.config import TimmVariant
 from coatnet.model.transformer import FeedForward
 
-EPSILON = 1e-6  # of LayerNorm, and of BatchNorm where it takes its place
+EPSILON = 1e-6  # of LayerNorm, and of BatchNorm in its place
 CONVNEXT_SCALE = 1e-5
 LOG_BIAS_DROPOUT = 0.125  # of the hidden units, in training
 
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 POOLS = {
-    # An odd last row or column is a window of its own, as for the paper's Pool; even maps are timm's exactly.
+    # Rounded up for odd sizes, like the paper's Pool; for even sizes equal to timm's.
     "average": partial(nn.AvgPool2d, kernel_size=2, stride=2, ceil_mode=True),
     "max": partial(nn.MaxPool2d, kernel_size=3, stride=2, padding=1),
 }
@@ -35,10 +35,7 @@ TRANSFORMER_NORMS = {
 
 
 class Residual(nn.Module):
-    """x <- Shortcut(x) + Branch(x): every block of timm's is one of these or two.
-
-    `(B, C, H, W) -> (B, C', H', W')`
-    """
+    """x <- Shortcut(x) + Branch(x): `(B, C, H, W) -> (B, C', H', W')`. A block of timm's is one or two of these."""
 
     def __init__(self, shortcut: nn.Module, branch: nn.Module, stochastic_depth: float) -> None:
         super().__init__()
@@ -50,7 +47,7 @@ class Residual(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """gain * x, one gain a channel, that begin small (Touvron et al. 2021): `(B, C, H, W) -> (B, C, H, W)`."""
+    """gain * x with one trainable gain per channel (Touvron et al. 2021): `(B, C, H, W) -> (B, C, H, W)`."""
 
     def __init__(self, width: int, initial_gain: float) -> None:
         super().__init__()
@@ -61,7 +58,7 @@ class LayerScale(nn.Module):
 
 
 class NarrowRelativeAttention(RelativeAttention):
-    """Relative attention in the width that comes in; the output projection changes to the width that goes out."""
+    """Relative attention at the input width; the output projection changes to the output width."""
 
     def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalBias) -> None:
         super().__init__(in_width, in_width, head_dim, relative_bias)
@@ -69,9 +66,9 @@ class NarrowRelativeAttention(RelativeAttention):
 
 
 class LogOffsetBias(GlobalBias):
-    """A small network from the offset in log-coordinates to a scalar for each head (Swin V2): any grid natively.
+    """Relative bias as an MLP of the offset in log-coordinates (Swin V2), for any grid.
 
-    The coordinates of offset d are sign(d) ln(1 + |d|), in cells, rows before columns.
+    The coordinates of offset d in cells are sign(d) ln(1 + |d|), rows before columns.
     """
 
     def __init__(self, num_heads: int, hidden_width: int) -> None:
@@ -85,11 +82,12 @@ class LogOffsetBias(GlobalBias):
         axes = [torch.arange(1 - side, side, device=device, dtype=torch.float32) for side in grid]
         offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (2H-1, 2W-1, 2)
         coordinates = offsets.sign() * offsets.abs().log1p()
-        return self.output(self.dropout(self.hidden(coordinates).relu())).permute(2, 0, 1)
+        table = self.output(self.dropout(self.hidden(coordinates).relu()))  # (2H-1, 2W-1, A)
+        return table.permute(2, 0, 1)  # (A, 2H-1, 2W-1)
 
 
 class MeanHead(nn.Module):
-    """W mean(Norm(x)): `(B, C, H, W) -> (B, K)`."""
+    """Classification head, W mean(Norm(x)): `(B, C, H, W) -> (B, K)`; with `pre_logits`, `(B, C)`."""
 
     def __init__(self, norm: nn.Module, width: int, num_classes: int) -> None:
         super().__init__()
@@ -102,7 +100,7 @@ class MeanHead(nn.Module):
 
 
 def build_stem(variant: TimmVariant, in_channels: int) -> nn.Module:
-    """Two 3x3 convolutions without biases, norm and activation between them."""
+    """Build two 3x3 convolutions without biases, with norm and activation between them."""
     first, width = variant.stem_first_width, variant.stem_width
     norm = TRANSFORMER_NORMS["layer"] if variant.convolution == "convnext" else nn.BatchNorm2d
     stem = nn.Sequential()
@@ -116,7 +114,7 @@ def build_stem(variant: TimmVariant, in_channels: int) -> nn.Module:
 def build_block(
     variant: TimmVariant, stage: Stage, in_width: int, stride: int, side: int, stochastic_depth: float
 ) -> nn.Module:
-    """One block of a stage, with a grid of side x side cells behind it."""
+    """Build one block of a stage, with an output of side x side cells."""
     if stage.kind == "transformer":
         return build_transformer(variant, in_width, stage.width, stride, side, stochastic_depth)
     build_branch = build_convnext if variant.convolution == "convnext" else build_mbconv
@@ -125,7 +123,7 @@ def build_block(
 
 
 def build_shortcut(variant: TimmVariant, in_width: int, width: int, stride: int, *, bias: bool) -> nn.Sequential:
-    """Pool where the block strides, project where it widens."""
+    """Build a shortcut that pools if the block has a stride and projects if it changes the width."""
     shortcut = nn.Sequential()
     if stride == 2:
         shortcut.add_module("pool", POOLS[variant.pool]())
@@ -135,7 +133,7 @@ def build_shortcut(variant: TimmVariant, in_width: int, width: int, stride: int,
 
 
 def build_mbconv(variant: TimmVariant, in_width: int, width: int, stride: int) -> nn.Sequential:
-    """Norm, expand, depthwise, squeeze-excite, project; no norm behind the last."""
+    """Build the branch norm, expand, depthwise, squeeze-excite, project."""
     activation = ACTIVATIONS[variant.activation]
     hidden, squeezed = EXPANSION * width, width // 4
     if variant.expansion_of == "input":
@@ -165,7 +163,7 @@ def build_mbconv(variant: TimmVariant, in_width: int, width: int, stride: int) -
 
 
 def build_convnext(variant: TimmVariant, in_width: int, width: int, stride: int) -> nn.Sequential:
-    """A 7x7 depthwise convolution, norm, feed-forward (Liu et al. 2022)."""
+    """Build the branch 7x7 depthwise convolution, norm, feed-forward (ConvNeXt, Liu et al. 2022)."""
     branch = nn.Sequential()
     branch.add_module("depthwise", nn.Conv2d(in_width, width, 7, stride=stride, padding=3, groups=in_width))
     branch.add_module("norm", MapLayerNorm(width, EPSILON))
@@ -177,28 +175,28 @@ def build_convnext(variant: TimmVariant, in_width: int, width: int, stride: int)
 def build_transformer(
     variant: TimmVariant, in_width: int, width: int, stride: int, side: int, stochastic_depth: float
 ) -> nn.Sequential:
-    """Attention and feed-forward, each a residual; norm before pool where the block strides."""
+    """Build two residuals, attention and feed-forward, with norm before pooling if the block has a stride."""
     norm = TRANSFORMER_NORMS[variant.transformer_norm]
-    attend = nn.Sequential()
-    attend.add_module("norm", norm(in_width))
+    attention = nn.Sequential()
+    attention.add_module("norm", norm(in_width))
     if stride == 2:
-        attend.add_module("pool", POOLS[variant.pool]())
-    attend.add_module("attention", build_attention(variant, in_width, width, side))
+        attention.add_module("pool", POOLS[variant.pool]())
+    attention.add_module("attention", build_attention(variant, in_width, width, side))
     feed_forward = nn.Sequential()
     feed_forward.add_module("norm", norm(width))
     feed_forward.add_module("feed_forward", FeedForward(width))
     if variant.layer_scale:
-        for branch in (attend, feed_forward):
+        for branch in (attention, feed_forward):
             branch.add_module("scale", LayerScale(width, variant.layer_scale))
     shortcut = build_shortcut(variant, in_width, width, stride, bias=variant.shortcut_bias)
     block = nn.Sequential()
-    block.add_module("attend", Residual(shortcut, attend, stochastic_depth))
+    block.add_module("attend", Residual(shortcut, attention, stochastic_depth))
     block.add_module("feed_forward", Residual(nn.Identity(), feed_forward, stochastic_depth))
     return block
 
 
 def build_attention(variant: TimmVariant, in_width: int, width: int, side: int) -> nn.Module:
-    """Relative attention in the wider or the narrower of its two widths, for a grid of side x side cells."""
+    """Build relative attention at the output or the input width, for a grid of side x side cells."""
     kind = NarrowRelativeAttention if variant.attention_width == "input" else RelativeAttention
     num_heads = (in_width if variant.attention_width == "input" else width) // variant.head_dim
     bias: GlobalBias = RelativeBias(num_heads, (side, side))
@@ -208,7 +206,7 @@ def build_attention(variant: TimmVariant, in_width: int, width: int, side: int) 
 
 
 def build_head(variant: TimmVariant, num_classes: int) -> nn.Module:
-    """What makes logits of the last map."""
+    """Build the classification head."""
     width = variant.stages[-1].width
     if variant.head == "hidden":
         return Head(width, num_classes, EPSILON)

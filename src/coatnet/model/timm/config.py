@@ -1,6 +1,6 @@
-"""timm's CoAtNet architectures: one row a network, its differences from the paper as values.
+"""timm's CoAtNet architectures, with their differences from the paper as fields of a `TimmVariant`.
 
-Source: timm 1.0.31, the constructed networks of `maxxvit.py`. The names are timm's own.
+Source: timm 1.0.31, the networks that `maxxvit.py` constructs. The names are timm's.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,25 @@ from coatnet.model.config import Architecture, Stage
 
 @dataclass(frozen=True)
 class TimmVariant(Architecture):
-    """A network of timm, complete. The values of `coatnet_0_224` to `coatnet_5_224` are the defaults.
+    """A network of timm. The defaults are those of `coatnet_0_224` to `coatnet_5_224`.
 
     Args:
-        stem_first_width: width between the two convolutions of the stem.
+        stem_first_width: channels between the two convolutions of the stem.
         convolution: kind of the convolutional blocks, "mbconv" or "convnext".
         activation: in the stem and in MBConv, "gelu" or "silu".
-        pre_activation: whether MBConv activates behind its first norm.
-        expansion_of: the width that MBConv makes four times as wide in its middle, "output" or "input".
-        stride_in: where MBConv strides: an average "pool" in front of its convolutions, or its "depthwise" one.
-        squeeze_excite: "late", behind the second norm and activation, or "early", in front of them.
-        gate_activation: inside squeeze-excitation, "silu" or "relu".
-        convolution_bias: biases on the last convolution of MBConv and on its shortcut.
-        pool: of the shortcuts and in front of a strided attention, "average" (2x2) or "max" (3x3).
-        shortcut_bias: a bias on the shortcut around a strided attention.
-        attention_width: the width that a widening attention attends in, "output" or "input".
+        pre_activation: whether MBConv has an activation after its first norm.
+        expansion_of: the width that MBConv expands four times, "output" or "input".
+        stride_in: where MBConv has its stride: an average "pool" before the convolutions, or the "depthwise" one.
+        squeeze_excite: "late", after the second norm and activation, or "early", before them.
+        gate_activation: activation in squeeze-excitation, "silu" or "relu".
+        convolution_bias: whether the last convolution of MBConv and its shortcut have biases.
+        pool: of the shortcuts and before a strided attention, "average" (2x2) or "max" (3x3).
+        shortcut_bias: whether the shortcut around a strided attention has a bias.
+        attention_width: width of queries, keys and values where the width grows, "output" or "input".
         relative_bias: "table", or "mlp" of log-coordinates with `mlp_width` hidden units.
-        transformer_norm: "layer" or "batch"; also that of a "mean" head.
-        layer_scale: initial gain of the residuals of a Transformer, none for 0.
+        mlp_width: hidden units of the "mlp".
+        transformer_norm: "layer" or "batch"; also the norm of a "mean" head.
+        layer_scale: initial gain of the residual branches of Transformer blocks; 0 for no gain.
         head: "hidden" (mean, norm, tanh layer) or "mean" (norm, mean).
     """
 
@@ -53,20 +54,20 @@ class TimmVariant(Architecture):
     head: str = "hidden"
 
     def vary(self, **changes: Any) -> "TimmVariant":
-        """This row: the paper's variations are not for timm's networks. Raises UserError if one is asked for."""
+        """Return this variant. Raises UserError if changes are given, which timm's networks do not have."""
         if changes:
             raise UserError(
-                f"{self.name} is timm's and knows no {', '.join(sorted(changes))}; "
-                "variations are for the paper's rows, such as coatnet-0"
+                f"{self.name} is an architecture of timm without the option {', '.join(sorted(changes))}; "
+                "options are for the paper's variants, such as coatnet-0"
             )
         return self
 
     def to_dict(self) -> dict[str, str]:
-        """The name, which says everything, for a file."""
+        """The name, for a file."""
         return {"name": self.name}
 
 
-def _row(
+def _variant(
     name: str,
     stem: tuple[int, int],
     depths: tuple[int, ...],
@@ -74,7 +75,7 @@ def _row(
     kinds: str = "CCTT",
     **values: Any,
 ) -> TimmVariant:
-    """The row of four stages; one of kind "X" begins with an MBConv and goes on with Transformers."""
+    """A variant of four stages of kinds "C", "T" or "X": one MBConv block, then Transformer blocks."""
     stages: list[Stage] = []
     for kind, depth, width in zip(kinds, depths, widths, strict=True):
         if kind == "X":
@@ -84,10 +85,10 @@ def _row(
     return TimmVariant(name, stem[1], tuple(stages), stem_first_width=stem[0], **values)
 
 
-# Wightman's rows were made before Google's code appeared (the first kind) or after a look at it (the second).
-_own = partial(_row, activation="silu", expansion_of="input", attention_width="input", head="mean")
-_first = partial(_own, pre_activation=True, gate_activation="relu", convolution_bias=False)
-_early = partial(_first, squeeze_excite="early", shortcut_bias=False)
+# timm's own variants ("rw") predate the authors' later code, which the others follow.
+_rw = partial(_variant, activation="silu", expansion_of="input", attention_width="input", head="mean")
+_rw_preactivated = partial(_rw, pre_activation=True, gate_activation="relu", convolution_bias=False)
+_rw_early_gate = partial(_rw_preactivated, squeeze_excite="early", shortcut_bias=False)
 
 _STEM, _WIDE_STEM, _WIDEST_STEM = (32, 64), (64, 128), (96, 192)
 _NANO, _BASE, _WIDE, _WIDEST = (tuple(first * factor for factor in (1, 2, 4, 8)) for first in (64, 96, 128, 192))
@@ -95,31 +96,31 @@ _SHORT, _LONG = (2, 3, 7, 2), (2, 6, 14, 2)
 _LARGE: dict[str, Any] = {"gate_activation": "silu", "layer_scale": 1e-6}
 _MLP = {"relative_bias": "mlp"}
 
-_ROWS = (
-    _own("coatnet_pico_rw_224", _STEM, (2, 3, 5, 2), _NANO),
-    _own("coatnet_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, stride_in="pool"),
-    _early("coatnet_0_rw_224", _STEM, _SHORT, _BASE, stride_in="pool"),
-    _early("coatnet_1_rw_224", _STEM, _LONG, _BASE),
-    _first("coatnet_2_rw_224", _WIDE_STEM, _LONG, _WIDE, gate_activation="silu"),
-    _first("coatnet_3_rw_224", _WIDEST_STEM, _LONG, _WIDEST, **_LARGE),
-    _early("coatnet_bn_0_rw_224", _STEM, _SHORT, _BASE, transformer_norm="batch"),
-    _own("coatnet_rmlp_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, relative_bias="mlp", mlp_width=384),
-    _first("coatnet_rmlp_0_rw_224", _STEM, _SHORT, _BASE, **_MLP),
-    _early(
+_VARIANTS = (
+    _rw("coatnet_pico_rw_224", _STEM, (2, 3, 5, 2), _NANO),
+    _rw("coatnet_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, stride_in="pool"),
+    _rw_early_gate("coatnet_0_rw_224", _STEM, _SHORT, _BASE, stride_in="pool"),
+    _rw_early_gate("coatnet_1_rw_224", _STEM, _LONG, _BASE),
+    _rw_preactivated("coatnet_2_rw_224", _WIDE_STEM, _LONG, _WIDE, gate_activation="silu"),
+    _rw_preactivated("coatnet_3_rw_224", _WIDEST_STEM, _LONG, _WIDEST, **_LARGE),
+    _rw_early_gate("coatnet_bn_0_rw_224", _STEM, _SHORT, _BASE, transformer_norm="batch"),
+    _rw("coatnet_rmlp_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, relative_bias="mlp", mlp_width=384),
+    _rw_preactivated("coatnet_rmlp_0_rw_224", _STEM, _SHORT, _BASE, **_MLP),
+    _rw_early_gate(
         "coatnet_rmlp_1_rw_224", _STEM, _LONG, _BASE, stride_in="pool", pool="max", relative_bias="mlp", mlp_width=384
     ),
-    _first("coatnet_rmlp_1_rw2_224", _STEM, _LONG, _BASE, **_MLP),
-    _first("coatnet_rmlp_2_rw_224", _WIDE_STEM, _LONG, _WIDE, **_LARGE, **_MLP),
-    _first("coatnet_rmlp_2_rw_384", _WIDE_STEM, _LONG, _WIDE, **_LARGE, **_MLP, resolution=384),
-    _first("coatnet_rmlp_3_rw_224", _WIDEST_STEM, _LONG, _WIDEST, **_LARGE, **_MLP),
-    _first("coatnet_nano_cc_224", _STEM, (3, 4, 6, 3), _NANO, kinds="CCXX", stride_in="pool"),
-    _own("coatnext_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, convolution="convnext", activation="gelu"),
-    _row("coatnet_0_224", (64, 64), (2, 3, 5, 2), _BASE),
-    _row("coatnet_1_224", (64, 64), _LONG, _BASE),
-    _row("coatnet_2_224", (128, 128), _LONG, _WIDE),
-    _row("coatnet_3_224", (192, 192), _LONG, _WIDEST),
-    _row("coatnet_4_224", (192, 192), (2, 12, 28, 2), _WIDEST),
-    _row("coatnet_5_224", (192, 192), (2, 12, 28, 2), (256, 512, 1280, 2048)),
-    _own("test_coatnet", (16, 32), (1, 1, 2, 1), (32, 64, 96, 128), stride_in="pool", resolution=160),
+    _rw_preactivated("coatnet_rmlp_1_rw2_224", _STEM, _LONG, _BASE, **_MLP),
+    _rw_preactivated("coatnet_rmlp_2_rw_224", _WIDE_STEM, _LONG, _WIDE, **_LARGE, **_MLP),
+    _rw_preactivated("coatnet_rmlp_2_rw_384", _WIDE_STEM, _LONG, _WIDE, **_LARGE, **_MLP, resolution=384),
+    _rw_preactivated("coatnet_rmlp_3_rw_224", _WIDEST_STEM, _LONG, _WIDEST, **_LARGE, **_MLP),
+    _rw_preactivated("coatnet_nano_cc_224", _STEM, (3, 4, 6, 3), _NANO, kinds="CCXX", stride_in="pool"),
+    _rw("coatnext_nano_rw_224", _STEM, (3, 4, 6, 3), _NANO, convolution="convnext", activation="gelu"),
+    _variant("coatnet_0_224", (64, 64), (2, 3, 5, 2), _BASE),
+    _variant("coatnet_1_224", (64, 64), _LONG, _BASE),
+    _variant("coatnet_2_224", (128, 128), _LONG, _WIDE),
+    _variant("coatnet_3_224", (192, 192), _LONG, _WIDEST),
+    _variant("coatnet_4_224", (192, 192), (2, 12, 28, 2), _WIDEST),
+    _variant("coatnet_5_224", (192, 192), (2, 12, 28, 2), (256, 512, 1280, 2048)),
+    _rw("test_coatnet", (16, 32), (1, 1, 2, 1), (32, 64, 96, 128), stride_in="pool", resolution=160),
 )
-TIMM_VARIANTS = {row.name: row for row in _ROWS}
+TIMM_VARIANTS = {row.name: row for row in _VARIANTS}

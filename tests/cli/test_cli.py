@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what is printed, the exit code, and never a traceback."""
+"""The command line: what is printed, the exit code, and errors of one line without a traceback."""
 
 import io
 import json
@@ -26,8 +26,8 @@ QUICK = ["--model", "coatnet-femto", "--resolution", "32", "--num_workers", "0"]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: 12 dark and 12 bright images, easy to tell apart."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """An image folder with two classes: 12 dark and 12 bright images."""
+    folder = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
     for name, level in (("bright", 200), ("dark", 30)):
         (folder / name).mkdir()
@@ -39,15 +39,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned nothing, of the classes of `images`."""
+    """An untrained model with the classes of `images`."""
     model = create_model("coatnet-femto", num_classes=2, resolution=32)
     return Bundle(model, ("bright", "dark"), Preprocessing(resolution=32)).save(
         tmp_path_factory.mktemp("model") / "bundle"
     )
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that answers a user's mistake."""
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that the program prints about a user's error."""
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -70,7 +70,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_command_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"examples:\n  coatnet {command}" in help_of(capsys, command)
 
 
@@ -118,7 +118,7 @@ def test_help_and_version_do_not_import_torch() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_that_says_what_would_be_right(
+def test_a_user_error_is_one_line_that_says_what_would_be_right(
     arguments: list[str],
     answer: str,
     capsys: pytest.CaptureFixture[str],
@@ -126,8 +126,8 @@ def test_a_mistake_is_one_line_that_says_what_would_be_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert answer in mistake(capsys, *arguments)
-    assert not list(tmp_path.iterdir())  # nothing half-written
+    assert answer in error_line(capsys, *arguments)
+    assert not list(tmp_path.iterdir())  # nothing is written
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_a_mistake_is_one_line_that_says_what_would_be_right(
         ("name: scrach", "did you mean 'scratch'"),
     ],
 )
-def test_a_mistake_in_a_config_names_the_file(
+def test_an_error_in_a_config_names_the_file(
     text: str, answer: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(text)
     out = tmp_path / "out"
-    assert answer in mistake(
+    assert answer in error_line(
         capsys, "train", "--data", "digits", "--out", str(out), "--config", str(tmp_path / "run.yaml")
     )
     assert not out.exists()
@@ -158,7 +158,7 @@ def printed_recipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_options_go_over_the_config_and_the_config_over_the_recipe(
+def test_options_override_the_config_which_overrides_the_recipe(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     config = tmp_path / "run.yaml"
@@ -170,7 +170,7 @@ def test_options_go_over_the_config_and_the_config_over_the_recipe(
         assert recipe["optimizer"] == {"learning_rate": 3e-4, "weight_decay": 0.2, "grad_clip_norm": 1.0}
 
 
-def test_the_printed_recipe_is_a_config_that_prints_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_printed_recipe_can_be_given_as_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [
         "imagenet-21k",
         "--data",
@@ -187,15 +187,15 @@ def test_the_printed_recipe_is_a_config_that_prints_itself(capsys: pytest.Captur
     assert printed_recipe(capsys, "--config", str(tmp_path / "run.yaml")) == recipe
 
 
-def test_train_evaluate_and_predict_go_together(
+def test_train_evaluate_and_predict_in_sequence(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     arguments = ["train", "--data", str(images), "--out", str(run), "--epochs", "1", *QUICK]
     assert main(arguments) == 0
     assert "accuracy" in capsys.readouterr().out
-    left = {path.name for path in run.iterdir()}
-    assert {"recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "bundle"} <= left
+    files = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "bundle"} <= files
 
     assert main(["evaluate", str(run / "bundle"), "--data", str(images), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
@@ -205,16 +205,16 @@ def test_train_evaluate_and_predict_go_together(
     assert main(["predict", str(run / "bundle"), str(images / "dark")]) == 0
     assert capsys.readouterr().out.count("\n") == 12
 
-    assert main(arguments) == 0  # a finished run says so and stays as it is
+    assert main(arguments) == 0  # a finished run is left unchanged
     assert "is finished" in capsys.readouterr().err
 
 
-def test_evaluate_prints_a_page(bundle: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_a_report(bundle: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(bundle), "--data", str(images), "--split", "all"]) == 0
     assert "24 images" in capsys.readouterr().out
 
 
-def test_a_bad_file_has_its_own_line_and_the_rest_goes_on(
+def test_an_unreadable_image_gets_its_own_line_and_the_others_are_predicted(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(images, tmp_path / "mixed")
@@ -226,7 +226,7 @@ def test_a_bad_file_has_its_own_line_and_the_rest_goes_on(
     assert printed.err.count("\n") == 2 and str(bad) in printed.err and "missing.png" in printed.err
 
 
-def test_predictions_as_json_are_one_object_a_line(
+def test_predictions_as_json_are_one_object_per_line(
     bundle: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", str(bundle), str(images / "dark"), "missing.png", "--json"]) == 1
@@ -236,16 +236,16 @@ def test_predictions_as_json_are_one_object_a_line(
     assert lines[-1]["path"] == "missing.png" and lines[-1]["error"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_name_that_is_not_text_is_printed_all_the_same(bundle: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="file names that are not UTF-8")
+def test_a_file_name_that_is_not_utf8_is_printed(bundle: Path, images: Path, tmp_path: Path) -> None:
     shutil.copy(images / "dark" / "1.png", os.fsencode(tmp_path) + b"/\xff.png")
     run = subprocess.run([*PROGRAM, "predict", str(bundle), str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
     assert "ff.png: " in run.stdout
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="other systems have such names")
-def test_a_name_with_control_characters_is_printed_on_one_line(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file names")
+def test_control_characters_in_a_file_name_are_escaped(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(images / "dark" / "1.png", tmp_path / "two\nlines\x1b[31m.png")
@@ -256,18 +256,18 @@ def test_a_name_with_control_characters_is_printed_on_one_line(
     assert printed.err.count("\n") == 1 and r"no\r\nimage.png: " in printed.err
     assert main(["predict", str(bundle), str(tmp_path), "--json"]) == 1
     names = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
-    assert str(tmp_path / "two\nlines\x1b[31m.png") in names  # as the system knows it
+    assert str(tmp_path / "two\nlines\x1b[31m.png") in names  # JSON has the exact name
     assert main(["evaluate", str(bundle), "--data", "no\nfolder\x1b[2J"]) == 2
-    mistake = capsys.readouterr().err
-    assert mistake.count("\n") == 1 and r"no\nfolder\x1b[2J" in mistake
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and r"no\nfolder\x1b[2J" in printed
 
 
-def test_the_help_of_train_says_what_loggers_and_parallelism_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_train_lists_loggers_and_kinds_of_parallelism(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys, "train")
     assert "tensorboard,wandb,mlflow" in text and "one of ddp, fsdp, hsdp, auto\n" in text
 
 
-def test_doctor_tells_healthy_data_from_bad(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_fails_for_an_unreadable_image(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(images)]) == 0
     shutil.copytree(images, tmp_path / "bad")
     (tmp_path / "bad" / "dark" / "0.png").write_bytes(b"")
@@ -275,7 +275,7 @@ def test_doctor_tells_healthy_data_from_bad(images: Path, tmp_path: Path, capsys
     assert "0.png" in capsys.readouterr().out
 
 
-def test_doctor_names_what_decodes_with_a_warning_if_it_is_strict(
+def test_strict_doctor_reports_images_that_decode_with_a_warning(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(images, tmp_path / "some")
@@ -290,7 +290,7 @@ def test_doctor_names_what_decodes_with_a_warning_if_it_is_strict(
     assert "flawed.jpg: " in capsys.readouterr().out
 
 
-def test_models_shows_what_is_counted_beside_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_gives_counted_and_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "coatnet-0", "coatnet-femto", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["name"] == "coatnet-0" and second["published"] is None
@@ -300,15 +300,15 @@ def test_models_shows_what_is_counted_beside_what_is_published(capsys: pytest.Ca
         assert 1.0 <= published / first["macs"][resolution] <= 1.04
 
 
-def test_models_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "coatnet-0", "coatnet-femto", "coatnet-femto-16"]) == 0
     table = capsys.readouterr().out
     assert re.search(r"coatnet-femto +2\.79 +0\.53 +1\.79 +3\.69 +\n", table)
-    assert re.search(r"coatnet-femto-16 +0\.62 +at 8: 0\.01 +\n", table)  # larger images are not what it is for
+    assert re.search(r"coatnet-femto-16 +0\.62 +at 8: 0\.01 +\n", table)  # not shown at larger resolutions
     assert "25.0 (25)" in table and "4.14 (4.2)" in table
 
 
-def test_models_lists_timms_checkpoints_with_their_published_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_lists_the_checkpoints_of_timm_with_their_published_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows.keys() == set(list_variants())
@@ -325,7 +325,7 @@ def test_models_lists_timms_checkpoints_with_their_published_accuracy(capsys: py
     assert re.search(r"coatnet_2_rw_224 +73\.9 +15\.0 +\.sw_in12k_ft_in1k +86\.6 %", table) and ".sw_in12k " in table
 
 
-def test_a_reader_that_leaves_is_not_an_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     run = subprocess.run([*PROGRAM, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True)
@@ -348,13 +348,13 @@ def test_interrupted_training_saves_and_the_same_command_resumes(images: Path, t
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = ""
+        printed = ""
         for line in process.stderr:
-            said += line
+            printed += line
             if "step " in line and " images/s" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        said += process.stderr.read()
-    assert process.returncode == 130, said
-    assert "resumes" in said and "Traceback" not in said
+        printed += process.stderr.read()
+    assert process.returncode == 130, printed
+    assert "resumes" in printed and "Traceback" not in printed
     assert list((tmp_path / "run" / "checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""`coatnet features` and `coatnet probe` as a person meets them."""
+"""`coatnet features` and `coatnet probe`: what they write, print and refuse."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from coatnet.model.network import create_model
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 30 images for each of three digits."""
+    """An image folder: 30 images of each of three digits."""
     folder = tmp_path_factory.mktemp("digits")
     dataset = open_digits(0.1).training
     for name in "037":
@@ -33,7 +33,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learned nothing, of classes that are not those of the images."""
+    """An untrained model whose classes are not those of the images."""
     torch.manual_seed(0)
     model = create_model("coatnet-femto-16", num_classes=2, in_channels=1, resolution=8)
     folder = tmp_path_factory.mktemp("model") / "bundle"
@@ -42,8 +42,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line that answers a user's mistake."""
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The line that the program prints about a user's error."""
     assert main([str(argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -51,7 +51,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return printed.err
 
 
-def test_features_of_data_go_to_a_file(
+def test_features_are_written_for_data(
     bundle: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "all.npy"
@@ -70,7 +70,7 @@ def test_features_of_data_go_to_a_file(
     assert 3 <= len(held_out) < 90 and held_out == list(names[-len(held_out) :])
 
 
-def test_images_without_labels_and_a_bad_file_with_a_line_of_its_own(
+def test_features_are_written_for_images_and_unreadable_ones_are_named(
     bundle: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(digits / "3", tmp_path / "threes")
@@ -84,9 +84,7 @@ def test_images_without_labels_and_a_bad_file_with_a_line_of_its_own(
     assert np.load(out).shape == (119, 128)
 
 
-def test_a_probe_is_printed_for_people_and_for_programs(
-    bundle: Path, digits: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_probe_prints_text_or_json(bundle: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["probe", str(bundle), "--data", str(digits), "--k", "3"]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -98,7 +96,7 @@ def test_a_probe_is_printed_for_people_and_for_programs(
     assert "k-NN, k = 3" in text
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_a_user_error_is_one_line_and_writes_nothing(
     bundle: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "f.npy"
@@ -116,5 +114,5 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         "it must be 1 to": ("probe", bundle, "--data", digits, "--k", "99"),
         "is not a bundle": ("probe", digits, "--data", digits),
     }.items():
-        assert answer in mistake(capsys, *arguments)
+        assert answer in error_line(capsys, *arguments)
     assert not list(tmp_path.iterdir())

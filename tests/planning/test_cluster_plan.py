@@ -32,7 +32,7 @@ def test_coatnet_7_fits_on_256_gpus_of_80_gb():
 def test_the_papers_score_is_expected_of_the_papers_recipe_only():
     given = {"gpus": 8, "gpu_memory": 80}
     assert "the paper reports 81.60% top-1" in plan_training("coatnet-0", **given).describe()
-    for change in ({"epochs": 100}, {"resolution": 192}, {"num_pictures": 1_000_000}):
+    for change in ({"epochs": 100}, {"resolution": 192}, {"num_images": 1_000_000}):
         assert "the paper" not in plan_training("coatnet-0", **given, **change).describe()
 
 

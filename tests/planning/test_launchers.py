@@ -1,4 +1,4 @@
-"""What starts a training parses, is understood by torchrun and by `coatnet train`, and passes a preemption on."""
+"""Launch commands parse, for torchrun and for `coatnet train`, and job files forward the signal of a preemption."""
 
 import shlex
 import subprocess
@@ -17,7 +17,7 @@ ONE = Launch("coatnet-7", ARGUMENTS, num_nodes=1, gpus_per_node=1, gpu="L4")
 
 
 def script(launcher: str, launch: Launch) -> str:
-    """What a shell runs in the end."""
+    """The shell script inside the text of a launcher."""
     text = LAUNCHERS[launcher](launch)
     if launcher == "kubernetes":
         _, job = yaml.safe_load_all(text)
@@ -34,20 +34,20 @@ def command(launcher: str, launch: Launch) -> list[str]:
 
 @pytest.mark.parametrize("launch", [MANY, MACHINE, ONE], ids=["many", "machine", "one"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_script_is_a_shell_script(launcher: str, launch: Launch) -> None:
+def test_the_script_is_valid_shell(launcher: str, launch: Launch) -> None:
     run = subprocess.run(["bash", "-n"], input=script(launcher, launch), capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
 
 
 @pytest.mark.parametrize("launch", [MANY, MACHINE], ids=["many", "machine"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_torchrun_and_train_understand_the_command(launcher: str, launch: Launch) -> None:
+def test_torchrun_and_train_parse_the_command(launcher: str, launch: Launch) -> None:
     words = command(launcher, launch)
     given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert given.nproc_per_node == "8" and given.module and given.training_script == "coatnet"
     assert given.shutdown_timeout == SAVING_SECONDS and "SIGUSR1" in given.signals_to_handle
     assert given.standalone == (launch.num_nodes == 1)
-    # Only the processes of one machine count their restarts alike, and so find the living under one name.
+    # The name of a store has the count of restarts in it, on which only the processes of one machine agree.
     assert ("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script(launcher, launch)) == (launch.num_nodes > 1)
     if launch.num_nodes > 1:
         assert (given.nnodes, given.rdzv_backend) == ("32", "c10d")
@@ -62,15 +62,15 @@ def test_one_gpu_needs_no_torchrun() -> None:
     assert command("torchrun", ONE) == ["coatnet", *ARGUMENTS, "--data", "$DATA", "--out", "$RUN"]
 
 
-def test_a_slurm_job_is_signalled_in_time_and_queued_again() -> None:
+def test_a_slurm_job_is_signaled_in_time_and_requeued() -> None:
     lines = LAUNCHERS["slurm"](MANY).splitlines()
     assert lines[0] == "#!/bin/bash"
     settings = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {"nodes=32", "ntasks-per-node=1", "gpus-per-node=8", "signal=B:TERM@600", "requeue"} <= settings
 
 
-@pytest.mark.parametrize(("signalled", "queued"), [(True, True), (False, False)])
-def test_the_slurm_script_hands_the_signal_on_and_waits_for_the_end(tmp_path, signalled, queued) -> None:
+@pytest.mark.parametrize(("signaled", "queued"), [(True, True), (False, False)])
+def test_the_slurm_script_forwards_the_signal_and_waits(tmp_path, signaled, queued) -> None:
     (tmp_path / "srun").write_text(
         "#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 143' TERM\n"
         "echo started\nfor _ in $(seq 20); do sleep 0.1; done\necho finished\n"
@@ -82,14 +82,14 @@ def test_the_slurm_script_hands_the_signal_on_and_waits_for_the_end(tmp_path, si
     environment |= {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_CPUS_ON_NODE": "4"}
     job = subprocess.Popen(["bash", "-c", LAUNCHERS["slurm"](MANY)], env=environment, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None and job.stdout.readline() == "started\n"
-    if signalled:
+    if signaled:
         job.terminate()
-    said, _ = job.communicate(timeout=30)
-    assert said.splitlines() == (["saved", "queued 17"] if queued else ["finished"])
-    assert job.returncode == (143 if signalled else 0)
+    printed, _ = job.communicate(timeout=30)
+    assert printed.splitlines() == (["saved", "queued 17"] if queued else ["finished"])
+    assert job.returncode == (143 if signaled else 0)
 
 
-def test_a_kubernetes_job_has_a_pod_a_machine_that_the_others_find() -> None:
+def test_a_kubernetes_job_has_one_pod_per_machine_and_their_service() -> None:
     service, job = yaml.safe_load_all(LAUNCHERS["kubernetes"](MANY))
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert (service["kind"], service["spec"]["clusterIP"], job["kind"]) == ("Service", "None", "Job")
@@ -103,6 +103,6 @@ def test_a_kubernetes_job_has_a_pod_a_machine_that_the_others_find() -> None:
     assert "HEAD=coatnet-7-0.coatnet-7" in container["args"][0]
 
 
-def test_a_skypilot_job_asks_for_the_gpus() -> None:
+def test_a_skypilot_job_requests_the_gpus() -> None:
     task = yaml.safe_load(LAUNCHERS["skypilot"](MANY))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (32, "A100-80GB:8")

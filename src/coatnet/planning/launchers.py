@@ -1,7 +1,7 @@
-"""The command, or the file for a scheduler, that starts a training on many machines; text only, nothing is started.
+"""Launch commands and job files for a training on many machines, as text; nothing is started here.
 
-Each hands the signal of a preemption on to every process and gives the run ten minutes to save. The schedulers start it
-again: `coatnet train` on the folder of an unfinished run resumes it.
+Each forwards the signal of a preemption to every process and gives the run ten minutes to save. The schedulers start
+the job again, and `coatnet train` with the folder of an unfinished run resumes it.
 """
 
 import shlex
@@ -10,39 +10,39 @@ from dataclasses import dataclass
 from textwrap import indent
 
 PORT = 29500  # torchrun's own default
-SAVING_SECONDS = 600  # between the signal and the end by force
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun hands on the first four unless told
-# What the processes were doing is written down when one of them no longer answers; a crash in C leaves a traceback.
+SAVING_SECONDS = 600  # between SIGTERM and SIGKILL
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # by default torchrun forwards the first four
+# NCCL writes what each process was doing when one of them no longer answers; a crash in C leaves a Python traceback.
 ENVIRONMENT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000", "PYTHONFAULTHANDLER": "1"}
-# Or machines that start again look for the others under the addresses of their dead.
-ENVIRONMENT_OF_MANY = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# Otherwise machines that restart look for the others at the addresses of processes that have ended.
+MULTI_NODE_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started on how much. `arguments` are those of `coatnet`, without the images and the run folder."""
+    """A training and the machines it runs on."""
 
     name: str  # of the job: letters, digits and hyphens
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...]  # of `coatnet`, without --data and --out
     num_nodes: int
     gpus_per_node: int
-    gpu: str  # SkyPilot's name for it
+    gpu: str  # in SkyPilot's spelling
 
 
 def torchrun(launch: Launch) -> str:
-    """For a shell: once on one machine, or the same on each of several."""
-    where = ["DATA=path/to/images", f"RUN=runs/{launch.name}"]
+    """Commands for a shell, to be run once on each machine."""
+    settings = ["DATA=path/to/images", f"RUN=runs/{launch.name}"]
     if launch.num_nodes == 1:
-        return _script(_exports(launch, where), _command(launch, ""))
-    about = (
-        f"# The same on each of the {launch.num_nodes} machines. HEAD: one of them, by a name that the others know.",
-        "# DATA and RUN: paths under which all of them find the same files.",
+        return _script(_exports(launch, settings), _command(launch, ""))
+    comments = (
+        f"# Run this on each of the {launch.num_nodes} machines. HEAD: the host name of one of them.",
+        "# DATA and RUN: paths on a file system that all of them share.",
     )
-    return _script(*about, _exports(launch, ["HEAD=node-0", *where]), _command(launch, launch.name))
+    return _script(*comments, _exports(launch, ["HEAD=node-0", *settings]), _command(launch, launch.name))
 
 
 def slurm(launch: Launch) -> str:
-    """For `sbatch`: a script that is queued again, and resumes, when its time is over or its machines are needed."""
+    """A script for `sbatch` that is requeued, and resumes, when its time is over or its machines are needed."""
     head = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"'
     settings = {
         "job-name": launch.name,
@@ -56,16 +56,16 @@ def slurm(launch: Launch) -> str:
         "open-mode": "append",
         "output": "%x-%j.log",
     }
-    started = f'srun --cpus-per-task="$SLURM_CPUS_ON_NODE" {_command(launch, "$SLURM_JOB_ID")} &'
+    start = f'srun --cpus-per-task="$SLURM_CPUS_ON_NODE" {_command(launch, "$SLURM_JOB_ID")} &'
     return _script(
         "#!/bin/bash",
         *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in settings.items()),
         "",
         f"# Save as {launch.name}.sh; start with: sbatch {launch.name}.sh",
         _exports(launch, [f"HEAD={head}", "DATA=path/to/images", f'RUN="$SLURM_SUBMIT_DIR/runs/{launch.name}"']),
-        started,
+        start,
         "step=$!",
-        "# Ten minutes before the time is over this shell gets SIGTERM: the run saves, stops, and is queued again.",
+        "# Ten minutes before the time limit this shell gets SIGTERM: the run saves, stops, and is requeued.",
         "trap 'stopped=yes; kill -TERM \"$step\"' TERM",
         'wait "$step"',
         "code=$?",
@@ -76,7 +76,7 @@ def slurm(launch: Launch) -> str:
 
 
 def kubernetes(launch: Launch) -> str:
-    """For `kubectl apply`: a Job with a pod a machine, and the Service by which they meet (from 1.33 on)."""
+    """A file for `kubectl apply` (Kubernetes 1.33 or newer): a Job with one pod per machine, and their Service."""
     name, nodes = launch.name, launch.num_nodes
     start = _script(
         _exports(launch, [f"HEAD={name}-0.{name}", "DATA=/shared/images", f"RUN=/shared/runs/{name}"]),
@@ -84,7 +84,7 @@ def kubernetes(launch: Launch) -> str:
     )
     return f"""\
 # Save as {name}.yaml; start with: kubectl apply -f {name}.yaml
-# Yours to set: the image (Python with coatnet), and the claim: a volume that all pods can write (ReadWriteMany).
+# Set the image (Python with coatnet) and the claim (a volume that all pods can write: ReadWriteMany).
 apiVersion: v1
 kind: Service
 metadata:
@@ -106,7 +106,7 @@ spec:
   backoffLimitPerIndex: 10
   podFailurePolicy:
     rules:
-      - action: Ignore  # a drained or preempted machine is no failure
+      - action: Ignore  # a drained or preempted machine does not count as a failure
         onPodConditions:
           - type: DisruptionTarget
   template:
@@ -127,7 +127,7 @@ spec:
           volumeMounts:
             - name: shared
               mountPath: /shared
-            - name: workers  # the processes that decode images hand them over in shared memory
+            - name: workers  # worker processes pass decoded images in shared memory
               mountPath: /dev/shm
       volumes:
         - name: shared
@@ -140,7 +140,7 @@ spec:
 
 
 def skypilot(launch: Launch) -> str:
-    """For `sky jobs launch`: a managed job, which gets new machines when a cloud takes the old ones back."""
+    """A file for `sky jobs launch`: a managed job, which gets new machines when a cloud preempts the old ones."""
     head = '"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
     start = _script(
         _exports(launch, [f"HEAD={head}", "DATA=/shared/images", f"RUN=/shared/runs/{launch.name}"]),
@@ -148,8 +148,8 @@ def skypilot(launch: Launch) -> str:
     )
     return f"""\
 # Save as {launch.name}.yaml; start with: sky jobs launch {launch.name}.yaml
-# Yours to make first: the volume, which must outlive the machines. A mounted bucket will not do: it cannot rename a
-# folder in one step, and that is how a checkpoint becomes whole.
+# Create the volume first; it must outlive the machines. A mounted bucket does not work: it cannot rename a folder
+# atomically, as writing a checkpoint requires.
 name: {launch.name}
 num_nodes: {launch.num_nodes}
 resources:
@@ -171,18 +171,18 @@ LAUNCHERS: dict[str, Callable[[Launch], str]] = {
 
 
 def _command(launch: Launch, rendezvous: str) -> str:
-    """`torchrun ... -m coatnet train ...`, or `coatnet train ...` where one process is enough."""
+    """`torchrun ... -m coatnet train ...`, or `coatnet train ...` for one process."""
     train = (shlex.join(launch.arguments), '--data "$DATA" --out "$RUN"')
     if launch.num_nodes == launch.gpus_per_node == 1:
         return " \\\n    ".join((f"coatnet {train[0]}", train[1]))
-    found = "--standalone"
+    nodes = "--standalone"
     if launch.num_nodes > 1:
-        found = (
+        nodes = (
             f'--nnodes {launch.num_nodes} --rdzv-backend c10d --rdzv-endpoint "$HEAD:{PORT}" --rdzv-id "{rendezvous}"'
         )
     return " \\\n    ".join(
         (
-            f"torchrun --nproc-per-node {launch.gpus_per_node} {found}",
+            f"torchrun --nproc-per-node {launch.gpus_per_node} {nodes}",
             f"--max-restarts 3 --shutdown-timeout {SAVING_SECONDS} --signals-to-handle {SIGNALS}",
             f"-m coatnet {train[0]}",
             train[1],
@@ -191,8 +191,8 @@ def _command(launch: Launch, rendezvous: str) -> str:
 
 
 def _exports(launch: Launch, settings: Sequence[str]) -> str:
-    """`settings` are `NAME=value`, quoted where they need it."""
-    environment = ENVIRONMENT | (ENVIRONMENT_OF_MANY if launch.num_nodes > 1 else {})
+    """Lines of `export`; `settings` are `NAME=value`, quoted if necessary."""
+    environment = ENVIRONMENT | (MULTI_NODE_ENVIRONMENT if launch.num_nodes > 1 else {})
     return "\n".join(f"export {each}" for each in (*settings, *(f"{k}={v}" for k, v in environment.items())))
 
 

@@ -280,3 +280,13 @@ def test_files_that_a_page_names_exist() -> None:
         for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|ipynb|js))`", prose(page)):
             if name != "coatnet.py":  # the file of chinhsuanwu/coatnet-pytorch
                 assert any(f"/{path}".endswith(f"/{name}") for path in known), f"{page_name(page)}: {name}"
+
+
+def test_code_that_stands_for_an_equation_exists() -> None:
+    page = prose(ROOT / "docs/coatnet.md")
+    named = re.findall(r"`(\w+\.py)`((?:, `[^`]+`)+)", page)
+    assert len(named) > 40
+    for file, names in named:
+        code = (ROOT / "src/coatnet/model" / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)(?![\w]|\.py|\.nn)", names.replace("nn.GELU", "GELU")):
+            assert re.search(rf"\b{name}\b", code), f"{file}: {name}"

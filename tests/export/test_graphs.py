@@ -51,7 +51,7 @@ def open_export(folder: Path, format: str, given: str, made: str) -> Opened:
     raise AssertionError(format)
 
 
-def as_given(images: torch.Tensor) -> NDArray[np.uint8]:
+def network_inputs(images: torch.Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 
@@ -73,7 +73,7 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     for batch in images.values():
         with torch.no_grad():
             expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).softmax(1)
-        np.testing.assert_allclose(run(as_given(batch)), expected.numpy(), atol=1e-3)
+        np.testing.assert_allclose(run(network_inputs(batch)), expected.numpy(), atol=1e-3)
     assert len(expected.unique()) > 1
 
     metadata = json.loads((out / "metadata.json").read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
     for batch in images.values():
         with torch.no_grad():
             expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).sigmoid()
-        np.testing.assert_allclose(run(as_given(batch)), expected.numpy(), atol=1e-3)
+        np.testing.assert_allclose(run(network_inputs(batch)), expected.numpy(), atol=1e-3)
     assert json.loads(inside["classes"]) == ["é", "<b>", "c"] and json.loads(inside["multilabel"]) is True
 
 
@@ -136,7 +136,7 @@ def test_with_dynamic_size_the_network_sees_a_image_at_its_own(
         images = normalise(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
         with torch.no_grad():
             expected = bundle.model(images)
-        found = run(images.contiguous().numpy() if logits else as_given(batch))
+        found = run(images.contiguous().numpy() if logits else network_inputs(batch))
         np.testing.assert_allclose(found, (expected if logits else expected.softmax(1)).numpy(), atol=2e-3)
 
 

@@ -14,22 +14,22 @@ from coatnet.bundle import Bundle
 from coatnet.cli.main import main
 from coatnet.errors import UserError
 from coatnet.export import onnx as writer
-from coatnet.export.parity import Reference, compare, require_parity
-from coatnet.export.sample_images import check_images
-from coatnet.export.signature import Interface
+from coatnet.export.parity import Parity, Reference, compare, open_check_images, require_parity
+from coatnet.export.quantization import Quantization
+from coatnet.export.signature import Signature
 
 
 def run_of(bundle: Bundle, change: Callable[[NDArray], NDArray], *, logits: bool = False) -> tuple:
     """A comparison of the bundle with itself, changed."""
-    interface = Interface(logits=logits)
-    name, images = check_images(bundle, None)
-    module = interface.module(bundle).eval()
+    signature = Signature(logits=logits)
+    name, images = open_check_images(bundle, None)
+    module = signature.module(bundle).eval()
 
     def run(given: NDArray) -> NDArray:
         with torch.no_grad():
             return change(module(torch.from_numpy(given)).numpy())
 
-    return bundle, interface, run, name, images[:8]
+    return bundle, signature, run, name, images[:8]
 
 
 @pytest.mark.parametrize("logits", [False, True])
@@ -69,8 +69,8 @@ def test_a_damaged_export_is_refused_and_nothing_is_left(
 ) -> None:
     write = writer.write
 
-    def write_damaged(bundle, interface, metadata, folder) -> None:
-        write(bundle, interface, metadata, folder)
+    def write_damaged(bundle, signature, metadata, folder) -> None:
+        write(bundle, signature, metadata, folder)
         model = onnx.load(folder / "model.onnx")
         largest = max(model.graph.initializer, key=lambda each: len(each.raw_data))
         largest.raw_data = bytes(len(largest.raw_data))
@@ -90,8 +90,24 @@ def test_own_images_are_checked_with(clothes: Bundle, tmp_path: Path) -> None:
         noise = np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
     (tmp_path / "a" / "bad.png").write_bytes(b"no image")
-    name, images = check_images(clothes, str(tmp_path))
+    name, images = open_check_images(clothes, str(tmp_path))
     assert name == str(tmp_path) and len(images) >= 2
     assert all(image.shape[0] == 3 for image in images)
-    reference = Reference(clothes, Interface())
+    reference = Reference(clothes, Signature())
     assert reference.given(images[0][None]).shape == (1, *images[0].shape[1:], 3)
+
+
+def test_the_keys_of_parity_json_stay() -> None:
+    parity = Parity("data", 3, (1, 2), 0.0, 0.0, 0.0, 1.0, ())
+    assert list(parity.to_dict()) == [
+        "data",
+        "num_pictures",
+        "batch_sizes",
+        "probability_difference",
+        "logit_difference",
+        "logit_limit",
+        "agreement",
+        "latency",
+    ]
+    quantization = Quantization("data", 1, 2, "top1", 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1.0, 4, 1, ())
+    assert list(quantization.to_dict())[:3] == ["data", "num_calibrating", "num_pictures"]

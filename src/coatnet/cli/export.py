@@ -9,7 +9,7 @@ from coatnet.cli.parser import BUNDLE_HELP, Parser
 from coatnet.export import FORMATS
 
 if TYPE_CHECKING:
-    from coatnet.export.export import Exported
+    from coatnet.export.export import ExportResult
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,9 +85,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def print_export(exported: "Exported") -> None:
+def print_export(exported: "ExportResult") -> None:
     """Print what was written, how far it is from the bundle, and how to open it."""
-    parity, small, interface = exported.parity, exported.quantisation, exported.interface
+    parity, small, signature = exported.parity, exported.quantization, exported.signature
     print(
         f"{exported.folder}: on {parity.num_images} images of {parity.data} within "
         f"{parity.probability_difference:.1e} of the bundle's probabilities, the same likeliest class for "
@@ -100,7 +100,7 @@ def print_export(exported: "Exported") -> None:
             f"{small.num_images:,} images of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
             f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
         )
-    side = "H, W" if interface.any_size else "R, R"
-    taken = f"float32 (B, C, {side}), normalized" if interface.logits else "uint8 (B, H, W, 3), RGB"
-    print(f"Details are in parity.md. With {interface.input} {taken}:")
+    side = "H, W" if signature.any_size else "R, R"
+    taken = f"float32 (B, C, {side}), normalized" if signature.logits else "uint8 (B, H, W, 3), RGB"
+    print(f"Details are in parity.md. With {signature.input} {taken}:")
     print(indent(exported.snippet, "  "))

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of export.
+    """A row of `FORMATS`.
 
-    `module` writes and opens it. A format is a graph, which runs without this package's code, or weights alone.
+    `module` has the functions `write`, `reopen` and `snippet`; it is imported when it is used. With `is_graph` the
+    export runs without the code of this package; otherwise it holds weights alone.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""AOTInductor: compiled ahead of time for this kind of machine and this version of torch. Needs a C++ compiler."""
+"""AOTInductor: compiled ahead of time for this type of machine and this version of torch. Needs a C++ compiler."""
 
 import io
 import shutil
@@ -11,37 +11,37 @@ import torch
 
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError
-from coatnet.export.signature import Interface, Run, as_strings
+from coatnet.export.signature import Run, Signature, string_metadata
 from coatnet.inference.graphs import quiet
 
 FILE = "model.pt2"
 
 
-def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with model.pt2, a compiled library with its weights.
+def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write model.pt2, a compiled library with its weights.
 
     Raises:
         UserError: there is no C++ compiler.
     """
     if not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
-        raise UserError("format aoti compiles, and there is no C++ compiler: install one, such as g++")
-    program = interface.program(bundle)
-    settings = {"aot_inductor.metadata": as_strings(metadata)}
+        raise UserError("format aoti needs a C++ compiler, and there is none on the PATH: install one, such as g++")
+    program = signature.program(bundle)
+    settings = {"aot_inductor.metadata": string_metadata(metadata)}
     with quiet(), redirect_stdout(io.StringIO()):
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE), inductor_configs=settings)
 
 
-def reopen(folder: Path, interface: Interface) -> Run:
-    """The compiled model in the file."""
+def reopen(folder: Path, signature: Signature) -> Run:
+    """Open the compiled model."""
     with quiet():
         model = torch._inductor.aoti_load_package(str(folder / FILE))
     return lambda given: model(torch.from_numpy(given)).numpy()
 
 
-def snippet(folder: Path, interface: Interface) -> str:
-    """How to use the file."""
+def snippet(folder: Path, signature: Signature) -> str:
+    """Code that opens the file and runs the model."""
     return (
         "import torch\n"
         f'model = torch._inductor.aoti_load_package("{folder / FILE}")\n'
-        f"{interface.output} = model(torch.from_numpy({interface.input}))"
+        f"{signature.output} = model(torch.from_numpy({signature.input}))"
     )

@@ -1,4 +1,4 @@
-"""What exports contain: the folded network, behind all that its images need and in front of probabilities.
+"""The modules of an exported graph: preprocessing, the folded network, probabilities.
 
 Shapes: B batch, H W pixels, N cells, R resolution, C channels, A heads, K classes.
 """
@@ -21,13 +21,14 @@ class Classifier(nn.Module):
     """Colour images uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`.
 
     Args:
-        any_size: the network sees an image at the size it has, its biases resampled; otherwise the image is
-            resized and cut as the preprocessing says.
+        bundle: the model.
+        any_size: run the network at the size of the image, its biases resampled; otherwise the image is resized and
+            cropped as the preprocessing says.
     """
 
     def __init__(self, bundle: Bundle, *, any_size: bool = False) -> None:
         super().__init__()
-        self.fit = MatchColour(bundle.preprocessing) if any_size else Fit(bundle.preprocessing)
+        self.fit = MatchChannels(bundle.preprocessing) if any_size else Fit(bundle.preprocessing)
         self.network = ImageProbabilities(bundle, any_size=any_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,14 +42,14 @@ class ImageProbabilities(nn.Module):
         super().__init__()
         self.network = ImageNetwork(bundle, any_size=any_size)
         if any_size:
-            free_sizes(self.network.network)
+            allow_dynamic_sizes(self.network.network)
         self.multilabel = bundle.multilabel
 
     def forward(self, images: Tensor) -> Tensor:
         return probabilities_of(self.network(images), multilabel=self.multilabel)
 
 
-class MatchColour(nn.Module):
+class MatchChannels(nn.Module):
     """Images uint8 `(B, H, W, 3)` to `(B, H, W, C)`."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -59,8 +60,8 @@ class MatchColour(nn.Module):
         return match_colour(images, self.preprocessing)
 
 
-class AnyGridBias(nn.Module):
-    """The relative bias of any grid, in a graph whose height and width are free: no branch depends on them."""
+class DynamicBias(nn.Module):
+    """The relative bias of any grid, for a graph with dynamic height and width: no branch depends on them."""
 
     def __init__(self, bias: GlobalBias) -> None:
         super().__init__()
@@ -80,24 +81,26 @@ class AnyGridBias(nn.Module):
         return table.flatten(1)[:, places].to(dtype)
 
 
-class AnyGridPool(nn.Module):
-    """`Pool` in a graph whose height and width are free: there torch's compiler (2.14) forgets the window of an odd
-    last row or column, and the map comes out too small. Behind a border of one the rounding is downwards, and the
-    same: a border that even sizes do not need is in no window."""
+class DynamicPool(nn.Module):
+    """`Pool` for a graph with dynamic height and width.
+
+    There torch's compiler (2.14) drops the window of an odd last row or column. Padded by one, the rounding is
+    downwards and the result the same: for even sizes the padding lies in no window.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=float("-inf")), 2)
 
 
 def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
-    """Images float32 `(B, C, R, R)`, normalised, to logits `(B, K)`."""
+    """The network alone: normalised images float32 `(B, C, R, R)` to logits `(B, K)`."""
     network = fold(bundle.model, any_size=any_size)
     if any_size:
-        free_sizes(network)
+        allow_dynamic_sizes(network)
     return network
 
 
-def free_sizes(network: CoAtNet) -> None:
-    """Let biases and poolings follow the size of the image in a graph, in place."""
-    replace_modules(network, GlobalBias, AnyGridBias)
-    replace_modules(network, Pool, lambda _: AnyGridPool())
+def allow_dynamic_sizes(network: CoAtNet) -> None:
+    """Replace, in place, the biases and poolings by those that follow a dynamic image size."""
+    replace_modules(network, GlobalBias, DynamicBias)
+    replace_modules(network, Pool, lambda _: DynamicPool())

@@ -8,44 +8,44 @@ import numpy as np
 
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError
-from coatnet.export.signature import Interface, Run, as_strings
+from coatnet.export.signature import Run, Signature, string_metadata
 from coatnet.inference.graphs import to_onnx
 
 FILE = "model.onnx"
 
 
-def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with model.onnx; weights above 1.6 GB are in model.onnx.data beside it.
+def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write model.onnx; weights above 1.6 GB go to model.onnx.data beside it.
 
     Raises:
         UserError: ONNX or ONNX Runtime is not installed.
     """
-    write_file(bundle, interface, metadata, folder / FILE)
+    write_file(bundle, signature, metadata, folder / FILE)
 
 
-def write_file(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], path: Path) -> None:
+def write_file(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], path: Path) -> None:
     import_runtime()
-    program = to_onnx(interface.program(bundle), inputs=interface.input, outputs=interface.output)
+    program = to_onnx(signature.program(bundle), inputs=signature.input, outputs=signature.output)
     import onnx
 
-    program.model.metadata_props.update(as_strings(metadata))
+    program.model.metadata_props.update(string_metadata(metadata))
     program.save(path)
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def reopen(folder: Path, interface: Interface) -> Run:
-    """The model in the file, in ONNX Runtime."""
-    return open_file(folder / FILE, interface)
+def reopen(folder: Path, signature: Signature) -> Run:
+    """Open the model in ONNX Runtime."""
+    return open_file(folder / FILE, signature)
 
 
-def open_file(path: Path, interface: Interface) -> Run:
-    """Raises UserError if ONNX Runtime is not installed."""
+def open_file(path: Path, signature: Signature) -> Run:
+    """Open a file in ONNX Runtime. Raises UserError if it is not installed."""
     session = import_runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda given: np.asarray(session.run(None, {interface.input: given})[0])
+    return lambda given: np.asarray(session.run(None, {signature.input: given})[0])
 
 
 def import_runtime() -> Any:
-    """The module. Raises UserError if it is not installed."""
+    """The module onnxruntime. Raises UserError if it is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -53,10 +53,10 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def snippet(folder: Path, interface: Interface) -> str:
-    """How to use the file."""
+def snippet(folder: Path, signature: Signature) -> str:
+    """Code that opens the file and runs the model."""
     return (
         "import onnxruntime\n"
         f'session = onnxruntime.InferenceSession("{folder / FILE}")\n'
-        f'{interface.output} = session.run(None, {{"{interface.input}": {interface.input}}})[0]'
+        f'{signature.output} = session.run(None, {{"{signature.input}": {signature.input}}})[0]'
     )

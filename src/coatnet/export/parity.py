@@ -1,10 +1,10 @@
-"""Whether an export says what the bundle says of real images; a difference that matters is an error.
+"""The parity check: an export gives the bundle's answers to real images, or it is an error.
 
-Shapes: B batch, N images in all, K classes.
+Shapes: B batch, N images in all, H W any size, K classes.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -15,21 +15,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle
-from coatnet.data.transforms import EvaluationTransform, match_channels, normalise
+from coatnet.data.batches import read_image
+from coatnet.data.datasets import Dataset
+from coatnet.data.decode import BadImage
+from coatnet.data.open import open_dataset
+from coatnet.data.transforms import (
+    EvaluationTransform,
+    Preprocessing,
+    as_images,
+    center,
+    match_channels,
+    normalise,
+    resize,
+)
 from coatnet.errors import UserError, first_line
-from coatnet.export.sample_images import BATCH_SIZES, at_several_sizes, check_batches
-from coatnet.export.signature import Interface, Run
+from coatnet.export.signature import Run, Signature
 from coatnet.inference.network import probabilities_of
 
+MAX_CHECKED_IMAGES = 64
+BATCH_SIZES = (1, 2, 5)
 PROBABILITY_LIMIT = 1e-3  # chosen: rounding in float32 gives 1e-6 to 1e-5, a wrong pixel or weight far more
 LOGIT_LIMIT = 1e-3  # of the largest logit, if that is above 1
-SMALLEST = 1e-4  # as logarithms, probabilities are compared from here to 1 - SMALLEST: float32 is coarse near 1
-ROUNDS, SECONDS = 30, 3.0  # of timing, whichever is over first
+MIN_PROBABILITY = 1e-4  # log-probabilities are compared between this and 1 - this: float32 is coarse near 1
+TIMING_ROUNDS, TIMING_SECONDS = 30, 3.0  # whichever ends first
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median milliseconds a batch, measured in turns; torch takes the same input to the same output."""
+    """Median milliseconds for a batch, measured alternately; torch computes the same from the same input."""
 
     batch_size: int
     export: float
@@ -54,10 +67,12 @@ class Parity:
     latency: tuple[Latency, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The content of parity.json."""
+        values = asdict(self)
+        return {"data": values.pop("data"), "num_pictures": values.pop("num_images"), **values}
 
     def to_markdown(self) -> str:
-        """A page for people."""
+        """The content of parity.md."""
         sizes = ", ".join(map(str, self.batch_sizes))
         lines = [
             "# The export beside its bundle",
@@ -78,21 +93,21 @@ class Parity:
 
 
 class Reference:
-    """What the bundle itself makes of images, as an export with that interface should."""
+    """The bundle's own answers, computed as an export with this signature should."""
 
-    def __init__(self, bundle: Bundle, interface: Interface) -> None:
-        self.bundle, self.interface = bundle, interface
+    def __init__(self, bundle: Bundle, signature: Signature) -> None:
+        self.bundle, self.signature = bundle, signature
 
     def given(self, images: Tensor) -> NDArray:
-        """uint8 (B, 3, H, W) as the export takes them."""
-        if self.interface.logits:
+        """uint8 (B, 3, H, W) to the input of the export."""
+        if self.signature.logits:
             return np.ascontiguousarray(self.images(images).numpy())
         return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to what the network sees."""
+        """uint8 (B, 3, H, W) to the input of the network."""
         seen = self.bundle.preprocessing
-        if self.interface.any_size:
+        if self.signature.any_size:
             return normalise(match_channels(images, seen), seen)
         return EvaluationTransform(seen).batch(images)
 
@@ -103,9 +118,9 @@ class Reference:
 
     @torch.inference_mode()
     def answer(self, given: NDArray) -> Tensor:
-        """What an export is given to what it should make of it, (B, K)."""
+        """The input of an export to the output it should have, (B, K)."""
         tensor = torch.from_numpy(given)
-        if self.interface.logits:
+        if self.signature.logits:
             return self.bundle.model(tensor)
         return self.probabilities(self.logits(tensor.permute(0, 3, 1, 2)))
 
@@ -113,15 +128,22 @@ class Reference:
         return probabilities_of(logits, multilabel=self.bundle.multilabel)
 
 
-def compare(bundle: Bundle, interface: Interface, run: Run, data: str, images: list[Tensor]) -> Parity:
-    """Run both on all the images, then time both.
+def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: list[Tensor]) -> Parity:
+    """Run export and bundle on all images, then time both.
+
+    Args:
+        bundle: the model that was exported.
+        signature: input and output of the export.
+        run: the export, opened again.
+        data: the name of the images' source, for the report.
+        images: uint8 (3, H, W) each.
 
     Raises:
-        UserError: the export gives something else than one finite row an image.
+        UserError: the export fails, or gives anything but one finite row an image.
     """
-    reference = Reference(bundle, interface)
+    reference = Reference(bundle, signature)
     batches = check_batches(images)
-    batches = list(at_several_sizes(batches, bundle.preprocessing) if interface.any_size else batches)
+    batches = list(resize_batches(batches, bundle.preprocessing) if signature.any_size else batches)
     ours, theirs = [], []
     for batch in batches:
         ours.append(reference.logits(batch))
@@ -133,8 +155,10 @@ def compare(bundle: Bundle, interface: Interface, run: Run, data: str, images: l
             )
     logits, given = torch.cat(ours), torch.cat(theirs)
     expected = reference.probabilities(logits)
-    found = reference.probabilities(given) if interface.logits else given
-    apart = given - logits if interface.logits else in_logarithms(found, bundle) - in_logarithms(expected, bundle)
+    found = reference.probabilities(given) if signature.logits else given
+    apart = (
+        given - logits if signature.logits else log_probabilities(found, bundle) - log_probabilities(expected, bundle)
+    )
     return Parity(
         data=data,
         num_images=len(images),
@@ -148,7 +172,7 @@ def compare(bundle: Bundle, interface: Interface, run: Run, data: str, images: l
 
 
 def attempt(run: Run, given: NDArray) -> Tensor:
-    """Raises UserError if the export does not run."""
+    """The output of the export. Raises UserError if it does not run."""
     try:
         return torch.from_numpy(np.array(run(given)))
     except Exception as error:  # each runtime has errors of its own
@@ -158,7 +182,7 @@ def attempt(run: Run, given: NDArray) -> Tensor:
 
 
 def require_parity(parity: Parity) -> None:
-    """Raises UserError, with the figures, if the export differs by more than rounding."""
+    """Raise UserError, with the figures, if the export differs by more than rounding."""
     if parity.probability_difference <= PROBABILITY_LIMIT and parity.logit_difference <= parity.logit_limit:
         return
     raise UserError(
@@ -169,27 +193,27 @@ def require_parity(parity: Parity) -> None:
     )
 
 
-def in_logarithms(probabilities: Tensor, bundle: Bundle) -> Tensor:
-    """Logits of probabilities, up to a constant for each image."""
-    inside = probabilities.double().clamp(SMALLEST, 1 - SMALLEST)
+def log_probabilities(probabilities: Tensor, bundle: Bundle) -> Tensor:
+    """(B, K) probabilities to log-probabilities, or log-odds for several labels."""
+    inside = probabilities.double().clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
     return inside.logit() if bundle.multilabel else inside.log()
 
 
 def measure(reference: Reference, run: Run, images: Tensor) -> Latency:
-    """Both in turns on one batch."""
+    """Time both on one batch."""
     given = reference.given(images)
-    theirs, ours = alternate([lambda: run(given), lambda: reference.answer(given)])
+    theirs, ours = median_milliseconds([lambda: run(given), lambda: reference.answer(given)])
     return Latency(len(images), theirs, ours)
 
 
-def alternate(calls: Iterable[Callable[[], object]]) -> list[float]:
-    """Median milliseconds of each call, made in turns after two that do not count."""
+def median_milliseconds(calls: Iterable[Callable[[], object]]) -> list[float]:
+    """Median milliseconds of each call, made alternately after two warm-up calls."""
     calls = list(calls)
     took: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call(), call()
-    end = time.perf_counter() + SECONDS
-    for _ in range(ROUNDS):
+    end = time.perf_counter() + TIMING_SECONDS
+    for _ in range(TIMING_ROUNDS):
         for call, times in zip(calls, took, strict=True):
             begin = time.perf_counter()
             call()
@@ -197,3 +221,48 @@ def alternate(calls: Iterable[Callable[[], object]]) -> list[float]:
         if time.perf_counter() > end:
             break
     return [median(times) for times in took]
+
+
+def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tensor]]:
+    """The name of the data, and images uint8 (3, H, W) spread evenly over its validation split.
+
+    Without data, the garments of the package, or its digits if the classes are the ten digits.
+
+    Raises:
+        UserError: there is no such data, or none of its images can be read.
+    """
+    if data is None:
+        data = "digits" if set(bundle.classes) == set(map(str, range(10))) else "fashion-mnist-small"
+    dataset = open_dataset(data).validation
+    images = [image for image, _ in spread_images(dataset, MAX_CHECKED_IMAGES)]
+    if not images:
+        raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")
+    return data, images
+
+
+def spread_images(dataset: Dataset, most: int) -> Iterator[tuple[Tensor, int]]:
+    """At most `most` readable images of a dataset, spread evenly, uint8 (3, H, W), with their indices."""
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64)).tolist():
+        try:
+            image, _ = read_image(dataset, index)
+        except BadImage:
+            continue
+        yield as_images(image).expand(3, -1, -1), index
+
+
+def check_batches(images: list[Tensor]) -> Iterator[Tensor]:
+    """The images in batches uint8 (B, 3, H, W) of 1, 2 and 5 in turn, each cropped to its smallest height and width."""
+    first, turn = 0, 0
+    while first < len(images):
+        part = images[first : first + BATCH_SIZES[turn % len(BATCH_SIZES)]]
+        height, width = (min(image.shape[axis] for image in part) for axis in (1, 2))
+        yield torch.stack([center(image, height, width) for image in part])
+        first, turn = first + len(part), turn + 1
+
+
+def resize_batches(batches: Iterator[Tensor], preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """The batches resized to the model's resolution and, three by three in turn, to a size that is not square."""
+    side = preprocessing.resolution
+    sizes = ((side, side), (side * 5 // 4, side * 3 // 2))
+    for number, batch in enumerate(batches):
+        yield resize(batch, sizes[number // len(BATCH_SIZES) % 2], preprocessing.interpolation)

@@ -1,4 +1,4 @@
-"""int8 by NNCF, after training: weights a scale a channel, accuracy measured, layers given back until it holds.
+"""Post-training quantization to int8 by NNCF, with accuracy control: layers stay in fp32 until the accuracy holds.
 
 Shapes: N images, R resolution, C channels, K classes.
 """
@@ -6,7 +6,7 @@ Shapes: N images, R resolution, C channels, K classes.
 import io
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,24 +25,81 @@ from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import Metrics
 from coatnet.export import openvino as files
 from coatnet.export.classifier import ImageProbabilities
-from coatnet.export.int8_report import Quantisation, Speed
-from coatnet.export.parity import alternate
+from coatnet.export.parity import median_milliseconds, spread_images
 from coatnet.export.resizing import Fit
-from coatnet.export.sample_images import spread_images
-from coatnet.export.signature import Interface, Run
+from coatnet.export.signature import Run, Signature
 from coatnet.inference.graphs import keep_private, quiet, to_openvino, to_program
 from coatnet.inference.network import example_images
 
 if TYPE_CHECKING:
     import openvino
 
-CALIBRATING, MEASURING = 300, 2000  # images at the most
+MAX_CALIBRATION_IMAGES, MAX_VALIDATION_IMAGES = 300, 2000
 BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
+class Speed:
+    """Median milliseconds for a batch, measured alternately; `default` is fp32 in OpenVINO's default precision."""
+
+    batch_size: int
+    fp32: float
+    default: float
+    int8: float
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Accuracy, size and speed of int8 beside fp32.
+
+    `figure` is top1, or mean_average_precision for several labels, on `num_images` held-out images of `data`; its
+    intervals are at 95 %. `agreement` is the share of these with the same likeliest class. Bytes are those of weights.
+    """
+
+    data: str
+    num_calibrating: int
+    num_images: int
+    figure: str
+    before: float
+    before_interval: Interval
+    after: float
+    after_interval: Interval
+    agreement: float
+    bytes_before: int
+    bytes_after: int
+    speed: tuple[Speed, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of parity.json under "int8"."""
+        return {"num_pictures" if name == "num_images" else name: value for name, value in asdict(self).items()}
+
+    def to_markdown(self) -> str:
+        """A section of parity.md."""
+        rows = (("fp32", self.before, self.before_interval, self.bytes_before),)
+        rows += (("int8", self.after, self.after_interval, self.bytes_after),)
+        lines = [
+            "# int8",
+            "",
+            f"Calibrated on {self.num_calibrating:,} images of {self.data}, measured on {self.num_images:,} "
+            f"others; the same likeliest class for {100 * self.agreement:.1f} %.",
+            "",
+            f"| | {self.figure}, % | 95 % interval | weights, MB |",
+            "|---|---:|---|---:|",
+            *(
+                f"| {name} | {100 * value:.2f} | {100 * low:.1f} to {100 * high:.1f} | {size / 1e6:.2f} |"
+                for name, value, (low, high), size in rows
+            ),
+            "",
+            "| batch | fp32, ms | fp32 model as OpenVINO runs it by default, ms | int8, ms |",
+            "|---:|---:|---:|---:|",
+            *(f"| {each.batch_size} | {each.fp32:.2f} | {each.default:.2f} | {each.int8:.2f} |" for each in self.speed),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Images as the network takes them, in arrays of `batch_size`, and their labels, (B,) or (B, K) each."""
+    """Inputs of the network in batches, and their labels, (B,) or (B, K) each."""
 
     inputs: list[NDArray]
     labels: list[torch.Tensor]
@@ -51,22 +108,22 @@ class Sample:
         return sum(map(len, self.inputs))
 
 
-def quantise(
+def quantize(
     bundle: Bundle,
-    interface: Interface,
+    signature: Signature,
     metadata: Mapping[str, Any],
     folder: Path,
     splits: Splits,
     max_drop: float,
-) -> Quantisation:
+) -> Quantization:
     """Replace the OpenVINO model in a folder by one in int8, calibrated on the training split of the data.
 
     Raises:
-        UserError: its images can not be read, or the accuracy on the validation split falls by more than `max_drop`.
+        UserError: a split has no readable image, or the accuracy on the validation split falls by more than `max_drop`.
     """
     nncf, data = import_nncf(), splits.name
-    calibrating = sample(splits.training, bundle, interface, CALIBRATING, 1)
-    measuring = sample(splits.validation, bundle, interface, MEASURING, BATCH_SIZE)
+    calibrating = sample(splits.training, bundle, signature, MAX_CALIBRATION_IMAGES, 1)
+    measuring = sample(splits.validation, bundle, signature, MAX_VALIDATION_IMAGES, BATCH_SIZE)
     if not len(calibrating) or not len(measuring):
         raise UserError(f"{data}: int8 needs training images to calibrate on and validation images to measure on")
 
@@ -74,10 +131,10 @@ def quantise(
         batches = list(batches)
         outputs = [torch.from_numpy(model(given)[0].copy()) for given, _ in batches]
         labels = [label for _, label in batches]
-        shares = [share_right(each, label, interface) for each, label in zip(outputs, labels, strict=True)]
-        return accuracy(torch.cat(outputs), torch.cat(labels), bundle, interface)[0], shares
+        shares = [fraction_correct(each, label, signature) for each, label in zip(outputs, labels, strict=True)]
+        return accuracy(torch.cat(outputs), torch.cat(labels), bundle, signature)[0], shares
 
-    exact = network(bundle, interface)
+    exact = network(bundle, signature)
     with quiet(), redirect_stdout(io.StringIO()):
         small = nncf.quantize_with_accuracy_control(
             exact.clone(),
@@ -96,10 +153,10 @@ def quantise(
         name: torch.cat([torch.from_numpy(run(given)) for given in measuring.inputs]) for name, run in runs.items()
     }
     labels = torch.cat(measuring.labels)
-    before, before_interval = accuracy(found["fp32"], labels, bundle, interface)
-    after, after_interval = accuracy(found["int8"], labels, bundle, interface)
-    figure = figure_of(bundle)
-    if before - after > max_drop + 1e-9:  # or 0.7 - 0.69 would be above 0.01
+    before, before_interval = accuracy(found["fp32"], labels, bundle, signature)
+    after, after_interval = accuracy(found["int8"], labels, bundle, signature)
+    figure = metric_name(bundle)
+    if before - after > max_drop + 1e-9:  # 0.7 - 0.69 is above 0.01 in floating point
         raise UserError(
             f"int8 costs too much, and nothing was written: {figure} falls from {100 * before:.2f} to "
             f"{100 * after:.2f} % on {len(measuring):,} images of {data}, by more than {100 * max_drop:g} points "
@@ -107,9 +164,9 @@ def quantise(
         )
     weights = folder / "model.bin"
     bytes_before = weights.stat().st_size
-    whole = behind(front(bundle), small) if interface.resizes else small
-    files.save(whole, interface, metadata, folder)
-    return Quantisation(
+    whole = chain(preprocessor(bundle), small) if signature.resizes else small
+    files.save(whole, signature, metadata, folder)
+    return Quantization(
         data=data,
         num_calibrating=len(calibrating),
         num_images=len(measuring),
@@ -126,9 +183,9 @@ def quantise(
 
 
 def open_calibration(bundle: Bundle, data: str) -> Splits:
-    """What to calibrate on and to measure with.
+    """The data to calibrate on (training split) and to measure with (validation split).
 
-    Raises UserError if there is no such data, it has classes that the bundle does not know, or NNCF is not installed.
+    Raises UserError if there is no such data, it has classes that the bundle has not, or NNCF is not installed.
     """
     import_nncf()
     splits = open_dataset(data)
@@ -147,8 +204,8 @@ def import_nncf() -> Any:
     return nncf
 
 
-def sample(dataset: Dataset, bundle: Bundle, interface: Interface, most: int, batch_size: int) -> Sample:
-    """Images spread over a dataset, prepared as the network takes them."""
+def sample(dataset: Dataset, bundle: Bundle, signature: Signature, most: int, batch_size: int) -> Sample:
+    """Images spread evenly over a dataset, as inputs of the network."""
     transform, translate = EvaluationTransform(bundle.preprocessing), label_translation(dataset, bundle)
     prepared, indices = [], []
     for image, index in spread_images(dataset, most):
@@ -156,21 +213,21 @@ def sample(dataset: Dataset, bundle: Bundle, interface: Interface, most: int, ba
         indices.append(index)
     labels = translate(torch.from_numpy(dataset.labels[indices]))
     batches = [torch.cat(prepared[first : first + batch_size]) for first in range(0, len(prepared), batch_size)]
-    return Sample([as_given(each, bundle, interface) for each in batches], list(labels.split(batch_size)))
+    return Sample([network_inputs(each, bundle, signature) for each in batches], list(labels.split(batch_size)))
 
 
-def as_given(images: torch.Tensor, bundle: Bundle, interface: Interface) -> NDArray:
-    """uint8 (B, 1 or C, R, R) as the network takes them: images, or uint8 (B, R, R, C)."""
-    if interface.logits:
+def network_inputs(images: torch.Tensor, bundle: Bundle, signature: Signature) -> NDArray:
+    """uint8 (B, 1 or C, R, R) to the input of the network: normalised (B, C, R, R), or uint8 (B, R, R, C)."""
+    if signature.logits:
         return np.ascontiguousarray(normalise(images, bundle.preprocessing).numpy())
     channels = bundle.preprocessing.channels
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).expand(-1, -1, -1, channels).numpy())
 
 
-def network(bundle: Bundle, interface: Interface) -> "openvino.Model":
-    """What is quantised: all but the resizing, whose matrices need more than 8 bits."""
-    if interface.logits:
-        return to_openvino(interface.program(bundle))
+def network(bundle: Bundle, signature: Signature) -> "openvino.Model":
+    """The part that is quantized: all but the resizing, whose matrices need more than 8 bits."""
+    if signature.logits:
+        return to_openvino(signature.program(bundle))
     return to_openvino(to_program(ImageProbabilities(bundle), example_images(bundle)))
 
 
@@ -181,13 +238,13 @@ def excluded_ops(model: "openvino.Model", bundle: Bundle) -> list[str]:
     return [next(each for each in model.get_ordered_ops() if each.get_type_name() == "Convolution").get_friendly_name()]
 
 
-def front(bundle: Bundle) -> "openvino.Model":
-    """Images of any size to those that the network takes."""
-    return to_openvino(to_program(Fit(bundle.preprocessing), Interface().example(bundle), free=(1, 2)))
+def preprocessor(bundle: Bundle) -> "openvino.Model":
+    """The part in front of the network: images of any size to uint8 (B, R, R, C)."""
+    return to_openvino(to_program(Fit(bundle.preprocessing), Signature().example(bundle), free=(1, 2)))
 
 
-def behind(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model":
-    """One model that gives what the first gives to the second."""
+def chain(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model":
+    """One model that feeds the output of the first to the second."""
     import openvino
 
     made = first.outputs[0].get_node().input_value(0)
@@ -197,33 +254,33 @@ def behind(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model
     return joined(second.get_results(), first.get_parameters(), first.get_friendly_name())
 
 
-def figure_of(bundle: Bundle) -> str:
-    """The accuracy that is held."""
+def metric_name(bundle: Bundle) -> str:
+    """The metric that must not fall."""
     return "mean_average_precision" if bundle.multilabel else "top1"
 
 
 def accuracy(
-    outputs: torch.Tensor, labels: torch.Tensor, bundle: Bundle, interface: Interface
+    outputs: torch.Tensor, labels: torch.Tensor, bundle: Bundle, signature: Signature
 ) -> tuple[float, Interval]:
-    """The figure of probabilities or logits (N, K), and its interval."""
-    if not interface.logits:
+    """The metric of probabilities or logits (N, K), and its interval."""
+    if not signature.logits:
         outputs = outputs.double().clamp(1e-12, 1 - 1e-12)
         outputs = outputs.logit() if bundle.multilabel else outputs.log()
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     metrics.update(outputs, labels)
-    figure = figure_of(bundle)
+    figure = metric_name(bundle)
     value = metrics.compute()[figure]
     return value, metrics.intervals()[figure] or (value, value)
 
 
-def share_right(outputs: torch.Tensor, labels: torch.Tensor, interface: Interface) -> float:
-    """Of the likeliest classes, or of all decisions about several labels."""
+def fraction_correct(outputs: torch.Tensor, labels: torch.Tensor, signature: Signature) -> float:
+    """The fraction of correct classes, or of correct decisions for several labels."""
     if labels.ndim == 1:
         return float((outputs.argmax(1) == labels).float().mean())
-    return float(((outputs > (0.0 if interface.logits else 0.5)) == labels.bool()).float().mean())
+    return float(((outputs > (0.0 if signature.logits else 0.5)) == labels.bool()).float().mean())
 
 
 def measure(runs: Mapping[str, Run], given: NDArray) -> Speed:
-    """All of them in turns on one batch."""
+    """Time all of them on one batch."""
     calls: list[Callable[[], object]] = [lambda run=run: run(given) for run in runs.values()]
-    return Speed(len(given), **dict(zip(runs, alternate(calls), strict=True)))
+    return Speed(len(given), **dict(zip(runs, median_milliseconds(calls), strict=True)))

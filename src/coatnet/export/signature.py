@@ -1,4 +1,4 @@
-"""What goes into an exported model and what comes out of it, as a graph and in words.
+"""The signature of an export: its input and output, as a graph and as metadata.
 
 Shapes: B batch, H W pixels, R resolution, C channels, K classes.
 """
@@ -24,11 +24,11 @@ Run = Callable[[NDArray], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Interface:
-    """Images of any size to probabilities; or with `logits` the bare network, images to logits.
+class Signature:
+    """uint8 images of any size to probabilities; or, with `logits`, the bare network: normalised float32 to logits.
 
-    With `any_size` the network sees an image at the size it has; otherwise images are resized inside, and images
-    have the resolution of the bundle.
+    With `any_size` the network runs at the size of its input. Without it, uint8 images are resized in the graph, and
+    normalised ones have the resolution of the bundle.
     """
 
     logits: bool = False
@@ -44,36 +44,36 @@ class Interface:
 
     @property
     def resizes(self) -> bool:
-        """Whether images are resized in the graph."""
+        """Whether the graph resizes its images."""
         return not (self.logits or self.any_size)
 
     def module(self, bundle: Bundle) -> nn.Module:
-        """What the export computes."""
+        """The module that the export computes."""
         if self.logits:
             return bare_network(bundle, any_size=self.any_size)
         return Classifier(bundle, any_size=self.any_size)
 
     def program(self, bundle: Bundle) -> ExportedProgram:
-        """The graph of it. Free are the batch, and height and width but for images of a fixed resolution."""
+        """The exported graph. Dynamic are the batch size, and height and width unless the resolution is fixed."""
         free = () if self.logits and not self.any_size else (2, 3) if self.logits else (1, 2)
         return to_program(self.module(bundle), self.example(bundle), free=free)
 
     def example(self, bundle: Bundle) -> Tensor:
-        """Two inputs, for an exporter to follow through the network; not square, or it might take two sizes for one."""
+        """An example input for the exporter: a batch of two, not square, so that height and width stay distinct."""
         side = bundle.preprocessing.resolution
         if self.logits:
             return torch.zeros(2, bundle.preprocessing.channels, side, side + 32 if self.any_size else side)
         return torch.zeros(2, side, side + 32, 3, dtype=torch.uint8)
 
     def shape(self, bundle: Bundle) -> tuple[int, ...]:
-        """Of the input; -1 is any."""
+        """The shape of the input; -1 is dynamic."""
         side = -1 if self.any_size or not self.logits else bundle.preprocessing.resolution
         return (-1, bundle.preprocessing.channels, side, side) if self.logits else (-1, -1, -1, 3)
 
 
-def describe(bundle: Bundle, interface: Interface, format: str) -> dict[str, Any]:
-    """metadata.json: all that a program must know to use the export."""
-    activation = "none" if interface.logits else "sigmoid" if bundle.multilabel else "softmax"
+def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any]:
+    """The content of metadata.json: classes, input, output and preprocessing."""
+    activation = "none" if signature.logits else "sigmoid" if bundle.multilabel else "softmax"
     return {
         "format": format,
         "coatnet_version": __version__,
@@ -81,26 +81,26 @@ def describe(bundle: Bundle, interface: Interface, format: str) -> dict[str, Any
         "classes": list(bundle.classes),
         "multilabel": bundle.multilabel,
         "input": {
-            "name": interface.input,
-            "dtype": "float32" if interface.logits else "uint8",
-            "shape": list(interface.shape(bundle)),
-            "meaning": _meaning(interface),
+            "name": signature.input,
+            "dtype": "float32" if signature.logits else "uint8",
+            "shape": list(signature.shape(bundle)),
+            "meaning": _meaning(signature),
         },
-        "output": {"name": interface.output, "shape": [-1, len(bundle.classes)], "activation": activation},
-        "preprocessing": asdict(bundle.preprocessing) | {"inside": _inside(interface)},
+        "output": {"name": signature.output, "shape": [-1, len(bundle.classes)], "activation": activation},
+        "preprocessing": asdict(bundle.preprocessing) | {"inside": _inside(signature)},
     }
 
 
-def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """A string a key, JSON where it is none yet: what the formats have room for."""
+def string_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata with every value as a string, in JSON unless it is one: what the formats can store."""
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in metadata.items()
     }
 
 
-def torch_run(module: nn.Module) -> Run:
-    """A module of torch as a function of arrays."""
+def run_with_torch(module: nn.Module) -> Run:
+    """A torch module as a function of arrays."""
 
     @torch.no_grad()
     def run(given: NDArray) -> NDArray[np.float32]:
@@ -109,14 +109,14 @@ def torch_run(module: nn.Module) -> Run:
     return run
 
 
-def _meaning(interface: Interface) -> str:
-    if interface.logits:
+def _meaning(signature: Signature) -> str:
+    if signature.logits:
         return "resized, cut and normalised as the preprocessing says; channels first"
     return "RGB, 0 to 255, height and width as they are; channels last"
 
 
-def _inside(interface: Interface) -> list[str]:
-    """The steps of the preprocessing that the export does itself."""
-    if interface.logits:
+def _inside(signature: Signature) -> list[str]:
+    """The steps of the preprocessing that the graph contains."""
+    if signature.logits:
         return []
-    return ["normalise"] if interface.any_size else ["resize", "cut", "normalise"]
+    return ["normalise"] if signature.any_size else ["resize", "cut", "normalise"]

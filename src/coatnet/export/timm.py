@@ -1,4 +1,4 @@
-"""A folder that timm opens, for bundles whose network is one of timm's."""
+"""A folder that timm opens, for bundles whose network is timm's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.timm.folders import read_timm_folder, write_timm_folder
-from coatnet.export.signature import Interface, Run, torch_run
+from coatnet.export.signature import Run, Signature, run_with_torch
 from coatnet.inference.graphs import quiet
 
 
-def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with config.json and model.safetensors.
+def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json and model.safetensors.
 
     Raises:
         UserError: timm has no such network.
@@ -21,8 +21,8 @@ def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], fol
     write_timm_folder(bundle.model, bundle.classes, bundle.preprocessing, folder)
 
 
-def reopen(folder: Path, interface: Interface) -> Run:
-    """The network in the folder: timm's where timm is installed, or else as this package reads such folders."""
+def reopen(folder: Path, signature: Signature) -> Run:
+    """Open the folder with timm if it is installed, otherwise with this package."""
     try:
         import timm
     except ImportError:
@@ -30,11 +30,11 @@ def reopen(folder: Path, interface: Interface) -> Run:
     else:
         with quiet():
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return torch_run(model)
+    return run_with_torch(model)
 
 
-def snippet(folder: Path, interface: Interface) -> str:
-    """How to use the folder."""
+def snippet(folder: Path, signature: Signature) -> str:
+    """Code that opens the folder with timm."""
     return (
         f"import timm\nmodel = timm.create_model('local-dir:{folder}', pretrained=True).eval()\nlogits = model(images)"
     )

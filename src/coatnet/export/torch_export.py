@@ -1,4 +1,4 @@
-"""torch.export: a graph in a .pt2 file, which torch opens without this package."""
+"""torch.export: a graph in a .pt2 file that torch opens without this package."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,31 +8,31 @@ import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
-from coatnet.export.signature import Interface, Run, torch_run
+from coatnet.export.signature import Run, Signature, run_with_torch
 from coatnet.inference.graphs import quiet
 
 FILE = "model.pt2"
 METADATA = "metadata.json"
 
 
-def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with model.pt2, the metadata among its extra files."""
-    program = interface.program(bundle)
+def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write model.pt2, with the metadata among its extra files."""
+    program = signature.program(bundle)
     with quiet():
         torch.export.save(program, folder / FILE, extra_files={METADATA: readable_json(metadata)})
 
 
-def reopen(folder: Path, interface: Interface) -> Run:
-    """The model in the file."""
+def reopen(folder: Path, signature: Signature) -> Run:
+    """Open the graph."""
     with quiet():
         module = torch.export.load(folder / FILE).module()
-    return torch_run(module)
+    return run_with_torch(module)
 
 
-def snippet(folder: Path, interface: Interface) -> str:
-    """How to use the file."""
+def snippet(folder: Path, signature: Signature) -> str:
+    """Code that opens the file and runs the model."""
     return (
         "import torch\n"
         f'model = torch.export.load("{folder / FILE}").module()\n'
-        f"{interface.output} = model(torch.from_numpy({interface.input}))"
+        f"{signature.output} = model(torch.from_numpy({signature.input}))"
     )

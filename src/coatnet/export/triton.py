@@ -1,4 +1,4 @@
-"""A model repository for the Triton inference server: the ONNX model, batched on the way in.
+"""A model repository for the Triton inference server: the ONNX model with dynamic batching.
 
 The keys are those of Triton's model_config.proto.
 """
@@ -9,58 +9,58 @@ from typing import Any
 
 from coatnet.bundle import Bundle
 from coatnet.export.onnx import FILE, open_file, write_file
-from coatnet.export.signature import Interface, Run
+from coatnet.export.signature import Run, Signature
 
 MAX_BATCH_SIZE = 32
-MAX_DELAY = 2000  # microseconds that a request may wait for company
+MAX_QUEUE_DELAY_MICROSECONDS = 2000
 
 
-def write(bundle: Bundle, interface: Interface, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Fill the folder with NAME/config.pbtxt, NAME/labels.txt and NAME/1/model.onnx; NAME is the network's.
+def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write NAME/config.pbtxt, NAME/labels.txt and NAME/1/model.onnx; NAME is the network's.
 
     Raises:
         UserError: ONNX or ONNX Runtime is not installed.
     """
     model = folder / bundle.model.variant.name
     (model / "1").mkdir(parents=True)
-    write_file(bundle, interface, metadata, model / "1" / FILE)
-    (model / "config.pbtxt").write_text(configuration(bundle, interface), encoding="utf-8")
-    labels = "".join(f"{' '.join(name.split())}\n" for name in bundle.classes)  # a line a class
+    write_file(bundle, signature, metadata, model / "1" / FILE)
+    (model / "config.pbtxt").write_text(configuration(bundle, signature), encoding="utf-8")
+    labels = "".join(f"{' '.join(name.split())}\n" for name in bundle.classes)  # one line a class
     (model / "labels.txt").write_text(labels, encoding="utf-8", errors="backslashreplace")
 
 
-def configuration(bundle: Bundle, interface: Interface) -> str:
-    """The text of config.pbtxt. It has no name: the folder has, and may be renamed."""
-    data_type = "TYPE_FP32" if interface.logits else "TYPE_UINT8"
-    dims = ", ".join(map(str, interface.shape(bundle)[1:]))
+def configuration(bundle: Bundle, signature: Signature) -> str:
+    """The text of config.pbtxt, without a name: that is the folder's, which may be renamed."""
+    data_type = "TYPE_FP32" if signature.logits else "TYPE_UINT8"
+    dims = ", ".join(map(str, signature.shape(bundle)[1:]))
     return f"""\
 backend: "onnxruntime"
 max_batch_size: {MAX_BATCH_SIZE}
 input [
-  {{ name: "{interface.input}" data_type: {data_type} dims: [ {dims} ] }}
+  {{ name: "{signature.input}" data_type: {data_type} dims: [ {dims} ] }}
 ]
 output [
-  {{ name: "{interface.output}" data_type: TYPE_FP32 dims: [ {len(bundle.classes)} ] label_filename: "labels.txt" }}
+  {{ name: "{signature.output}" data_type: TYPE_FP32 dims: [ {len(bundle.classes)} ] label_filename: "labels.txt" }}
 ]
-dynamic_batching {{ max_queue_delay_microseconds: {MAX_DELAY} }}
+dynamic_batching {{ max_queue_delay_microseconds: {MAX_QUEUE_DELAY_MICROSECONDS} }}
 """
 
 
-def reopen(folder: Path, interface: Interface) -> Run:
-    """The model in the repository, in ONNX Runtime, which is Triton's backend for it."""
+def reopen(folder: Path, signature: Signature) -> Run:
+    """Open the model in ONNX Runtime, Triton's backend for it."""
     (path,) = folder.glob(f"*/1/{FILE}")
-    return open_file(path, interface)
+    return open_file(path, signature)
 
 
-def snippet(folder: Path, interface: Interface) -> str:
-    """How to serve the repository and to ask it."""
+def snippet(folder: Path, signature: Signature) -> str:
+    """Code that serves the repository and sends a request."""
     (name,) = (path.name for path in folder.iterdir() if path.is_dir())
-    wire = "FP32" if interface.logits else "UINT8"
+    wire = "FP32" if signature.logits else "UINT8"
     return (
         f"# tritonserver --model-repository={folder}\n"
         "import tritonclient.http\n"
-        f'given = tritonclient.http.InferInput("{interface.input}", {interface.input}.shape, "{wire}")\n'
-        f"given.set_data_from_numpy({interface.input})\n"
+        f'given = tritonclient.http.InferInput("{signature.input}", {signature.input}.shape, "{wire}")\n'
+        f"given.set_data_from_numpy({signature.input})\n"
         f'answer = tritonclient.http.InferenceServerClient("localhost:8000").infer("{name}", [given])\n'
-        f'{interface.output} = answer.as_numpy("{interface.output}")'
+        f'{signature.output} = answer.as_numpy("{signature.output}")'
     )

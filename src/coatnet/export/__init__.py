@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from coatnet.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from coatnet.export.export import Exported as Exported
+    from coatnet.export.export import ExportResult as ExportResult
     from coatnet.export.export import export_bundle as export_bundle
 
 
@@ -40,7 +40,7 @@ FORMATS = {
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "Exported": "coatnet.export.export",
+        "ExportResult": "coatnet.export.export",
         "export_bundle": "coatnet.export.export",
     },
 )

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle
-from coatnet.data.batches import read_image
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
+from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import (
     EvaluationTransform,

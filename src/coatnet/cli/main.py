@@ -12,6 +12,7 @@ from importlib import import_module
 
 from coatnet.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from coatnet.errors import UserError, nearest_option, one_line
+from coatnet.system.hardware import sleep_while_waiting_if_busy
 from coatnet.version import __version__
 
 # In the order of a person's work: what to give, and what it does.
@@ -29,6 +30,8 @@ COMMANDS = {
     "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
     "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
 }
+
+COMPUTING = ("train", "evaluate", "features", "probe")  # with torch on the CPU, for more than moments
 
 HELP = """\
 coatnet: from a folder of images to a trained and measured classifier
@@ -83,6 +86,8 @@ def run_command(arguments: Sequence[str]) -> int:
         raise UserError(
             f"there is no command {command!r}{nearest_option(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
+    if command in COMPUTING and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
+        sleep_while_waiting_if_busy()
     return import_module(f"coatnet.cli.{command}").run(rest)
 
 

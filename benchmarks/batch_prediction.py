@@ -25,9 +25,8 @@ from rich.table import Table
 import coatnet
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
-from coatnet.inference.batch.predict_batch import prepare_ahead
 from coatnet.inference.batch.run import predict_to_file
-from coatnet.inference.batch.samples import Images, open_data
+from coatnet.inference.batch.samples import SampleSource, open_samples, prepare_ahead
 from coatnet.inference.predictor import Predictor
 from coatnet.system.hardware import num_cores
 
@@ -42,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "pictures", arguments.images)
-        images = open_data([str(folder / "pictures")])
+        images = open_samples([str(folder / "pictures")])
         works = {"engine": [], "decoding": [], "whole": []}
         prepared = [each.views for each in prepare_ahead(predictor, images, range(64), 128) if each.views is not None]
         for turn in range(1 + arguments.rounds):
@@ -87,14 +86,14 @@ def engine_alone(predictor: Predictor, prepared: np.ndarray, number: int, batch_
     return time.perf_counter() - began
 
 
-def decoding_alone(predictor: Predictor, images: Images, batch_size: int) -> float:
+def decoding_alone(predictor: Predictor, images: SampleSource, batch_size: int) -> float:
     began = time.perf_counter()
     for _ in prepare_ahead(predictor, images, range(len(images)), 2 * batch_size):
         pass
     return time.perf_counter() - began
 
 
-def whole(predictor: Predictor, images: Images, out: Path, batch_size: int) -> float:
+def whole(predictor: Predictor, images: SampleSource, out: Path, batch_size: int) -> float:
     began = time.perf_counter()
     predict_to_file(predictor, images, out, batch_size=batch_size)
     return time.perf_counter() - began

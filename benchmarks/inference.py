@@ -31,8 +31,7 @@ from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.transforms import Preprocessing, normalise
 from coatnet.errors import UserError
 from coatnet.inference.engines import ENGINES, Engine, open_engine
-from coatnet.inference.graphs import quiet, to_openvino, to_program
-from coatnet.inference.network import ImageNetwork, example_images
+from coatnet.inference.graph import NormalizedNetwork, example_images, silence_exporters, to_openvino, to_program
 from coatnet.inference.predictor import Predictor
 from coatnet.model.complexity import complexity
 from coatnet.system.hardware import keep_freed_memory
@@ -129,8 +128,8 @@ def in_int8(bundle: coatnet.bundle.Bundle, images: NDArray[np.uint8]) -> Work:
     from coatnet.export.quantization import import_nncf
 
     nncf = import_nncf()
-    with quiet(), redirect_stdout(io.StringIO()):
-        graph = to_openvino(to_program(ImageNetwork(bundle), example_images(bundle)))
+    with silence_exporters(), redirect_stdout(io.StringIO()):
+        graph = to_openvino(to_program(NormalizedNetwork(bundle), example_images(bundle)))
         calibration = nncf.Dataset([image[None] for image in images])
         small = nncf.quantize(graph, calibration, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
     small.reshape(list(images.shape))
@@ -153,7 +152,7 @@ def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Pr
 
         batch = torch.export.Dim("batch", min=1, max=4096)
         example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), silence_exporters():
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
             graph = openvino.convert_model(program)
         for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):

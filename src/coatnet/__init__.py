@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from coatnet.evaluation.probe import probe as probe
     from coatnet.evaluation.report import Report as Report
     from coatnet.evaluation.report_markdown import write_report as write_report
-    from coatnet.inference.prediction import Prediction as Prediction
+    from coatnet.inference.predictor import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
     from coatnet.model.compat import from_coatnet_pytorch as from_coatnet_pytorch
     from coatnet.model.freeze import freeze as freeze
@@ -36,7 +36,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
     {
         "Bundle": "coatnet.bundle.bundle",
         "Interrupted": "coatnet.training.interruption",
-        "Prediction": "coatnet.inference.prediction",
+        "Prediction": "coatnet.inference.predictor",
         "Predictor": "coatnet.inference.predictor",
         "Recipe": "coatnet.training.config",
         "Report": "coatnet.evaluation.report",

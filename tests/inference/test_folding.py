@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from coatnet.inference.folding import ConstantBias, fold
+from coatnet.inference.graph import ConstantBias, fold
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.relative_bias import GlobalBias
 

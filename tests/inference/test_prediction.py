@@ -11,7 +11,6 @@ from coatnet.bundle import Bundle
 from coatnet.data.decode import decode
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.inference.prediction import predict
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
@@ -57,7 +56,7 @@ def logits_of(bundle: Bundle, path: Path) -> torch.Tensor:
 
 
 def test_a_prediction_is_the_softmax_of_the_model(predictor: Predictor, folder: Path) -> None:
-    for prediction in predict(predictor, [folder], top_k=3):
+    for prediction in predictor.predict_paths([folder], top_k=3):
         probabilities = logits_of(predictor.bundle, Path(prediction.name)).softmax(0)
         assert prediction.error is None
         assert prediction.classes == tuple(CLASSES[i] for i in probabilities.argsort(descending=True)[:3])
@@ -67,7 +66,7 @@ def test_a_prediction_is_the_softmax_of_the_model(predictor: Predictor, folder: 
 def test_several_labels_have_sigmoids(bundle: Bundle, folder: Path) -> None:
     path = folder / "img2.png"
     several = Bundle(bundle.model, CLASSES, bundle.preprocessing, multilabel=True)
-    (prediction,) = predict(Predictor(several, "torch", "fp32"), [path])
+    (prediction,) = Predictor(several, "torch", "fp32").predict_paths([path])
     expected = sorted(logits_of(bundle, path).sigmoid().tolist(), reverse=True)
     assert prediction.probabilities == pytest.approx(expected, abs=1e-5)
 
@@ -76,7 +75,7 @@ def test_several_labels_have_sigmoids(bundle: Bundle, folder: Path) -> None:
 def test_folders_come_in_natural_order_whatever_the_batches(
     predictor: Predictor, folder: Path, batch_size: int
 ) -> None:
-    answers = predict(predictor, [folder], batch_size=batch_size)
+    answers = predictor.predict_paths([folder], batch_size=batch_size)
     names = [str(Path(answer.name).relative_to(folder)) for answer in answers]
     assert names == ["img2.png", "img10.png", "ü \N{GRINNING FACE}.png", "deep/er/3.PNG"]
 
@@ -88,7 +87,7 @@ def test_bad_files_keep_their_place_and_say_why(predictor: Predictor, folder: Pa
     (tmp_path / "empty").mkdir()
     names = ("cut.png", "page.jpg", "nowhere.jpg", "empty")
     paths = [whole, *(tmp_path / name for name in names), whole]
-    answers = list(predict(predictor, paths, batch_size=2))
+    answers = list(predictor.predict_paths(paths, batch_size=2))
     assert [answer.name for answer in answers] == [str(path) for path in paths]
     assert [answer.error is None for answer in answers] == [True, False, False, False, False, True]
     assert answers[3].error == "no such file" and answers[4].error == "no images in this folder"
@@ -98,11 +97,11 @@ def test_bad_files_keep_their_place_and_say_why(predictor: Predictor, folder: Pa
 
 def test_a_named_file_needs_no_suffix(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "picture").write_bytes((folder / "img2.png").read_bytes())
-    (answer,) = predict(predictor, [tmp_path / "picture"], top_k=99)
+    (answer,) = predictor.predict_paths([tmp_path / "picture"], top_k=99)
     assert answer.error is None and len(answer.classes) == 4
 
 
 def test_numbers_below_one_are_refused_at_the_call(predictor: Predictor) -> None:
     for numbers in ({"top_k": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="both must be at least 1"):
-            predict(predictor, [], **numbers)
+            predictor.predict_paths([], **numbers)

@@ -13,8 +13,7 @@ from coatnet.bundle import Bundle
 from coatnet.data.decode import BadImage
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.inference.engines import ENGINES, open_engine
-from coatnet.inference.engines.batch_sizes import split
+from coatnet.inference.engines import ENGINES, open_engine, split_batch
 from coatnet.inference.engines.graph_cache import cached_graph
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
@@ -124,7 +123,7 @@ def test_compiled_equals_eager(pixels: np.ndarray) -> None:
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 23, 40])
 def test_batches_are_split_into_few_sizes_and_nothing_is_added(count: int) -> None:
     images = np.arange(count, dtype=np.uint8)[:, None]
-    parts = split(images)
+    parts = split_batch(images)
     assert {len(part) for part in parts} <= {1, 2, 4, 8, 16}
     np.testing.assert_array_equal(np.concatenate(parts), images)
 

@@ -13,7 +13,7 @@ from coatnet.cli.parser import BUNDLE_HELP, Parser
 from coatnet.errors import one_line
 
 if TYPE_CHECKING:
-    from coatnet.inference.prediction import Prediction
+    from coatnet.inference import Prediction
 
 FEW_IMAGES = 64  # so many are classified by torch before another engine has built its graph
 
@@ -67,14 +67,13 @@ def run(arguments: Sequence[str]) -> int:
 def predict_to_stdout(given: argparse.Namespace) -> int:
     """Print one line per image, as soon as its batch is computed."""
     from coatnet.data.folder import expand_paths
-    from coatnet.inference.prediction import predict
-    from coatnet.inference.predictor import Predictor
+    from coatnet.inference import Predictor
 
     few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
     engine = "torch" if given.engine == "auto" and few else given.engine
     num_unreadable = 0
     predictor = Predictor(given.bundle, engine, given.precision, views=given.views)
-    for prediction in predict(predictor, given.paths, top_k=given.top_k, batch_size=given.batch_size):
+    for prediction in predictor.predict_paths(given.paths, top_k=given.top_k, batch_size=given.batch_size):
         print_prediction(prediction, given.json)
         num_unreadable += prediction.error is not None
     return FAILED if num_unreadable else 0
@@ -95,18 +94,17 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
 
 def predict_to_parquet(given: argparse.Namespace) -> int:
     """Write one row per image; what is done is kept when the program stops."""
-    from coatnet.inference.batch.partitions import own_rank
+    from coatnet.inference import Predictor
+    from coatnet.inference.batch import open_samples, predict_to_file
     from coatnet.inference.batch.parts import require_parquet
-    from coatnet.inference.batch.run import Terminated, predict_to_file, stopped_by_sigterm
-    from coatnet.inference.batch.samples import open_data
-    from coatnet.inference.predictor import Predictor
+    from coatnet.inference.batch.run import Terminated, rank_and_world_size, stopped_by_sigterm
 
     require_parquet(given.out)
-    rank, world_size = own_rank()
+    rank, world_size = rank_and_world_size()
     try:
         with stopped_by_sigterm():
             select_gpu()
-            images = open_data(given.paths)
+            images = open_samples(given.paths)
             predictor = Predictor(given.bundle, given.engine, given.precision, views=given.views)
             written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
     except KeyboardInterrupt as stop:

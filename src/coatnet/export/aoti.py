@@ -12,7 +12,7 @@ import torch
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError
 from coatnet.export.signature import Run, Signature, string_metadata
-from coatnet.inference.graphs import quiet
+from coatnet.inference.graph import silence_exporters
 
 FILE = "model.pt2"
 
@@ -27,13 +27,13 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
         raise UserError("format aoti needs a C++ compiler, and there is none on the PATH: install one, such as g++")
     program = signature.program(bundle)
     settings = {"aot_inductor.metadata": string_metadata(metadata)}
-    with quiet(), redirect_stdout(io.StringIO()):
+    with silence_exporters(), redirect_stdout(io.StringIO()):
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE), inductor_configs=settings)
 
 
 def reopen(folder: Path, signature: Signature) -> Run:
     """Open the compiled model."""
-    with quiet():
+    with silence_exporters():
         model = torch._inductor.aoti_load_package(str(folder / FILE))
     return lambda given: model(torch.from_numpy(given)).numpy()
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
 from coatnet.export.resizing import Fit, match_colour
-from coatnet.inference.folding import fold, replace_modules
-from coatnet.inference.network import ImageNetwork, probabilities_of
+from coatnet.inference.graph import NormalizedNetwork, fold, replace_modules, to_probabilities
 from coatnet.model.layers import Pool
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import GlobalBias, RelativeBias
@@ -40,13 +39,13 @@ class ImageProbabilities(nn.Module):
 
     def __init__(self, bundle: Bundle, *, any_size: bool = False) -> None:
         super().__init__()
-        self.network = ImageNetwork(bundle, any_size=any_size)
+        self.network = NormalizedNetwork(bundle, any_size=any_size)
         if any_size:
             allow_dynamic_sizes(self.network.network)
         self.multilabel = bundle.multilabel
 
     def forward(self, images: Tensor) -> Tensor:
-        return probabilities_of(self.network(images), multilabel=self.multilabel)
+        return to_probabilities(self.network(images), multilabel=self.multilabel)
 
 
 class MatchChannels(nn.Module):

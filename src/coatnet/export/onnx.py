@@ -9,7 +9,7 @@ import numpy as np
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError
 from coatnet.export.signature import Run, Signature, string_metadata
-from coatnet.inference.graphs import to_onnx
+from coatnet.inference.graph import to_onnx
 
 FILE = "model.onnx"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coatnet.bundle import Bundle
 from coatnet.export.signature import Run, Signature, string_metadata
-from coatnet.inference.graphs import to_openvino
+from coatnet.inference.graph import to_openvino
 
 if TYPE_CHECKING:
     import openvino

@@ -30,7 +30,7 @@ from coatnet.data.transforms import (
 )
 from coatnet.errors import UserError, first_line
 from coatnet.export.signature import Run, Signature
-from coatnet.inference.network import probabilities_of
+from coatnet.inference.graph import to_probabilities
 
 MAX_CHECKED_IMAGES = 64
 BATCH_SIZES = (1, 2, 5)
@@ -125,7 +125,7 @@ class Reference:
         return self.probabilities(self.logits(tensor.permute(0, 3, 1, 2)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        return probabilities_of(logits, multilabel=self.bundle.multilabel)
+        return to_probabilities(logits, multilabel=self.bundle.multilabel)
 
 
 def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: list[Tensor]) -> Parity:

@@ -28,8 +28,13 @@ from coatnet.export.classifier import ImageProbabilities
 from coatnet.export.parity import median_milliseconds, spread_images
 from coatnet.export.resizing import Fit
 from coatnet.export.signature import Run, Signature
-from coatnet.inference.graphs import keep_private, quiet, to_openvino, to_program
-from coatnet.inference.network import example_images
+from coatnet.inference.graph import (
+    disable_openvino_telemetry,
+    example_images,
+    silence_exporters,
+    to_openvino,
+    to_program,
+)
 
 if TYPE_CHECKING:
     import openvino
@@ -135,7 +140,7 @@ def quantize(
         return accuracy(torch.cat(outputs), torch.cat(labels), bundle, signature)[0], shares
 
     exact = network(bundle, signature)
-    with quiet(), redirect_stdout(io.StringIO()):
+    with silence_exporters(), redirect_stdout(io.StringIO()):
         small = nncf.quantize_with_accuracy_control(
             exact.clone(),
             nncf.Dataset(calibrating.inputs),
@@ -195,9 +200,9 @@ def open_calibration(bundle: Bundle, data: str) -> Splits:
 
 def import_nncf() -> Any:
     """The module. Raises UserError if it is not installed."""
-    keep_private()
+    disable_openvino_telemetry()
     try:
-        with quiet():
+        with silence_exporters():
             import nncf
     except ImportError:
         raise UserError("int8 needs NNCF: pip install 'coatnet[int8]'") from None

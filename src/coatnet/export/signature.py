@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from coatnet.bundle import Bundle
 from coatnet.export.classifier import Classifier, bare_network
-from coatnet.inference.graphs import to_program
+from coatnet.inference.graph import to_program
 from coatnet.version import __version__
 
 # Uint8 images or float32 images in, probabilities or logits (B, K) out.

@@ -9,7 +9,7 @@ import torch
 from coatnet.bundle import Bundle
 from coatnet.bundle.timm.folders import read_timm_folder, write_timm_folder
 from coatnet.export.signature import Run, Signature, run_with_torch
-from coatnet.inference.graphs import quiet
+from coatnet.inference.graph import silence_exporters
 
 
 def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -28,7 +28,7 @@ def reopen(folder: Path, signature: Signature) -> Run:
     except ImportError:
         model: torch.nn.Module = read_timm_folder(folder).model
     else:
-        with quiet():
+        with silence_exporters():
             model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return run_with_torch(model)
 

@@ -9,7 +9,7 @@ import torch
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
 from coatnet.export.signature import Run, Signature, run_with_torch
-from coatnet.inference.graphs import quiet
+from coatnet.inference.graph import silence_exporters
 
 FILE = "model.pt2"
 METADATA = "metadata.json"
@@ -18,13 +18,13 @@ METADATA = "metadata.json"
 def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
     """Write model.pt2, with the metadata among its extra files."""
     program = signature.program(bundle)
-    with quiet():
+    with silence_exporters():
         torch.export.save(program, folder / FILE, extra_files={METADATA: readable_json(metadata)})
 
 
 def reopen(folder: Path, signature: Signature) -> Run:
     """Open the graph."""
-    with quiet():
+    with silence_exporters():
         module = torch.export.load(folder / FILE).module()
     return run_with_torch(module)
 

@@ -1,10 +1,12 @@
-"""A finished model and an engine: from images in any form to class names with probabilities.
+"""A finished model in an engine: from images in any form to class names with probabilities.
 
-Shapes: B images, V views of each, R resolution, C channels (3, or 1 for grey models), K classes.
+Shapes: B images, V views of each, R resolution, C channels (3, or 1 for grayscale models), K classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,122 +16,204 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.decode import BadImage, decode
+from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import as_images, match_channels
 from coatnet.deprecation import renamed_attribute
 from coatnet.errors import UserError
 from coatnet.inference.engines import open_engine
-from coatnet.inference.network import probabilities_of
-from coatnet.inference.prediction import Prediction, check_amounts
-from coatnet.inference.test_time_augmentation import check_views, look, num_views
+from coatnet.inference.graph import to_probabilities
+from coatnet.inference.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
 from coatnet.system.hardware import num_cores
 
 Image = str | Path | bytes | NDArray[np.uint8] | Tensor
 
 
-class Predictor:
-    """Names images with the engine that is fastest here, or the one that is asked for.
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image, or why it has none.
 
-    Args:
-        source: a bundle, its folder, or the id of one on the hub.
-        engine: "torch", "torch-compiled", "openvino" or "onnxruntime"; "auto" is the fastest that is installed.
-        precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it.
-        views: "one"; or "flip", "five-crop" or "ten-crop", whose probabilities are averaged.
-
-    Raises:
-        UserError: there is no such model, engine, precision or view, or the engine is not installed.
+    Attributes:
+        name: the path of the image, or `image 3` for the fourth of images without a path.
+        classes: names of the `top_k` most probable classes, in descending order of probability.
+        probabilities: of these classes.
+        error: why the image is unreadable; None if it was classified.
     """
 
+    name: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Predictor:
+    """Classify images with a finished model.
+
+    Args:
+        source: a bundle, its folder, or its id on the hub.
+        engine: "torch", "torch-compiled", "openvino" or "onnxruntime"; "auto" is the fastest that is installed.
+        precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it.
+        views: test-time augmentation: "one" for none; or "flip", "five-crop" or "ten-crop", whose probabilities are
+            averaged.
+        device: "cpu", "cuda" or "cuda:1"; "auto" is the first GPU if there is one. Only torch runs on a GPU.
+
+    Attributes:
+        bundle: the model with its classes and preprocessing.
+        classes: names of the K classes.
+        multilabel: whether an image may have several labels; probabilities are then independent of each other.
+        engine: computes the logits; its `name` and `precision` are those chosen.
+        image_shape: of a prepared image: (V, R, R, C).
+
+    Raises:
+        UserError: there is no such model, engine, precision, view or device, or the engine is not installed.
+    """
+
+    picture_shape = renamed_attribute("picture_shape", "image_shape", since="0.2", removed_in="0.3")
+
     def __init__(
-        self, source: Bundle | str | Path, engine: str = "auto", precision: str = "auto", *, views: str = "one"
+        self,
+        source: Bundle | str | Path,
+        engine: str = "auto",
+        precision: str = "auto",
+        *,
+        views: str = "one",
+        device: str = "auto",
     ) -> None:
         check_views(views)
         self.bundle = source if isinstance(source, Bundle) else load(source)
         self.classes, self.multilabel = self.bundle.classes, self.bundle.multilabel
         self.views = views
         side = self.bundle.preprocessing.resolution
-        self.image_shape = (num_views(views), side, side, self.bundle.preprocessing.channels)
-        self.engine = open_engine(self.bundle, engine, precision)
-
-    picture_shape = renamed_attribute("picture_shape", "image_shape", since="0.2", removed_in="0.3")
+        self.image_shape = (NUM_VIEWS[views], side, side, self.bundle.preprocessing.channels)
+        self.engine = open_engine(self.bundle, engine, precision, device)
 
     def __call__(self, images: Image | Iterable[Image], *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
-        """One prediction an image, in order; an image that is no use gets one with its `error`.
+        """Classify images.
 
         Args:
-            images: files by path, encoded bytes, uint8 arrays (H, W) or (H, W, 3), uint8 tensors (1 or 3, H, W), or
-                one of these.
+            images: one image or several: paths of files, encoded bytes, uint8 arrays (H, W) or (H, W, 3), or uint8
+                tensors (1 or 3, H, W).
+            top_k: number of classes per prediction.
+            batch_size: images computed together.
+
+        Returns:
+            One prediction per image, in order; that of an unreadable image has an `error`.
 
         Raises:
-            UserError: top_k or batch_size is below 1, or something is no image in any form.
+            UserError: top_k or batch_size is below 1, or an element is not an image in one of these forms.
         """
-        check_amounts(top_k, batch_size)
-        given = as_list(images)
-        answers: list[Prediction] = []
+        check_at_least_one(top_k=top_k, batch_size=batch_size)
+        given = _as_list(images)
+        predictions: list[Prediction] = []
         with ThreadPoolExecutor(num_cores()) as readers:
             for first in range(0, len(given), batch_size):
-                part = given[first : first + batch_size]
-                names = [_name(image, first + place) for place, image in enumerate(part)]
-                answers += self._answer(names, list(readers.map(self._attempt, part, names)), top_k)
-        return answers
+                batch = given[first : first + batch_size]
+                names = [_name(image, index) for index, image in enumerate(batch, first)]
+                predictions += self._classify(names, list(readers.map(self._prepare_or_error, batch, names)), top_k)
+        return predictions
 
-    def prepare(self, image: Image, name: str = "picture") -> NDArray[np.uint8]:
-        """What the engine takes of an image in any form: uint8 (V, R, R, C). From any thread.
+    def predict_paths(
+        self, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
+    ) -> Iterator[Prediction]:
+        """Classify image files, and all images in folders and their subfolders, yielding one batch after the other.
+
+        Args:
+            paths: files and folders; folders are searched in natural order.
+            top_k: number of classes per prediction.
+            batch_size: images computed together.
+
+        Returns:
+            An iterator over predictions, in order. A path that is missing, unreadable or not an image yields a
+            prediction with an `error`.
 
         Raises:
-            BadImage: it can not be read or decoded; the error bears `name`.
-            UserError: it is an image in no form.
+            UserError: top_k or batch_size is below 1.
+        """
+        check_at_least_one(top_k=top_k, batch_size=batch_size)
+        return self._predict_paths(paths, top_k, batch_size)
+
+    def _predict_paths(self, paths: Iterable[str | Path], top_k: int, batch_size: int) -> Iterator[Prediction]:
+        found = expand_paths(paths)
+        while batch := list(islice(found, batch_size)):
+            readable = [path for path, error in batch if error is None]
+            predictions = iter(self(readable, top_k=top_k, batch_size=batch_size))
+            for path, error in batch:
+                yield next(predictions) if error is None else Prediction(str(path), error=error)
+
+    def prepare(self, image: Image, name: str = "image") -> NDArray[np.uint8]:
+        """Decode, resize and crop one image, in any form, for the engine: uint8 (V, R, R, C). Thread-safe.
+
+        Args:
+            image: as in `__call__`.
+            name: of the image in errors.
+
+        Raises:
+            BadImage: the image cannot be read or decoded.
+            UserError: it is not an image in one of the forms.
         """
         if isinstance(image, str | Path):
             try:
                 image = Path(image).read_bytes()
             except OSError as error:
                 raise BadImage(name, f"unreadable: {error.strerror or error}") from error
-        pixels = decode(image, name) if isinstance(image, bytes) else _pixels(image, name)
-        views = look(match_channels(pixels, self.bundle.preprocessing), self.bundle.preprocessing, self.views)
-        return views.permute(0, 2, 3, 1).expand(self.image_shape).contiguous().numpy()
+        pixels = decode(image, name) if isinstance(image, bytes) else _to_pixels(image, name)
+        pixels = match_channels(pixels, self.bundle.preprocessing)
+        views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
+        views = views.permute(0, 2, 3, 1)  # (V, R, R, 1 or C)
+        return views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (B, V, R, R, C), as `prepare` makes them, to (B, K): a softmax, or K sigmoids for several labels.
+        """Compute the probabilities of a batch, averaged over the views. Not thread-safe.
 
-        By one thread at a time.
+        Args:
+            images: prepared images, uint8 (B, V, R, R, C).
+
+        Returns:
+            (B, K): a softmax, or K sigmoids for multi-label.
         """
-        logits = torch.from_numpy(self.engine.run(images.reshape(-1, *self.image_shape[1:])))
-        probabilities = probabilities_of(logits, multilabel=self.multilabel)
-        return probabilities.unflatten(0, (len(images), -1)).mean(dim=1).numpy()
+        views = images.reshape(-1, *self.image_shape[1:])  # (B * V, R, R, C)
+        logits = torch.from_numpy(self.engine.run(views))  # (B * V, K)
+        probabilities = to_probabilities(logits, multilabel=self.multilabel)
+        probabilities = probabilities.unflatten(0, (len(images), -1))  # (B, V, K)
+        return probabilities.mean(dim=1).numpy()  # (B, K)
 
     def top(self, probabilities: NDArray[np.float32], k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """The names and probabilities of the `k` likeliest classes of one row (K,), likeliest first."""
-        likeliest = np.argsort(-probabilities, kind="stable")[:k]
-        return tuple(self.classes[index] for index in likeliest), tuple(probabilities[likeliest].tolist())
+        """Names and probabilities of the `k` most probable classes of one image (K,), in descending order."""
+        best = np.argsort(-probabilities, kind="stable")[:k]
+        return tuple(self.classes[index] for index in best), tuple(probabilities[best].tolist())
 
-    def _attempt(self, image: Image, name: str) -> NDArray[np.uint8] | str:
+    def _prepare_or_error(self, image: Image, name: str) -> NDArray[np.uint8] | str:
         try:
             return self.prepare(image, name)
         except BadImage as error:
             return error.reason
 
-    def _answer(self, names: Sequence[str], prepared: Sequence[NDArray[np.uint8] | str], k: int) -> list[Prediction]:
-        good = [views for views in prepared if not isinstance(views, str)]
-        rows = iter(self.probabilities(np.stack(good)) if good else ())
+    def _classify(self, names: Sequence[str], prepared: Sequence[NDArray[np.uint8] | str], k: int) -> list[Prediction]:
+        readable = [views for views in prepared if not isinstance(views, str)]
+        rows = iter(self.probabilities(np.stack(readable)) if readable else ())
         return [
             Prediction(name, error=views) if isinstance(views, str) else Prediction(name, *self.top(next(rows), k))
             for name, views in zip(names, prepared, strict=True)
         ]
 
 
-def as_list(images: Image | Iterable[Image]) -> list[Image]:
-    """Several images, or a list of one."""
+def check_at_least_one(*, top_k: int, batch_size: int) -> None:
+    """Raise UserError if one of the numbers is below 1."""
+    if top_k < 1 or batch_size < 1:
+        raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
+
+
+def _as_list(images: Image | Iterable[Image]) -> list[Image]:
     if isinstance(images, str | Path | bytes):
         return [images]
     return [images] if isinstance(images, np.ndarray | Tensor) and images.ndim < 4 else [*images]
 
 
-def _name(image: Image, place: int) -> str:
-    return str(image) if isinstance(image, str | Path) else f"image {place}"
+def _name(image: Image, index: int) -> str:
+    return str(image) if isinstance(image, str | Path) else f"image {index}"
 
 
-def _pixels(image: object, name: str) -> Tensor:
-    """uint8 (1 or 3, H, W)."""
+def _to_pixels(image: object, name: str) -> Tensor:
+    """Check an array or tensor: uint8 (1 or 3, H, W)."""
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"{name} is a {type(image).__name__}: give a path, encoded bytes, an array or a tensor")
     if str(image.dtype).removeprefix("torch.") != "uint8" or 0 in image.shape:

@@ -20,7 +20,7 @@ import torch
 from pyarrow import parquet
 
 from coatnet.inference.batch.run import predict_to_file
-from coatnet.inference.batch.samples import open_data
+from coatnet.inference.batch.samples import open_samples
 from coatnet.inference.predictor import Predictor
 
 
@@ -45,7 +45,7 @@ def child(predictor: Predictor, images: str, out: Path, rank: int, world_size: i
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink")):
             setattr(owner, name, counted(getattr(owner, name)))
-        predict_to_file(predictor, open_data([images]), out, batch_size=16)
+        predict_to_file(predictor, open_samples([images]), out, batch_size=16)
         os._exit(0)
     finally:
         os._exit(1)

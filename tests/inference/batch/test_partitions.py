@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.errors import UserError
-from coatnet.inference.batch.partitions import Plan, own_rank
+from coatnet.inference.batch.parts import Plan
+from coatnet.inference.batch.run import rank_and_world_size
 
 PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
 
@@ -40,10 +41,10 @@ def test_a_plan_says_what_another_has_otherwise() -> None:
 def test_a_process_is_alone_unless_torchrun_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert own_rank() == (0, 1)
+    assert rank_and_world_size() == (0, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert own_rank() == (2, 3)
+    assert rank_and_world_size() == (2, 3)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("3", "3"), ("-1", "2"), ("one", "2"), ("0", "")])
@@ -51,4 +52,4 @@ def test_numbers_that_can_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, ra
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(UserError, match="RANK must be a number"):
-        own_rank()
+        rank_and_world_size()

@@ -13,18 +13,17 @@ from coatnet.data.datasets import ArrayDataset
 from coatnet.data.folder import expand_paths
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
-from coatnet.inference.batch.parts import Predictions
-from coatnet.inference.batch.predict_batch import prepare_ahead
+from coatnet.inference.batch.parts import PredictionFile
 from coatnet.inference.batch.run import predict_to_file
-from coatnet.inference.batch.samples import Images, open_data
+from coatnet.inference.batch.samples import SampleSource, open_samples, prepare_ahead
 from coatnet.inference.predictor import Predictor
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
 
 def predicted(predictor: Predictor, source: Path | str, out: Path, **settings) -> list[dict]:
-    written = predict_to_file(predictor, open_data([str(source)]), out, **settings)
-    assert isinstance(written, Predictions)
+    written = predict_to_file(predictor, open_samples([str(source)]), out, **settings)
+    assert isinstance(written, PredictionFile)
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
     rows = parquet.read_table(out).to_pylist()
     assert written.num_images == len(rows)
@@ -115,33 +114,33 @@ def test_shards_are_read_in_their_order_from_here_and_from_a_url(
 
 def test_named_images_and_several_folders_go_too(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     assert len(predicted(predictor, "digits", tmp_path / "digits.parquet")) == 1797
-    both = open_data([str(images / "bee"), str(images / "0.png")])
-    assert len(both) == 51 and both.take(50).name == str(images / "0.png")
+    both = open_samples([str(images / "bee"), str(images / "0.png")])
+    assert len(both) == 51 and both.read(50).name == str(images / "0.png")
     with pytest.raises(UserError, match="alone"):
-        open_data([str(images), "digits"])
+        open_samples([str(images), "digits"])
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "empty"])
 def test_data_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name):
-        open_data([str(tmp_path / name)])
+        open_samples([str(tmp_path / name)])
 
 
 def test_a_finished_file_is_kept_and_told_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     predicted(predictor, images, out)
     before = out.stat()
-    again = predict_to_file(predictor, open_data([str(images)]), out)
+    again = predict_to_file(predictor, open_samples([str(images)]), out)
     assert again is not None and again.num_bad == 2 and {Path(name).name for name, _ in again.bad} >= {"page.jpg"}
     assert out.stat() == before
 
 
 def test_another_file_in_the_way_is_refused_and_kept(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    data = open_data([str(images)])
+    data = open_samples([str(images)])
     out.write_text("mine")
-    with pytest.raises(UserError, match="is no predictions"):
+    with pytest.raises(UserError, match="is not a file of predictions"):
         predict_to_file(predictor, data, out)
     assert out.read_text() == "mine"
     out.unlink()
@@ -149,7 +148,7 @@ def test_another_file_in_the_way_is_refused_and_kept(predictor: Predictor, image
     with pytest.raises(UserError, match="made with top k 2 where this has 1"):
         predict_to_file(predictor, data, out, top_k=1)
     with pytest.raises(UserError, match="made with other images"):
-        predict_to_file(predictor, open_data([str(images / "bee")]), out, top_k=2)
+        predict_to_file(predictor, open_samples([str(images / "bee")]), out, top_k=2)
     with pytest.raises(UserError, match="made with views one where this has flip"):
         predict_to_file(Predictor(predictor.bundle, "torch", "fp32", views="flip"), data, out, top_k=2)
     with pytest.raises(UserError, match=r"\.parquet"):
@@ -162,17 +161,17 @@ def test_an_unfinished_run_with_another_plan_is_refused(predictor: Predictor, im
     plan = {"model": "another"}
     (staged / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="begun with another model"):
-        predict_to_file(predictor, open_data([str(images)]), tmp_path / "out.parquet")
+        predict_to_file(predictor, open_samples([str(images)]), tmp_path / "out.parquet")
     assert json.loads((staged / "plan.json").read_text()) == plan
 
 
 def test_no_more_images_are_held_than_asked_for(predictor: Predictor) -> None:
     pixels = np.zeros((500, 8, 8), np.uint8)
-    images = Images([ArrayDataset("black", ("a", "b"), pixels, np.zeros(500, int))])
+    samples = SampleSource([ArrayDataset("black", ("a", "b"), pixels, np.zeros(500, int))])
     taken: list[int] = []
-    original = images.take
-    images.take = lambda index: (taken.append(index), original(index))[1]  # type: ignore[method-assign]
-    stream = prepare_ahead(predictor, images, range(500), most=10)
+    original = samples.read
+    samples.read = lambda index: (taken.append(index), original(index))[1]  # type: ignore[method-assign]
+    stream = prepare_ahead(predictor, samples, range(500), max_held=10)
     for number in range(1, 100):
         assert next(stream).views is not None
         assert len(taken) <= number + 10

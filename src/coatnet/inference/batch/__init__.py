@@ -1,1 +1,8 @@
-"""Predictions of very many images as one Parquet file: in parts, by any number of processes, resumable."""
+"""Predictions of very many images as one Parquet file: computed in parts, by any number of processes, resumable."""
+
+from coatnet.inference.batch.parts import PredictionFile as PredictionFile
+from coatnet.inference.batch.run import predict_to_file as predict_to_file
+from coatnet.inference.batch.samples import SampleSource as SampleSource
+from coatnet.inference.batch.samples import open_samples as open_samples
+
+__all__ = ["PredictionFile", "SampleSource", "open_samples", "predict_to_file"]

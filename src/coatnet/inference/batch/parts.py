@@ -1,25 +1,97 @@
-"""Finished parts beside the file that they become: each whole or not there, joined when all are there."""
+"""The parts of a prediction file: planned, written to a folder beside the file, and joined when all are there."""
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError
-from coatnet.inference.batch.partitions import Plan
-from coatnet.inference.batch.predict_batch import Row
+from coatnet.inference.batch.samples import Row
 from coatnet.system.files import atomic_files, atomic_write, commit_files, file_lock
 
-ROWS_OF_A_GROUP = 65_536  # chosen: large enough to be read fast, some 10 MB of memory while it is gathered
-MOST_NAMED = 20
-_PLAN = b"coatnet"  # the key of the plan in the metadata of the file
+# chosen: a thousand parts, so that little is lost with a process and many processes share evenly, within bounds: a file
+# for fewer than 64 images costs more than it saves, and 4,096 rows are some MB to hold until they are written.
+MAX_PARTS, MIN_PART_IMAGES, MAX_PART_IMAGES = 1024, 64, 4096
+ROW_GROUP_ROWS = 65_536  # chosen: large enough to be read fast, some 10 MB of memory while it is collected
+MAX_NAMED_IMAGES = 20
+_PLAN_METADATA = b"coatnet"  # the key of the plan in the metadata of the file
+_PLAN_KEYS = {"images": "pictures", "num_images": "num_pictures"}  # names in files, of which unfinished ones may exist
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """A finished file; `bad` are the first of its images that could not be used, each with the reason."""
+class Plan:
+    """What a prediction file is computed from; parts of different plans cannot be joined.
+
+    A part is a range of images that depends on their number alone, so it is the same work for any number of processes.
+
+    Attributes:
+        model: fingerprint of the bundle.
+        images: hash of the images' names, from `SampleSource.identity`.
+        num_images: number of images.
+        engine: name of the engine.
+        precision: fp32 or bf16.
+        views: test-time augmentation.
+        top_k: number of classes per image.
+    """
+
+    model: str
+    images: str
+    num_images: int
+    engine: str
+    precision: str
+    views: str
+    top_k: int
+
+    @property
+    def part_size(self) -> int:
+        """Images per part."""
+        return min(MAX_PART_IMAGES, max(MIN_PART_IMAGES, self.num_images // MAX_PARTS))
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts."""
+        return -(-self.num_images // self.part_size)
+
+    def part(self, number: int) -> range:
+        """Indices of the images of a part."""
+        return range(number * self.part_size, min((number + 1) * self.part_size, self.num_images))
+
+    def to_dict(self) -> dict[str, str | int]:
+        """The plan as plan.json and the metadata of the file store it."""
+        return {_PLAN_KEYS.get(name, name): value for name, value in asdict(self).items()}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict())
+
+    def difference(self, other: str) -> str | None:
+        """Describe the first difference of another plan, given as JSON; None if there is none."""
+        try:
+            values = json.loads(other)
+        except ValueError:
+            return "an unreadable plan"
+        if not isinstance(values, Mapping):
+            return "an unreadable plan"
+        for name, value in self.to_dict().items():
+            if values.get(name) != value:
+                known = {"model": "another model", "pictures": "other images", "num_pictures": "other images"}
+                return known.get(name) or f"{name.replace('_', ' ')} {values.get(name)} where this has {value}"
+        return None
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """A complete Parquet file of predictions.
+
+    Attributes:
+        path: of the file.
+        num_images: number of rows.
+        num_bad: number of unreadable images among them.
+        bad: name and error of the first 20 of these.
+    """
 
     path: Path
     num_images: int
@@ -28,7 +100,7 @@ class Predictions:
 
 
 def require_parquet(out: str | Path) -> Path:
-    """Raises UserError if `out` is no .parquet, or pyarrow is missing."""
+    """Return the absolute path. Raises UserError if it does not end in .parquet, or pyarrow is missing."""
     if Path(out).suffix.lower() != ".parquet":
         raise UserError(f"{out}: predictions are written to a .parquet")
     try:
@@ -39,43 +111,43 @@ def require_parquet(out: str | Path) -> Path:
 
 
 def schema(metadata: dict[bytes, str] | None = None) -> Any:
-    """The columns of the file, which are the fields of `Row`."""
+    """The pyarrow schema of the file, whose columns are the fields of `Row`."""
     import pyarrow
 
     text, number = pyarrow.string(), pyarrow.float32()
-    kinds = (text, text, text, number, pyarrow.list_(text), pyarrow.list_(number), text)
-    return pyarrow.schema(list(zip(Row._fields, kinds, strict=True)), metadata=metadata)
+    types = (text, text, text, number, pyarrow.list_(text), pyarrow.list_(number), text)
+    return pyarrow.schema(list(zip(Row._fields, types, strict=True)), metadata=metadata)
 
 
 class Parts:
-    """The parts of `out`, in a folder beside it that is gone when they are joined."""
+    """The parts of a file, in a folder beside it, `.NAME.parts`, that is removed when they are joined."""
 
     def __init__(self, out: Path, plan: Plan) -> None:
         self.out, self.plan = out, plan
         self.folder = out.with_name(f".{out.name}.parts")
 
     def begin(self) -> None:
-        """Go on with what earlier processes left, if they had the same plan.
+        """Make the folder with the plan, or continue with one whose plan is the same.
 
         Raises:
-            UserError: they had another.
+            UserError: its plan is another one.
         """
         path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            atomic_write(path, self.plan.to_json())  # as all processes of this run do, with the same text
+            atomic_write(path, self.plan.to_json())  # other processes of this run may do so too, with the same text
         elif difference := self.plan.difference(path.read_text()):
             raise UserError(
-                f"{self.out} was begun with {difference}: go on with the same command, or remove {self.folder}"
+                f"{self.out} was begun with {difference}: continue with the same command, or remove {self.folder}"
             )
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the parts that are not there."""
+        """Those of the parts that are not written yet."""
         found = set(os.listdir(self.folder)) if self.folder.exists() else set()
         return [number for number in numbers if self._path(number).name not in found]
 
     def write(self, number: int, rows: Sequence[Row]) -> None:
-        """One part, on the disk when this returns."""
+        """Write one part, atomically."""
         import pyarrow
         from pyarrow import parquet
 
@@ -84,7 +156,7 @@ class Parts:
             parquet.write_table(pyarrow.table(columns, schema=schema()), staged)
 
     def join_if_complete(self) -> None:
-        """Make the file of the parts if all are there, unless another process does or has done."""
+        """Join the parts if all are there, unless another process does or did."""
         try:
             with file_lock(self.folder / "joining", wait=False):
                 if not self.missing(range(self.plan.num_parts)):
@@ -92,35 +164,37 @@ class Parts:
         except (BlockingIOError, FileNotFoundError):
             pass
 
-    def finished(self) -> Predictions | None:
-        """The file, if it is there.
+    def finished(self) -> PredictionFile | None:
+        """Read the file if it is there, and remove the folder of parts; None if it is not.
 
         Raises:
-            UserError: it is another one.
+            UserError: the file is not one of predictions, or has another plan.
         """
         import pyarrow
         from pyarrow import parquet
 
         if not self.out.exists():
             return None
-        taken = f"{self.out} is there already"
+        exists = f"{self.out} is there already"
         try:
             file = parquet.ParquetFile(self.out)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{taken}, and is no predictions; give another name, or remove it first") from error
+            raise UserError(
+                f"{exists}, and is not a file of predictions; give another name, or remove it first"
+            ) from error
         with file:
-            plan = (file.schema_arrow.metadata or {}).get(_PLAN)
+            plan = (file.schema_arrow.metadata or {}).get(_PLAN_METADATA)
             if plan is None or (difference := self.plan.difference(plan.decode())):
-                why = f"made with {difference}" if plan else "not of this program"
-                raise UserError(f"{taken}, {why}; give another name, or remove it first")
+                why = f"made with {difference}" if plan else "not made by this program"
+                raise UserError(f"{exists}, {why}; give another name, or remove it first")
             num_bad, bad = 0, []
             for batch in file.iter_batches(columns=["path", "error"]):
                 found = batch.filter(batch["error"].is_valid())
                 num_bad += len(found)
-                bad += found.slice(0, MOST_NAMED - len(bad)).to_pylist()
+                bad += found.slice(0, MAX_NAMED_IMAGES - len(bad)).to_pylist()
             shutil.rmtree(self.folder, ignore_errors=True)
-            named = tuple((each["path"], each["error"]) for each in bad)
-            return Predictions(self.out, file.metadata.num_rows, num_bad, named)
+            first_bad = tuple((each["path"], each["error"]) for each in bad)
+            return PredictionFile(self.out, file.metadata.num_rows, num_bad, first_bad)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.parquet"
@@ -130,18 +204,18 @@ class Parts:
         from pyarrow import parquet
 
         staged, tables = self.folder / "joined", []
-        columns = schema({_PLAN: self.plan.to_json()})
+        columns = schema({_PLAN_METADATA: self.plan.to_json()})
         with parquet.ParquetWriter(staged, columns) as writer:
             for number in range(self.plan.num_parts):
                 tables.append(self._read(number).replace_schema_metadata(columns.metadata))
                 last = number == self.plan.num_parts - 1
-                if last or sum(map(len, tables)) >= ROWS_OF_A_GROUP:
-                    writer.write_table(pyarrow.concat_tables(tables), row_group_size=2 * ROWS_OF_A_GROUP)
+                if last or sum(map(len, tables)) >= ROW_GROUP_ROWS:
+                    writer.write_table(pyarrow.concat_tables(tables), row_group_size=2 * ROW_GROUP_ROWS)
                     tables = []
         commit_files([staged], [self.out])
 
     def _read(self, number: int) -> Any:
-        """A part, held to its number of rows: a disk may have lost what it said it had."""
+        """Read a part and check its number of rows: a disk may lose what it confirmed."""
         import pyarrow
         from pyarrow import parquet
 
@@ -153,4 +227,4 @@ class Parts:
         except pyarrow.ArrowException:
             pass
         path.unlink()
-        raise UserError(f"{path} was damaged and is removed; the same command makes it again")
+        raise UserError(f"{path} was damaged and is removed; the same command writes it again")

@@ -1,5 +1,6 @@
-"""`coatnet predict --out`: parts of the images, one after the other, and the file when all are there."""
+"""Predict many images into one Parquet file, part by part (`coatnet predict --out`)."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,44 +10,51 @@ from pathlib import Path
 from types import FrameType
 
 from coatnet.errors import UserError
-from coatnet.inference.batch.partitions import Plan, own_rank
-from coatnet.inference.batch.parts import Parts, Predictions, require_parquet
-from coatnet.inference.batch.predict_batch import name_batch, prepare_ahead
-from coatnet.inference.batch.samples import Images
+from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_parquet
+from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
 from coatnet.inference.engines.graph_cache import fingerprint
-from coatnet.inference.prediction import check_amounts
-from coatnet.inference.predictor import Predictor
+from coatnet.inference.predictor import Predictor, check_at_least_one
 from coatnet.system.files import file_lock
 from coatnet.system.progress import ProgressBar
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where Ctrl-C would be a plain KeyboardInterrupt."""
+    """Raised at SIGTERM, as KeyboardInterrupt is at Ctrl-C."""
 
 
 def predict_to_file(
-    predictor: Predictor, images: Images, out: str | Path, *, top_k: int = 5, batch_size: int = 32
-) -> Predictions | None:
-    """Write one row an image, in order, to the Parquet file `out`; None if other processes still have parts to do.
+    predictor: Predictor, samples: SampleSource, out: str | Path, *, top_k: int = 5, batch_size: int = 32
+) -> PredictionFile | None:
+    """Classify all samples and write a Parquet file with one row per image, in order.
 
-    Under torchrun a process does every WORLD_SIZE-th part, and the last to finish joins them; they never wait for each
-    other. What is finished when all are stopped or killed stays, and the same call goes on from there, with any number
-    of processes. A file that is finished is read, not made again.
+    Under torchrun each process computes every WORLD_SIZE-th part, and the last to finish joins them; processes do not
+    wait for each other. Finished parts are kept when processes are stopped or killed, and the same call continues from
+    there, with any number of processes. A complete file is read, not computed again.
 
-    Memory holds a part of the rows and three batches of images.
+    Memory holds the rows of one part and three batches of images.
+
+    Args:
+        predictor: the model.
+        samples: the images, from `open_samples`.
+        out: a `.parquet` file.
+        top_k: number of classes per image.
+        batch_size: images computed together.
+
+    Returns:
+        The complete file, or None if other processes still have parts to compute.
 
     Raises:
-        UserError: `out` is no .parquet, is there already or was begun with another model, other images or settings;
+        UserError: `out` does not end in .parquet, or exists or was begun with another model, other images or settings;
             another process does the same work; or the disk refuses.
     """
-    check_amounts(top_k, batch_size)
+    check_at_least_one(top_k=top_k, batch_size=batch_size)
     target = require_parquet(out)
-    rank, world_size = own_rank()
+    rank, world_size = rank_and_world_size()
     engine = predictor.engine
     plan = Plan(
         model=fingerprint(predictor.bundle),
-        pictures=images.identity(),
-        num_pictures=len(images),
+        images=samples.identity(),
+        num_images=len(samples),
         engine=engine.name,
         precision=engine.precision,
         views=predictor.views,
@@ -57,48 +65,48 @@ def predict_to_file(
         return finished
     try:
         parts.begin()
-        with _alone(parts.folder, rank):
+        with _process_lock(parts.folder, rank):
             share = range(rank, plan.num_parts, world_size)
             missing = parts.missing(share)
-            # Looked at again, now that the folder is there: the last of the others may have joined and removed it.
+            # Checked again, now that the folder is there: another process may have joined and removed it meanwhile.
             if finished := parts.finished():
                 return finished
             total = sum(len(plan.part(number)) for number in share)
-            with ProgressBar("predicting", total, "images", shown=rank == 0) as bar:  # their shares are alike
+            with ProgressBar("predicting", total, "images", shown=rank == 0) as bar:  # shares are about equal
                 bar.advance(total - sum(len(plan.part(number)) for number in missing))
-                _predict_parts(predictor, images, parts, missing, batch_size, bar.advance)
+                _predict_parts(predictor, samples, parts, missing, batch_size, bar.advance)
         parts.join_if_complete()
     except OSError as error:
-        if finished := parts.finished():  # the last of the others has joined them and removed the folder
+        if finished := parts.finished():  # another process has joined them and removed the folder
             return finished
-        advice = f"what is finished is kept in {parts.folder}, and the same command goes on with it"
+        advice = f"finished parts are kept in {parts.folder}, and the same command continues with them"
         raise UserError(f"{out} could not be written: {error.strerror or error}; {advice}") from error
     return parts.finished()
 
 
 def _predict_parts(
     predictor: Predictor,
-    images: Images,
+    samples: SampleSource,
     parts: Parts,
     numbers: list[int],
     batch_size: int,
     advance: Callable[[float], None],
 ) -> None:
     indices = chain.from_iterable(map(parts.plan.part, numbers))
-    # Threads prepare the next two batches, of this part or the next, while the engine has one.
-    with closing(prepare_ahead(predictor, images, indices, most=2 * batch_size)) as prepared:
+    # Threads prepare the next two batches, of this part or the next, while the engine computes one.
+    with closing(prepare_ahead(predictor, samples, indices, max_held=2 * batch_size)) as prepared:
         for number in numbers:
             rows, size = [], len(parts.plan.part(number))
             while len(rows) < size:
                 batch = list(islice(prepared, min(batch_size, size - len(rows))))
-                rows += name_batch(predictor, batch, parts.plan.top_k)
+                rows += predict_batch(predictor, batch, parts.plan.top_k)
                 advance(len(batch))
             parts.write(number, rows)
 
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, as Ctrl-C raises KeyboardInterrupt; only in the main thread are there signals."""
+    """Make SIGTERM raise `Terminated`, as Ctrl-C raises KeyboardInterrupt. Without effect outside the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -113,8 +121,22 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """The environment variables RANK and WORLD_SIZE, which torchrun sets; (0, 1) without them.
+
+    Raises:
+        UserError: they are not valid.
+    """
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(
+            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}; RANK must be a number from 0 to WORLD_SIZE - 1"
+        )
+    return int(rank), int(world_size)
+
+
 @contextmanager
-def _alone(folder: Path, rank: int) -> Iterator[None]:
+def _process_lock(folder: Path, rank: int) -> Iterator[None]:
     try:
         with file_lock(folder / f"process-{rank}", wait=False):
             yield

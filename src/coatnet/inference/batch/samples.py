@@ -1,14 +1,21 @@
-"""What is to be classified: images by number, with a label where the data has one."""
+"""Samples of a batch prediction: images by index, with a label where the data has one; and rows computed from them.
+
+Shapes: V views, C channels, R resolution.
+"""
 
 import hashlib
 import threading
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from coatnet.data.builtin import is_idx_folder
 from coatnet.data.datasets import Dataset, Encoded, FileDataset
@@ -19,10 +26,12 @@ from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.open import is_shard_folder
 from coatnet.errors import UserError
+from coatnet.inference.predictor import Predictor
+from coatnet.system.hardware import num_cores
 
 
-class Taken(NamedTuple):
-    """An image with its name and label (None if it has none), or the reason why it can not be read."""
+class Sample(NamedTuple):
+    """An image with its name and its label (None without one), or the error why it cannot be read."""
 
     name: str
     label: str | None
@@ -30,32 +39,32 @@ class Taken(NamedTuple):
     error: str | None = None
 
 
-class Images:
-    """The images of some datasets, one after the other, in the order in which they are stored."""
+class SampleSource:
+    """The images of some datasets, one dataset after the other, in the order in which they are stored."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = tuple(datasets)
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         thread_safe = all(dataset.thread_safe for dataset in datasets)
-        self._turn: AbstractContextManager = nullcontext() if thread_safe else threading.Lock()
+        self._lock: AbstractContextManager = nullcontext() if thread_safe else threading.Lock()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def take(self, index: int) -> Taken:
-        """From any thread. Raises UserError if a shard is gone, or can not be fetched."""
+    def read(self, index: int) -> Sample:
+        """Read a sample. Thread-safe. Raises UserError if a shard is missing or cannot be fetched."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         dataset, index = self._datasets[number], index - (int(self._ends[number - 1]) if number else 0)
-        with self._turn:
+        with self._lock:
             name = dataset.describe(index)
             try:
                 image, label = dataset.read(index)
             except BadImage as error:
-                return Taken(name, label_name(dataset, dataset.label(index)), None, error.reason)
-        return Taken(name, label_name(dataset, label), image)
+                return Sample(name, _label_name(dataset, dataset.label(index)), None, error.reason)
+        return Sample(name, _label_name(dataset, label), image)
 
     def identity(self) -> str:
-        """SHA-256 of the names in their order; of shards, of what their index says."""
+        """SHA-256 of the names in their order, as 32 hex digits; of shards, of their index."""
         digest = hashlib.sha256()
         for dataset in self._datasets:
             digest.update(f"{dataset.name} {len(dataset)}\n".encode())
@@ -64,28 +73,93 @@ class Images:
         return digest.hexdigest()[:32]
 
 
-def open_data(sources: Sequence[str]) -> Images:
-    """All images of a manifest, of shards or of another dataset, or of files and folders that are searched.
+def open_samples(sources: Sequence[str]) -> SampleSource:
+    """Open all images of a dataset, or of files and of folders that are searched.
 
-    A manifest needs no labels here, and a folder no classes: where it lies tells what an image is.
+    Args:
+        sources: one dataset (a manifest, whose labels may be missing; shards; or another that `open_dataset` opens),
+            or files and folders of images without labels.
 
     Raises:
-        UserError: there is no such data, it holds no image, or a dataset is not given alone.
+        UserError: there is no such data, it holds no image, or a dataset is given beside other sources.
     """
-    whole = [source for source in sources if _is_dataset(source)]
-    if whole and len(sources) > 1:
-        raise UserError(f"{whole[0]} is a dataset of its own: give it alone, or files and folders of images")
-    if not whole:
-        return Images([open_images(sources)])
+    datasets = [source for source in sources if _is_dataset(source)]
+    if datasets and len(sources) > 1:
+        raise UserError(f"{datasets[0]} is a dataset of its own: give it alone, or files and folders of images")
+    if not datasets:
+        return SampleSource([open_images(sources)])
     path = Path(sources[0]).expanduser()
     if path.suffix.lower() in MANIFEST_SUFFIXES:
-        return Images([_open_manifest(path)])
+        return SampleSource([_open_manifest(path)])
     splits = open_dataset(sources[0])
-    return Images([splits.training, splits.validation])
+    return SampleSource([splits.training, splits.validation])
 
 
-def label_name(dataset: Dataset, label: np.ndarray) -> str | None:
-    """In words; several of an image are separated by `;` as in a manifest."""
+class Row(NamedTuple):
+    """A row of the file, most probable classes first. An unreadable image has path, label and error only."""
+
+    path: str
+    label: str | None
+    top1: str | None
+    probability: float | None
+    classes: Sequence[str]
+    probabilities: Sequence[float]
+    error: str | None
+
+
+class PreparedSample(NamedTuple):
+    """A sample for the engine, uint8 (V, R, R, C), or the error why it has no image."""
+
+    name: str
+    label: str | None
+    views: NDArray[np.uint8] | None
+    error: str | None
+
+
+def prepare_ahead(
+    predictor: Predictor, samples: SampleSource, indices: Iterable[int], max_held: int
+) -> Generator[PreparedSample]:
+    """Read and prepare samples in threads, yielding them in order; at most `max_held` are held at a time."""
+
+    def prepare(index: int) -> PreparedSample:
+        name, label, image, error = samples.read(index)
+        if image is None:
+            return PreparedSample(name, label, None, error)
+        try:
+            return PreparedSample(name, label, predictor.prepare(image, name), None)
+        except BadImage as bad:
+            return PreparedSample(name, label, None, bad.reason)
+
+    # Each uses one of torch's threads: they run in parallel, and beside the engine.
+    threads = ThreadPoolExecutor(num_cores(), "decoding", torch.set_num_threads, (1,))
+    waiting: deque[Future[PreparedSample]] = deque()
+    try:
+        for index in indices:
+            waiting.append(threads.submit(prepare, index))
+            if len(waiting) >= max_held:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def predict_batch(predictor: Predictor, batch: Sequence[PreparedSample], top_k: int) -> list[Row]:
+    """Classify the readable samples of a batch together: one row per sample, in order."""
+    readable = [sample.views for sample in batch if sample.views is not None]
+    probabilities = iter(predictor.probabilities(np.stack(readable)) if readable else ())
+    rows = []
+    for name, label, views, error in batch:
+        if views is None:
+            rows.append(Row(name, label, None, None, (), (), error))
+        else:
+            classes, values = predictor.top(next(probabilities), top_k)
+            rows.append(Row(name, label, classes[0], values[0], classes, values, None))
+    return rows
+
+
+def _label_name(dataset: Dataset, label: np.ndarray) -> str | None:
+    """Class names of a label, joined by `;` as in a manifest; None without a label."""
     if dataset.multilabel:
         return ";".join(dataset.classes[index] for index in np.flatnonzero(label))
     return dataset.classes[int(label)] if label >= 0 else None

@@ -1,4 +1,4 @@
-"""Graphs of bundles, kept on this machine: exporting one takes ten seconds, reading it again a fraction of one."""
+"""Exported graphs in the cache folder: exporting takes some ten seconds, reading a fraction of one."""
 
 import hashlib
 import os
@@ -20,10 +20,16 @@ LEFTOVER_SECONDS = 86_400  # chosen: no export takes a day, so an older temporar
 
 
 def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path], None]) -> Path:
-    """The file of that name which `write` makes of the bundle, or made of it before.
+    """Return the path of a graph of the bundle, exporting it if it is not in the cache.
 
-    They lie in COATNET_CACHE_DIR or the user's cache folder, under what they depend on: weights, config, and the
-    versions of this package, torch and the engine. Beyond 16 of them, the one that was used longest ago goes.
+    The key of a graph is a hash of all it depends on: weights, config, and the versions of this package, torch and the
+    engine. Beyond 16 graphs, the least recently used is removed.
+
+    Args:
+        bundle: the model.
+        file: name of the graph's file; others, such as weights, may lie beside it.
+        version: of the engine's package.
+        write: exports the graph to a path.
     """
     home = cache_folder() / "graphs"
     entry = home / fingerprint(bundle, file, version)
@@ -40,7 +46,7 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
 
 
 def fingerprint(bundle: Bundle, *more: str) -> str:
-    """SHA-256 of all that the graph follows from; 1.2 GB of weights a second."""
+    """SHA-256 of all that the result of a bundle depends on, as 32 hex digits; 1.2 GB of weights a second."""
     config = describe(bundle.model, bundle.classes, bundle.preprocessing, bundle.multilabel, {})
     digest = hashlib.sha256("\n".join((config, __version__, torch.__version__, *more)).encode(errors="surrogatepass"))
     for name, tensor in bundle.model.state_dict().items():

@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest on CPUs by a wide margin."""
+"""OpenVINO, the fastest engine on CPUs."""
 
 from pathlib import Path
 
@@ -7,20 +7,19 @@ import openvino
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
-from coatnet.inference.engines.batch_sizes import split
+from coatnet.inference.engines import split_batch
 from coatnet.inference.engines.graph_cache import cached_graph
-from coatnet.inference.graphs import to_openvino, to_program
-from coatnet.inference.network import ImageNetwork, example_images
+from coatnet.inference.graph import NormalizedNetwork, example_images, to_openvino, to_program
 from coatnet.system.hardware import num_cores
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+_PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoEngine:
-    """The folded network in OpenVINO's runtime, on all cores that this process may use.
+    """The folded network in OpenVINO, on all cores that this process may use.
 
-    It is compiled for each of the sizes of `sizes.split` when that is first wanted: a graph of any size takes a fifth
-    longer, half of which goes into broadcasts that vanish where the size is known.
+    It is compiled for each batch size of `split_batch` when that is first needed: a graph for any size takes a fifth
+    longer, half of it in broadcasts that are optimized away where the size is fixed.
     """
 
     name = "openvino"
@@ -29,10 +28,10 @@ class OpenVinoEngine:
         self.precision = precision
         self._core = openvino.Core()
         self._graph = self._core.read_model(
-            cached_graph(bundle, "model.xml", openvino.__version__, lambda path: export(bundle, path))
+            cached_graph(bundle, "model.xml", openvino.__version__, lambda path: _export(bundle, path))
         )
         self._settings = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],  # on CPUs that have bf16 it would be the default
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[precision],  # the default would be bf16 on CPUs that have it
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time, on all cores
             "INFERENCE_NUM_THREADS": num_cores(),
         }
@@ -40,7 +39,7 @@ class OpenVinoEngine:
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, R, R, C) to logits (N, K)."""
-        parts = split(np.ascontiguousarray(images))
+        parts = split_batch(np.ascontiguousarray(images))
         return np.concatenate([self._request(part.shape).infer([part])[0] for part in parts])
 
     def _request(self, shape: tuple[int, ...]) -> openvino.InferRequest:
@@ -51,7 +50,7 @@ class OpenVinoEngine:
         return self._requests[shape]
 
 
-def export(bundle: Bundle, path: Path) -> None:
-    """Write the network for OpenVINO: an .xml with a .bin beside it."""
-    graph = to_openvino(to_program(ImageNetwork(bundle), example_images(bundle)))
+def _export(bundle: Bundle, path: Path) -> None:
+    """Write the network as an OpenVINO graph: an .xml with a .bin beside it."""
+    graph = to_openvino(to_program(NormalizedNetwork(bundle), example_images(bundle)))
     openvino.save_model(graph, path, compress_to_fp16=False)

@@ -1,0 +1,232 @@
+"""The network as engines and exports run it: folded, with its normalization in front, exported to a graph.
+
+Folding puts BatchNorms into the convolutions beside them and computes relative biases once. Outputs stay the same up to
+rounding; the result cannot be trained. Shapes: N images, R resolution, C channels, K classes, A heads.
+"""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from coatnet.bundle import Bundle
+from coatnet.errors import UserError
+from coatnet.model.attention import MultiHeadProjection
+from coatnet.model.layers import fold_batch_norm
+from coatnet.model.mbconv import ConvNormGELU, MBConv
+from coatnet.model.network import CoAtNet
+from coatnet.model.relative_bias import GlobalBias
+from coatnet.model.timm.blocks import MeanHead
+from coatnet.model.transformer import FeedForward
+
+if TYPE_CHECKING:
+    import openvino
+
+MAX_BATCH_IMAGES = 4096  # chosen: torch's exporter needs an upper bound
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class NormalizedNetwork(nn.Module):
+    """The folded network with its normalization in front: uint8 images to logits.
+
+    Args:
+        bundle: the model; it is copied.
+        dtype: precision of weights and computation.
+        any_size: accept images of any size, not only (R, R).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
+        super().__init__()
+        self.network = fold(bundle.model, any_size=any_size).to(dtype)
+        self.dtype = dtype
+        self.register_buffer("mean", 255 * torch.tensor(bundle.preprocessing.mean))
+        self.register_buffer("deviation", 255 * torch.tensor(bundle.preprocessing.std))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, R, R, C) to float32 logits (N, K)."""
+        images = (pixels.float() - self.mean) / self.deviation
+        images = images.to(self.dtype).permute(0, 3, 1, 2)  # (N, C, R, R)
+        return self.network(images).float()
+
+
+def to_probabilities(logits: Tensor, *, multilabel: bool) -> Tensor:
+    """Logits (N, K) to probabilities (N, K): a softmax, or K sigmoids for multi-label."""
+    return logits.sigmoid() if multilabel else logits.softmax(1)
+
+
+def example_images(bundle: Bundle) -> Tensor:
+    """Two black images, uint8 (2, R, R, C), for an exporter to trace the network with."""
+    side = bundle.preprocessing.resolution
+    return torch.zeros(2, side, side, bundle.preprocessing.channels, dtype=torch.uint8)
+
+
+class ConstantBias(nn.Module):
+    """A relative bias computed for one grid of N cells, (A, N, N)."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Return the bias for the grid it was computed for, (A, N, N)."""
+        assert self.matrix.shape[-1] == grid[0] * grid[1]
+        return self.matrix.to(dtype)
+
+
+@torch.no_grad()
+def fold(model: CoAtNet, *, any_size: bool = False) -> CoAtNet:
+    """Copy a network, in evaluation mode, with its BatchNorms folded where that is possible.
+
+    Args:
+        model: any variant.
+        any_size: keep the relative biases as tables, for inputs of any size; else they are computed for the model's
+            resolution.
+    """
+    folded = copy.deepcopy(model).eval()
+    for module in folded.modules():
+        if isinstance(module, nn.Sequential):
+            _fold_sequence(module)
+    for module in folded.modules():
+        if isinstance(module, MBConv) and isinstance(module.norm, nn.BatchNorm2d):
+            _fold_into(_first_convolution(module.expand), module.norm, norm_first=True)
+            module.norm = nn.Identity()
+        if isinstance(module, MeanHead) and isinstance(module.norm, nn.BatchNorm2d):
+            _fold_into(module.classifier, module.norm, norm_first=True)
+            module.norm = nn.Identity()
+    if not any_size:
+        _precompute_biases(folded)
+    return folded
+
+
+def _fold_sequence(sequence: nn.Sequential) -> None:
+    """Fold each BatchNorm of a sequence into the convolution before it, or else into the one after it."""
+    parts = list(sequence.children())
+    for index, norm in enumerate(parts):
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        previous = parts[index - 1] if index else None
+        # An affine map and average pooling commute; an affine map and max pooling do not.
+        following = next((part for part in parts[index + 1 :] if not isinstance(part, nn.AvgPool2d)), None)
+        if isinstance(previous, nn.Conv2d):
+            _fold_into(previous, norm)
+        elif (convolution := _first_convolution(following)) is not None:
+            _fold_into(convolution, norm, norm_first=True)
+        else:
+            continue
+        sequence[index] = nn.Identity()
+
+
+def _first_convolution(part: nn.Module | None) -> nn.Conv2d | None:
+    """The pointwise convolution that a module begins with; None for others, whose zero padding a shift would alter."""
+    match part:
+        case MultiHeadProjection():
+            part = part.qkv
+        case FeedForward() | ConvNormGELU():
+            part = part[0]
+    return part if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) else None
+
+
+def _fold_into(product: nn.Module | None, norm: nn.BatchNorm2d, *, norm_first: bool = False) -> None:
+    """Fold a BatchNorm after a convolution or linear layer, or before it, into its weights, in place."""
+    assert isinstance(product, nn.Conv2d | nn.Linear)
+    weight, bias = fold_batch_norm(product, norm, norm_first=norm_first)
+    product.weight, product.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+
+def _precompute_biases(model: CoAtNet) -> None:
+    """Replace the modules of relative biases by their matrices at the model's resolution."""
+    grids: dict[nn.Module, tuple[int, int]] = {}
+
+    def record_grid(module: nn.Module, inputs: tuple[tuple[int, int], torch.dtype]) -> None:
+        grids[module] = inputs[0]
+
+    biases = [module for module in model.modules() if isinstance(module, GlobalBias)]
+    hooks = [module.register_forward_pre_hook(record_grid) for module in biases]
+    parameter = next(model.parameters())
+    model(parameter.new_zeros(1, model.in_channels, model.resolution, model.resolution))
+    for hook in hooks:
+        hook.remove()
+    replace_modules(model, GlobalBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))
+
+
+def replace_modules(model: nn.Module, kind: type[Module], make: Callable[[Module], nn.Module]) -> None:
+    """Replace every submodule of a class by `make(submodule)`; replacements are not searched."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, kind):
+                setattr(parent, name, make(module))
+
+
+def to_program(module: nn.Module, example: Tensor, *, free: tuple[int, ...] = ()) -> ExportedProgram:
+    """Export a module of one input tensor as a graph.
+
+    Args:
+        module: called in evaluation mode.
+        example: an input of two images or more; a size of 1 would become a constant.
+        free: axes whose size may vary, beside the first, the batch.
+    """
+    sizes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH_IMAGES)} | dict.fromkeys(free, Dim.DYNAMIC)
+    with torch.no_grad(), silence_exporters():
+        return torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,))
+
+
+def to_openvino(program: ExportedProgram) -> "openvino.Model":
+    """Convert a graph to OpenVINO. Raises UserError if OpenVINO is not installed."""
+    disable_openvino_telemetry()
+    try:
+        import openvino
+    except ImportError:
+        raise UserError("OpenVINO is not installed: pip install 'coatnet[openvino]'") from None
+    with silence_exporters():
+        return openvino.convert_model(program)
+
+
+def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str = "logits") -> "torch.onnx.ONNXProgram":
+    """Convert a graph to ONNX.
+
+    The `save` of the result writes weights above 1.6 GB to a file beside it, since protobuf is limited to 2 GB.
+
+    Raises:
+        UserError: ONNX is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("ONNX is not installed: pip install 'coatnet[onnx]'") from None
+    with silence_exporters():
+        converted = torch.onnx.export(
+            program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False
+        )
+    assert converted is not None
+    return converted
+
+
+def disable_openvino_telemetry() -> None:
+    """Keep OpenVINO and NNCF from reporting every use to Intel: without this package they use their own stub."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def silence_exporters() -> Iterator[None]:
+    """Hide the warnings of exporters, which are for their authors; failures are exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)

@@ -16,8 +16,7 @@ from tests.bundle.hub_server import Hub
 CLIENT = """
 import json, sys
 from coatnet.errors import UserError
-from coatnet.bundle.hub import download
-from coatnet.bundle.upload import upload
+from coatnet.bundle.hub import download, upload
 verb, arguments, options = json.loads(sys.argv[1])
 try:
     print({"download": download, "upload": upload}[verb](*arguments, **options))

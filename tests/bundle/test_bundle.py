@@ -1,4 +1,4 @@
-"""A bundle comes back as it was saved, is written whole or not at all, and is read as a stranger's."""
+"""Bundles: saving and loading, atomic writes, and the refusal of damaged or hostile files."""
 
 import json
 import struct
@@ -82,7 +82,7 @@ def test_timm_reads_the_preprocessing(saved: Path) -> None:
     assert tuple(config["label_names"]) == CLASSES
 
 
-def test_the_card_tells_figures_classes_and_recipe(saved: Path) -> None:
+def test_the_card_lists_figures_classes_and_recipe(saved: Path) -> None:
     card = (saved / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: coatnet\n")
     for piece in (
@@ -94,7 +94,7 @@ def test_the_card_tells_figures_classes_and_recipe(saved: Path) -> None:
         assert piece in card
 
 
-def test_a_bundle_of_the_wrong_classes_is_no_bundle() -> None:
+def test_classes_and_channels_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(UserError, match="2 class names for a model of 3 classes"):
         Bundle(small_model(), ("a", "b"), SEEN)
     with pytest.raises(UserError, match="'a' is named twice"):
@@ -119,22 +119,47 @@ def test_a_failed_save_leaves_the_old_bundle(
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coatnet.bundle.write_tensors", full_disk)
+    monkeypatch.setattr("coatnet.bundle.bundle.write_tensors", full_disk)
     with pytest.raises(UserError, match="could not be written: No space left on device"):
         bundle.save(saved)
     assert load(saved).classes == CLASSES
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_what_is_no_bundle_is_said_in_one_line(saved: Path, tmp_path: Path) -> None:
+def test_other_files_and_folders_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"\x80\x04cos\nsystem\n")
+    (tmp_path / "empty").mkdir()
     for path, reason in (
         (tmp_path / "nowhere", "there is no such folder"),
         (tmp_path / "weights.pt", "is a file, which does not say what network it is for"),
-        (tmp_path, r"the one of this run is .*bundle"),
+        (tmp_path / "empty", r"a bundle holds model.safetensors and config.json"),
     ):
         with pytest.raises(UserError, match=reason):
             load(path)
+
+
+def test_the_folder_of_a_run_stands_for_its_bundle(saved: Path, tmp_path: Path) -> None:
+    assert saved == tmp_path / "bundle"
+    (tmp_path / "recipe.yaml").write_text("model: coatnet-femto")
+    assert load(tmp_path).classes == CLASSES
+    saved.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a run that has no bundle yet"):
+        load(tmp_path)
+
+
+def test_a_misspelled_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("coatnet.bundle.bundle.download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"no such folder \(did you mean 'runs/mine'\?\); .* write runs/mien@main"):
+        load("runs/mien")
+
+
+def test_repr_is_three_lines(bundle: Bundle) -> None:
+    model, classes, preprocessing = repr(bundle).splitlines()
+    assert model.startswith("Bundle of coatnet-femto, ") and model.endswith(" parameters")
+    assert classes.strip().startswith("classes: 3, one per image: t-shirt, cat|dog")
+    assert "32 x 32 pixels, 1 channel, squash" in preprocessing
 
 
 def nested(config: dict, *keys: str) -> dict:
@@ -173,7 +198,7 @@ def nested(config: dict, *keys: str) -> dict:
         (lambda c: c["pretrained_cfg"].update(label_names=["a", "b", "a"]), "'a' is named twice"),
     ],
 )
-def test_a_strangers_config_is_refused_by_the_key(saved: Path, spoil: Callable[[dict], None], message: str) -> None:
+def test_an_untrusted_config_is_refused_by_key(saved: Path, spoil: Callable[[dict], None], message: str) -> None:
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     spoil(config)
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -203,7 +228,7 @@ TABLE = "stages.2.0.attention.relative_bias.table"
         (lambda s: s["head.hidden.bias"].fill_(float("nan")), "head.hidden.bias holds NaN"),
     ],
 )
-def test_weights_that_are_not_the_models_are_refused_by_name(
+def test_weights_of_another_network_are_refused_by_tensor_name(
     saved: Path, spoil: Callable[[dict], None], message: str
 ) -> None:
     state = load_file(saved / "model.safetensors")
@@ -217,32 +242,38 @@ def forged(header: bytes, tensors: bytes = b"", length: int | None = None) -> by
     return struct.pack("<Q", len(header) if length is None else length) + header + tensors
 
 
+DAMAGED = "not a safetensors file, damaged or cut short: "
 ROW = '"dtype":"F32","shape":[1],"data_offsets":'
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cut short"),
-        (forged(b"{}", length=2**63), "header does not fit"),
-        (forged(b"nonsense"), "header cannot be read"),
-        (forged(b"[]"), "not a table"),
-        (forged(b'{"a":{}}'), "not a table"),
-        (forged(b'{"a":1,"a":2}'), "a stands there twice"),
-        (forged(f'{{"a":{{{ROW}[4,8]}}}}'.encode(), bytes(8)), "a does not lie where"),
-        (forged(f'{{"a":{{{ROW}[0,4]}},"b":{{{ROW}[2,6]}}}}'.encode(), bytes(6)), "b does not lie where"),
-        (forged(f'{{"a":{{{ROW}[0,4]}}}}'.encode(), bytes(9)), "cut short or padded"),
-        (
-            forged(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)),
-            "a does not lie",
-        ),
-        (forged(b"[" * 100_000), "header cannot be read"),
+        (b"", DAMAGED),
+        (forged(b"{}", length=2**63), DAMAGED),
+        (forged(b"nonsense"), DAMAGED),
+        (forged(b"[]"), DAMAGED),
+        (forged(b'{"a":{}}'), DAMAGED),
+        (forged(b'{"a":1,"a":2}'), DAMAGED),
+        (forged(f'{{"a":{{{ROW}[0,4]}},"a":{{{ROW}[4,8]}}}}'.encode(), bytes(8)), DAMAGED),
+        (forged(f'{{"a":{{{ROW}[0,4]}},"a":{{{ROW}[0,4]}}}}'.encode(), bytes(4)), "is missing"),
+        (forged(f'{{"a":{{{ROW}[4,8]}}}}'.encode(), bytes(8)), DAMAGED),
+        (forged(f'{{"a":{{{ROW}[0,4]}},"b":{{{ROW}[2,6]}}}}'.encode(), bytes(6)), DAMAGED),
+        (forged(f'{{"a":{{{ROW}[0,4]}}}}'.encode(), bytes(9)), DAMAGED),
+        (forged(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4]}}', bytes(4)), DAMAGED),
+        (forged(b'{"a":{"dtype":"F32","shape":[4611686018427387904,8],"data_offsets":[0,0]}}'), DAMAGED),
+        (forged(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', bytes(4)), DAMAGED),
+        (forged(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}', bytes(4)), DAMAGED),
+        (forged(b'{"head.hidden.bias":{"dtype":"BOOL","shape":[4],"data_offsets":[0,4]}}', bytes(4)), "is missing"),
+        (forged(b"[" * 100_000), DAMAGED),
+        (forged(b'{"__metadata__":' + b"[" * 100_000), DAMAGED),
     ],
 )
 def test_a_forged_weight_file_is_refused(saved: Path, content: bytes, message: str) -> None:
     (saved / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         load(saved)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 def test_weights_cut_short_are_refused(saved: Path) -> None:
@@ -253,7 +284,7 @@ def test_weights_cut_short_are_refused(saved: Path) -> None:
 
 
 def test_loading_does_not_import_torchs_compiler(tmp_path: Path) -> None:
-    """Which takes longer than the rest of loading; arithmetic on the meta device would import it."""
+    """It takes longer than the rest of loading; arithmetic on the meta device would import it."""
     model = create_model("coatnet-femto-64", num_classes=2, resolution=28).eval()
     Bundle(model, ("ant", "bee"), Preprocessing(resolution=28)).save(tmp_path / "bundle")
     program = (

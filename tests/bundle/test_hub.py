@@ -1,4 +1,4 @@
-"""From the hub and onto it, with the real huggingface_hub and a server on loopback; every call is a new process."""
+"""Downloads, with the real huggingface_hub and a server on loopback; every call is a new process."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def test_a_revision_pins_what_is_downloaded(hub, client, refused, model):
     assert "ana/cats at revision nowhere is not in" in line and line.endswith(f"{WEIGHTS} --revision nowhere`")
 
 
-def test_damage_in_the_cache_is_found_and_the_advice_mends_it(hub, client, refused, model):
+def test_damage_in_the_cache_is_detected_and_the_advice_repairs_it(hub, client, refused, model):
     hub.add("ana/cats", model)
     folder = Path(client("download", "ana/cats"))
     blob = (folder / WEIGHTS).resolve()
@@ -68,13 +68,13 @@ def test_damage_in_the_cache_is_found_and_the_advice_mends_it(hub, client, refus
     assert contents(client("download", "ana/cats"))[WEIGHTS] == whole
 
 
-def test_bytes_that_are_not_of_the_announced_checksum_are_refused(hub, refused, model):
+def test_a_file_with_another_checksum_than_announced_is_refused(hub, refused, model):
     hub.add("ana/cats", model)
     hub.faults.wrong_sha256 = True
     assert f"the hub's is {'0' * 64}" in refused("download", "ana/cats")
 
 
-def test_without_symbolic_links_the_hub_itself_is_asked_for_the_checksum(hub, client, refused, model):
+def test_without_symbolic_links_the_checksum_comes_from_the_hub(hub, client, refused, model):
     hub.add("ana/cats", model)
     folder = Path(client("download", "ana/cats", environment={"HF_HUB_DISABLE_SYMLINKS": "1"}))
     assert not (folder / WEIGHTS).is_symlink()
@@ -82,7 +82,7 @@ def test_without_symbolic_links_the_hub_itself_is_asked_for_the_checksum(hub, cl
     assert sha256((model / WEIGHTS).read_bytes()) in refused("download", "ana/cats")
 
 
-def test_a_blob_that_repositories_share_is_held_to_its_sha256_not_to_its_name_in_the_store(hub, client, refused, model):
+def test_a_shared_blob_is_checked_against_its_sha256_not_its_name(hub, client, refused, model):
     hub.add("ana/cats", model)
     folder = Path(client("download", "ana/cats"))
     blob = (folder / WEIGHTS).resolve()
@@ -95,14 +95,14 @@ def test_a_blob_that_repositories_share_is_held_to_its_sha256_not_to_its_name_in
     assert f"delete {stored} and" in refused("download", "ana/cats")
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, client, large):
+def test_a_broken_download_is_resumed(hub, client, large):
     hub.add("ana/cats", large)
     hub.faults.cut_after = 15 << 20
     assert contents(client("download", "ana/cats"))[WEIGHTS] == (large / WEIGHTS).read_bytes()
     assert [line for line in hub.log if line.endswith(f"{WEIGHTS} bytes={10 << 20}-")]
 
 
-def test_a_download_that_ends_early_is_not_believed(hub, client, refused, model):
+def test_an_incomplete_download_is_refused(hub, client, refused, model):
     hub.add("ana/cats", model)
     hub.faults.missing = 7
     assert "the exchange with" in (line := refused("download", "ana/cats")) and "try again" in line
@@ -110,7 +110,7 @@ def test_a_download_that_ends_early_is_not_believed(hub, client, refused, model)
     assert contents(client("download", "ana/cats"))[WEIGHTS] == (model / WEIGHTS).read_bytes()
 
 
-def test_a_process_killed_within_a_download_leaves_nothing_that_is_believed(hub, start_client, client, refused, large):
+def test_a_process_killed_during_a_download_leaves_no_valid_cache_entry(hub, start_client, client, refused, large):
     hub.add("ana/cats", large)
     hub.faults.hold_after = 15 << 20
     process = start_client("download", "ana/cats")
@@ -135,7 +135,7 @@ def test_a_pickle_is_downloaded_only_when_asked_for(hub, client, refused, model)
         assert "a pickle" in refused("download", "ana/old", environment=environment)
 
 
-def test_safetensors_are_taken_even_where_a_pickle_is_allowed(hub, client, model):
+def test_safetensors_are_preferred_if_a_pickle_is_allowed(hub, client, model):
     shutil.copy(model / WEIGHTS, model / "pytorch_model.bin")
     hub.add("ana/both", model)
     assert contents(client("download", "ana/both", allow_pickle=True)).keys() == {"config.json", WEIGHTS}
@@ -148,7 +148,7 @@ def test_a_repository_without_one_of_the_files_is_refused(missing, hub, refused,
     assert f"ana/half has no {missing}" in refused("download", "ana/half")
 
 
-def test_unknown_private_and_gated_models_are_told_apart_as_far_as_the_hub_does(hub, client, refused, model):
+def test_unknown_private_and_gated_models_have_different_messages(hub, client, refused, model):
     hub.add("ana/secret", model, private=True)
     hub.add("ana/gated", model, gated=True)
     line = refused("download", "timm/coatnet_o")
@@ -162,7 +162,7 @@ def test_unknown_private_and_gated_models_are_told_apart_as_far_as_the_hub_does(
     assert "the token is not accepted" in refused("download", "ana/gated", environment={"HF_TOKEN": "hf_wrong"})
 
 
-def test_what_is_not_in_the_cache_says_where_the_cache_is_and_what_to_run(hub, client, refused, model, tmp_path):
+def test_offline_the_message_says_where_the_cache_is_and_how_to_fill_it(hub, client, refused, model, tmp_path):
     hub.add("ana/cats", model)
     place = f"ana/cats is not in the cache at {tmp_path / 'home' / 'hub'}, and"
     line = refused("download", "ana/cats", environment=OFFLINE)

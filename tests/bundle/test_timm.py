@@ -51,13 +51,13 @@ def difference(model: nn.Module, network: nn.Module, images: Tensor) -> float:
     return float((expected - found).abs().max() / expected.abs().max())
 
 
-def test_all_of_timms_architectures_are_there() -> None:
+def test_all_coatnets_of_timm_are_listed() -> None:
     named = {name for name in timm.list_models() if name.startswith(("coatnet", "coatnext", "test_coatnet"))}
     assert named == TIMM_VARIANTS.keys()
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_small_network_gives_the_logits_of_timms(name: str) -> None:
+def test_small_networks_give_the_logits_of_timm(name: str) -> None:
     model = theirs(name, num_classes=37)
     side = TIMM_VARIANTS[name].resolution
     assert difference(model, ours(name, model, num_classes=37), torch.randn(2, 3, side, side)) < TOLERANCE
@@ -66,7 +66,7 @@ def test_a_small_network_gives_the_logits_of_timms(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", TIMM_VARIANTS)
-def test_every_network_gives_the_logits_of_timms_on_64_images_and_goes_back(name: str, tmp_path, capsys) -> None:
+def test_every_network_gives_the_logits_of_timm_on_64_images_and_converts_back(name: str, tmp_path, capsys) -> None:
     side = 96 if name in LARGE else TIMM_VARIANTS[name].resolution
     model = theirs(name, num_classes=1000, img_size=side)
     network, images = ours(name, model, resolution=side), real_images(side)
@@ -90,7 +90,7 @@ def real_images(side: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TIMM_VARIANTS)
-def test_the_state_has_timms_names_and_shapes(name: str) -> None:
+def test_the_converted_state_has_the_names_and_shapes_of_timm(name: str) -> None:
     with torch.device("meta"):
         model, network = timm.create_model(name, num_classes=5), create_model(name, num_classes=5)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -98,7 +98,7 @@ def test_the_state_has_timms_names_and_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_coatnet", "coatnet_rmlp_nano_rw_224"])
-def test_there_and_back_is_the_identity(name: str) -> None:
+def test_converting_there_and_back_is_the_identity(name: str) -> None:
     state = theirs(name, num_classes=5).state_dict()
     with torch.device("meta"):
         network = create_model(name, num_classes=5)
@@ -115,7 +115,7 @@ def test_another_resolution_goes_through(name: str) -> None:
             assert network(torch.randn(1, 3, height, width)).shape == (1, 5)
 
 
-def test_a_network_of_log_coordinates_is_timms_at_another_resolution_too() -> None:
+def test_a_bias_of_log_coordinates_equals_that_of_timm_at_another_resolution() -> None:
     name = "coatnet_rmlp_nano_rw_224"
     model = theirs(name, num_classes=5)
     network = ours(name, model, num_classes=5)
@@ -123,7 +123,7 @@ def test_a_network_of_log_coordinates_is_timms_at_another_resolution_too() -> No
     assert difference(model, network, torch.randn(2, 3, 128, 192)) < TOLERANCE
 
 
-def test_the_bias_of_log_coordinates_depends_on_the_offset_only() -> None:
+def test_the_bias_of_log_coordinates_depends_only_on_the_offset() -> None:
     bias = LogOffsetBias(3, 16).eval()
     with torch.no_grad():
         matrix = bias((4, 5), torch.float32).unflatten(1, (4, 5)).unflatten(3, (4, 5))
@@ -132,7 +132,7 @@ def test_the_bias_of_log_coordinates_depends_on_the_offset_only() -> None:
     assert torch.allclose(larger[:, :4, :5, :4, :5], matrix, atol=1e-6)
 
 
-def test_the_kept_bias_of_log_coordinates_follows_the_weights() -> None:
+def test_the_cached_bias_of_log_coordinates_follows_the_weights() -> None:
     bias = LogOffsetBias(3, 16).eval()
     with torch.no_grad():
         before = bias((4, 4), torch.float32).clone()
@@ -141,7 +141,7 @@ def test_the_kept_bias_of_log_coordinates_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_coatnet", "coatnet_rmlp_nano_rw_224", "coatnext_nano_rw_224"])
-def test_a_network_of_timms_learns(name: str) -> None:
+def test_a_network_of_timm_learns(name: str) -> None:
     torch.manual_seed(0)
     network = create_model(name, num_classes=3, resolution=64, stochastic_depth=0.1).train()
     network.set_grad_checkpointing()
@@ -157,6 +157,6 @@ def test_layer_scale_multiplies_channels() -> None:
     assert torch.equal(scale(torch.ones(2, 3, 4, 4)), torch.full((2, 3, 4, 4), 0.5))
 
 
-def test_a_network_of_timms_knows_no_variations() -> None:
+def test_options_of_the_paper_are_refused_for_networks_of_timm() -> None:
     with pytest.raises(ValueError, match="without the option downsample"):
         create_model("test_coatnet", downsample="expand")

@@ -1,4 +1,4 @@
-"""Folders of timm's hub layout and bare files of its weights: read exactly, written for timm, hostile ones refused."""
+"""timm's folders and files of weights: read exactly, written for timm, damaged and hostile ones refused."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def change(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_a_folder_of_timms_gives_timms_logits_names_and_images(written: Path) -> None:
+def test_a_folder_of_timm_gives_the_logits_classes_and_preprocessing_of_timm(written: Path) -> None:
     theirs = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
     bundle = coatnet.load(written)
     images = torch.randn(4, 3, 96, 96)
@@ -56,7 +56,7 @@ def test_a_folder_of_timms_gives_timms_logits_names_and_images(written: Path) ->
 
 
 @pytest.mark.parametrize(("mode", "fraction"), [("center", 0.95), ("center", 0.9), ("squash", 1.0)])
-def test_a_image_looks_to_us_as_it_looks_to_timm(mode: str, fraction: float) -> None:
+def test_preprocessing_equals_that_of_timm(mode: str, fraction: float) -> None:
     noise = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8).numpy()
     image = Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
     seen = Preprocessing(resolution=96, crop=mode, crop_fraction=fraction)
@@ -67,7 +67,7 @@ def test_a_image_looks_to_us_as_it_looks_to_timm(mode: str, fraction: float) -> 
     assert (ours - theirs).abs().mean() < 0.01
 
 
-def test_what_is_written_for_timm_gives_the_same_logits_there(written: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_written_for_timm_gives_the_same_logits_in_timm(written: Path, tmp_path: Path, capsys) -> None:
     bundle = coatnet.load(written)
     bundle.save(tmp_path / "bundle")
     assert main(["export", str(tmp_path / "bundle"), "--format", "timm", "--out", str(tmp_path / "out")]) == 0
@@ -82,7 +82,7 @@ def test_what_is_written_for_timm_gives_the_same_logits_there(written: Path, tmp
     assert (again.classes, again.preprocessing) == (bundle.classes, bundle.preprocessing)
 
 
-def test_a_bundle_keeps_a_network_of_timms(written: Path, tmp_path: Path) -> None:
+def test_a_bundle_stores_a_network_of_timm(written: Path, tmp_path: Path) -> None:
     bundle = coatnet.load(written)
     bundle.save(tmp_path / "bundle")
     again, images = coatnet.load(tmp_path / "bundle"), torch.randn(2, 3, 96, 96)
@@ -90,14 +90,14 @@ def test_a_bundle_keeps_a_network_of_timms(written: Path, tmp_path: Path) -> Non
         assert torch.equal(again.model(images), bundle.model(images))
 
 
-def test_a_bare_file_needs_its_architecture(copied: Path) -> None:
+def test_a_file_of_weights_needs_its_architecture(copied: Path) -> None:
     with pytest.raises(UserError, match="does not say what network"):
         coatnet.load(copied / "model.safetensors")
     with pytest.raises(UserError, match="did you mean 'test_coatnet'"):
         coatnet.load(copied / "model.safetensors", architecture="tests_coatnet")
 
 
-def test_a_bare_file_takes_its_images_from_the_tag(tmp_path: Path) -> None:
+def test_a_file_of_weights_gets_its_preprocessing_from_the_tag(tmp_path: Path) -> None:
     model = timm.create_model("coatnet_bn_0_rw_224", num_classes=3).eval()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
     bundle = coatnet.load(tmp_path / "weights.safetensors", architecture="coatnet_bn_0_rw_224.sw_in1k")
@@ -108,7 +108,7 @@ def test_a_bare_file_takes_its_images_from_the_tag(tmp_path: Path) -> None:
         torch.testing.assert_close(bundle.model(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_imagenet_is_named_in_words(tmp_path: Path) -> None:
+def test_imagenet_classes_are_words(tmp_path: Path) -> None:
     model = timm.create_model("test_coatnet")
     save_for_hf(model, str(tmp_path / "1k"), safe_serialization=True)
     classes = coatnet.load(tmp_path / "1k").classes
@@ -147,8 +147,8 @@ def test_a_pickle_that_runs_code_does_not_run(copied: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "coatnet_9_rw_224"}, "architecture 'coatnet_9_rw_224' is no CoAtNet of timm's"),
-        ({"architecture": "resnet50"}, "no CoAtNet of timm's"),
+        ({"architecture": "coatnet_9_rw_224"}, "architecture 'coatnet_9_rw_224' is not a CoAtNet of timm"),
+        ({"architecture": "resnet50"}, "not a CoAtNet of timm"),
         ({"architecture": 7}, "architecture is 7"),
         ({"num_classes": 6}, "head.fc.weight is F32"),
         ({"num_classes": 10**12}, "num_classes is 10"),
@@ -160,7 +160,7 @@ def test_a_pickle_that_runs_code_does_not_run(copied: Path, tmp_path: Path) -> N
         ({"pretrained_cfg": {"input_size": [3, 96, 96]}}, "crop_pct is missing"),
     ],
 )
-def test_a_config_that_lies_is_refused(copied: Path, changes: dict[str, object], message: str) -> None:
+def test_a_wrong_config_is_refused(copied: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         coatnet.load(change(copied, **changes))
     assert "\n" not in str(refused.value)
@@ -198,7 +198,7 @@ def test_half_precision_is_read_as_single(copied: Path) -> None:
     assert torch.equal(bundle.model.head.norm.weight, halves["norm.weight"].float())
 
 
-def test_a_row_of_the_papers_is_not_written_for_timm(tmp_path: Path, capsys) -> None:
+def test_a_variant_of_the_paper_is_not_written_for_timm(tmp_path: Path, capsys) -> None:
     model = coatnet.create_model("coatnet-femto-64", num_classes=2, resolution=28).eval()
     Bundle(model, ("ant", "bee"), Preprocessing(resolution=28)).save(tmp_path / "bundle")
     code = main(["export", str(tmp_path / "bundle"), "--format", "timm", "--out", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""Onto the hub and back, with the real huggingface_hub and a server on loopback; every call is a new process."""
+"""Uploads, with the real huggingface_hub and a server on loopback; every call is a new process."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 ANA, BEN = {"HF_TOKEN": "hf_ana"}, {"HF_TOKEN": "hf_ben"}
 
 
-def test_what_is_uploaded_downloads_with_the_same_bytes(hub, client, model):
+def test_an_upload_downloads_with_the_same_bytes(hub, client, model):
     (model / "notes.txt").write_text("stays here")
     assert client("upload", str(model), "ana/cats", environment=ANA) == f"{hub.endpoint}/ana/cats"
     repository = hub.repositories["ana/cats"]
@@ -21,7 +21,7 @@ def test_what_is_uploaded_downloads_with_the_same_bytes(hub, client, model):
         assert (folder / name).read_bytes() == (model / name).read_bytes()
 
 
-def test_a_second_upload_sends_what_has_changed(hub, client, model):
+def test_a_second_upload_sends_only_changed_files(hub, client, model):
     client("upload", str(model), "ana/cats", environment=ANA)
     hub.log.clear()
     (model / "README.md").write_text("---\nlibrary_name: coatnet\n---\n\nbetter\n")
@@ -32,7 +32,7 @@ def test_a_second_upload_sends_what_has_changed(hub, client, model):
     assert len(list(repository.folder.iterdir())) == 2
 
 
-def test_a_branch_is_made_and_the_others_stay_as_they_are(hub, client, model):
+def test_a_new_branch_leaves_the_others_unchanged(hub, client, model):
     main = hub.add("ana/cats", model)
     (model / "config.json").write_text("{}")
     page = client("upload", str(model), "ana/cats", branch="bigger", environment=ANA)
@@ -52,7 +52,7 @@ def test_private_means_private(hub, client, refused, model):
     assert hub.repositories["ana/open"].branches == {"main": commit}
 
 
-def test_who_may_not_write_is_told_so(hub, refused, model):
+def test_a_missing_write_permission_is_reported(hub, refused, model):
     line = refused("upload", str(model), "ana/cats")
     assert "pushing to ana/cats needs a token that may write; log in with `hf auth login` or set HF_TOKEN" in line
     line = refused("upload", str(model), "ana/cats", environment=BEN)

@@ -1,4 +1,4 @@
-"""Files of weights as the rest of the system meets them."""
+"""File modes of weights."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from coatnet.bundle.weights import write_tensors
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no such modes")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_weights_may_be_read_by_whoever_may_read_other_new_files(tmp_path: Path, umask: int) -> None:
+def test_weights_have_the_file_mode_of_new_files(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         write_tensors({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A finished model in a folder: weights, class names, preprocessing, record; timm's folders and the hub."""
+"""Trained models as folders: weights, class names, preprocessing and record; also timm's folders and the hub."""
 
 from coatnet.bundle.bundle import Bundle as Bundle
 from coatnet.bundle.bundle import load as load

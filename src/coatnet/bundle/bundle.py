@@ -1,4 +1,4 @@
-"""A finished model on disk: weights, class names and preprocessing in one folder that never has to guess."""
+"""A trained model as a folder: weights, class names, preprocessing and record."""
 
 import re
 from collections.abc import Mapping
@@ -9,30 +9,34 @@ from typing import Any
 import torch
 
 from coatnet.bundle.card import model_card
-from coatnet.bundle.config import describe, read_config
-from coatnet.bundle.hub import UnknownRepository, download
+from coatnet.bundle.config import config_json, read_config
+from coatnet.bundle.hub import CARD, CONFIG, WEIGHTS, UnknownRepository, download
 from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
 from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import UserError, nearest
+from coatnet.errors import UserError, few, nearest, one_line
 from coatnet.model.network import CoAtNet
 from coatnet.system.files import atomic_folder, translate_write_errors
 
-FILES = {"model.safetensors", "config.json", "README.md"}
-# "owner/name" of the hub, and a branch, tag or commit behind an "@".
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+FILES = {WEIGHTS, CONFIG, CARD}
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
-    """A model with all it needs to be used and to be believed.
+    """A trained model with everything that is needed to use it.
 
-    `classes[i]` names output i. `preprocessing` is what the model saw when it was measured. `record` holds
-    the recipe and the report as JSON values: read by people, never by code.
+    Attributes:
+        model: the network.
+        classes: name of each output.
+        preprocessing: how images were prepared when the model was evaluated.
+        multilabel: whether an image may have several of the classes, or exactly one.
+        record: recipe and report of the training as JSON values, for people to read; code does not depend on it.
 
     Raises:
-        UserError: the model's outputs are not one a class, or its inputs not what the preprocessing makes.
+        UserError: the number of classes is not that of the model's outputs, a class name occurs twice, or the
+            preprocessing gives another number of channels than the model takes.
     """
 
     model: CoAtNet
@@ -45,41 +49,58 @@ class Bundle:
         if len(self.classes) != self.model.num_classes:
             raise UserError(f"{len(self.classes)} class names for a model of {self.model.num_classes} classes")
         if len(set(self.classes)) != len(self.classes):
-            twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise UserError(f"class {twice!r} is named twice; every output needs a name of its own")
-        made, taken = self.preprocessing.channels, self.model.in_channels
-        if made != taken:
-            raise UserError(f"preprocessing makes {made} channels, the model takes {taken}")
+            duplicate = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise UserError(f"class {duplicate!r} is named twice; every output needs a name of its own")
+        given, expected = self.preprocessing.channels, self.model.in_channels
+        if given != expected:
+            raise UserError(f"preprocessing makes {given} channels, the model takes {expected}")
+
+    def __repr__(self) -> str:
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        kind = "several per image" if self.multilabel else "one per image"
+        seen = self.preprocessing
+        channels = f"{seen.channels} channel{'s' * (seen.channels != 1)}"
+        return (
+            f"Bundle of {one_line(self.model.variant.name)}, {num_parameters:,} parameters\n"
+            f"  classes: {len(self.classes):,}, {kind}: {one_line(few(self.classes))}\n"
+            f"  preprocessing: {seen.resolution} x {seen.resolution} pixels, {channels}, "
+            f"{seen.crop} crop of {seen.crop_fraction:g}, {seen.interpolation}, mean {seen.mean}, std {seen.std}"
+        )
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.safetensors, config.json and README.md, all or nothing; an older bundle is replaced.
+        """Write model.safetensors, config.json and README.md, all or none; an older bundle is replaced.
 
         Raises:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
-        config = describe(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
+        config = config_json(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
         target = Path(folder)
         if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
             raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
         with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
-            write_tensors(self.model.state_dict(), staged / "model.safetensors")
-            (staged / "config.json").write_text(config, encoding="utf-8", errors="backslashreplace")
-            (staged / "README.md").write_text(model_card(self), encoding="utf-8", errors="backslashreplace")
+            write_tensors(self.model.state_dict(), staged / WEIGHTS)
+            (staged / CONFIG).write_text(config, encoding="utf-8", errors="backslashreplace")
+            (staged / CARD).write_text(self.card(), encoding="utf-8", errors="backslashreplace")
         return target
+
+    def card(self) -> str:
+        """The model card, README.md, as Markdown."""
+        return model_card(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
 
 
 def load(source: str | Path, *, architecture: str | None = None, allow_pickle: bool = False) -> Bundle:
-    """A finished model, in evaluation mode; nothing of what is read is executed.
+    """Load a trained model in evaluation mode, without executing anything in its files.
 
     Args:
-        source: a bundle's folder; a folder that timm wrote for the hub; a file of timm's weights; or the id of a
-            repository on the hub, such as "timm/coatnet_0_rw_224.sw_in1k", "@" and a revision behind it if need be.
-        architecture: timm's name of the network in a bare file, such as "coatnet_0_rw_224".
-        allow_pickle: read weights of `torch.save` too, tensors only, where there is no safetensors file.
+        source: the folder of a bundle; the folder of a run, for its bundle; a folder that timm wrote for the hub; a
+            file of timm's weights; or the id of a model on the Hugging Face hub, such as
+            "timm/coatnet_0_rw_224.sw_in1k", with "@" and a revision after it if wanted.
+        architecture: timm's name of the network, such as "coatnet_0_rw_224", if `source` is a file of weights.
+        allow_pickle: also read weights of `torch.save` (only tensors) if there is no safetensors file.
 
     Raises:
         UserError: there is no model, or a key or tensor of it is missing, unknown or out of bounds; the message
-            names it. Sizes are compared with the file before memory is taken.
+            names it. Shapes are checked before memory is taken.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -88,37 +109,50 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
                 f"{path} is a file, which does not say what network it is for: give a bundle (a folder with "
                 "model.safetensors and config.json), or for weights of timm's the architecture"
             )
-        return _bundle(read_timm_file(path, architecture, allow_pickle=allow_pickle))
-    if not path.exists() and (id_and_revision := HUB_ID.fullmatch(str(source))):
-        path = _download(id_and_revision[1], id_and_revision[2], allow_pickle)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a bundle: {_why_not(path)}")
+        return _from_timm(read_timm_file(path, architecture, allow_pickle=allow_pickle))
+    path = _find_folder(path) if path.exists() else _download(str(source), allow_pickle)
     if is_timm_folder(path):
-        return _bundle(read_timm_folder(path, allow_pickle=allow_pickle))
-    if not (path / "model.safetensors").is_file():
-        raise UserError(f"{path} is not a bundle: {_why_not(path)}")
-    config = read_config(path / "config.json")
+        return _from_timm(read_timm_folder(path, allow_pickle=allow_pickle))
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} is not a bundle: a bundle holds {WEIGHTS} and {CONFIG}")
+    config = read_config(path / CONFIG)
     model = config.build_model()
-    model.load_state_dict(read_tensors(path / "model.safetensors", model.state_dict()), assign=True)
+    model.load_state_dict(read_tensors(path / WEIGHTS, model.state_dict()), assign=True)
     model.to(memory_format=torch.channels_last)
     return Bundle(model.eval(), config.classes, config.preprocessing, config.multilabel, config.record)
 
 
-def _bundle(found: TimmModel) -> Bundle:
+def _from_timm(found: TimmModel) -> Bundle:
     return Bundle(found.model, found.classes, found.preprocessing)
 
 
-def _download(repository: str, revision: str | None, allow_pickle: bool) -> Path:
+def _find_folder(path: Path) -> Path:
+    """Return the folder of the model: `path`, or its bundle if it is the folder of a run."""
+    if (path / CONFIG).is_file():
+        return path
+    if (path / "bundle" / CONFIG).is_file():
+        return path / "bundle"
+    if (path / "recipe.yaml").is_file():
+        raise UserError(
+            f"{path} is a run that has no bundle yet: its training has not finished; run it again to resume"
+        )
+    raise UserError(f"{path} is not a bundle: a bundle holds {WEIGHTS} and {CONFIG}")
+
+
+def _download(source: str, allow_pickle: bool) -> Path:
+    """Return the local folder of a model on the hub."""
+    path, hub_ids = Path(source).expanduser(), [row.hub_id for row in PRETRAINED.values()]
+    match = HUB_ID.fullmatch(source)
+    if match is None:
+        raise UserError(f"{path} is not a bundle: there is no such folder")
+    repository, revision = match.groups()
+    if path.parent.is_dir() and revision is None and repository not in hub_ids:
+        siblings = [str(folder) for folder in path.parent.iterdir() if folder.is_dir()]
+        raise UserError(
+            f"{path} is not a bundle: there is no such folder{nearest(source, siblings)}; "
+            f"for a model on the Hugging Face hub, write {source}@main"
+        )
     try:
         return download(repository, revision=revision, allow_pickle=allow_pickle)
     except UnknownRepository as error:
-        known = [row.hub_id for row in PRETRAINED.values()]
-        raise UserError(f"{error}{nearest(repository, known, most=3)}; `coatnet models` lists timm's") from None
-
-
-def _why_not(folder: Path) -> str:
-    if (folder / "bundle" / "config.json").is_file():
-        return f"the one of this run is {folder / 'bundle'}"
-    if not folder.exists():
-        return "there is no such folder"
-    return "a bundle holds model.safetensors and config.json"
+        raise UserError(f"{error}{nearest(repository, hub_ids, most=3)}; `coatnet models` lists timm's") from None

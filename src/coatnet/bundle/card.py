@@ -1,55 +1,59 @@
-"""The README.md of a bundle: what the model is, how good it is, how to use it, how it was made."""
-
-from __future__ import annotations
+"""The model card, README.md: what the model is, how good it is, how to use it, how it was trained."""
 
 import html
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    from coatnet.bundle import Bundle
+from coatnet.data.transforms import Preprocessing
+from coatnet.model.network import CoAtNet
 
-_MOST_NAMES = 100
+_MAX_CLASS_NAMES = 100
 
 
-def model_card(bundle: Bundle) -> str:
-    """The card as Markdown with the front matter that the Hugging Face hub reads."""
-    model, seen = bundle.model, bundle.preprocessing
+def model_card(
+    model: CoAtNet,
+    classes: tuple[str, ...],
+    preprocessing: Preprocessing,
+    multilabel: bool,
+    record: Mapping[str, Any],
+) -> str:
+    """The model card as Markdown with the front matter that the Hugging Face hub reads."""
+    seen = preprocessing
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    kind = "any number of the labels" if bundle.multilabel else "one of the classes"
+    kind = "any number of the labels" if multilabel else "one of the classes"
     front = {
         "library_name": "coatnet",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "coatnet"],
     }
-    names = ", ".join(map(_text, bundle.classes[:_MOST_NAMES]))
-    more = len(bundle.classes) - _MOST_NAMES
-    crop = "the middle" if seen.crop == "center" else "the whole image, squashed to a square"
+    names = ", ".join(map(_text, classes[:_MAX_CLASS_NAMES]))
+    more = len(classes) - _MAX_CLASS_NAMES
+    crop = "the center" if seen.crop == "center" else "the whole image, squashed to a square"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_text(model.variant.name)}: {len(bundle.classes):,} classes",
+        f"# {_text(model.variant.name)}: {len(classes):,} classes",
         f"A CoAtNet of {parameters / 1e6:,.2f} M parameters that gives an image {kind} below.",
-        _figures(bundle.record.get("report")),
+        _figures(record.get("report")),
         "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder image.jpg\n```\n\n"
         '```python\nimport coatnet\n\nbundle = coatnet.load("path/to/this/folder")\n'
         "bundle.model, bundle.classes, bundle.preprocessing\n```",
-        f"## What it sees\n\n{crop[0].upper() + crop[1:]}, {seen.resolution} x {seen.resolution} pixels, "
+        f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.resolution} x {seen.resolution} pixels, "
         f"{seen.channels} channel{'s' * (seen.channels != 1)}, {seen.interpolation} interpolation, "
         f"crop fraction {seen.crop_fraction:g}, "
         f"mean {list(seen.mean)}, standard deviation {list(seen.std)} (pixels in 0..1).",
-        f"## What it tells apart\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
-        _recipe(bundle.record.get("recipe")),
+        f"## Classes\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
+        _recipe(record.get("recipe")),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _figures(report: Mapping[str, Any] | None) -> str:
-    """The measured figures, as fractions, with their intervals."""
+    """The figures of the report, as fractions, with their confidence intervals."""
     if not report:
-        return "It has not been measured."
+        return "It has not been evaluated."
     rows = []
     for name, value in report["figures"].items():
         interval = report["intervals"].get(name)
@@ -65,9 +69,9 @@ def _recipe(recipe: Mapping[str, Any] | None) -> str:
         return ""
     plain = json.loads(json.dumps(recipe))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    return f"## How it was made\n\nThe recipe, which `coatnet train --config` repeats:\n\n```yaml\n{text}```"
+    return f"## How it was trained\n\nThe recipe, which `coatnet train --config` repeats:\n\n```yaml\n{text}```"
 
 
 def _text(text: str) -> str:
-    """Class names come from folders: no line breaks, no markup."""
+    """Escape text that comes from folder names: no line breaks, no markup."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`").replace("*", "\\*")

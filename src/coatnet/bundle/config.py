@@ -1,9 +1,10 @@
-"""config.json: what a bundle says about itself, read as if by a stranger.
+"""config.json: what a bundle says about itself, validated as untrusted input.
 
-The schema is a superset of the one that timm publishes on the Hugging Face hub (save_config_for_hf).
+The schema extends the one that timm writes for the Hugging Face hub (`save_config_for_hf`).
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-from coatnet.bundle.json_validation import read_preprocessing, read_table
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.network import CoAtNet, create_model
@@ -21,12 +21,75 @@ from coatnet.model.network import CoAtNet, create_model
 FORMAT = 1
 _KEYS = {"format", "architecture", "num_classes", "num_features", "model_args", "multilabel"}
 _KEYS |= {"pretrained_cfg", "record"}
-_MOST_STAGES = 16
+# Bounds for untrusted files: far above what is sensible, far below what exhausts memory.
+_MAX_VALUES = {"num_classes": 1_000_000, "in_channels": 1_024, "resolution": 16_384}
+_MAX_STAGES = 16
+_MAX_FILE_BYTES = 64_000_000
+
+
+class JsonObject:
+    """A JSON object whose values are read by key and checked for their type and bounds.
+
+    Raises:
+        UserError: from every method, if a value is missing or not as asked; the message names file and key.
+    """
+
+    def __init__(self, values: Any, path: Path) -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: not a JSON object but {short(values)}")
+        self.values: dict[str, Any] = values
+        self.path = path
+
+    @classmethod
+    def read(cls, path: Path) -> "JsonObject":
+        """Read the JSON object in a file."""
+        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+            raise UserError(f"{path}: {size:,} bytes; a config.json has at most {_MAX_FILE_BYTES:,}")
+        try:
+            values = json.loads(path.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON: {error}") from None
+        return cls(values, path)
+
+    def refuse(self, key: str, expected: str) -> None:
+        """Raise UserError for the value of a key."""
+        raise UserError(f"{self.path}: {key} is {short(self.values[key])}; it must be {expected}")
+
+    def get(self, key: str, kind: type) -> Any:
+        """The value of a key, of the type `kind`."""
+        if key not in self.values:
+            raise UserError(f"{self.path}: {key} is missing")
+        if not _is_a(self.values[key], kind):
+            self.refuse(key, f"of type {kind.__name__}")
+        return self.values[key]
+
+    def get_object(self, key: str) -> "JsonObject":
+        """The JSON object of a key."""
+        return JsonObject(self.get(key, dict), self.path)
+
+    def get_count(self, key: str) -> int:
+        """The whole number of a key, from 1 to the bound of that key."""
+        if not 1 <= self.get(key, int) <= _MAX_VALUES[key]:
+            self.refuse(key, f"from 1 to {_MAX_VALUES[key]:,}")
+        return self.values[key]
+
+    def get_list(self, key: str, kind: type) -> tuple[Any, ...]:
+        """The items of the list of a key, all of the type `kind`."""
+        if not all(_is_a(item, kind) for item in self.get(key, list)):
+            self.refuse(key, f"a list of type {kind.__name__}")
+        return tuple(kind(item) for item in self.values[key])
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Return whether a JSON value has a type: bools are not numbers, integers are floats, NaN and infinity are not."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 @dataclass(frozen=True)
 class Config:
-    """The checked contents of a config.json."""
+    """The validated contents of a config.json."""
 
     path: Path
     model_args: dict[str, Any]
@@ -36,7 +99,7 @@ class Config:
     record: dict[str, Any]
 
     def build_model(self) -> CoAtNet:
-        """The network without weights, on the meta device: no memory is taken yet."""
+        """Create the network on the meta device, without memory for its weights."""
         try:
             with torch.device("meta"):
                 return create_model(**self.model_args)
@@ -47,7 +110,7 @@ class Config:
             raise UserError(f"{self.path}: model_args describe no network: {reason}") from None
 
 
-def describe(
+def config_json(
     model: CoAtNet,
     classes: tuple[str, ...],
     preprocessing: Preprocessing,
@@ -78,47 +141,65 @@ def describe(
 
 
 def readable_json(values: Mapping[str, Any]) -> str:
-    """JSON with a key a line and a list of numbers a line; NaN and infinity are refused."""
+    """Format as JSON with one key per line and lists of numbers on one line. Raises ValueError for NaN and infinity."""
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
-    # A line break right behind a bracket is never inside a string: there it would be escaped.
+    # A line break directly after a bracket is never inside a string, where it would be escaped.
     return re.sub(r'\[\n[^\[\]{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 def read_config(path: Path) -> Config:
-    """The checked contents of the file.
+    """Read and validate a config.json.
 
     Raises:
         UserError: a key is missing, unknown, of the wrong type or out of bounds; the message names it.
     """
-    config = read_table(path)
+    config = JsonObject.read(path)
     unknown = sorted(config.values.keys() - _KEYS)
     if unknown:
         raise UserError(f"{path}: unknown key {short(unknown[0])}; a bundle has {', '.join(sorted(_KEYS))}")
-    if config.take("format", int) != FORMAT:
+    if config.get("format", int) != FORMAT:
         raise UserError(
             f"{path}: format {config.values['format']}; this coatnet reads format {FORMAT}, try a newer one"
         )
 
-    num_classes = config.whole("num_classes")
-    model_args = config.table("model_args")
-    variant = model_args.table("variant")
-    if "stages" in variant.values and len(variant.take("stages", list)) > _MOST_STAGES:
-        raise UserError(f"{path}: stages: {len(variant.values['stages'])}; a network has at most {_MOST_STAGES}")
-    if variant.take("name", str) != config.take("architecture", str):
-        raise UserError(f"{path}: architecture {config.values['architecture']!r} is not the model_args' variant")
+    num_classes = config.get_count("num_classes")
+    model_args = config.get_object("model_args")
+    variant = model_args.get_object("variant")
+    if "stages" in variant.values and len(variant.get("stages", list)) > _MAX_STAGES:
+        raise UserError(f"{path}: stages: {len(variant.values['stages'])}; a network has at most {_MAX_STAGES}")
+    if variant.get("name", str) != config.get("architecture", str):
+        raise UserError(f"{path}: architecture {config.values['architecture']!r} is not the variant of model_args")
     arguments = {
         "variant": variant.values,
         "num_classes": num_classes,
-        "in_channels": model_args.whole("in_channels"),
-        "resolution": model_args.whole("resolution"),
+        "in_channels": model_args.get_count("in_channels"),
+        "resolution": model_args.get_count("resolution"),
     }
     for name in sorted(model_args.values.keys() - arguments.keys()):
         raise UserError(f"{path}: unknown key {short(name)} in model_args; it has {', '.join(sorted(arguments))}")
 
-    seen = config.table("pretrained_cfg")
-    classes = seen.items("label_names", str)
+    pretrained_cfg = config.get_object("pretrained_cfg")
+    classes = pretrained_cfg.get_list("label_names", str)
     if len(classes) != num_classes:
         raise UserError(f"{path}: label_names has {len(classes)} names for num_classes {num_classes}")
-    preprocessing = read_preprocessing(seen)
-    record = config.take("record", dict)
-    return Config(path, arguments, classes, preprocessing, config.take("multilabel", bool), record)
+    preprocessing = read_preprocessing(pretrained_cfg)
+    return Config(path, arguments, classes, preprocessing, config.get("multilabel", bool), config.get("record", dict))
+
+
+def read_preprocessing(pretrained_cfg: JsonObject) -> Preprocessing:
+    """Read the preprocessing from a "pretrained_cfg". Raises UserError if a value is wrong."""
+    size = pretrained_cfg.get_list("input_size", int)
+    try:
+        preprocessing = Preprocessing(
+            resolution=size[-1] if size else 0,
+            crop=pretrained_cfg.get("crop_mode", str),
+            crop_fraction=pretrained_cfg.get("crop_pct", float),
+            interpolation=pretrained_cfg.get("interpolation", str),
+            mean=pretrained_cfg.get_list("mean", float),
+            std=pretrained_cfg.get_list("std", float),
+        )
+    except UserError as error:
+        raise UserError(f"{pretrained_cfg.path}: pretrained_cfg: {error}") from None
+    if size != (preprocessing.channels, preprocessing.resolution, preprocessing.resolution):
+        pretrained_cfg.refuse("input_size", f"[{preprocessing.channels} (as many as mean), side, side]")
+    return preprocessing

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: the two files of one, in the local cache, as the hub says they are."""
+"""Download models from the Hugging Face hub into its local cache, checked, and upload bundles to it."""
 
 import hashlib
 import os
@@ -10,50 +10,53 @@ from pathlib import Path
 from coatnet.errors import UserError, first_line
 from coatnet.version import __version__
 
-CONFIG, WEIGHTS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
-ASKING = {"library_name": "coatnet", "library_version": __version__}
-# Seconds. Without a limit of ours, huggingface_hub waits for a firewall that answers nothing until the system gives up.
-_PATIENCE = 10
+CONFIG, WEIGHTS, CARD, PICKLE = "config.json", "model.safetensors", "README.md", "pytorch_model.bin"
+_CLIENT = {"library_name": "coatnet", "library_version": __version__}
+# Without it, huggingface_hub waits for the system's limit when a firewall drops packets, which takes minutes.
+_TIMEOUT_SECONDS = 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class UnknownRepository(UserError):
-    """The hub has no model of this name, or none that it shows to this person."""
+    """The hub has no model of this name, or the user may not see it."""
 
 
 def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """The local folder with the config.json and the model.safetensors of `owner/name`.
+    """Download config.json and model.safetensors of a model, both of one commit, and return their local folder.
 
-    `revision` is a branch, a tag or a full commit hash; both files are of one commit. What is in the cache is not
-    fetched again, and a hub out of reach is replaced by the cache. A file that the hub keeps under git-LFS is held to
-    its SHA-256 each time; only a cache without symbolic links, offline, has none to hold it to. With `allow_pickle`,
-    a repository without model.safetensors gives its pytorch_model.bin instead.
+    Cached files are not downloaded again, and without a connection the cache alone is used. The SHA-256 of a file that
+    the hub keeps under git-LFS is checked each time, except offline in a cache without symbolic links, which has none.
+
+    Args:
+        repo_id: "owner/name".
+        revision: branch, tag or full commit hash; the main branch if None.
+        allow_pickle: download pytorch_model.bin if there is no model.safetensors.
 
     Raises:
         UnknownRepository: there is no such model, or it is private.
         UserError: the name is malformed, the model gated, the revision unknown, the weights missing, a pickle or
-            damaged; the hub out of reach and the model not in the cache; huggingface_hub not installed.
+            damaged; the hub is unreachable and the model not in the cache; huggingface_hub is not installed.
     """
-    require_huggingface_hub()
+    _require_huggingface_hub()
     from huggingface_hub import HfApi, errors, hf_hub_download
 
-    with explained(repo_id, revision):
+    with _translate_errors(repo_id, revision):
         try:
-            api = HfApi(**ASKING)
-            listing = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_PATIENCE)
+            api = HfApi(**_CLIENT)
+            listing = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS)
         except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-            reason = _why_out_of_reach(error)
+            reason = _why_unreachable(error)
             if reason is None:
                 raise
             folder, weights = _find_in_cache(repo_id, revision, allow_pickle, reason)
             digests = {}
         else:
             files = {file.rfilename: file.lfs for file in listing.siblings or ()}
-            weights = _choose(repo_id, files, allow_pickle)
-            # Not snapshot_download: it draws its bar into pipes too, and for what is in the cache already.
-            config = hf_hub_download(repo_id, CONFIG, revision=revision, **ASKING)
-            folder = Path(config).parent  # its name is the commit that the revision stood for
-            hf_hub_download(repo_id, weights, revision=folder.name, **ASKING)
+            weights = _choose_weights(repo_id, files, allow_pickle)
+            # Not snapshot_download, which draws a progress bar into pipes too, and for cached files.
+            config = hf_hub_download(repo_id, CONFIG, revision=revision, **_CLIENT)
+            folder = Path(config).parent  # named after the commit of the revision
+            hf_hub_download(repo_id, weights, revision=folder.name, **_CLIENT)
             listed = {name: lfs.sha256 for name, lfs in files.items() if lfs}
             digests = listed if folder.name == listing.sha else {}
     for name in (CONFIG, weights):
@@ -61,8 +64,66 @@ def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = 
     return folder
 
 
-def require_huggingface_hub() -> None:
-    """Raises UserError if it is not installed. It reads its HF_... environment variables when first imported."""
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    branch: str | None = None,
+    message: str = "Upload a model of coatnet",
+) -> str:
+    """Upload a bundle's weights, config and card in one commit, and return the address of its page.
+
+    The repository and the branch are created if they do not exist; files that the hub has already are not sent again.
+    Needs a token with write access: `hf auth login` or HF_TOKEN.
+
+    Args:
+        folder: the folder of a bundle.
+        repo_id: "owner/name".
+        private: make a new repository private.
+        branch: the main branch if None.
+        message: of the commit.
+
+    Raises:
+        UserError: the folder is not a bundle; there is no token, or it may not write there; `private` was asked for
+            and the repository is public; the hub is unreachable; huggingface_hub is not installed.
+    """
+    files = {name: Path(folder) / name for name in (WEIGHTS, CONFIG, CARD)}
+    for name, path in files.items():
+        if not path.is_file():
+            raise UserError(f"{folder} is not a bundle: it has no {name}; a bundle holds {', '.join(files)}")
+    _require_huggingface_hub()
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+
+    token = get_token()
+    if token is None:
+        raise UserError(
+            f"pushing to {repo_id} needs a token that may write; log in with `hf auth login` or set HF_TOKEN "
+            f"(tokens are made at {constants.ENDPOINT}/settings/tokens)"
+        )
+    api = HfApi(token=token, **_CLIENT)
+    with _translate_errors(repo_id, branch):
+        try:
+            # None keeps the default of the owner, which may be private.
+            page = api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if private and not api.model_info(page.repo_id).private:
+                raise UserError(
+                    f"{repo_id} exists and is public; make it private at {page}/settings, or push elsewhere"
+                )
+            if branch:
+                api.create_branch(page.repo_id, branch=branch, exist_ok=True)
+            operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            api.create_commit(page.repo_id, operations, commit_message=message, revision=branch)
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403, 404):
+                raise
+            reason = first_line(error.server_message or error)
+            raise UserError(f"the token may not write to {repo_id}: {reason}") from error
+    return f"{page}/tree/{branch}" if branch else str(page)
+
+
+def _require_huggingface_hub() -> None:
+    """Raise UserError if huggingface_hub is not installed."""
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
@@ -70,11 +131,11 @@ def require_huggingface_hub() -> None:
 
 
 @contextmanager
-def explained(repo_id: str, revision: str | None) -> Iterator[None]:
-    """What huggingface_hub raises inside the block becomes one line for the person at the keyboard."""
+def _translate_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Translate the errors of huggingface_hub inside the block to UserError."""
     from huggingface_hub import constants, errors
 
-    home = constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     try:
         yield
     except UserError:
@@ -85,9 +146,9 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
             "such as timm/coatnet_0_rw_224.sw_in1k"
         ) from error
     except errors.GatedRepoError as error:
-        raise UserError(f"{repo_id} is gated ({_log_in()}); ask for access at {home}/{repo_id}") from error
+        raise UserError(f"{repo_id} is gated ({_log_in()}); ask for access at {endpoint}/{repo_id}") from error
     except errors.RepositoryNotFoundError as error:
-        raise UnknownRepository(f"{home} has no model {repo_id!r}, or it is private ({_log_in()})") from error
+        raise UnknownRepository(f"{endpoint} has no model {repo_id!r}, or it is private ({_log_in()})") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
             f"{repo_id} has no revision {revision!r}; give a branch, a tag or a full commit hash"
@@ -96,10 +157,10 @@ def explained(repo_id: str, revision: str | None) -> Iterator[None]:
         status = error.response.status_code
         hint = "the token is not accepted; log in with `hf auth login` or set HF_TOKEN anew"
         reason = hint if status == 401 else first_line(error.server_message or error)
-        raise UserError(f"{repo_id}: {home} answers {status}: {reason}") from error
+        raise UserError(f"{repo_id}: {endpoint} answers {status}: {reason}") from error
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = first_line(error.__cause__ or error)
-        raise UserError(f"{repo_id}: the exchange with {home} failed: {reason}; try again") from error
+        raise UserError(f"{repo_id}: the exchange with {endpoint} failed: {reason}; try again") from error
 
 
 def _log_in() -> str:
@@ -108,8 +169,8 @@ def _log_in() -> str:
     return "your token does not open it" if get_token() else "log in with `hf auth login` or set HF_TOKEN"
 
 
-def _why_out_of_reach(error: Exception) -> str | None:
-    """Why the hub gave no answer; None if it gave one."""
+def _why_unreachable(error: Exception) -> str | None:
+    """Why the hub could not be reached; None if it answered."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
@@ -121,26 +182,26 @@ def _why_out_of_reach(error: Exception) -> str | None:
 
 
 def _find_in_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: str) -> tuple[Path, str]:
-    """The folder of the cache and the name of the weights in it."""
+    """Return the folder of a cached model and the name of its weights."""
     from huggingface_hub import constants, errors, hf_hub_download
 
     try:
         folder = Path(hf_hub_download(repo_id, CONFIG, revision=revision, local_files_only=True)).parent
-        held = {name: None for name in (CONFIG, WEIGHTS, PICKLE) if (folder / name).is_file()}
+        cached = {name: None for name in (CONFIG, WEIGHTS, PICKLE) if (folder / name).is_file()}
     except errors.LocalEntryNotFoundError:
-        folder, held = Path(), {}
-    if not held.keys() & {WEIGHTS, PICKLE}:
+        folder, cached = Path(), {}
+    if not cached.keys() & {WEIGHTS, PICKLE}:
         model = f"{repo_id} at revision {revision}" if revision else repo_id
         option = f" --revision {revision}" if revision else ""
         raise UserError(
             f"{model} is not in the cache at {constants.HF_HUB_CACHE}, and {reason}; "
             f"once online, run `hf download {repo_id} {CONFIG} {WEIGHTS}{option}`"
         )
-    return folder, _choose(repo_id, held, allow_pickle)
+    return folder, _choose_weights(repo_id, cached, allow_pickle)
 
 
-def _choose(repo_id: str, files: Mapping[str, object], allow_pickle: bool) -> str:
-    """The file of weights to take from a repository with these files."""
+def _choose_weights(repo_id: str, files: Mapping[str, object], allow_pickle: bool) -> str:
+    """Return the name of the weights to download from a repository with these files."""
     if CONFIG not in files:
         raise UserError(f"{repo_id} has no {CONFIG}, so it is neither a bundle nor a model of timm's")
     if WEIGHTS in files:
@@ -156,21 +217,21 @@ def _choose(repo_id: str, files: Mapping[str, object], allow_pickle: bool) -> st
 
 
 def _verify(repo_id: str, path: Path, digests: Mapping[str, str]) -> None:
-    """Raises UserError if the file is not the one that the hub announced.
+    """Raise UserError if the SHA-256 of a file is not the one that the hub announced.
 
-    The cache names a file by its ETag, which is the SHA-256 of what is kept under git-LFS, and a snapshot links to
-    it. Only the first link counts: a second one leads to a name of another kind (a blob that repositories share).
-    Where the name is none of that sort, the checksum is the one that the hub lists, if it was asked.
+    A snapshot in the cache links to a file named after its ETag, which is the SHA-256 of files under git-LFS. Only the
+    first link counts: a second one leads to a blob that repositories share. If the name is no SHA-256, the one that the
+    hub listed is used, if it was reached.
     """
-    announced = Path(os.readlink(path)).name if path.is_symlink() else ""
-    if not _SHA256.fullmatch(announced):
-        announced = digests.get(path.name, "")
-    if not announced:
+    expected = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if not _SHA256.fullmatch(expected):
+        expected = digests.get(path.name, "")
+    if not expected:
         return
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != announced:
+    if found != expected:
         raise UserError(
-            f"{repo_id}: {path.name} is damaged: its SHA-256 is {found}, the hub's is {announced}; "
+            f"{repo_id}: {path.name} is damaged: its SHA-256 is {found}, the hub's is {expected}; "
             f"delete {path.resolve()} and try again"
         )

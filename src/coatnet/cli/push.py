@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     """Publish a trained model and print its address."""
     given = parse_arguments(arguments)
     from coatnet.bundle import load
-    from coatnet.bundle.upload import upload
+    from coatnet.bundle.hub import upload
 
     load(given.bundle)  # a damaged bundle is not published
     print(upload(Path(given.bundle), given.repository, private=given.private))

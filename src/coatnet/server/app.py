@@ -22,7 +22,6 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from coatnet.bundle.card import model_card
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
@@ -199,7 +198,7 @@ def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, An
         "precision": predictor.engine.precision,
         "num_parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
         "max_bytes": max_bytes,
-        "card": model_card(bundle),
+        "card": bundle.card(),
     }
 
 

@@ -1,1 +1,1 @@
-"""timm's pretrained CoAtNets: which there are, their folders and files, and which tensor is which of ours."""
+"""timm's pretrained CoAtNets: their catalog, their tensor names, and the folders that timm reads and writes."""

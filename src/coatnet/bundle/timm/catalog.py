@@ -1,4 +1,4 @@
-"""The pretrained CoAtNets that timm publishes: hub ids, ImageNet-1k accuracy, and what their images look like.
+"""The pretrained CoAtNets that timm publishes: hub ids, ImageNet-1k accuracies and preprocessing.
 
 Source: timm 1.0.31 (`default_cfgs`) and its results on ImageNet-1k validation, at the resolution in the name.
 """
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from coatnet.data.transforms import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SEEN_AT_224 = Preprocessing(crop_fraction=0.95)  # bicubic, mean and deviation 0.5
-SEEN_BY_NANO = Preprocessing(crop_fraction=0.9)
+PREPROCESSING_224 = Preprocessing(crop_fraction=0.95)  # bicubic, mean and standard deviation 0.5
+PREPROCESSING_NANO = Preprocessing(crop_fraction=0.9)
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """One checkpoint. `top1` and `top5` are fractions on ImageNet-1k, None for the heads of ImageNet-12k."""
+    """A checkpoint; `top1` and `top5` are fractions on ImageNet-1k, None for classifiers of ImageNet-12k."""
 
     name: str
     top1: float | None = None
     top5: float | None = None
-    preprocessing: Preprocessing = field(default=SEEN_AT_224)
+    preprocessing: Preprocessing = field(default=PREPROCESSING_224)
 
     @property
     def architecture(self) -> str:
@@ -30,7 +30,7 @@ class Pretrained:
         return f"timm/{self.name}"
 
 
-_ROWS = (
+_CHECKPOINTS = (
     Pretrained(
         "coatnet_rmlp_2_rw_384.sw_in12k_ft_in1k",
         0.87388,
@@ -50,17 +50,17 @@ _ROWS = (
         0.96194,
         Preprocessing(crop_fraction=0.95, mean=IMAGENET_MEAN, std=IMAGENET_STD),
     ),
-    Pretrained("coatnet_rmlp_nano_rw_224.sw_in1k", 0.82064, 0.95874, SEEN_BY_NANO),
-    Pretrained("coatnext_nano_rw_224.sw_in1k", 0.81998, 0.95888, SEEN_BY_NANO),
-    Pretrained("coatnet_nano_rw_224.sw_in1k", 0.81704, 0.95650, SEEN_BY_NANO),
+    Pretrained("coatnet_rmlp_nano_rw_224.sw_in1k", 0.82064, 0.95874, PREPROCESSING_NANO),
+    Pretrained("coatnext_nano_rw_224.sw_in1k", 0.81998, 0.95888, PREPROCESSING_NANO),
+    Pretrained("coatnet_nano_rw_224.sw_in1k", 0.81704, 0.95650, PREPROCESSING_NANO),
     Pretrained("coatnet_2_rw_224.sw_in12k"),
     Pretrained("coatnet_3_rw_224.sw_in12k"),
     Pretrained("coatnet_rmlp_1_rw2_224.sw_in12k"),
     Pretrained("coatnet_rmlp_2_rw_224.sw_in12k"),
 )
-PRETRAINED = {row.name: row for row in _ROWS}
+PRETRAINED = {row.name: row for row in _CHECKPOINTS}
 
 
 def pretrained_of(architecture: str) -> list[Pretrained]:
     """The checkpoints of an architecture, the most accurate first."""
-    return [row for row in _ROWS if row.architecture == architecture]
+    return [row for row in _CHECKPOINTS if row.architecture == architecture]

@@ -1,7 +1,7 @@
-"""Which tensor of timm's is which of ours, both ways; nothing is lost, so a round trip is the identity.
+"""Convert the state of a network between our tensor names and layouts and timm's, without loss.
 
-Source: timm 1.0.31, the state of the constructed networks. A stage of ours without a stride goes on where the one
-before it stops, and is one with it to timm.
+Source: timm 1.0.31, the state of the networks that it constructs. A stage of ours without a stride is, for timm, the
+rest of the stage before it.
 """
 
 import re
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coatnet.model.config import Architecture
 from coatnet.model.network import CoAtNet
 from coatnet.model.timm.config import TimmVariant
 
@@ -57,7 +56,7 @@ LEAVES = {"table": "relative_position_bias_table", "gain": "gamma"}
 
 @dataclass(frozen=True)
 class Counterpart:
-    """One tensor under both names, and the way from one to the other."""
+    """The names of a tensor in both states, and the conversions of its layout."""
 
     ours: str
     theirs: str
@@ -66,72 +65,76 @@ class Counterpart:
 
 
 def counterparts(model: CoAtNet) -> list[Counterpart]:
-    """Every tensor in the state of a network of timm's."""
-    row = model.variant
-    assert isinstance(row, TimmVariant)
-    places, found = _timm_places(row), []
+    """The counterparts of all tensors of a network with a `TimmVariant`."""
+    variant = model.variant
+    assert isinstance(variant, TimmVariant)
+    positions, found = _timm_positions(variant), []
     for ours, tensor in model.state_dict().items():
         module, leaf = ours.rpartition(".")[::2]
         block = re.match(r"stages\.(\d+)\.(\d+)\.(.+)", module)
         if block:
             stage, index = int(block[1]), int(block[2])
-            at_stage, first = places[stage]
-            strided = index == 0 and row.stages[stage].stride == 2
-            name = _block_names(row, row.stages[stage].kind, strided=strided)[block[3]]
-            name = f"stages.{at_stage}.blocks.{first + index}.{name}"
+            timm_stage, first_block = positions[stage]
+            strided = index == 0 and variant.stages[stage].stride == 2
+            name = _block_names(variant, variant.stages[stage].kind, strided=strided)[block[3]]
+            name = f"stages.{timm_stage}.blocks.{first_block + index}.{name}"
         else:
-            name = {**STEM, **HEADS[row.head]}[module]
-        found.append(Counterpart(ours, f"{name}.{LEAVES.get(leaf, leaf)}", *_ways(ours, tensor, row.head_dim)))
+            name = {**STEM, **HEADS[variant.head]}[module]
+        conversions = _layout_conversions(ours, tensor, variant.head_dim)
+        found.append(Counterpart(ours, f"{name}.{LEAVES.get(leaf, leaf)}", *conversions))
     return found
 
 
 def to_timm(model: CoAtNet) -> dict[str, Tensor]:
-    """The state of a network as timm names and lays it out."""
+    """The state of a network with timm's names and layouts."""
     state = model.state_dict()
     return {each.theirs: each.to_theirs(state[each.ours]) for each in counterparts(model)}
 
 
 def from_timm(model: CoAtNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of timm's network as ours names and lays it out."""
+    """The state of a network of timm with our names and layouts."""
     return {each.ours: each.to_ours(state[each.theirs]) for each in counterparts(model)}
 
 
-def _timm_places(row: Architecture) -> list[tuple[int, int]]:
-    """For each stage of ours: the stage of timm's, and the place of its first block there."""
-    places, at, used = [], -1, 0
-    for stage in row.stages:
+def _timm_positions(variant: TimmVariant) -> list[tuple[int, int]]:
+    """For each of our stages, the index of timm's stage and of the stage's first block in it."""
+    positions, timm_stage, num_blocks = [], -1, 0
+    for stage in variant.stages:
         if stage.stride == 2:
-            at, used = at + 1, 0
-        places.append((at, used))
-        used += stage.depth
-    return places
+            timm_stage, num_blocks = timm_stage + 1, 0
+        positions.append((timm_stage, num_blocks))
+        num_blocks += stage.depth
+    return positions
 
 
-def _block_names(row: TimmVariant, kind: str, *, strided: bool) -> dict[str, str]:
+def _block_names(variant: TimmVariant, kind: str, *, strided: bool) -> dict[str, str]:
     if kind == "transformer":
         return {**TRANSFORMER, **STRIDED} if strided else TRANSFORMER
-    if row.convolution == "convnext":
+    if variant.convolution == "convnext":
         return CONVNEXT
-    gate = "se_early" if row.squeeze_excite == "early" else "se"
+    gate = "se_early" if variant.squeeze_excite == "early" else "se"
     return {**MBCONV, **{ours: theirs.format(se=gate) for ours, theirs in SQUEEZE_EXCITE.items()}}
 
 
-def _ways(name: str, tensor: Tensor, head_dim: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """There and back again: the layout of one tensor of ours."""
+def _layout_conversions(
+    name: str, tensor: Tensor, head_dim: int
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Functions that convert the layout of a tensor from timm's to ours, and back."""
     if name.endswith("relative_bias.table"):
         shape = tensor.shape
         return (lambda theirs: theirs.T.reshape(shape)), (lambda ours: ours.flatten(1).T)
-    if ".squeeze_excite." in name and name.endswith("weight"):  # their gate is made of convolutions
+    if ".squeeze_excite." in name and name.endswith("weight"):  # convolutions in timm
         return (lambda theirs: theirs[:, :, 0, 0]), (lambda ours: ours[:, :, None, None])
-    if ".qkv." in name:  # theirs has q, k and v of the first head, then of the second
-        rows = tensor.shape[0]
-        heads = rows // (3 * head_dim)
+    if ".qkv." in name:  # timm's rows are q, k and v of the first head, then of the second
+        heads = tensor.shape[0] // (3 * head_dim)
 
         def to_ours(theirs: Tensor) -> Tensor:
-            return theirs.unflatten(0, (heads, 3, head_dim)).transpose(0, 1).reshape(rows, *theirs.shape[1:])
+            by_head = theirs.unflatten(0, (heads, 3, head_dim))  # (A, 3, D, ...)
+            return by_head.transpose(0, 1).flatten(0, 2)  # (3 * A * D, ...)
 
         def to_theirs(ours: Tensor) -> Tensor:
-            return ours.unflatten(0, (3, heads, head_dim)).transpose(0, 1).reshape(rows, *ours.shape[1:])
+            by_kind = ours.unflatten(0, (3, heads, head_dim))  # (3, A, D, ...)
+            return by_kind.transpose(0, 1).flatten(0, 2)  # (A * 3 * D, ...)
 
         return to_ours, to_theirs
     return (lambda theirs: theirs), (lambda ours: ours)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coatnet.bundle import Bundle
-from coatnet.bundle.config import describe
+from coatnet.bundle.config import config_json
 from coatnet.system.cache import cache_folder
 from coatnet.system.files import atomic_folder, remove_leftovers
 from coatnet.version import __version__
@@ -47,7 +47,7 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
 
 def fingerprint(bundle: Bundle, *more: str) -> str:
     """SHA-256 of all that the result of a bundle depends on, as 32 hex digits; 1.2 GB of weights a second."""
-    config = describe(bundle.model, bundle.classes, bundle.preprocessing, bundle.multilabel, {})
+    config = config_json(bundle.model, bundle.classes, bundle.preprocessing, bundle.multilabel, {})
     digest = hashlib.sha256("\n".join((config, __version__, torch.__version__, *more)).encode(errors="surrogatepass"))
     for name, tensor in bundle.model.state_dict().items():
         digest.update(name.encode())

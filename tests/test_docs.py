@@ -290,3 +290,13 @@ def test_code_that_stands_for_an_equation_exists() -> None:
         code = (ROOT / "src/coatnet/model" / file).read_text(encoding="utf-8")
         for name in re.findall(r"`(\w+)(?![\w]|\.py|\.nn)", names.replace("nn.GELU", "GELU")):
             assert re.search(rf"\b{name}\b", code), f"{file}: {name}"
+
+
+def test_options_of_benchmarks_exist() -> None:
+    calls = [call for page in PAGES for block in blocks(page, "sh") for call in programs(block.text, "python")]
+    calls = [call for call in calls if call[0].startswith("benchmarks/")]
+    assert len(calls) > 5
+    for script, *arguments in calls:
+        code = (ROOT / script).read_text(encoding="utf-8")
+        for option in arguments:
+            assert not option.startswith("--") or f'"{option}"' in code, f"{script} {option}"

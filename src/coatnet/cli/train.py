@@ -30,9 +30,8 @@ MAIN_OPTIONS = {
 
 def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
     """The recipe that is meant (a named one, --config over it, options over both), and the rest."""
-    from coatnet.training.config import Recipe
-    from coatnet.training.config_parsing import read_yaml
-    from coatnet.training.recipes.registry import merge, named
+    from coatnet.training.config import Recipe, merge, read_yaml
+    from coatnet.training.recipes import named
 
     parser = _train_parser()
     known = [option for action in parser._actions for option in action.option_strings]
@@ -61,7 +60,7 @@ def _train_parser() -> "ArgumentParser":
     from jsonargparse import ArgumentParser
 
     from coatnet.training.config import options
-    from coatnet.training.recipes.registry import RECIPES
+    from coatnet.training.recipes import RECIPES
 
     purposes = "\n".join(f"  {name:25} {row.purpose}" for name, row in RECIPES.items())
     parser = ArgumentParser(
@@ -86,7 +85,8 @@ def _train_parser() -> "ArgumentParser":
     main.add_argument("--out", metavar="RUN", help="folder of the run, new or to be resumed")
     main.add_argument("--config", metavar="FILE", help="YAML with values over the recipe's; options go over both")
     main.add_argument("--print_config", action="store_true", help="print the recipe as YAML and do not train")
-    for name, hint in options().items():
+    for name, each in options().items():
+        hint = each.annotation
         if name in MAIN_OPTIONS:
             main.add_argument(f"--{name}", type=_read_as(hint), metavar="X", help=MAIN_OPTIONS[name])
         elif name == "variations":
@@ -102,13 +102,13 @@ def _train_parser() -> "ArgumentParser":
 
 def _read_as(hint: Any) -> Any:
     """Texts stay texts; anything else is read as YAML is, and the recipe says what is wrong with it."""
-    return hint if hint in (str, str | None) else Any
+    return hint if hint is str else Any
 
 
 def _in_words(hint: Any) -> str:
-    from coatnet.training.config_parsing import describe
+    from coatnet.system.validated import describe
 
-    return describe(hint).removesuffix(" or null")
+    return describe(hint)
 
 
 def run(arguments: Sequence[str]) -> int:

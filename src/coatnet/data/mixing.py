@@ -4,30 +4,25 @@ MixUp: Zhang et al. 2017. CutMix: Yun et al. 2019. Shapes: B batch, K classes, C
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coatnet.errors import UserError
+from coatnet.system.validated import BelowOne, NumberFromZero, validated
 
 
-@dataclass(frozen=True)
+@validated
 class Mixing:
-    """How strongly images are blended; 0 switches a part off. With both, a coin chooses for each batch."""
+    """How strongly images are blended; with both MixUp and CutMix, a coin chooses for each batch."""
 
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for field in ("mixup_alpha", "cutmix_alpha"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise UserError(f"{field} must be 0 or above, got {getattr(self, field)!r}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}")
+    mixup_alpha: NumberFromZero = 0.0
+    """MixUp draws the weight of one of two blended images from Beta(alpha, alpha); 0 switches it off."""
+    cutmix_alpha: NumberFromZero = 0.0
+    """CutMix draws the area that stays of an image from Beta(alpha, alpha); 0 switches it off."""
+    label_smoothing: BelowOne = 0.0
+    """Part of each target spread evenly over the classes; by default 0.1, and 0 for several labels an image."""
 
 
 def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,89 +4,81 @@ Shapes: B batch, C channels, H W the image, R resolution. Images are uint8, of o
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet.data import augmentation as augment
 from coatnet.data.sampler import Words
 from coatnet.errors import UserError
+from coatnet.system.validated import FractionAboveZero, Number, NumberAboveZero, Rate, Whole, validated
 
 Image = Tensor | NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@validated
 class Preprocessing:
-    """What the model sees at evaluation; it travels with the weights.
+    """What the model sees at evaluation; it travels with the weights."""
 
-    `center` resizes the shorter side to `resolution / crop_fraction` and cuts the middle out; `squash`
-    resizes both sides and cuts the middle out. One mean means a grey model: colour is averaged.
-    """
-
-    resolution: int = 224
+    resolution: Annotated[Whole, Field(ge=1, le=8192)] = 224
+    """Side of the square image that the model sees, pixels; 1 to 8192."""
     crop: Literal["center", "squash"] = "center"
-    crop_fraction: float = 0.875
+    """`center` resizes the shorter side to `resolution / crop_fraction`, `squash` both; the middle is cut out."""
+    crop_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.875
+    """Side of the middle that is cut out, as a fraction of the resized image; above 0, at most 1."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """How images are resized; both with antialiasing."""
+    mean: tuple[Number, ...] = (0.5, 0.5, 0.5)
+    """Subtracted from each channel, of pixels from 0 to 1; one number means a grey model, three a color model."""
+    std: tuple[NumberAboveZero, ...] = (0.5, 0.5, 0.5)
+    """What each channel is divided by after that; as many numbers as `mean`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
-        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
-        _require(1 <= self.resolution <= 8192, "resolution", "1 to 8192 pixels", self.resolution)
-        _require(self.crop in ("center", "squash"), "crop", "center or squash", self.crop)
-        _require(0 < self.crop_fraction <= 1, "crop_fraction", "above 0 and at most 1", self.crop_fraction)
-        _require(
-            self.interpolation in ("bilinear", "bicubic"),
-            "interpolation",
-            "bilinear or bicubic",
-            self.interpolation,
-        )
-        _require(len(self.mean) in (1, 3), "mean", "one number (grey) or three (colour)", self.mean)
-        _require(all(map(math.isfinite, self.mean)), "mean", "finite numbers", self.mean)
-        _require(len(self.std) == len(self.mean), "std", f"{len(self.mean)} numbers, as many as mean", self.std)
-        _require(all(0 < value < math.inf for value in self.std), "std", "positive numbers", self.std)
+        if len(self.mean) not in (1, 3):
+            raise UserError(f"mean must be one number (grey) or three (color), got {self.mean}")
+        if len(self.std) != len(self.mean):
+            raise UserError(f"std must be {len(self.mean)} numbers, as many as mean, got {self.std}")
 
     @property
     def channels(self) -> int:
+        """Channels of the image that the model sees: 1 (grey) or 3 (color)."""
         return len(self.mean)
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How a training image varies: where it is cut out, then flip, then RandAugment, then erasing.
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise UserError("must be two numbers of which the first is not the larger")
+    return limits
 
-    `crop` is a random resized crop for photographs; `shift` moves a small image by up to `shift` pixels on
-    black. RandAugment's magnitude runs from 0 to 30, as in the paper's "2, 15" (layers, magnitude).
-    """
+
+_ASCENDING = AfterValidator(_ascending)
+
+
+@validated
+class Augmentation:
+    """How a training image varies: where it is cut out, then flip, then RandAugment, then erasing."""
 
     placement: Literal["crop", "shift", "none"] = "crop"
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    shift: int = 2
-    flip_rate: float = 0.5
-    rand_augment_layers: int = 0
-    rand_augment_magnitude: int = 15
-    erasing_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
-        object.__setattr__(self, "crop_ratio", tuple(self.crop_ratio))
-        scale, ratio = self.crop_scale, self.crop_ratio
-        _require(self.placement in ("crop", "shift", "none"), "placement", "crop, shift or none", self.placement)
-        _require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "crop_scale", "0 < low <= high <= 1", scale)
-        _require(len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf, "crop_ratio", "0 < low <= high", ratio)
-        _require(0 <= self.shift <= 1024, "shift", "0 to 1024 pixels", self.shift)
-        _require(0 <= self.flip_rate <= 1, "flip_rate", "0 to 1", self.flip_rate)
-        _require(0 <= self.rand_augment_layers <= 16, "rand_augment_layers", "0 to 16", self.rand_augment_layers)
-        magnitude = self.rand_augment_magnitude
-        _require(0 <= magnitude <= 30, "rand_augment_magnitude", "0 to 30", magnitude)
-        _require(0 <= self.erasing_rate <= 1, "erasing_rate", "0 to 1", self.erasing_rate)
+    """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black."""
+    crop_scale: Annotated[tuple[FractionAboveZero, FractionAboveZero], _ASCENDING] = (0.08, 1.0)
+    """For `crop`: least and greatest area of the part, as a fraction of the image."""
+    crop_ratio: Annotated[tuple[NumberAboveZero, NumberAboveZero], _ASCENDING] = (3 / 4, 4 / 3)
+    """For `crop`: least and greatest width over height of the part."""
+    shift: Annotated[Whole, Field(ge=0, le=1024)] = 2
+    """For `shift`: the most that an image moves, pixels in each direction; by default 1 for every 28 of its side."""
+    flip_rate: Rate = 0.5
+    """Probability that an image is mirrored left to right; by default 0.5, and 0 for small grey images (signs)."""
+    rand_augment_layers: Annotated[Whole, Field(ge=0, le=16)] = 0
+    """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
+    rand_augment_magnitude: Annotated[Whole, Field(ge=0, le=30)] = 15
+    """Strength of these operations, 0 to 30, as in the paper's "2, 15" (layers, magnitude)."""
+    erasing_rate: Rate = 0.0
+    """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
 
 
 class EvaluationTransform:

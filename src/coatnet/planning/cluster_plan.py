@@ -10,18 +10,17 @@ from coatnet.model.registry import find_variant
 from coatnet.planning.gpus import Gpu, find_gpu, gpu_with
 from coatnet.planning.launchers import LAUNCHERS, Launch
 from coatnet.planning.layout_search import Layout, LayoutSearch, describe_layout, why_no_shards
-from coatnet.training.config import Recipe
+from coatnet.training.config import TrainingConfig
+from coatnet.training.defaults import DataFacts, choose
 from coatnet.training.distributed.parallelize import SHARDED_ABOVE
 from coatnet.training.distributed.processes import Processes
-from coatnet.training.recipes.named_recipe import NamedRecipe
-from coatnet.training.recipes.registry import RECIPES, find_recipe
+from coatnet.training.recipes import RECIPES, NamedRecipe, find_recipe
 
 GPUS_PER_NODE = 8
 DEPENDED_ON = ("resolution", "epochs", "batch_size")  # memory and time do; may be other than the recipe's
 # chosen: what is left for CUDA itself, the workspaces of cuDNN and NCCL, and holes between allocations.
 RESERVE = 0.1
 NUM_CLASSES = 1000  # where the recipe knows of no data
-STOCHASTIC_DEPTH = 0.1  # where the recipe leaves it open; any rate above 0 takes the same memory
 # The rate that the paper's Table 5 implies for its own runs: 14 epochs of 300 M images, six operations a
 # multiply-accumulate, TPUv3 cores of 61.5 * 10^12 a second: coatnet-3 30 %, coatnet-4 30 %, coatnet-5 37 %.
 MFU = 0.3
@@ -43,7 +42,6 @@ class TrainingPlan:
     def steps(self) -> int:
         """Optimizer steps in all."""
         recipe = self.layout.recipe
-        assert recipe.epochs is not None and recipe.batch_size is not None
         return math.ceil(recipe.epochs * self.num_images / recipe.batch_size)
 
     @property
@@ -170,10 +168,8 @@ def plan_training(
     processes, kind = processes_of(gpus, gpus_per_node), find_gpu(gpu) if gpu else gpu_with(gpu_memory)
     row = find_recipe(recipe) if recipe else recipe_for(model, num_images)
     wanted = {"resolution": resolution, "epochs": epochs, "batch_size": batch_size}
-    whole = settled(row, model, {name: value for name, value in wanted.items() if value is not None}, gpus)
-    num_images = num_images or (row.data.num_images if row.data else None)
-    if not num_images:
-        raise UserError(f"recipe {row.recipe.name!r} is for images of any number: give data, how many there are")
+    num_images = num_images or (row.data.num_images if row.data else 0)
+    whole = settled(row, model, {name: value for name, value in wanted.items() if value is not None}, gpus, num_images)
     num_classes = row.data.num_classes if row.data else NUM_CLASSES
     layout = LayoutSearch(whole, num_classes, processes, gpu_memory * 1e9 * (1 - reserve)).best()
     return TrainingPlan(row, layout, processes, kind, gpu_memory, num_images, mfu)
@@ -187,19 +183,21 @@ def recipe_for(model: str, num_images: int | None) -> NamedRecipe:
     return min(rows, key=lambda each: abs(math.log(num_images / each[1])))[0]
 
 
-def settled(row: NamedRecipe, model: str, wanted: Mapping[str, Any], gpus: int) -> Recipe:
-    """The recipe with all that memory and time depend on. Raises UserError if it leaves that open."""
+def settled(row: NamedRecipe, model: str, wanted: Mapping[str, Any], gpus: int, num_images: int) -> TrainingConfig:
+    """The configuration of the training. Raises UserError if it depends on the images themselves."""
     recipe = replace(row.recipe, model=model, precision="bf16", **wanted)
     for name in DEPENDED_ON:
         if getattr(recipe, name) is None:
             raise UserError(f"recipe {recipe.name!r} takes {name} from the images: give it here")
-    assert recipe.batch_size is not None
-    if recipe.batch_size < gpus:
+    if not num_images:
+        raise UserError(f"recipe {recipe.name!r} is for images of any number: give data, how many there are")
+    side = recipe.resolution or 0
+    config = choose(recipe, DataFacts(num_images, side, shorter_side=side, largest_side=side))
+    if config.batch_size < gpus:
         raise UserError(
-            f"batch-size {recipe.batch_size} leaves nothing to do for some of {gpus} GPUs: give a larger one"
+            f"batch-size {config.batch_size} leaves nothing to do for some of {gpus} GPUs: give a larger one"
         )
-    depth = row.by_model.get(model, {}).get("stochastic_depth", STOCHASTIC_DEPTH)
-    return replace(recipe, stochastic_depth=depth)
+    return config
 
 
 def processes_of(gpus: int, gpus_per_node: int | None) -> Processes:

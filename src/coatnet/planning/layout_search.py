@@ -6,7 +6,7 @@ from functools import cached_property
 
 from coatnet.errors import UserError
 from coatnet.planning.memory import Rehearsal, build, rehearse
-from coatnet.training.config import Parallelism, Recipe, Recomputed
+from coatnet.training.config import Parallelism, Recomputed, TrainingConfig
 from coatnet.training.distributed.parallelize import SHARDED_ABOVE
 from coatnet.training.distributed.processes import Processes
 
@@ -20,13 +20,12 @@ RECOMPUTATIONS: tuple[Recomputed, ...] = ("none", "transformer", "all")
 class Layout:
     """A way to train, and what it takes: `recipe` with parallelism, micro-batch and recomputation filled in."""
 
-    recipe: Recipe
+    recipe: TrainingConfig
     rehearsal: Rehearsal
 
     @property
     def at_once(self) -> int:
         """Images of a pass."""
-        assert self.recipe.micro_batch_size is not None
         return self.recipe.micro_batch_size
 
 
@@ -37,7 +36,7 @@ class LayoutSearch:
     The recipe has a model, a resolution, a batch size, a precision and an average (or none).
     """
 
-    recipe: Recipe
+    recipe: TrainingConfig
     num_classes: int
     processes: Processes
     limit: float
@@ -45,7 +44,6 @@ class LayoutSearch:
     @cached_property
     def share(self) -> int:
         """Images of one GPU in a step; the largest share, where they are not equal."""
-        assert self.recipe.batch_size is not None
         return -(-self.recipe.batch_size // self.processes.world_size)
 
     @cached_property
@@ -76,7 +74,6 @@ class LayoutSearch:
 
     def _parallelisms(self) -> Iterator[Parallelism]:
         """In the order of what they exchange between machines in a step; copies only of what is not too large."""
-        assert self.recipe.batch_size is not None
         shards = not (self.processes.alone or why_no_shards(self.recipe, self.processes))
         if not shards or self._num_parameters <= SHARDED_ABOVE:
             yield "ddp"
@@ -109,9 +106,9 @@ class LayoutSearch:
         )
 
 
-def why_no_shards(recipe: Recipe, processes: Processes) -> str:
+def why_no_shards(recipe: TrainingConfig, processes: Processes) -> str:
     """Why the weights can not lie in shards, and what would let them; empty if they can, or there is one process."""
-    batch_size, gpus = recipe.batch_size or 0, processes.world_size
+    batch_size, gpus = recipe.batch_size, processes.world_size
     if batch_size % gpus == 0:
         return ""
     below, above = batch_size // gpus * gpus, -(-batch_size // gpus) * gpus
@@ -121,7 +118,7 @@ def why_no_shards(recipe: Recipe, processes: Processes) -> str:
     )
 
 
-def describe_layout(recipe: Recipe, processes: Processes) -> str:
+def describe_layout(recipe: TrainingConfig, processes: Processes) -> str:
     """`hsdp, 16 images a pass, transformer blocks recomputed`."""
     recomputed = {"none": "nothing", "transformer": "transformer blocks", "all": "all blocks"}
     told = [f"{recipe.micro_batch_size} image{'s' * (recipe.micro_batch_size != 1)} a pass"]

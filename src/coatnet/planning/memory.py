@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.planning.memory_tracker import MemoryTracker
-from coatnet.training.config import Recipe, parts
+from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.parallelize import Parallel, Single, compile_and_checkpoint
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import local_tensor
@@ -54,7 +54,9 @@ class Rehearsal:
     num_parameters: int
 
 
-def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Processes, on_gpu: bool = True) -> Rehearsal:
+def rehearse(
+    recipe: TrainingConfig, *, num_classes: int, share: int, processes: Processes, on_gpu: bool = True
+) -> Rehearsal:
     """A step of one process, which sees `share` images in it.
 
     Args:
@@ -62,7 +64,7 @@ def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Process
             there are several processes, parallelism.
         on_gpu: whether to count what is kept on a GPU; else, what is kept on the CPU.
     """
-    model, decay = build(recipe, num_classes), recipe.ema_decay or 0.0
+    model, decay = build(recipe, num_classes), recipe.ema_decay
     sharded = not processes.alone and recipe.parallelism != "ddp"
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(recipe.parallelism, processes)) if sharded else None
@@ -88,22 +90,22 @@ def rehearse(recipe: Recipe, *, num_classes: int, share: int, processes: Process
         return _take_step(recipe, model, parallel, averages, share=share, keep_gradients=keep_gradients)
 
 
-def build(recipe: Recipe, num_classes: int) -> CoAtNet:
+def build(recipe: TrainingConfig, num_classes: int) -> CoAtNet:
     """The network of a recipe, in training, on the meta device."""
     with torch.device("meta"):
         model = create_model(
             recipe.model,
             num_classes=num_classes,
-            in_channels=recipe.channels or 3,
+            in_channels=recipe.channels,
             resolution=recipe.resolution,
-            stochastic_depth=recipe.stochastic_depth or 0.0,
+            stochastic_depth=recipe.stochastic_depth,
             **recipe.variations,
         )
     return model.train()
 
 
 def _take_step(
-    recipe: Recipe,
+    recipe: TrainingConfig,
     model: CoAtNet,
     parallel: Parallel,
     averages: Mapping[str, Tensor],
@@ -111,8 +113,7 @@ def _take_step(
     share: int,
     keep_gradients: bool,
 ) -> Rehearsal:
-    assert recipe.resolution is not None
-    side, micro, loss = recipe.resolution, recipe.micro_batch_size or share, build_loss(recipe.loss or "softmax", None)
+    side, micro, loss = recipe.resolution, recipe.micro_batch_size, build_loss(recipe.loss, None)
     parameters = list(model.parameters())
     state = optimizer_state(recipe, model)
     memory = MemoryTracker()
@@ -141,9 +142,9 @@ def _take_step(
 
 
 @torch.no_grad()
-def optimizer_state(recipe: Recipe, model: CoAtNet) -> list[Tensor]:
+def optimizer_state(recipe: TrainingConfig, model: CoAtNet) -> list[Tensor]:
     """What the optimizer holds from the first step on, of what this process holds of the parameters."""
-    optimizer = build_optimizer(model, parts(recipe).optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer)
     for group in optimizer.param_groups:
         group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
         for parameter in group["params"]:

@@ -1,90 +1,258 @@
-"""A recipe: all that decides a training run, as one frozen value that prints, stores and repeats it."""
+"""What decides a training run: a `Recipe` holds what was asked, a `TrainingConfig` everything that will be done.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+`defaults.resolve` makes the second from the first, once, and the data. Both are frozen, print, and go to YAML and back.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import UserError
-from coatnet.training.config_parsing import build, checked, field_types, plain, read_yaml, shallow
+from coatnet.system.validated import (
+    BelowOne,
+    Flag,
+    Names,
+    NumberAboveZero,
+    NumberFromZero,
+    Text,
+    Whole,
+    WholeAboveZero,
+    WholeFromZero,
+    check_some,
+    fields_of,
+    is_validated,
+    validated,
+)
 from coatnet.training.optimizer import Optimization, Schedule
 
-T = TypeVar("T")
-
-PARTS: dict[str, type] = {
-    "optimizer": Optimization,
-    "schedule": Schedule,
-    "augmentation": Augmentation,
-    "mixing": Mixing,
-    "preprocessing": Preprocessing,
-}
-_ABOVE_ZERO = (
-    "epochs",
-    "batch_size",
-    "micro_batch_size",
-    "resolution",
-    "patience",
-    "max_minutes",
-    "evaluate_every",
-    "checkpoint_every_minutes",
-    "keep_checkpoints",
-    "keep_every_hours",
-)
-_BELOW_ONE = ("stochastic_depth", "ema_decay", "validation_fraction", "bad_image_budget")
-
+MAX_YAML_BYTES = 1_000_000
 
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 Recomputed = Literal["none", "transformer", "all"]
+# Marks a field that may change when a run is resumed; `MAY_CHANGE` lists them.
+CHANGEABLE = Field(json_schema_extra={"may_change": True})
 
 
-@dataclass(frozen=True)
+@validated
+class TrainingConfig:
+    """All that decides a training run; `recipe.yaml` in the run folder holds it.
+
+    The docstring under each field gives its unit, and its default or how that is chosen from the data.
+    """
+
+    _: KW_ONLY
+    name: Text = "scratch"
+    """Name of the recipe that the values start from, see `recipes.RECIPES`."""
+    data: Text
+    """What to learn from: a folder of images, a manifest, shards, or a name such as digits."""
+    model: Text
+    """Name of a variant (`coatnet models` lists them); by default chosen by resolution, or that of `init`."""
+    variations: dict[str, Any] = field(default_factory=dict)
+    """Changes of the variant's architecture, such as {downsample: depthwise}."""
+    init: Text = ""
+    """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; empty: untrained."""
+    freeze: Names = ()
+    """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
+    head_first_epochs: NumberFromZero = 0.0
+    """With `init`: epochs at the start in which only the classifier learns; by default 0."""
+    resolution: WholeAboveZero
+    """Side of the square images that the model sees, pixels; by default that of small images, else 128 or 224."""
+    channels: Literal[1, 3]
+    """Channels of these images: 1 (grey) or 3 (color); by default those of the data."""
+    epochs: Annotated[NumberAboveZero, CHANGEABLE]
+    """Passes over the training images; by default 20 to 100, more for fewer images, a third of that with `init`."""
+    batch_size: WholeAboveZero
+    """Images of one optimizer step, over all processes; by default 16 to 64, about 30 steps an epoch."""
+    micro_batch_size: WholeAboveZero
+    """Images of one forward and backward pass of a process; by default its whole share of the batch."""
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
+    """Start of all random numbers; another seed is another run."""
+    device: Annotated[Text, CHANGEABLE] = "auto"
+    """Where to compute: cpu, cuda, or one GPU such as cuda:1; auto: the first GPU, or the CPU without one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the matrix products; weights are fp32 always. auto: bf16 where the hardware multiplies it."""
+    compile: Flag = False
+    """Whether to compile the blocks by torch.compile."""
+    parallelism: Annotated[Literal[Parallelism, "auto"], CHANGEABLE] = "auto"
+    """With several processes: a copy of the weights on each (ddp), shards over all (fsdp) or over each machine (hsdp);
+    auto: copies up to 10^9 parameters."""
+    activation_checkpointing: Annotated[Recomputed, CHANGEABLE] = "none"
+    """Blocks that are computed again in the backward pass to save memory."""
+    stochastic_depth: BelowOne
+    """Rate of stochastic depth at the last block, growing from 0 in a line; by default 0 up to 64 pixels, else 0.1."""
+    ema_decay: BelowOne
+    """Decay of the exponential average of the weights for each step, 0 for none; by default over 3 % of the run."""
+    loss: Literal["softmax", "sigmoid"]
+    """Cross-entropy over classes, or for each class; by default sigmoid for several labels an image."""
+    balance: Literal["none", "sampler", "weights"] = "none"
+    """What equalizes rare and frequent classes: how often images are drawn, or weights in the loss."""
+    optimizer: Optimization
+    """AdamW."""
+    schedule: Schedule
+    """The learning rate over the run."""
+    augmentation: Augmentation
+    """How training images vary."""
+    mixing: Mixing
+    """How images and labels are blended."""
+    preprocessing: Preprocessing
+    """What the model sees of an image; it travels with the weights."""
+    patience: Annotated[WholeFromZero, CHANGEABLE] = 0
+    """Evaluations without a better top-1 (or mAP) after which the run ends with its best weights; 0: never."""
+    max_minutes: Annotated[NumberFromZero, CHANGEABLE] = 0.0
+    """Time limit in minutes, over all resumptions; the schedule is planned to end there. 0: no limit."""
+    evaluate_every: Annotated[NumberAboveZero, CHANGEABLE]
+    """Epochs between evaluations on held-out images; by default a twelfth of the run, at least 1."""
+    checkpoint_every_minutes: Annotated[NumberAboveZero, CHANGEABLE] = 10.0
+    """Minutes between checkpoints."""
+    keep_checkpoints: Annotated[WholeAboveZero, CHANGEABLE] = 2
+    """How many of the last checkpoints stay."""
+    keep_every_hours: Annotated[NumberFromZero, CHANGEABLE] = 0.0
+    """Hours of training for each of which one more checkpoint stays; 0: none."""
+    validation_fraction: BelowOne = 0.1
+    """Fraction of the images held out for evaluation, where the data has no split of its own."""
+    num_workers: Annotated[WholeFromZero | Literal["auto"], CHANGEABLE] = "auto"
+    """Processes that read images; 0: read in the training process. auto: by the images and the cores."""
+    bad_image_budget: Annotated[BelowOne, CHANGEABLE] = 0.001
+    """Fraction of the images that may be unreadable before the run stops."""
+    non_finite_budget: Annotated[WholeFromZero, CHANGEABLE] = 0
+    """Steps that may be left out because their loss or gradient is not finite."""
+    loggers: Annotated[Names, CHANGEABLE] = ()
+    """Where figures go beside the run folder: tensorboard,wandb,mlflow; by default nowhere."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from the plain values of `to_dict`, or from those of an earlier release.
+
+        These held null where no limit and no pre-trained model was asked for.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        return cls(**{"micro_batch_size": given["batch_size"]} | given) if "batch_size" in given else cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML; `from_dict` gives the same configuration back."""
+        return plain(asdict(self))
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, fields in their order."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS: dict[str, Any] = {
+    name: each.annotation for name, each in fields_of(TrainingConfig).items() if is_validated(each.annotation)
+}
+REQUIRED = tuple(name for name, each in fields_of(TrainingConfig).items() if each.is_required())
+MAY_CHANGE = tuple(
+    name for name, each in fields_of(TrainingConfig).items() if each.json_schema_extra == CHANGEABLE.json_schema_extra
+)
+
+
+def options() -> dict[str, FieldInfo]:
+    """Every value of a run by its dotted name, such as "optimizer.learning_rate"."""
+    flat: dict[str, FieldInfo] = {}
+    for name, each in fields_of(TrainingConfig).items():
+        inner = fields_of(SECTIONS[name]) if name in SECTIONS else {}
+        flat |= {f"{name}.{key}": value for key, value in inner.items()} or {name: each}
+    return flat
+
+
+# What other programs call it.
+ALIASES = {
+    "amp": "precision",
+    "aug": "augmentation.placement",
+    "batch": "batch_size",
+    "bf16": "precision",
+    "bs": "batch_size",
+    "checkpoint": "init",
+    "clip_grad": "optimizer.grad_clip_norm",
+    "cutmix": "mixing.cutmix_alpha",
+    "dataset": "data",
+    "drop_path": "stochastic_depth",
+    "ema": "ema_decay",
+    "fp16": "precision",
+    "gpu": "device",
+    "gpus": "device",
+    "grad_accum_steps": "micro_batch_size",
+    "hflip": "augmentation.flip_rate",
+    "image_size": "resolution",
+    "img_size": "resolution",
+    "imgsz": "resolution",
+    "input_size": "resolution",
+    "logger": "loggers",
+    "lr": "optimizer.learning_rate",
+    "min_lr": "schedule.minimum_learning_rate",
+    "mixup": "mixing.mixup_alpha",
+    "pretrained": "init",
+    "random_seed": "seed",
+    "reprob": "augmentation.erasing_rate",
+    "sched": "schedule.decay",
+    "scheduler": "schedule.decay",
+    "size": "resolution",
+    "smoothing": "mixing.label_smoothing",
+    "warmup": "schedule.warmup_steps",
+    "wd": "optimizer.weight_decay",
+    "weights": "init",
+    "workers": "num_workers",
+}
+
+
+def right_name(given: str, known: Iterable[str], aliases: Mapping[str, str] = ALIASES) -> str:
+    """The name among `known` that is most probably meant by another one; empty if none is near.
+
+    First what other programs call it, then a value of a section given without its section, then a similar spelling.
+    """
+    known = list(known)
+    by_last = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: "." not in name)}
+    if given in aliases:
+        return aliases[given]
+    if given in by_last:
+        return by_last[given]
+    similar = get_close_matches(given, [*known, *by_last], n=1)
+    return by_last.get(similar[0], similar[0]) if similar else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to train, on what, and how.
+    """What was asked of a run; where a value is None, the named recipe, the data or a default decides.
 
-    None means: chosen from the data when training starts (`coatnet.training.defaults.resolve`). The parts
-    `optimizer`, `schedule`, `augmentation`, `mixing` and `preprocessing` may be given whole, or as a dict of
-    what should differ from the choice: `Recipe(data="digits", augmentation={"shift": 1})`.
+    The fields are those of `TrainingConfig`, which explains them. A section (`optimizer`, `schedule`, `augmentation`,
+    `mixing`, `preprocessing`) is given whole, or as a dict of some of its values; it is kept as a dict:
+    `Recipe(data="digits", augmentation={"shift": 1})`.
 
-    `name` is a row of `recipes.RECIPES`; `model` a variant, or "auto"; `init` a bundle to start from,
-    a folder or an id of the hub. With it, `freeze` names parts that do not learn ("stem,stages.0", or a list), and
-    in the first `head_first_epochs` only the classifier learns.
-    `epochs` and `evaluate_every` count passes over the training images, `batch_size` the images of one
-    optimizer step, `micro_batch_size` those that pass through the model at once. `ema_decay` 0 means no
-    averaging. On several processes (`torchrun`) each takes its share of the batch; `parallelism` says whether each
-    has a copy of the weights (ddp) or a part, spread over all (fsdp) or over each machine (hsdp); auto is by size.
-    `activation_checkpointing` computes Transformer blocks, or all, twice rather than keep what they computed.
-    `keep_checkpoints` is how many of the last ones stay; with `keep_every_hours` one of every so many hours as well.
-    `non_finite_budget` is how many steps may be left out because their loss or gradient is not finite.
-    `loggers` are told the figures as well: tensorboard, wandb, mlflow.
-    `patience` is in evaluations without a better top-1 (or mAP). Under `max_minutes` the schedule
-    is planned to end at the limit, so the run is repeatable in its steps only without it.
+    Raises:
+        UserError: a name is unknown, or a value is wrong.
     """
 
     name: str = "scratch"
     data: str = ""
-    model: str = "auto"
+    model: str | None = None
     variations: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
-    freeze: tuple[str, ...] | str = ()
-    head_first_epochs: float = 0.0
+    freeze: Sequence[str] | str | None = None
+    head_first_epochs: float | None = None
     resolution: int | None = None
-    channels: int | None = None
+    channels: Literal[1, 3] | None = None
     epochs: float | None = None
     batch_size: int | None = None
     micro_batch_size: int | None = None
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    parallelism: Parallelism | Literal["auto"] = "auto"
-    activation_checkpointing: Recomputed = "none"
+    seed: int | None = None
+    device: str | None = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    compile: bool | None = None
+    parallelism: Literal[Parallelism, "auto"] | None = None
+    activation_checkpointing: Recomputed | None = None
     stochastic_depth: float | None = None
     ema_decay: float | None = None
     loss: Literal["softmax", "sigmoid"] | None = None
-    balance: Literal["none", "sampler", "weights"] = "none"
+    balance: Literal["none", "sampler", "weights"] | None = None
     optimizer: dict[str, Any] | Optimization = field(default_factory=dict)
     schedule: dict[str, Any] | Schedule = field(default_factory=dict)
     augmentation: dict[str, Any] | Augmentation = field(default_factory=dict)
@@ -93,53 +261,45 @@ class Recipe:
     patience: int | None = None
     max_minutes: float | None = None
     evaluate_every: float | None = None
-    checkpoint_every_minutes: float = 10.0
-    keep_checkpoints: int = 2
+    checkpoint_every_minutes: float | None = None
+    keep_checkpoints: int | None = None
     keep_every_hours: float | None = None
-    validation_fraction: float = 0.1
-    num_workers: int | None = None
-    bad_image_budget: float = 0.001
-    non_finite_budget: int = 0
-    loggers: tuple[str, ...] | str = ()
+    validation_fraction: float = TrainingConfig.validation_fraction
+    num_workers: int | Literal["auto"] | None = None
+    bad_image_budget: float | None = None
+    non_finite_budget: int | None = None
+    loggers: Sequence[str] | str | None = None
+
+    def __new__(cls, **asked: Any) -> Self:
+        for name in asked:
+            if name not in fields_of(TrainingConfig):
+                near = right_name(name, options())
+                hint = f" (did you mean {near!r}?)" if near else f"; there are {', '.join(fields_of(TrainingConfig))}"
+                raise UserError(f"{name} is unknown{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Raises UserError naming the field, whatever way the value came in."""
-        for name, value in checked(Recipe, shallow(self)).items():
-            if name in PARTS and isinstance(value, dict):
-                value = checked(PARTS[name], value, f"{name}.")
-                if name != "preprocessing":  # its fields can be judged only together
-                    PARTS[name](**value)
+        for name, value in check_some(TrainingConfig, self._asked()).items():
             object.__setattr__(self, name, value)
-        for name in ("freeze", "loggers"):
-            if isinstance(listed := getattr(self, name), str):
-                each = (part.strip() for part in listed.split(","))
-                object.__setattr__(self, name, tuple(part for part in each if part))
-        for name in _ABOVE_ZERO:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be above 0, got {value}")
-        for name in _BELOW_ONE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
-        if not self.head_first_epochs >= 0:
-            raise UserError(f"head_first_epochs must be 0 or more, got {self.head_first_epochs}")
-        if self.channels not in (None, 1, 3):
-            raise UserError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed}")
-        if self.non_finite_budget < 0:
-            raise UserError(f"non_finite_budget must be 0 or more, got {self.non_finite_budget}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserError(f"num_workers must be 0 or more, got {self.num_workers}")
+
+    def __repr__(self) -> str:
+        untouched = {"validation_fraction": TrainingConfig.validation_fraction}
+        asked = {name: value for name, value in self._asked().items() if (name, value) not in untouched.items()}
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in asked.items())})"
+
+    def _asked(self) -> dict[str, Any]:
+        """What was asked, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None and value != {}}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """A recipe from plain values; unknown keys and wrong types are refused by name."""
-        return build(cls, values)
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A recipe from plain values by name."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"a recipe must be names with values, such as {{name: value}}, got {values!r:.80}")
+        return cls(**{str(name): value for name, value in values.items()})
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "Recipe":
+    def from_yaml(cls, path: str | Path) -> Self:
         """A recipe from a YAML file, such as the `recipe.yaml` of a run."""
         try:
             return cls.from_dict(read_yaml(path))
@@ -147,41 +307,68 @@ class Recipe:
             raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML; `from_dict` gives the same recipe back."""
-        return plain(self)
+        """What was asked as plain values, ready for JSON or YAML; `from_dict` gives the same recipe back."""
+        return plain(self._asked())
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, fields in their order."""
+        """What was asked as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-
-def complete(kind: type[T], given: Mapping[str, Any] | T, **chosen: Any) -> T:
-    """A whole part of a recipe: what was given, then what the recipe chose, then the defaults of `kind`."""
-    if isinstance(given, kind):
-        return given
-    assert isinstance(given, Mapping)
-    return build(kind, {**plain(chosen), **given})
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """This recipe with other values over its own; of a section, with those that are given."""
+        return self.from_dict(merge(self.to_dict(), changes))
 
 
-class Parts(NamedTuple):
-    """The parts of a recipe, whole."""
-
-    optimizer: Optimization
-    schedule: Schedule
-    augmentation: Augmentation
-    mixing: Mixing
-    preprocessing: Preprocessing
-
-
-def parts(recipe: Recipe) -> Parts:
-    """The parts of a complete recipe; what is not given is the default of its dataclass."""
-    return Parts(*(complete(kind, getattr(recipe, name)) for name, kind in PARTS.items()))
+def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name with changes over them, one level deep into the sections."""
+    merged = {**values, **changes}
+    for name in SECTIONS:
+        if isinstance(values.get(name), Mapping) and isinstance(changes.get(name), Mapping):
+            merged[name] = {**values[name], **changes[name]}
+    return merged
 
 
-def options() -> dict[str, Any]:
-    """Every option by its dotted name ("optimizer.learning_rate"), with its type; for a command line."""
-    flat: dict[str, Any] = {}
-    for name, hint in field_types(Recipe).items():
-        inner = field_types(PARTS[name]) if name in PARTS else {}
-        flat.update({f"{name}.{key}": kind for key, kind in inner.items()} or {name: hint})
-    return flat
+def plain(value: Any) -> Any:
+    """Nested dicts and lists, without tuples, ready for YAML or JSON."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, and no aliases, by which a small file grows without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+# YAML 1.1 wants a point and a sign: 1.0e-3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def read_value(text: str) -> Any:
+    """A value as YAML reads it: a number, true, [0.5, 0.5], ...; what is no YAML stays the text that it is."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping, bounded in size, without aliases or tags: a file can name values, never code."""
+    try:
+        text = Path(path).read_bytes()
+        if len(text) > MAX_YAML_BYTES:
+            raise UserError(f"{path} is {len(text)} bytes; a recipe has at most {MAX_YAML_BYTES}")
+        values = yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a recipe in YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not a recipe in YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of names to values, got {type(values).__name__}")
+    return values

@@ -1,10 +1,10 @@
-"""Fills in what a recipe leaves open, from the images it is to learn and the bundle it starts from.
+"""From a recipe and its data to a configuration: what was asked is kept, and everything else is chosen here, once.
 
 Every figure here is `chosen`: the paper trains on ImageNet and larger only.
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,68 @@ import numpy as np
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage, decode
-from coatnet.data.mixing import Mixing
 from coatnet.data.open import NAMES
 from coatnet.data.splits import Splits
-from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
-from coatnet.training.config import Recipe, complete
-from coatnet.training.optimizer import Optimization, Schedule
-from coatnet.training.recipes.registry import find_recipe
+from coatnet.training.config import Recipe, TrainingConfig, merge
+from coatnet.training.recipes import find_recipe
 
-SMALL = 64  # pixels: up to here an image keeps its own size, if it may, and is shifted, not cropped
-MANY = 20_000  # images, that a network for small ones does not soon know by heart
-SAMPLE = 256  # images looked at
+SMALL_IMAGE_PIXELS = 64  # up to this side an image keeps its own size, if it may, and is shifted, not cropped
+MANY_IMAGES = 20_000  # below this number a network for small images is likely to overfit rather than to underfit
+BRIGHTNESS_SAMPLE = 256  # images
 
 
-def is_small(splits: Splits) -> bool:
-    """Whether the images are of 64 pixels or less."""
-    return max(splits.summary.largest) <= SMALL
+@dataclass(frozen=True)
+class DataFacts:
+    """What the defaults depend on.
+
+    Attributes:
+        num_images: Number of training images.
+        side: Longer side of the median image, pixels.
+        shorter_side: Shorter side of the median image, pixels.
+        largest_side: Longest side of all images, pixels.
+        grey: Whether all images are without color.
+        multilabel: Whether an image may have several labels.
+        mean, std: Mean and standard deviation of the pixels of small images, from 0 to 1; 0.5 for larger ones.
+    """
+
+    num_images: int
+    side: int
+    shorter_side: int
+    largest_side: int
+    grey: bool = False
+    multilabel: bool = False
+    mean: float = 0.5
+    std: float = 0.5
+
+    @classmethod
+    def of(cls, splits: Splits) -> "DataFacts":
+        """Measured on a sample of the training images."""
+        summary, largest_side = splits.summary, max(splits.summary.largest)
+        mean, std = brightness(splits.training) if largest_side <= SMALL_IMAGE_PIXELS else (0.5, 0.5)
+        return cls(
+            num_images=len(splits.training),
+            side=max(summary.median),
+            shorter_side=min(summary.median),
+            largest_side=largest_side,
+            grey=summary.grey,
+            multilabel=splits.training.multilabel,
+            mean=mean,
+            std=std,
+        )
+
+    @property
+    def small(self) -> bool:
+        """Whether the images are of 64 pixels or less."""
+        return self.largest_side <= SMALL_IMAGE_PIXELS
 
 
 def brightness(dataset: Dataset) -> tuple[float, float]:
     """Mean and standard deviation of the pixels, in 0 to 1, of up to 256 images, evenly spread."""
     images = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(np.int64)).tolist():
+    for index in np.unique(np.linspace(0, len(dataset) - 1, BRIGHTNESS_SAMPLE).astype(np.int64)).tolist():
         try:
             content, _ = dataset.read(index)
             images.append(np.asarray(decode(content, "") if isinstance(content, bytes) else content).ravel())
@@ -46,63 +84,64 @@ def brightness(dataset: Dataset) -> tuple[float, float]:
     return round(float(pixels.mean()), 4), round(float(max(pixels.std(), 0.05)), 4)
 
 
-def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Recipe:
-    """The recipe with nothing left open: running it again, or its YAML, is the same run.
+def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> TrainingConfig:
+    """The configuration of a run; asked for again by its own values, it is the same.
 
-    What the recipe gives is kept. Raises UserError if it contradicts the data or the bundle it starts from.
+    Raises:
+        UserError: the recipe contradicts the data, or the bundle to start from.
     """
     check_start(recipe, splits, init)
     check_labels(recipe, splits)
-    row, number = find_recipe(recipe.name), len(splits.training)
-    preprocessing = fit_preprocessing(recipe, splits, init)
-    model = recipe.model if recipe.model != "auto" else default_variant(preprocessing.resolution)
-    model = init.model.variant.name if init else model
-    table = row.by_model.get(model, {})
+    return choose(recipe, DataFacts.of(splits), init)
 
-    batch_size = recipe.batch_size or fit_batch_size(number)
-    epochs = recipe.epochs or fit_epochs(number, batch_size, finetune=init is not None)
+
+def choose(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> TrainingConfig:
+    """Choose everything that a recipe leaves open.
+
+    Values asked for go over those that the named recipe has for the model's size, and these over the general choice.
+    """
+    row, number, asked = find_recipe(recipe.name), facts.num_images, recipe.to_dict()
+    preprocessing = choose_preprocessing(recipe, facts, init)
+    if init is not None:
+        model = init.model.variant.name
+    else:
+        model = default_variant(preprocessing.resolution) if recipe.model in (None, "auto") else recipe.model
+
+    batch_size = asked.get("batch_size", fit_batch_size(number))
+    epochs = asked.get("epochs", fit_epochs(number, batch_size, finetune=init is not None))
     total_steps = steps_of(epochs, number, batch_size)
     if recipe.head_first_epochs and steps_of(recipe.head_first_epochs, number, batch_size) >= total_steps:
         raise UserError(
             f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs:g} epochs for the rest of the "
             "network: give less, or freeze the rest"
         )
-    published = recipe.name not in ("scratch", "finetune")
-    regular = {} if published else regularisation(splits, preprocessing.resolution, finetune=init is not None)
-    width = init.model.variant.stages[-1].width if init else None
-    rate = {} if published else {"learning_rate": fit_learning_rate(batch_size, width)}
-    if init is not None and not published:
-        rate["layer_decay"] = 0.8
-    warmup = {} if published else {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5}
-    average = recipe.ema_decay if recipe.ema_decay is not None else fit_ema_decay(total_steps)
-    depth = recipe.stochastic_depth
-    if depth is None:
-        # The few blocks of the rows for small images learn too little rather than too much.
-        depth = table.get("stochastic_depth", 0.0 if preprocessing.resolution <= SMALL else 0.1)
-    return replace(
-        recipe,
-        data=recipe.data if recipe.data in NAMES else lasting(recipe.data),
-        model=model,
-        init=lasting(recipe.init) if recipe.init else None,
-        resolution=preprocessing.resolution,
-        channels=preprocessing.channels,
-        epochs=epochs,
-        batch_size=batch_size,
-        stochastic_depth=depth,
-        ema_decay=average,
-        loss=recipe.loss or ("sigmoid" if splits.training.multilabel else "softmax"),
-        optimizer=complete(Optimization, recipe.optimizer, **{**rate, **table.get("optimizer", {})}),
-        schedule=complete(Schedule, recipe.schedule, **warmup),
-        augmentation=complete(
-            Augmentation,
-            recipe.augmentation,
-            **{**regular.get("augmentation", {}), **table.get("augmentation", {})},
-        ),
-        mixing=complete(Mixing, recipe.mixing, **regular.get("mixing", {})),
-        preprocessing=preprocessing,
-        # at most a dozen evaluations: on small images one costs as much as a sixth of an epoch
-        evaluate_every=recipe.evaluate_every or (1.0 if recipe.max_minutes else max(1.0, round(epochs / 12))),
-    )
+    chosen: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "micro_batch_size": batch_size,
+        # The few blocks of the variants for small images underfit rather than overfit.
+        "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS else 0.1,
+        "ema_decay": fit_ema_decay(total_steps),
+        "loss": "sigmoid" if facts.multilabel else "softmax",
+        # At most a dozen evaluations: on small images one costs as much as a sixth of an epoch.
+        "evaluate_every": 1.0 if recipe.max_minutes else max(1.0, round(epochs / 12)),
+        "optimizer": {},
+        "schedule": {},
+        "augmentation": {},
+        "mixing": {},
+    }
+    if row.data is None:  # the paper's recipes leave nothing of this open
+        chosen |= choose_optimization(facts, batch_size, total_steps, init)
+        chosen |= choose_regularization(facts, preprocessing.resolution, finetune=init is not None)
+    settled: dict[str, Any] = {
+        "data": recipe.data if recipe.data in NAMES else lasting(recipe.data),
+        "model": model,
+        "init": lasting(recipe.init) if recipe.init else "",
+        "resolution": preprocessing.resolution,
+        "channels": preprocessing.channels,
+        "preprocessing": preprocessing,
+    }
+    return TrainingConfig(**merge(merge(chosen, row.by_model.get(model, {})), asked) | settled)
 
 
 def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
@@ -118,10 +157,10 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
             if getattr(recipe, name):
                 raise UserError(f"{name} is for a network that has learned already: give init as well, or leave it out")
         return
-    if recipe.model not in ("auto", row.recipe.model, init.model.variant.name):
+    if recipe.model not in (None, "auto", row.recipe.model, init.model.variant.name):
         raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
     if init.classes == splits.classes and init.multilabel != splits.multilabel:
-        # More often a stray separator in a table than a wish.
+        # More often a stray separator in a table than intended.
         kinds = {True: "several labels an image", False: "one label an image"}
         raise UserError(
             f"{splits.name} has {kinds[splits.multilabel]}, but init learned the same classes with "
@@ -143,38 +182,51 @@ def check_labels(recipe: Recipe, splits: Splits) -> None:
 def lasting(source: str) -> str:
     """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    return str(path.resolve()) if source and path.exists() else source
 
 
-def fit_preprocessing(recipe: Recipe, splits: Splits, init: Bundle | None) -> Preprocessing:
-    """As the bundle it starts from; else the images' own size if they are small; else 128 or 224 pixels."""
-    given = recipe.preprocessing
-    channels = recipe.channels or (1 if splits.grey else 3)
-    if init is not None and not isinstance(given, Preprocessing):
-        whole = complete(Preprocessing, {**asdict(init.preprocessing), **given})
-    elif is_small(splits):
-        mean, std = brightness(splits.training)
-        level = {"mean": [mean] * channels, "std": [std] * channels}
-        side = max(splits.summary.median)
-        whole = complete(Preprocessing, given, resolution=side, crop_fraction=1.0, **level)
+def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) -> Preprocessing:
+    """That of the bundle to start from; else the images' own size if they are small; else 128 or 224 pixels."""
+    channels = recipe.channels or (1 if facts.grey else 3)
+    if init is not None:
+        chosen: dict[str, Any] = asdict(init.preprocessing)
+    elif facts.small:
+        level = {"mean": [facts.mean] * channels, "std": [facts.std] * channels}
+        chosen = {"resolution": facts.side, "crop_fraction": 1.0, **level}
     else:
         # Below 20,000 images, 224 pixels cost three times the time and teach an untrained network little.
-        side = 128 if len(splits.training) < 20_000 or splits.native_resolution < 224 else 224
-        whole = complete(Preprocessing, given, resolution=side, mean=[0.5] * channels, std=[0.5] * channels)
+        side = 128 if facts.num_images < 20_000 or facts.shorter_side < 224 else 224
+        chosen = {"resolution": side, "mean": [0.5] * channels, "std": [0.5] * channels}
+    asked: dict[str, Any] = recipe.to_dict().get("preprocessing", {})
     if recipe.resolution is not None:
-        whole = replace(whole, resolution=recipe.resolution)
+        asked["resolution"] = recipe.resolution
+    try:
+        whole = Preprocessing(**{**chosen, **asked})
+    except UserError as error:
+        raise UserError(f"preprocessing.{error}") from None
     if recipe.channels is not None and whole.channels != recipe.channels:
         raise UserError(f"channels is {recipe.channels}, but preprocessing has {whole.channels}: make them agree")
     return whole
 
 
-def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
+def choose_optimization(
+    facts: DataFacts, batch_size: int, total_steps: int, init: Bundle | None
+) -> dict[str, dict[str, Any]]:
+    """Learning rate and schedule; with a network that has learned, lower rates for the blocks far from its head."""
+    width = init.model.variant.stages[-1].width if init else None
+    rates = {"learning_rate": fit_learning_rate(batch_size, width), **({"layer_decay": 0.8} if init else {})}
+    return {
+        "optimizer": rates,
+        "schedule": {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5},
+    }
+
+
+def choose_regularization(facts: DataFacts, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
     """Augmentation and mixing: shifts for small images, enlarged or not, crops and RandAugment for photographs."""
-    # A letter in a mirror is no letter, and most small grey images are signs; garments are not.
-    signs = is_small(splits) and splits.grey and not splits.name.startswith("fashion-mnist")
-    flip_rate = 0.0 if signs else 0.5
-    smoothing = 0.0 if splits.training.multilabel else 0.1
-    if is_small(splits) or resolution <= SMALL:
+    # Most small grey images are signs, and a mirrored letter is none; the recipe fashion-mnist has it otherwise.
+    flip_rate = 0.0 if facts.small and facts.grey else 0.5
+    smoothing = 0.0 if facts.multilabel else 0.1
+    if facts.small or resolution <= SMALL_IMAGE_PIXELS:
         return {
             "augmentation": {
                 "placement": "shift",
@@ -182,7 +234,7 @@ def regularisation(splits: Splits, resolution: int, *, finetune: bool) -> dict[s
                 "shift": max(1, resolution // 28),
                 "flip_rate": flip_rate,
                 # 60,000 garments, shifted by two pixels: 93.9 % top-1 in 28 epochs, without it 93.7 in 21.
-                "erasing_rate": 0.5 if len(splits.training) >= MANY else 0.0,
+                "erasing_rate": 0.5 if facts.num_images >= MANY_IMAGES else 0.0,
             },
             "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": smoothing},
         }
@@ -234,7 +286,6 @@ def steps_of(epochs: float, number: int, batch_size: int) -> int:
     return max(1, math.ceil(epochs * number / batch_size))
 
 
-def head_first_steps(recipe: Recipe, number: int) -> int:
+def head_first_steps(config: TrainingConfig, number: int) -> int:
     """Optimizer steps in which the classifier learns alone."""
-    assert recipe.batch_size is not None
-    return steps_of(recipe.head_first_epochs, number, recipe.batch_size) if recipe.head_first_epochs else 0
+    return steps_of(config.head_first_epochs, number, config.batch_size) if config.head_first_epochs else 0

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from coatnet.training.config import Recipe
+from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import steps_of
 
 RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
@@ -111,13 +111,12 @@ class Plan:
         return reserve if self._evaluations else min(reserve, limit_seconds / 2)
 
 
-def plan_for(recipe: Recipe, num_images: int, final_images: int) -> Plan:
+def plan_for(recipe: TrainingConfig, num_images: int, final_images: int) -> Plan:
     """The plan of a complete recipe over `num_images` training images."""
-    assert recipe.epochs is not None and recipe.batch_size is not None and recipe.evaluate_every is not None
     return Plan(
         recipe_steps=steps_of(recipe.epochs, num_images, recipe.batch_size),
         evaluate_steps=steps_of(recipe.evaluate_every, num_images, recipe.batch_size),
-        limit_seconds=None if recipe.max_minutes is None else 60 * recipe.max_minutes,
+        limit_seconds=60 * recipe.max_minutes if recipe.max_minutes else None,
         final_images=final_images,
         batch_size=recipe.batch_size,
     )

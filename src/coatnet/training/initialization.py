@@ -12,10 +12,10 @@ from coatnet.errors import UserError
 from coatnet.model.freeze import freeze
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.resize import change_resolution
-from coatnet.training.config import Recipe, parts
+from coatnet.training.config import TrainingConfig
 
 
-def build_model(recipe: Recipe, dataset: Dataset, init: Bundle | None) -> CoAtNet:
+def build_model(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:
     """The network of the recipe, untrained, or with the weights of the bundle to start from.
 
     The bundle's classifier is kept if its classes are the data's, in the same order; else it is a new one.
@@ -23,8 +23,8 @@ def build_model(recipe: Recipe, dataset: Dataset, init: Bundle | None) -> CoAtNe
     Raises:
         UserError: the recipe asks for another network than the bundle's, or freezes what can not be frozen.
     """
-    preprocessing = parts(recipe).preprocessing
-    num_classes, depth = len(dataset.classes), recipe.stochastic_depth or 0.0
+    preprocessing = recipe.preprocessing
+    num_classes, depth = len(dataset.classes), recipe.stochastic_depth
     if init is None:
         return create_model(
             recipe.model,
@@ -45,7 +45,7 @@ def build_model(recipe: Recipe, dataset: Dataset, init: Bundle | None) -> CoAtNe
         model.reset_classifier(num_classes)
     if preprocessing.resolution != model.resolution:
         change_resolution(model, preprocessing.resolution)
-    return freeze_parts(model, tuple(recipe.freeze), new_classifier=not keeps_classifier(dataset, init))
+    return freeze_parts(model, recipe.freeze, new_classifier=not keeps_classifier(dataset, init))
 
 
 def keeps_classifier(dataset: Dataset, init: Bundle) -> bool:
@@ -53,7 +53,7 @@ def keeps_classifier(dataset: Dataset, init: Bundle) -> bool:
     return init.classes == dataset.classes
 
 
-def describe_start(recipe: Recipe, dataset: Dataset, init: Bundle | None) -> str:
+def describe_start(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None) -> str:
     """Where the weights come from, in a few words; nothing to say of an untrained network."""
     if init is None:
         return ""

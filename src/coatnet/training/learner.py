@@ -14,7 +14,7 @@ from coatnet.data.sampler import hash_words
 from coatnet.errors import UserError
 from coatnet.system.hardware import best_device, multiplies_bf16
 from coatnet.training.checkpoint import Checkpoint
-from coatnet.training.config import Recipe, parts
+from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import head_first_steps
 from coatnet.training.distributed.batch_split import share_of
 from coatnet.training.distributed.parallelize import build_network, parallelism_of, scale
@@ -36,23 +36,23 @@ class Learner:
     """Model, averaged weights and optimizer; all randomness of a step follows from its number."""
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, init: Bundle | None, processes: Processes = SINGLE_PROCESS
+        self, recipe: TrainingConfig, dataset: Dataset, init: Bundle | None, processes: Processes = SINGLE_PROCESS
     ) -> None:
         """Raises UserError if recipe, bundle and processes do not fit together."""
         self.recipe, self.num_classes, self.processes = recipe, len(dataset.classes), processes
         self.device, self.bf16 = best_device(), runs_bf16(recipe.precision, best_device())
-        self.share = share_of(recipe.batch_size or 1, parts(recipe).mixing, processes)
+        self.share = share_of(recipe.batch_size, recipe.mixing, processes)
         self.parallelism = parallelism_of(recipe, init, processes)
         seed_step(recipe.seed, INITIALISATION)
         self.model = build_network(recipe, dataset, init, self.parallelism).train()
         self.parallel, self.average = scale(
             self.model, recipe, processes, self.device, parallelism=self.parallelism, bf16=self.bf16
         )
-        self.optimizer = build_optimizer(self.model, parts(recipe).optimizer)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self._head_first = HeadFirst(self.model, head_first_steps(recipe, len(dataset)))
         weights = balancing_weights(dataset.labels, self.num_classes) if recipe.balance == "weights" else None
-        self._loss = build_loss(recipe.loss or "softmax", weights if weights is None else weights.to(self.device))
+        self._loss = build_loss(recipe.loss, weights if weights is None else weights.to(self.device))
         self._start = describe_start(recipe, dataset, init)
         self.last_learning_rate = 0.0
 
@@ -79,13 +79,12 @@ class Learner:
 
         Raises NotFinite, on all processes and before anything is updated; UserError if the memory is too small.
         """
-        whole = parts(self.recipe)
         self._head_first.enter(step)
         self.parallel.prepare()
         buffers = list(self.model.buffers()) if self.recipe.non_finite_budget else []
         before = [buffer.clone() for buffer in buffers]
-        at_once = self.recipe.micro_batch_size or len(self.share.places) - self.share.num_extra
-        with translate_errors(), shortage_explained(step, at_once, whole.preprocessing.resolution):
+        at_once = min(self.recipe.micro_batch_size, len(self.share.places) - self.share.num_extra)
+        with translate_errors(), shortage_explained(step, at_once, self.recipe.resolution):
             total = self._accumulate(images, labels, step)
             parameters = list(self._parameters.values())
             total, norm = self.parallel.agree(total, gradient_norm(parameters))
@@ -99,7 +98,7 @@ class Learner:
                 "Lower optimizer.learning_rate, or use precision fp32"
             )
         self.last_learning_rate = learning_rate
-        take_step(self.optimizer, parameters, learning_rate, norm, whole.optimizer.grad_clip_norm)
+        take_step(self.optimizer, parameters, learning_rate, norm, self.recipe.optimizer.grad_clip_norm)
         self.average.update(step)
         return loss_value, norm_value
 
@@ -108,14 +107,14 @@ class Learner:
         recipe, (_, num_extra), alone = self.recipe, self.share, self.processes.alone
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         # What is averaged over processes is divided by their mean share.
-        num_images = len(images) if alone else (recipe.batch_size or 1) / self.processes.world_size
-        micro = recipe.micro_batch_size or len(images)
-        if step == 0 and recipe.init is None:
+        num_images = len(images) if alone else recipe.batch_size / self.processes.world_size
+        micro = recipe.micro_batch_size
+        if step == 0 and not recipe.init:
             with nullcontext() if alone else self.autocast():  # the weights of shards may come in bf16
                 start_statistics(self.model, images[num_extra:][:micro])
         seed_step(recipe.seed, step, self.processes.rank)
         seed = step_seed(recipe.seed, step)
-        images, targets = mix(images, labels, num_classes=self.num_classes, mixing=parts(recipe).mixing, seed=seed)
+        images, targets = mix(images, labels, num_classes=self.num_classes, mixing=recipe.mixing, seed=seed)
         image_parts, target_parts = images[num_extra:].split(micro), targets[num_extra:].split(micro)
         total = torch.zeros((), device=self.device)
         for number, (part, part_targets) in enumerate(zip(image_parts, target_parts, strict=True), start=1):
@@ -154,7 +153,7 @@ class Learner:
     def bundle(self, dataset: Dataset, record: dict) -> Bundle:
         """The averaged weights as a finished model; all processes must ask for it."""
         recipe = self.recipe
-        return Bundle(self.average.whole(), dataset.classes, parts(recipe).preprocessing, dataset.multilabel, record)
+        return Bundle(self.average.whole(), dataset.classes, recipe.preprocessing, dataset.multilabel, record)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

@@ -3,54 +3,52 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coatnet.errors import UserError
 from coatnet.model.freeze import layer_groups
 from coatnet.model.network import CoAtNet, create_model
+from coatnet.system.validated import (
+    BelowOne,
+    FractionAboveZero,
+    NumberAboveZero,
+    NumberFromZero,
+    WholeFromZero,
+    validated,
+)
 from coatnet.training.distributed.shards import full_tensor, local_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(frozen=True)
+@validated
 class Optimization:
-    """AdamW. `layer_decay` multiplies the learning rate for every block between a parameter and the head."""
+    """AdamW with decoupled weight decay."""
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip_norm: float = 1.0
-    layer_decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "grad_clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise UserError(f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas must be in [0, 1), got {self.betas}")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"optimizer.layer_decay must be in (0, 1], got {self.layer_decay}")
+    learning_rate: NumberAboveZero = 1e-3
+    """Peak learning rate, reached after the warm-up; by default 2e-3 for 128 images a step, less to fine-tune."""
+    weight_decay: NumberFromZero = 0.05
+    """Decoupled weight decay; biases, normalization weights and relative bias tables are exempt."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    grad_clip_norm: NumberAboveZero = 1.0
+    """Largest Euclidean norm of all gradients together; larger ones are scaled down to it."""
+    layer_decay: FractionAboveZero = 1.0
+    """Factor on the learning rate for every block between a parameter and the head; by default 0.8 with `init`."""
 
 
-@dataclass(frozen=True)
+@validated
 class Schedule:
-    """Warm-up from zero in a line, then `decay` down to `minimum_learning_rate`."""
+    """Linear warm-up from zero, then `decay` down to `minimum_learning_rate`."""
 
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    minimum_learning_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("warmup_steps", "minimum_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"schedule.{name} must be 0 or more, got {getattr(self, name)}")
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: WholeFromZero = 0
+    """Optimizer steps of the warm-up, at most a fifth of the run; by default a twentieth of it."""
+    minimum_learning_rate: NumberFromZero = 0.0
+    """Learning rate at the end of the decay; by default 1e-5."""
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedule) -> float:

@@ -9,28 +9,15 @@ from typing import Any
 
 from coatnet.errors import UserError, few
 from coatnet.system.files import atomic_write, remove_leftovers
-from coatnet.training.config import PARTS, Recipe
-from coatnet.training.config_parsing import plain
-
-MAY_CHANGE = (
-    "epochs",
-    "max_minutes",
-    "patience",
-    "evaluate_every",
-    "checkpoint_every_minutes",
-    "keep_checkpoints",
-    "keep_every_hours",
-    "parallelism",
-    "activation_checkpointing",
-    "num_workers",
-    "bad_image_budget",
-    "non_finite_budget",
-    "loggers",
-)
+from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
 
 
 class RunFolder:
-    """The folder of a run; made by `start`, so that a run that can not begin leaves nothing."""
+    """The folder of a run; made by `start`, so that a run that cannot begin leaves nothing.
+
+    Attributes:
+        given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
+    """
 
     def __init__(self, path: str | Path, given: Recipe) -> None:
         """Raises UserError if the folder holds anything but a run, or is no folder."""
@@ -42,40 +29,39 @@ class RunFolder:
         self.stored = Recipe.from_yaml(recipe_file) if recipe_file.exists() else None
         if self.stored is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
-        self.recipe = given
-        self.given = given if self.stored is None else filled(given, self.stored)
+        self.given = given if self.stored is None else fill_from(self.stored, given)
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end with this recipe."""
-        same = self.stored is not None and plain(self.stored) == plain(self.recipe)
-        return same and (self.path / "report.json").exists() and self.bundle.exists()
+        """Whether the run has come to its end with the configuration that `settle` took."""
+        return self._before == self.config and (self.path / "report.json").exists() and self.bundle.exists()
 
-    def settle(self, recipe: Recipe, classes: Sequence[str]) -> Recipe:
-        """Take the complete recipe and the classes.
+    def settle(self, config: TrainingConfig, classes: Sequence[str]) -> TrainingConfig:
+        """Take the configuration and the classes.
 
         Raises UserError if the folder's run was started with others, or if it lies among its images.
         """
-        self.recipe, self._classes = recipe, list(classes)
-        if self.path.resolve().is_relative_to(recipe.data):
+        self.config, self._classes = config, list(classes)
+        self._before = None if self.stored is None else configuration_before(self.stored, config)
+        if self.path.resolve().is_relative_to(config.data):
             raise UserError(
-                f"{self.path} lies in {recipe.data}, where its curves would become images of a class: "
+                f"{self.path} lies in {config.data}, where its curves would become images of a class: "
                 "give a folder outside for out"
             )
-        if self.stored is None:
-            return recipe
-        ours, theirs = plain(recipe), plain(self.stored)
+        if (before := self._before) is None:
+            return config
+        ours, theirs = config.to_dict(), before.to_dict()
         for name in ours:
             if ours[name] != theirs[name] and name not in MAY_CHANGE:
                 raise UserError(
                     f"{self.path} holds a run with {difference(name, theirs[name], ours[name])}: "
                     "give the same to resume it, or another folder for a new run"
                 )
-        if ours["epochs"] < theirs["epochs"]:
-            raise UserError(f"{self.path} holds a run of {theirs['epochs']} epochs, which can only be extended")
+        if config.epochs < before.epochs:
+            raise UserError(f"{self.path} holds a run of {before.epochs} epochs, which can only be extended")
         if self._classes_file.exists():
             self._compare_classes(json.loads(self._classes_file.read_text(encoding="utf-8")))
-        return recipe
+        return config
 
     def _compare_classes(self, before: list[str]) -> None:
         """Raises UserError unless they are the same: the rows of the classifier belong to them by their order."""
@@ -85,7 +71,7 @@ class RunFolder:
         gone, new = [name for name in before if name not in now], [name for name in self._classes if name not in then]
         found = [f"without {few(gone)}"] * bool(gone) + [f"with the new {few(new)}"] * bool(new)
         raise UserError(
-            f"{self.path} holds a run on {len(before)} classes, but {self.recipe.data} is now "
+            f"{self.path} holds a run on {len(before)} classes, but {self.config.data} is now "
             f"{' and '.join(found) or 'in another order'}: undo that to resume it, or give another folder for a new run"
         )
 
@@ -93,15 +79,15 @@ class RunFolder:
         """Make the folder and write recipe and classes into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path / "recipe.yaml", self.recipe.to_yaml())
+            atomic_write(self.path / "recipe.yaml", self.config.to_yaml())
             atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
         except OSError as error:
             raise UserError(
-                f"{self.path} can not be written ({error.strerror}): choose another folder for out"
+                f"{self.path} cannot be written ({error.strerror}): choose another folder for out"
             ) from None
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One JSON line in metrics.jsonl; a log that can not be written does not end a training."""
+        """One JSON line in metrics.jsonl; a log that cannot be written does not end a training."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(record)) + "\n")
@@ -127,24 +113,22 @@ class RunFolder:
         atomic_write(self.metrics, "".join(line + "\n" for line in kept))
 
 
-def filled(given: Recipe, stored: Recipe) -> Recipe:
-    """What a recipe leaves open, from the complete one of a run: resuming does not choose a second time."""
-    changes: dict[str, Any] = {}
-    for name, value in vars(stored).items():
-        ours = getattr(given, name)
-        if name in PARTS:
-            changes[name] = {**plain(value), **plain(ours)}
-        elif ours is None and name not in (
-            "patience",
-            "max_minutes",
-            "num_workers",
-            "micro_batch_size",
-            "keep_every_hours",
-        ):
-            changes[name] = value
-    if given.model == "auto" or stored.init:
-        changes["model"] = stored.model
-    return replace(given, **changes)
+def fill_from(stored: Recipe, given: Recipe) -> Recipe:
+    """What a recipe leaves open, from that of a run, so that resuming does not choose a second time.
+
+    What may change on resumption and has a default goes back to it unless it is given again.
+    """
+    reset = [name for name in MAY_CHANGE if name not in REQUIRED]
+    kept = {name: value for name, value in stored.to_dict().items() if name not in reset}
+    filled = Recipe.from_dict(kept).changed(given.to_dict())
+    return replace(filled, model=stored.model) if given.model in (None, "auto") or stored.init else filled
+
+
+def configuration_before(stored: Recipe, config: TrainingConfig) -> TrainingConfig:
+    """The configuration of a run by its file; what that leaves out is the default, or as in `config` if none exists."""
+    chosen = {name: value for name, value in config.to_dict().items() if name in REQUIRED}
+    del chosen["micro_batch_size"]  # earlier releases left it out where it is the whole batch
+    return TrainingConfig.from_dict(chosen | stored.to_dict())
 
 
 def difference(name: str, theirs: Any, ours: Any) -> str:
@@ -153,4 +137,4 @@ def difference(name: str, theirs: Any, ours: Any) -> str:
         for key in {**theirs, **ours}:
             if theirs.get(key) != ours.get(key):
                 return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
-    return f"{name} {theirs}, not {ours}"
+    return f"{name} {'none' if theirs == '' else theirs}, not {'none' if ours == '' else ours}"

@@ -17,7 +17,6 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import CorruptCheckpoint, latest_checkpoint, load_checkpoint, open_checkpoint
-from coatnet.training.config import parts
 from coatnet.training.distributed.batch_split import workers_of_one
 from coatnet.training.distributed.sync import Agreement
 from coatnet.training.duration import Plan
@@ -66,21 +65,21 @@ class Session:
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
-        optimizer, schedule, *_ = parts(self.recipe)
-        return learning_rate_at(self.position.step, self.plan.total_steps, optimizer.learning_rate, schedule)
+        peak, schedule = self.recipe.optimizer.learning_rate, self.recipe.schedule
+        return learning_rate_at(self.position.step, self.plan.total_steps, peak, schedule)
 
     @property
     def out_of_patience(self) -> bool:
         """Whether as many evaluations as the recipe has patience for brought nothing better."""
-        return self.recipe.patience is not None and self.position.evaluations_since_best >= self.recipe.patience
+        return 0 < self.recipe.patience <= self.position.evaluations_since_best
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This process's share of the batches that are still to come."""
-        recipe, whole = self.recipe, parts(self.recipe)
+        recipe = self.recipe
         return training_batches(
             self.splits.training,
-            preprocessing=whole.preprocessing,
-            augmentation=whole.augmentation,
+            preprocessing=recipe.preprocessing,
+            augmentation=recipe.augmentation,
             batch_size=self.plan.batch_size,
             seed=recipe.seed,
             first_step=self.position.step,
@@ -159,7 +158,7 @@ class Session:
         self._gather_bad_images()
         self.log({**figures, "bad_images": len(self.bad_images.records)})
         self.progress.evaluated(self.position.step, self.epoch, figures)
-        if better and self.recipe.patience is not None:
+        if better and self.recipe.patience:
             self.saver.finish_or_warn(self.progress.say)
             self._begin_saving(BEST)
             self.saver.finish()

@@ -49,16 +49,16 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             run = RunFolder(out, recipe)
             splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
             init = load(run.given.init) if run.given.init else None
-            recipe = run.settle(resolve(run.given, splits, init), splits.classes)
-            check_loggers(recipe.loggers)
+            config = run.settle(resolve(run.given, splits, init), splits.classes)
+            check_loggers(config.loggers)
         if run.finished:
             progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
             return processes.first_does(lambda: evaluate(load(run.bundle), splits))
 
         with repeatable():
             with processes.collective():
-                learner = Learner(recipe, splits.training, init, processes)
-                plan = plan_for(recipe, len(splits.training), len(splits.validation))
+                learner = Learner(config, splits.training, init, processes)
+                plan = plan_for(config, len(splits.training), len(splits.validation))
                 session = Session(learner, plan, splits, run, progress, began)
                 if processes.is_main:
                     run.start()
@@ -70,7 +70,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                     learn(session, interruption)
                 if session.out_of_patience:
                     session.restore_best()
-                bundle = learner.bundle(splits.training, record={"recipe": recipe.to_dict()})
+                bundle = learner.bundle(splits.training, record={"recipe": config.to_dict()})
                 return processes.first_does(lambda: finish(session, bundle))
             finally:
                 session.loggers.close()
@@ -79,7 +79,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
 def finish(session: Session, bundle: Bundle) -> Report:
     """Measure what was learned and write report, curves and bundle."""
     recipe, splits, run, progress = session.recipe, session.splits, session.run, session.progress
-    report = evaluate(bundle, splits, num_workers=recipe.num_workers)
+    report = evaluate(bundle, splits, num_workers=None if recipe.num_workers == "auto" else recipe.num_workers)
     report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
     if report.bad_images:
         progress.say(f"{len(report.bad_images)} images could not be used; {run.path}/report.md names them")

@@ -7,7 +7,6 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
-from coatnet.training.config import parts
 from coatnet.training.learner import Learner
 
 SMALLEST_BATCH = 64
@@ -30,7 +29,7 @@ def measure(
     batches = infer(
         learner.average.whole(),
         dataset,
-        preprocessing=parts(learner.recipe).preprocessing,
+        preprocessing=learner.recipe.preprocessing,
         batch_size=max(batch_size // processes.world_size, SMALLEST_BATCH),
         num_workers=num_workers,
         bad_images=bad_images,

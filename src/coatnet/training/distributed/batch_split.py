@@ -1,6 +1,6 @@
 """Which images of a batch a process takes: the batch is the recipe's, however many processes there are."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,13 @@ def share_of(batch_size: int, mixing: Mixing, processes: Processes) -> Share:
     return Share(np.concatenate(([(places[0] - 1) % batch_size], places)), 1)
 
 
-def workers_of_one(wanted: int | None, processes: Processes) -> int | None:
-    """Worker processes of each process: as many as are wanted, or its part of the machine's cores."""
-    if wanted is not None or processes.alone:
+def workers_of_one(wanted: int | Literal["auto"], processes: Processes) -> int | None:
+    """Worker processes of each process: as many as are wanted, or its part of the machine's cores.
+
+    None leaves it to the loader, which a single process may.
+    """
+    if wanted != "auto":
         return wanted
+    if processes.alone:
+        return None
     return max(1, min(MAX_WORKERS, num_cores() // processes.local_world_size))

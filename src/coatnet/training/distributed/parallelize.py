@@ -22,7 +22,7 @@ from coatnet.model.build import init_weights
 from coatnet.model.config import Variant
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.registry import find_variant
-from coatnet.training.config import Recipe
+from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import Rows, fill
 from coatnet.training.initialization import build_model
@@ -68,7 +68,7 @@ class Single:
         return loss, norm
 
 
-def parallelism_of(recipe: Recipe, init: Bundle | None, processes: Processes) -> Literal["ddp", "fsdp", "hsdp"]:
+def parallelism_of(recipe: TrainingConfig, init: Bundle | None, processes: Processes) -> Literal["ddp", "fsdp", "hsdp"]:
     """The recipe's, or what fits the size: copies, and above 10^9 parameters shards, within each machine if possible.
 
     Whether it is sharded at all does not depend on the processes, as the untrained weights follow from it.
@@ -85,7 +85,7 @@ def parallelism_of(recipe: Recipe, init: Bundle | None, processes: Processes) ->
     return "hsdp" if processes.world_size % processes.local_world_size == 0 else "fsdp"
 
 
-def build_network(recipe: Recipe, dataset: Dataset, init: Bundle | None, parallelism: str) -> CoAtNet:
+def build_network(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None, parallelism: str) -> CoAtNet:
     """The network of the recipe; one that is to be sharded without weights, on the meta device, if they are untrained.
 
     timm's networks hold parts that do not know how to begin by themselves. They are small enough to be built whole.
@@ -96,14 +96,14 @@ def build_network(recipe: Recipe, dataset: Dataset, init: Bundle | None, paralle
 
 
 def scale(
-    model: CoAtNet, recipe: Recipe, processes: Processes, device: torch.device, *, parallelism: str, bf16: bool
+    model: CoAtNet, recipe: TrainingConfig, processes: Processes, device: torch.device, *, parallelism: str, bf16: bool
 ) -> tuple[Parallel, WeightAverage[CoAtNet] | ShardedAverage]:
     """The network as these processes compute it, in place on `device`, and its averaged weights.
 
     Raises UserError if the processes can not share the recipe's batch, or there is no compiler that it asks for.
     """
     check_shares(recipe, processes, parallelism)
-    decay, on_meta = recipe.ema_decay or 0.0, next(model.parameters()).is_meta
+    decay, on_meta = recipe.ema_decay, next(model.parameters()).is_meta
     if parallelism == "ddp" or processes.alone:
         if on_meta:
             materialize(model, recipe.seed, device)
@@ -124,7 +124,7 @@ def scale(
     return parallel, average
 
 
-def replicated(model: CoAtNet, recipe: Recipe, processes: Processes, device: torch.device) -> Parallel:
+def replicated(model: CoAtNet, recipe: TrainingConfig, processes: Processes, device: torch.device) -> Parallel:
     """A copy on every process."""
     from coatnet.training.distributed.wrappers import Replicated
 
@@ -132,7 +132,7 @@ def replicated(model: CoAtNet, recipe: Recipe, processes: Processes, device: tor
     return Replicated(model, processes, device)
 
 
-def compile_and_checkpoint(model: CoAtNet, recipe: Recipe, device: torch.device) -> None:
+def compile_and_checkpoint(model: CoAtNet, recipe: TrainingConfig, device: torch.device) -> None:
     """Compile the blocks, one by one, and recompute their activations in the backward pass, as the recipe says."""
     if recipe.compile:
         refuse_without_compiler(device)
@@ -163,9 +163,8 @@ def refuse_without_compiler(device: torch.device) -> None:
         raise UserError("compile needs a C++ compiler (g++) on the PATH: install one, or set compile to false")
 
 
-def check_shares(recipe: Recipe, processes: Processes, parallelism: str) -> None:
+def check_shares(recipe: TrainingConfig, processes: Processes, parallelism: str) -> None:
     """Raises UserError if the processes can not share the recipe's batch."""
-    assert recipe.batch_size is not None
     if recipe.batch_size < processes.world_size:
         raise UserError(
             f"batch_size {recipe.batch_size} leaves nothing to do for some of {processes.world_size} processes: "
@@ -178,11 +177,10 @@ def check_shares(recipe: Recipe, processes: Processes, parallelism: str) -> None
         )
 
 
-def synchronise(model: CoAtNet, recipe: Recipe, processes: Processes) -> None:
+def synchronise(model: CoAtNet, recipe: TrainingConfig, processes: Processes) -> None:
     """BatchNorm over the images of all GPUs, where one has few. What is frozen keeps BatchNorm's own class, which the
     network knows how to freeze."""
-    assert recipe.batch_size is not None
-    at_once = min(recipe.micro_batch_size or recipe.batch_size, recipe.batch_size // processes.world_size)
+    at_once = min(recipe.micro_batch_size, recipe.batch_size // processes.world_size)
     frozen = bool(recipe.freeze or recipe.head_first_epochs)
     if torch.cuda.is_available() and at_once < SYNCHRONISED_BELOW and not frozen:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

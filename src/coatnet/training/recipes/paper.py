@@ -1,14 +1,56 @@
 """The paper's recipes: Table 10, with the scores of its Tables 4, 5, 13 and 14.
 
-Table 10 gives stochastic depth by model size, so these recipes leave it open; `fitting.resolve` fills it in.
+Table 10 gives stochastic depth by model size, so these recipes leave it open; `defaults.resolve` fills it in.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coatnet.training.config import Recipe
-from coatnet.training.recipes.named_recipe import NamedRecipe, PaperData
+
+
+@dataclass(frozen=True)
+class PaperData:
+    """Images and classes of a data set that the paper trains on."""
+
+    num_images: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A recipe with a name: what it is for, what it depends on, and the score to expect.
+
+    Attributes:
+        recipe: What is the same for all models; it leaves to the data what it does not say.
+        purpose: What it is for, a line.
+        by_model: Values over the recipe's by size of the model, as in Table 10.
+        published_top1: The paper's top-1 on ImageNet-1K by model, as a fraction.
+        needs_init: Whether it starts from a bundle.
+        data: What the paper trains on; None for images of one's own.
+        measured_top1: Ours, by model and data.
+        silent: What the recipe says that the paper does not.
+        remarks: What else the paper's network has, by model.
+    """
+
+    recipe: Recipe
+    purpose: str
+    by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published_top1: Mapping[str, float] = field(default_factory=dict)
+    needs_init: bool = False
+    data: PaperData | None = None
+    measured_top1: Mapping[str, float] = field(default_factory=dict)
+    silent: str = ""
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps on the paper's data; None for data of one's own."""
+        if self.data is None or self.recipe.epochs is None or self.recipe.batch_size is None:
+            return None
+        return math.ceil(self.recipe.epochs * self.data.num_images / self.recipe.batch_size)
 
 
 def _by_size(first: int, *values: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ figure is what it had given out at most, from the making of the learner to the e
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from rich.console import Console
@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from coatnet.data.datasets import ArrayDataset
 from coatnet.planning.memory import Memory, rehearse
 from coatnet.planning.memory_tracker import MemoryTracker
-from coatnet.training.config import Recipe
+from coatnet.training.config import Recipe, TrainingConfig
+from coatnet.training.defaults import DataFacts, choose
 from coatnet.training.distributed.processes import Processes, joined
 from coatnet.training.learner import Learner
 
@@ -42,11 +43,13 @@ class Comparison:
         return self.planned.total / self.allocated - 1
 
 
-def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -> Recipe:
-    """A recipe with all that memory depends on."""
+def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -> TrainingConfig:
+    """A configuration with all that memory depends on."""
     given = {"model": model, "resolution": resolution, "batch_size": batch_size, "micro_batch_size": batch_size}
     given |= {"precision": "fp32", "ema_decay": 0.99, "stochastic_depth": 0.1, "parallelism": "fsdp", "channels": 3}
-    return Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes})
+    given |= {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "mixing": {"label_smoothing": 0.0}}
+    facts = DataFacts(batch_size, side=resolution, shorter_side=resolution, largest_side=resolution)
+    return choose(Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes}), facts)
 
 
 # As many images as make a step take some hundred megabytes.
@@ -57,7 +60,7 @@ RECIPES = (
 )
 
 
-def compare(recipes: Sequence[Recipe], num_processes: int = 1) -> list[Comparison]:
+def compare(recipes: Sequence[TrainingConfig], num_processes: int = 1) -> list[Comparison]:
     """The plan of a step of one of the processes, and two real ones of this process among them."""
     # Before the processes meet: the plan's are of a group that does not exist, and torch has one group at a time.
     imagined = Processes(world_size=num_processes, local_world_size=num_processes)
@@ -73,7 +76,7 @@ def compare(recipes: Sequence[Recipe], num_processes: int = 1) -> list[Compariso
         ]
 
 
-def counted(recipe: Recipe, processes: Processes) -> Memory:
+def counted(recipe: TrainingConfig, processes: Processes) -> Memory:
     """What is alive at the peak of a real step, by kind."""
     learner, images, labels = beginning(recipe, processes)
     learner.step(images, labels, step=0, learning_rate=1e-3)
@@ -92,7 +95,7 @@ def counted(recipe: Recipe, processes: Processes) -> Memory:
     return Memory(**memory.at_peak())
 
 
-def allocated(recipe: Recipe, processes: Processes) -> int:
+def allocated(recipe: TrainingConfig, processes: Processes) -> int:
     """What the allocator of the CPU has given out at most, from the making of a learner to its second step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         learner, images, labels = beginning(recipe, processes)
@@ -106,10 +109,9 @@ def allocated(recipe: Recipe, processes: Processes) -> int:
     return peak
 
 
-def beginning(recipe: Recipe, processes: Processes) -> tuple[Learner, Tensor, Tensor]:
+def beginning(recipe: TrainingConfig, processes: Processes) -> tuple[Learner, Tensor, Tensor]:
     """A learner, and the pixels and labels of its share of a batch."""
-    side, number = recipe.resolution or 0, recipe.batch_size or 0
-    recipe = replace(recipe, preprocessing={"resolution": side, "mean": [0.5] * 3, "std": [0.5] * 3}, mixing={})
+    side, number = recipe.resolution, recipe.batch_size
     labels = torch.arange(number).remainder(NUM_CLASSES)
     pixels = torch.zeros(number, side, side, 3, dtype=torch.uint8)
     dataset = ArrayDataset("pixels", [f"class {k}" for k in range(NUM_CLASSES)], pixels.numpy(), labels.numpy())
@@ -118,7 +120,7 @@ def beginning(recipe: Recipe, processes: Processes) -> tuple[Learner, Tensor, Te
     return Learner(recipe, dataset, None, processes), images, labels[:share]
 
 
-def show(recipe: Recipe, found: Comparison, console: Console) -> None:
+def show(recipe: TrainingConfig, found: Comparison, console: Console) -> None:
     """A table of one network."""
     about = f"{recipe.model}, {recipe.batch_size} images of {recipe.resolution} pixels, {recipe.precision}"
     if recipe.micro_batch_size != recipe.batch_size:

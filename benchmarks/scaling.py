@@ -39,7 +39,7 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
         )
         recipe = resolve(recipe, splits)
         learner = Learner(recipe, splits.training, None, processes)
-        share, side, channels = len(learner.share.places), recipe.resolution or 0, recipe.channels or 0
+        share, side, channels = len(learner.share.places), recipe.resolution, recipe.channels
         images, labels = torch.randn(share, channels, side, side), torch.arange(share) % 10
         for step in range(WARMING + num_steps):
             if step == WARMING:

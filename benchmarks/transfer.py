@@ -20,7 +20,7 @@ from rich.table import Table
 import coatnet
 from coatnet.data.datasets import Dataset
 from coatnet.evaluation.probe import probe
-from coatnet.training.recipes.registry import named
+from coatnet.training.recipes import named
 
 KNOWN, NEW = range(0, 10, 2), range(1, 10, 2)
 IMAGES = (10, 50, 250)

@@ -41,4 +41,4 @@ def test_optimization():
 
 @pytest.mark.fault("B16", "recipes with unknown keys, wrong types, NaN, alias bombs, 10 MB", "the key by its name")
 def test_recipes():
-    passes("tests/training/test_config_parsing.py")
+    passes("tests/training/test_config.py")

@@ -12,13 +12,13 @@ from benchmarks import plan_memory
 from coatnet.model.complexity import complexity
 from coatnet.planning.memory import rehearse
 from coatnet.planning.memory_tracker import MemoryTracker
-from coatnet.training.config import Recipe
+from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
 
 ONE, MANY = Processes(), Processes(world_size=16, local_world_size=8)
 
 
-def recipe_of(model: str, resolution: int, batch_size: int, **changes) -> Recipe:
+def recipe_of(model: str, resolution: int, batch_size: int, **changes) -> TrainingConfig:
     return plan_memory.recipe_of(model, resolution, batch_size, **{"parallelism": "ddp", **changes})
 
 

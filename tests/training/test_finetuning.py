@@ -22,12 +22,12 @@ from coatnet.data.transforms import Preprocessing, TrainingTransform
 from coatnet.errors import UserError
 from coatnet.model.network import create_model
 from coatnet.training.checkpoint import load_checkpoint, published
-from coatnet.training.config import Recipe, parts
+from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.learner import Learner
 from coatnet.training.optimizer import Optimization, parameter_groups
-from coatnet.training.recipes.registry import named
+from coatnet.training.recipes import named
 from coatnet.training.trainer import train
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -129,10 +129,10 @@ def test_the_average_starts_from_the_weights_of_the_bundle():
 def test_the_preprocessing_is_the_bundles_unless_the_recipe_gives_one():
     start = learned(crop="squash", crop_fraction=0.8, interpolation="bilinear", resolution=12)
     splits = coatnet.open_dataset("digits")
-    assert parts(resolve(finetune("x"), splits, start)).preprocessing == start.preprocessing
+    assert resolve(finetune("x"), splits, start).preprocessing == start.preprocessing
     given = finetune("x", preprocessing={"crop": "center"}, resolution=16)
     expected = replace(start.preprocessing, crop="center", resolution=16)
-    assert parts(resolve(given, splits, start)).preprocessing == expected
+    assert resolve(given, splits, start).preprocessing == expected
 
 
 def test_a_folder_is_stored_by_its_full_path_and_an_id_as_it_is(letters, monkeypatch):
@@ -145,13 +145,14 @@ def test_a_folder_is_stored_by_its_full_path_and_an_id_as_it_is(letters, monkeyp
         assert resolve(Recipe.from_dict(fitted.to_dict()), splits, start) == fitted
 
 
-@pytest.mark.parametrize(("name", "flip_rate"), [("letters", 0.0), ("fashion-mnist", 0.5)])
-def test_small_grey_images_are_enlarged_and_shifted_for_a_colour_model_of_224_pixels(name, flip_rate):
+@pytest.mark.parametrize(("asked", "flip_rate"), [({}, 0.0), ({"augmentation": {"flip_rate": 0.5}}, 0.5)])
+def test_small_grey_images_are_enlarged_and_shifted_for_a_color_model_of_224_pixels(asked, flip_rate):
     start = learned(variant="coatnet-femto", resolution=224, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    splits = splits_of(noise(40, 28, 28), name=name)
-    recipe = finetune("x", data="fashion-mnist-small", batch_size=2)
+    splits = splits_of(noise(40, 28, 28))
+    recipe = finetune("x", data="fashion-mnist-small", batch_size=2, **asked)
     learner = fitted_learner(recipe, start, splits)
-    _, _, augmentation, mixing, preprocessing = parts(learner.recipe)
+    config = learner.recipe
+    augmentation, mixing, preprocessing = config.augmentation, config.mixing, config.preprocessing
     assert preprocessing == start.preprocessing
     assert (augmentation.placement, augmentation.shift) == ("shift", 8)  # 1 of 28 pixels, enlarged
     assert (augmentation.flip_rate, augmentation.rand_augment_layers, mixing.mixup_alpha) == (flip_rate, 0, 0.0)
@@ -164,7 +165,7 @@ def test_small_grey_images_are_enlarged_and_shifted_for_a_colour_model_of_224_pi
 
 def test_photographs_for_a_small_model_are_still_shifted_and_mirrored():
     fitted = resolve(finetune("x"), splits_of(noise(40, 100, 100)), learned())
-    assert (parts(fitted).augmentation.placement, parts(fitted).augmentation.flip_rate) == ("shift", 0.5)
+    assert (fitted.augmentation.placement, fitted.augmentation.flip_rate) == ("shift", 0.5)
 
 
 @pytest.mark.parametrize("variant", ["coatnet-femto", "test_coatnet"])
@@ -187,7 +188,7 @@ def test_at_a_constant_rate_every_step_has_the_rate_of_the_recipe(letters, tmp_p
     capsys.readouterr()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     recipe = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
-    assert {r["learning_rate"] for r in records if "loss" in r} == {parts(recipe).optimizer.learning_rate}
+    assert {r["learning_rate"] for r in records if "loss" in r} == {recipe.optimizer["learning_rate"]}
     assert coatnet.load(tmp_path / "run" / "bundle").preprocessing.resolution == 12
 
 
@@ -195,7 +196,8 @@ def test_the_papers_recipes_for_a_higher_resolution_take_any_bundle():
     start = learned(variant="coatnet-femto", resolution=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     recipe = named("imagenet-1k-384", {"data": "digits", "init": "x", "resolution": 96, "batch_size": 8})
     learner = fitted_learner(recipe, start)
-    optimizer, schedule, _, _, preprocessing = parts(learner.recipe)
+    config = learner.recipe
+    optimizer, schedule, preprocessing = config.optimizer, config.schedule, config.preprocessing
     assert (learner.model.variant.name, preprocessing.crop, schedule.decay) == ("coatnet-femto", "squash", "constant")
     assert (optimizer.learning_rate, optimizer.layer_decay) == (5e-5, 1.0)
 

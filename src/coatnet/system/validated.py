@@ -18,7 +18,7 @@ from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, Strict, Va
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from coatnet.errors import UserError, nearest
+from coatnet.errors import UserError, nearest_option
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ def _what_is_wrong(first: Any, field: FieldInfo | None, rest: list[str]) -> str:
 def unknown_field(name: str, kind: Any, where: str = "") -> str:
     """`optimizer.learning_rat is unknown (did you mean 'learning_rate'?); optimizer has learning_rate, ...`."""
     known, owner = fields_of(kind), where.removesuffix(".") or kind.__name__
-    return f"{where}{name} is unknown{nearest(name, known)}; {owner} has {', '.join(known)}"
+    return f"{where}{name} is unknown{nearest_option(name, known)}; {owner} has {', '.join(known)}"
 
 
 def describe(hint: Any) -> str:

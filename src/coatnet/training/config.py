@@ -4,9 +4,8 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.errors import UserError
+from coatnet.errors import UserError, nearest_option
 from coatnet.system.validated import (
     BelowOne,
     Flag,
@@ -164,61 +163,6 @@ def options() -> dict[str, FieldInfo]:
     return flat
 
 
-# What other programs call it.
-ALIASES = {
-    "amp": "precision",
-    "aug": "augmentation.placement",
-    "batch": "batch_size",
-    "bf16": "precision",
-    "bs": "batch_size",
-    "checkpoint": "init",
-    "clip_grad": "optimizer.grad_clip_norm",
-    "cutmix": "mixing.cutmix_alpha",
-    "dataset": "data",
-    "drop_path": "stochastic_depth",
-    "ema": "ema_decay",
-    "fp16": "precision",
-    "gpu": "device",
-    "gpus": "device",
-    "grad_accum_steps": "micro_batch_size",
-    "hflip": "augmentation.flip_rate",
-    "image_size": "resolution",
-    "img_size": "resolution",
-    "imgsz": "resolution",
-    "input_size": "resolution",
-    "logger": "loggers",
-    "lr": "optimizer.learning_rate",
-    "min_lr": "schedule.minimum_learning_rate",
-    "mixup": "mixing.mixup_alpha",
-    "pretrained": "init",
-    "random_seed": "seed",
-    "reprob": "augmentation.erasing_rate",
-    "sched": "schedule.decay",
-    "scheduler": "schedule.decay",
-    "size": "resolution",
-    "smoothing": "mixing.label_smoothing",
-    "warmup": "schedule.warmup_steps",
-    "wd": "optimizer.weight_decay",
-    "weights": "init",
-    "workers": "num_workers",
-}
-
-
-def right_name(given: str, known: Iterable[str], aliases: Mapping[str, str] = ALIASES) -> str:
-    """The name among `known` that is most probably meant by another one; empty if none is near.
-
-    First what other programs call it, then a value of a section given without its section, then a similar spelling.
-    """
-    known = list(known)
-    by_last = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: "." not in name)}
-    if given in aliases:
-        return aliases[given]
-    if given in by_last:
-        return by_last[given]
-    similar = get_close_matches(given, [*known, *by_last], n=1)
-    return by_last.get(similar[0], similar[0]) if similar else ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What was asked of a run; where a value is None, the named recipe, the data or a default decides.
@@ -273,8 +217,7 @@ class Recipe:
     def __new__(cls, **asked: Any) -> Self:
         for name in asked:
             if name not in fields_of(TrainingConfig):
-                near = right_name(name, options())
-                hint = f" (did you mean {near!r}?)" if near else f"; there are {', '.join(fields_of(TrainingConfig))}"
+                hint = nearest_option(name, options()) or f"; there are {', '.join(fields_of(TrainingConfig))}"
                 raise UserError(f"{name} is unknown{hint}")
         return super().__new__(cls)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.training.configs import config_of
 from torch import nn
 
 import coatnet
@@ -41,7 +42,7 @@ def gradients(model, images):
 def test_recomputed_blocks_give_the_same_gradients_and_count_batch_norm_once(kind):
     plain = network(stochastic_depth=0.5)
     recomputed = copy.deepcopy(plain)
-    compile_and_checkpoint(recomputed, Recipe(activation_checkpointing=kind), CPU)
+    compile_and_checkpoint(recomputed, config_of(activation_checkpointing=kind), CPU)
     images = torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(gradients(recomputed, images), gradients(plain, images), rtol=0, atol=0)
     torch.testing.assert_close(recomputed.state_dict(), plain.state_dict(), rtol=0, atol=0)
@@ -55,7 +56,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
     kept = {}
     for kind in ("none", "transformer", "all"):
         model, kept[kind] = network(), 0
-        compile_and_checkpoint(model, Recipe(activation_checkpointing=kind), CPU)
+        compile_and_checkpoint(model, config_of(activation_checkpointing=kind), CPU)
 
         def keep(x, kind=kind):
             kept[kind] += x.nbytes
@@ -70,7 +71,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
 def test_compiled_blocks_learn_as_plain_ones():
     plain = network()
     compiled = copy.deepcopy(plain)
-    compile_and_checkpoint(compiled, Recipe(compile=True), CPU)
+    compile_and_checkpoint(compiled, config_of(compile=True), CPU)
     images = torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(gradients(compiled, images), gradients(plain, images), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
@@ -111,18 +112,18 @@ def test_weights_are_a_function_of_seed_and_name():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "processes", "parallelism"),
+    ("config", "processes", "parallelism"),
     [
-        (Recipe(model="coatnet-5"), SINGLE_PROCESS, "ddp"),
-        (Recipe(model="coatnet-6"), SINGLE_PROCESS, "hsdp"),
-        (Recipe(model="coatnet-7"), Processes(0, 32, 0, 8), "hsdp"),
-        (Recipe(model="coatnet-7"), Processes(0, 31, 0, 8), "fsdp"),
-        (Recipe(model="coatnet-7", parallelism="ddp"), SINGLE_PROCESS, "ddp"),
-        (Recipe(model="coatnet-0", parallelism="fsdp"), SINGLE_PROCESS, "fsdp"),
+        (config_of(model="coatnet-5"), SINGLE_PROCESS, "ddp"),
+        (config_of(model="coatnet-6"), SINGLE_PROCESS, "hsdp"),
+        (config_of(model="coatnet-7"), Processes(0, 32, 0, 8), "hsdp"),
+        (config_of(model="coatnet-7"), Processes(0, 31, 0, 8), "fsdp"),
+        (config_of(model="coatnet-7", parallelism="ddp"), SINGLE_PROCESS, "ddp"),
+        (config_of(model="coatnet-0", parallelism="fsdp"), SINGLE_PROCESS, "fsdp"),
     ],
 )
-def test_above_a_thousand_million_parameters_a_run_is_sharded(recipe, processes, parallelism):
-    assert parallelism_of(recipe, None, processes) == parallelism
+def test_above_a_thousand_million_parameters_a_run_is_sharded(config, processes, parallelism):
+    assert parallelism_of(config, None, processes) == parallelism
 
 
 def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():

@@ -23,7 +23,7 @@ from coatnet.cli import exit_codes
 from coatnet.cli.main import COMMANDS, main
 from coatnet.data.transforms import Preprocessing
 from coatnet.export import FORMATS
-from coatnet.training.recipes.registry import RECIPES
+from coatnet.training.recipes import RECIPES
 from coatnet.training.run_folder import MAY_CHANGE
 
 # What a page takes for granted, beside the images of the `desk`.

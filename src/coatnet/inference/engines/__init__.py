@@ -1,5 +1,7 @@
 """Engines compute the logits of a bundle, all with the same result; `open_engine` chooses one.
 
+The modules of this package have the names of the libraries they use, so this file must import none of them.
+
 Shapes: N images, R resolution, C channels, K classes.
 """
 
@@ -8,7 +10,6 @@ from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
@@ -85,7 +86,7 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
     if not entry.runs_on_gpu:
         if device != "auto" and place.type != "cpu":
             raise UserError(f"engine {engine} runs on the CPU, not on {device}; engine torch does")
-        place = torch.device("cpu")
+        place = choose_device("cpu")
     if precision == "auto":
         precision = "bf16" if engine != "onnxruntime" and multiplies_bf16(place) else "fp32"
     make = getattr(import_module(entry.module), entry.class_name)

@@ -135,9 +135,16 @@ def test_idx_counts_must_agree(idx_folder):
 
 def test_labels_beyond_the_classes_are_refused(idx_folder):
     (idx_folder / "train-labels-idx1-ubyte").write_bytes(idx(np.full(10, 11, np.uint8)))
-    renamed = idx_folder.rename(idx_folder.parent / "fashion")
+    (idx_folder / "classes.txt").write_text("\n".join(builtin.FASHION_CLASSES))
     with pytest.raises(UserError, match="a label is 11 where there are 10 classes"):
-        open_dataset(renamed)
+        open_dataset(idx_folder)
+
+
+def test_a_folder_of_idx_files_may_name_its_classes(idx_folder):
+    (idx_folder / "classes.txt").write_text("zero\n\none \r\ntwo\n")
+    assert open_dataset(idx_folder).classes == ("zero", "one", "two")
+    # The folder's own name decides nothing.
+    assert open_dataset(idx_folder.rename(idx_folder.parent / "fashion")).classes == ("zero", "one", "two")
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "fashion_mnist", ""])
@@ -149,7 +156,7 @@ def test_a_source_that_is_not_there_is_refused_with_what_there_is(source, tmp_pa
 
 def test_a_file_that_is_no_dataset_is_refused(tmp_path):
     (tmp_path / "one.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match="one image alone is no dataset"):
+    with pytest.raises(UserError, match="a single image is no dataset"):
         open_dataset(tmp_path / "one.jpg")
 
 

@@ -83,5 +83,5 @@ def test_a_name_is_one_line_wherever_it_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_data_folder_that_can_not_be_read_is_named(folder: Path) -> None:
-    with no_privileges(), pytest.raises(UserError, match=r"/locked can not be read \(Permission denied\)"):
+    with no_privileges(), pytest.raises(UserError, match=r"/locked cannot be read \(Permission denied\)"):
         open_dataset(folder / "locked")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.splits import Splits, choose_validation, summarise
+from coatnet.data.splits import Splits, choose_validation, summarize
 from coatnet.errors import UserError
 
 NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
@@ -57,9 +57,9 @@ def arrays(shape: tuple[int, ...], labels: np.ndarray) -> ArrayDataset:
 
 
 def test_summary_of_arrays():
-    summary = summarise(arrays((8, 6), np.arange(30) % 3))
+    summary = summarize(arrays((8, 6), np.arange(30) % 3))
     assert (summary.median, summary.uniform, summary.grey, summary.num_sampled) == ((8, 6), True, True, 30)
-    assert not summarise(arrays((8, 6, 3), np.arange(30) % 3)).grey
+    assert not summarize(arrays((8, 6, 3), np.arange(30) % 3)).grey
 
 
 def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
@@ -67,14 +67,14 @@ def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
     for number, size in enumerate(sizes):
         (tmp_path / f"{number}.png").write_bytes(encode(np.full((*size, 3), 9, np.uint8)) if number else b"")
     dataset = FileDataset("some", "abc", tmp_path, [f"{number}.png" for number in range(300)], np.arange(300) % 3)
-    summary = summarise(dataset)
+    summary = summarize(dataset)
     assert (summary.num_sampled, summary.median, summary.grey) == (199, (12, 20), True)
     assert (summary.smallest, summary.largest) == ((10, 20), (14, 20))
 
 
 def test_summary_of_nothing_readable_says_so_with_a_reason(tmp_path):
-    with pytest.raises(UserError, match=r"some: none of 2 images looked at can be used, the last one .*unreadable"):
-        summarise(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
+    with pytest.raises(UserError, match=r"some: none of 2 sampled images can be used, the last one .*unreadable"):
+        summarize(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
 
 
 def test_description_says_images_classes_sizes_balance_and_split():
@@ -82,7 +82,7 @@ def test_description_says_images_classes_sizes_balance_and_split():
     assert splits.describe().splitlines() == [
         "some: 36 images, 3 classes, one label an image",
         "  split    30 for training, 6 for validation",
-        "  images 6 x 8 pixels, grey",
+        "  images   6 x 8 pixels, grey",
         "  classes  class0, class1, class2",
         "  balance  10 training images in every class",
         "  note     mind the gap",

@@ -17,10 +17,10 @@ from coatnet.data.transforms import (
     Preprocessing,
     TrainingTransform,
     as_images,
-    fit,
     match_channels,
     normalise,
     resize,
+    resize_and_crop,
 )
 from coatnet.errors import UserError
 
@@ -40,13 +40,13 @@ def test_center_equals_torchvision_resize_then_center_crop(interpolation, size):
     image = noise(3, *size)
     reference = v2.Compose([v2.Resize(64, v2.InterpolationMode(interpolation)), v2.CenterCrop(56)])
     preprocessing = Preprocessing(resolution=56, interpolation=interpolation)
-    assert torch.equal(fit(image[None], preprocessing)[0], reference(image))
+    assert torch.equal(resize_and_crop(image[None], preprocessing)[0], reference(image))
 
 
 def test_squash_equals_torchvision_resize_to_a_square_then_center_crop():
     image = noise(3, 50, 90)
     reference = v2.Compose([v2.Resize((64, 64), v2.InterpolationMode.BICUBIC), v2.CenterCrop(56)])
-    assert torch.equal(fit(image[None], Preprocessing(resolution=56, crop="squash"))[0], reference(image))
+    assert torch.equal(resize_and_crop(image[None], Preprocessing(resolution=56, crop="squash"))[0], reference(image))
 
 
 def test_images_are_normalised_by_mean_and_std():

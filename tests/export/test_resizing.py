@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coatnet.data.builtin import open_fashion_mnist_small
-from coatnet.data.transforms import Preprocessing, fit, match_channels
+from coatnet.data.transforms import Preprocessing, match_channels, resize_and_crop
 from coatnet.export.resizing import Fit
 
 SIZES = ((28, 28), (375, 500), (500, 333), (40, 300), (224, 224), (1, 90), (101, 77), (33, 32))
@@ -32,7 +32,7 @@ def images_of(height: int, width: int) -> torch.Tensor:
 )
 def test_pixels_are_those_of_the_preprocessing(seen: Preprocessing, size: tuple[int, int]) -> None:
     images = images_of(*size)
-    expected = fit(match_channels(images, seen), seen).int()
+    expected = resize_and_crop(match_channels(images, seen), seen).int()
     found = Fit(seen)(images.permute(0, 2, 3, 1))
     assert found.dtype == torch.uint8
     apart = (found.permute(0, 3, 1, 2).int() - expected).abs()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coatnet.cli.exit_codes import print_unreadable
 from coatnet.cli.parser import DATA_HELP, Parser
-from coatnet.data.shards.block_cache import sized
+from coatnet.data.shards.block_cache import parse_bytes
 from coatnet.errors import UserError
 
 
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _size(text: str) -> int:
     try:
-        return sized(text)
+        return parse_bytes(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -45,4 +45,4 @@ def run(arguments: Sequence[str]) -> int:
     packed = pack(given.data, given.out, shard_bytes=given.shard_size, num_workers=given.workers)
     size = f"{packed.num_shards:,} shards, {packed.num_bytes / 1e6:,.1f} MB"
     print(f"{given.out}: {packed.num_images:,} images in {size}, each read back and checked")
-    return print_unreadable(packed.left_out)
+    return print_unreadable(packed.bad_images)

@@ -1,7 +1,7 @@
-"""The random changes of training images, each a pure function of the images and one seed an image.
+"""Random augmentations of training images, each a pure function of the images and one seed per image.
 
-Shapes: B batch, C channels, H W the image. Each change draws from a stream of its own, so that switching
-one off leaves the others as they were.
+Shapes: B batch, C channels, H W the image. Each augmentation draws from a stream of its own, so switching one off
+does not change the others.
 """
 
 import math
@@ -22,17 +22,15 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 _FLIP, _SHIFT, _CROP, _RAND_AUGMENT, _ERASE = (np.uint64(stream) for stream in range(1, 6))
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-_ERASED_AREA = (
-    0.02,
-    1 / 3,
-)  # of the image, and the ratios below: Zhong et al. 2017, "Random Erasing", section 4
+# Zhong et al. 2017, "Random Erasing", section 4: fraction of the image, and aspect ratio.
+_ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 3.3)
 
 
 def flip(images: Tensor, seeds: Words, rate: float) -> Tensor:
     """Mirror left and right, each image of (B, C, H, W) with probability `rate`."""
     chosen = np.flatnonzero(_draw(seeds, _FLIP, 1)[:, 0] < rate)
-    if len(chosen) in (0, len(images)):  # always so where images come one by one
+    if len(chosen) in (0, len(images)):  # always so if images come one by one
         return images.flip(-1) if len(chosen) else images
     mirrored = images.clone()
     mirrored[chosen] = images[chosen].flip(-1)
@@ -40,7 +38,7 @@ def flip(images: Tensor, seeds: Words, rate: float) -> Tensor:
 
 
 def shift(images: Tensor, seeds: Words, limit: int) -> Tensor:
-    """Move each image of (B, C, H, W) by up to `limit` pixels both ways; what moves in is black."""
+    """Move each image of (B, C, H, W) by up to `limit` pixels in both directions; uncovered pixels are black."""
     if limit == 0:
         return images
     height, width = images.shape[-2:]
@@ -51,12 +49,18 @@ def shift(images: Tensor, seeds: Words, limit: int) -> Tensor:
 
 
 def crop_boxes(size: Sequence[int], seeds: Words, *, scale: Range, ratio: Range) -> list[Box]:
-    """The box of a random resized crop for each seed (Szegedy et al. 2014, "Going deeper", section 6)."""
+    """The box of a random resized crop for each seed (Szegedy et al. 2014, "Going deeper", section 6).
+
+    Args:
+        size: (H, W) of the images.
+        scale: range of the box's share of the area.
+        ratio: range of its width / height.
+    """
     return [_crop_box(size[0], size[1], numbers, scale, ratio) for numbers in _draw(seeds, _CROP, 4 * _CROP_ATTEMPTS)]
 
 
 def rand_augment(images: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int]) -> Tensor:
-    """RandAugment (Cubuk et al. 2019) of each of uint8 (B, C, H, W); uncovered pixels become `fill`."""
+    """RandAugment (Cubuk et al. 2019) of each image of uint8 (B, C, H, W); uncovered pixels become `fill`."""
     transform = _rand_augment(layers, magnitude, tuple(fill))
     changed = []
     for image, word in zip(images, expand_words(seeds ^ _RAND_AUGMENT, 1)[:, 0], strict=True):
@@ -66,7 +70,7 @@ def rand_augment(images: Tensor, seeds: Words, *, layers: int, magnitude: int, f
 
 
 def erase_(images: Tensor, seeds: Words, rate: float) -> Tensor:
-    """In place, set a random box of each normalised image in (B, C, H, W) to the mean, 0, with probability `rate`."""
+    """Random erasing: set a box of each normalised image of (B, C, H, W) to 0, with probability `rate`, in place."""
     if rate == 0:
         return images
     height, width = images.shape[-2:]
@@ -101,7 +105,7 @@ def _crop_box(height: int, width: int, numbers: NDArray[np.float64], scale: Rang
 
 
 def _draw(seeds: Words, stream: np.uint64, count: int) -> NDArray[np.float64]:
-    """Numbers (B, count) in [0, 1) from a stream of each seed."""
+    """Random numbers (B, count) in [0, 1) from one stream of each seed."""
     return uniform(expand_words(expand_words(seeds ^ stream, 1)[:, 0], count))
 
 
@@ -111,14 +115,14 @@ def _between(number: float, limits: Range) -> float:
 
 @cache
 def _rand_augment(layers: int, magnitude: int, fill: tuple[int, ...]) -> Any:
-    from torchvision.transforms import v2  # costs 2.5 s; only the recipes with RandAugment pay it
+    from torchvision.transforms import v2  # takes 2.5 s, so only when RandAugment is used
 
     return v2.RandAugment(num_ops=layers, magnitude=magnitude, num_magnitude_bins=31, fill=list(fill))
 
 
 @contextmanager
 def _torch_seeded(seed: int) -> Iterator[None]:
-    """torchvision draws from torch's global generator: seed it, then give the caller's state back."""
+    """Seed torch's global generator, which torchvision draws from, and restore its state afterwards."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

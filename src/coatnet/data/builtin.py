@@ -1,4 +1,7 @@
-"""Datasets known by name: `fashion-mnist`, `fashion-mnist-small`, `digits`; and folders of IDX files."""
+"""Data sets that are known by name (`digits`, `fashion-mnist`, `fashion-mnist-small`), and folders of IDX files.
+
+IDX is the file format of MNIST: a magic number, the sizes of the axes as 32-bit integers, then the bytes.
+"""
 
 import gzip
 import os
@@ -19,16 +22,24 @@ from coatnet.system.cache import cache_folder
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-_SHEET_COLUMNS = 100
-_SMALL_SIDE = 28
+CLASS_NAMES_FILE = "classes.txt"
+_SHEET_COLUMNS = 100  # images in a row of an embedded sheet
+_SHEET_SIDE = 28  # pixels of an image
 _EMBEDDED = files("coatnet.data") / "embedded"
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-_UNSIGNED_BYTES = 0x08
-_DOWNLOAD_SECONDS = 30  # of silence, not in all
+_DOWNLOAD_TIMEOUT_SECONDS = 30  # without any data, not in all
+_UNSIGNED_BYTES = 0x08  # IDX code of the data type
 
 
 def open_fashion_mnist() -> Splits:
-    """The full 60,000 + 10,000, wherever they are; downloaded once if they are nowhere."""
+    """Open the 60,000 + 10,000 images of Fashion-MNIST.
+
+    They are looked for in `$COATNET_DATA_DIR/fashion-mnist`, in Debian's package `dataset-fashion-mnist` and in the
+    cache folder, and are downloaded once if they are nowhere.
+
+    Raises:
+        UserError: they are not on this machine and cannot be downloaded.
+    """
     own = os.environ.get("COATNET_DATA_DIR")
     cache = cache_folder()
     downloaded = cache / "FashionMNIST" / "raw"
@@ -40,7 +51,7 @@ def open_fashion_mnist() -> Splits:
 
 
 def open_fashion_mnist_small() -> Splits:
-    """The excerpt inside the package: 1,000 and 200 images of each class."""
+    """Open the excerpt that comes with the package: 1,000 training and 200 validation images of each class."""
     name = "fashion-mnist-small"
     training, validation = (
         ArrayDataset(
@@ -60,7 +71,7 @@ def open_fashion_mnist_small() -> Splits:
 
 
 def open_digits(validation_fraction: float) -> Splits:
-    """UCI's 1,797 handwritten digits of 8 x 8 pixels."""
+    """Open the 1,797 handwritten digits of UCI, 8 x 8 pixels, which come with the package."""
     with (_EMBEDDED / "digits.npz").open("rb") as file, np.load(file) as arrays:
         images, labels = arrays["pictures"], arrays["labels"].astype(np.int64)
     numbers = np.arange(len(labels))
@@ -73,19 +84,33 @@ def open_digits(validation_fraction: float) -> Splits:
 
 
 def is_idx_folder(folder: Path) -> bool:
+    """Whether a folder has the training images of an IDX data set."""
     return find_idx(folder, "train-images") is not None
 
 
-def open_idx_folder(folder: Path, name: str, classes: tuple[str, ...] | None = None) -> Splits:
-    """MNIST's four files. Without class names, classes are called by their numbers."""
+def open_idx_folder(folder: Path, name: str | None = None, classes: tuple[str, ...] | None = None) -> Splits:
+    """Open a folder with MNIST's four files.
+
+    Args:
+        name: of the data set; None is the folder's name.
+        classes: names of the classes; None takes the lines of `classes.txt` in the folder, or the classes' numbers.
+
+    Raises:
+        UserError: a file is missing or damaged, or a label has no class.
+    """
     training, training_labels = _read_pair(folder, "train")
     validation, validation_labels = _read_pair(folder, "t10k")
-    if classes is None:
-        classes = tuple(str(number) for number in range(max(training_labels.max(), validation_labels.max()) + 1))
-    if (highest := max(training_labels.max(), validation_labels.max())) >= len(classes):
+    highest = int(max(training_labels.max(), validation_labels.max()))
+    if classes is None and (folder / CLASS_NAMES_FILE).is_file():
+        lines = (folder / CLASS_NAMES_FILE).read_text(encoding="utf-8").splitlines()
+        classes = tuple(line.strip() for line in lines if line.strip())
+    elif classes is None:
+        classes = tuple(str(number) for number in range(highest + 1))
+    if highest >= len(classes):
         raise UserError(
             f"{folder}: a label is {highest} where there are {len(classes)} classes, 0 to {len(classes) - 1}"
         )
+    name = name or folder.name
     numbers = len(training) + np.arange(len(validation))
     return Splits(
         name,
@@ -95,7 +120,11 @@ def open_idx_folder(folder: Path, name: str, classes: tuple[str, ...] | None = N
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An array of unsigned bytes, from a plain or gzipped file."""
+    """Read an array of unsigned bytes from an IDX file, plain or gzipped.
+
+    Raises:
+        UserError: it is not such a file, or it is damaged.
+    """
     try:
         data = path.read_bytes()
         if data[:2] == b"\x1f\x8b":
@@ -119,6 +148,7 @@ def find_idx(folder: Path, stem: str) -> Path | None:
 
 
 def _read_pair(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images (N, H, W) and labels (N,) of a split."""
     paths = [find_idx(folder, f"{split}-{part}") for part in ("images", "labels")]
     if None in paths:
         raise UserError(f"{folder}: needs {split}-images-idx3-ubyte and {split}-labels-idx1-ubyte, plain or .gz")
@@ -129,18 +159,19 @@ def _read_pair(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def _read_sheet(file_name: str) -> NDArray[np.uint8]:
-    """A sheet of 100 images a row to images (N, 28, 28)."""
+    """Images (N, 28, 28) from a sheet with 100 images in a row."""
     with (_EMBEDDED / file_name).open("rb") as file:
         sheet = np.array(Image.open(file, formats=("PNG",)))
-    rows = sheet.reshape(-1, _SMALL_SIDE, _SHEET_COLUMNS, _SMALL_SIDE)
-    return np.ascontiguousarray(rows.transpose(0, 2, 1, 3)).reshape(-1, _SMALL_SIDE, _SMALL_SIDE)
+    rows = sheet.reshape(-1, _SHEET_SIDE, _SHEET_COLUMNS, _SHEET_SIDE)  # (rows, 28, 100, 28)
+    images = np.ascontiguousarray(rows.transpose(0, 2, 1, 3))  # (rows, 100, 28, 28)
+    return images.reshape(-1, _SHEET_SIDE, _SHEET_SIDE)  # (N, 28, 28)
 
 
 def _download_fashion_mnist(cache: Path) -> None:
     from torchvision.datasets import FashionMNIST
 
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)
     try:
         FashionMNIST(str(cache), download=True)
     except Exception as error:
@@ -151,4 +182,4 @@ def _download_fashion_mnist(cache: Path) -> None:
             "fashion-mnist-small"
         ) from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)

@@ -166,6 +166,11 @@ class FileDataset(Dataset):
         return printable(str(self.path(index)))
 
 
+def evenly_spaced(num_images: int, count: int) -> list[int]:
+    """The indices of `count` images, or of all if they are fewer, from the first to the last."""
+    return np.linspace(0, num_images - 1, min(count, num_images)).astype(np.int64).tolist()
+
+
 def as_labels(labels: NDArray) -> NDArray:
     """Class indices as int64 (N,), or 0 and 1 per class as uint8 (N, K)."""
     return labels.astype(np.int64) if labels.ndim == 1 else labels.astype(np.uint8)

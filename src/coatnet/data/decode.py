@@ -1,8 +1,8 @@
-"""Encoded bytes to RGB pixels: few formats, sizes checked before memory is spent, one kind of error.
+"""Decode image files to RGB pixels: few formats, sizes checked before memory is allocated, one kind of error.
 
-JPEGs of one or three components go through simplejpeg, which gives Pillow's pixels in three quarters of its time;
-everything else, and what simplejpeg complains of, goes through Pillow, restricted to the list of formats. Colour
-profiles (ICC) are not applied.
+JPEGs of one or three components are decoded by simplejpeg, which gives the pixels of Pillow in three quarters of the
+time; everything else, and what simplejpeg rejects, by Pillow with the list of formats. Colour profiles (ICC) are not
+applied. The frame header of a JPEG is read here without decoding (ITU-T T.81, annex B).
 """
 
 import io
@@ -33,7 +33,7 @@ _MAGIC = (
     ("TIFF", 0, b"MM\0*"),
 )
 _ORIENTATION_TAG = 0x0112
-# By EXIF's orientation: how stored rows and columns become those that a person sees.
+# EXIF orientation: how to turn the stored pixels upright.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -45,25 +45,30 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
-_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0 to RST7, SOI
-_SCAN = 0xDA
-_APP1 = 0xE1
-_EXIF = b"Exif\0\0"
-_END = b"\xff\xd9"
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
+_JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0 to RST7, SOI
+_JPEG_SCAN = 0xDA
+_JPEG_APP1 = 0xE1
+_JPEG_EXIF = b"Exif\0\0"
+_JPEG_END = b"\xff\xd9"
 
 
 class BadImage(UserError):
-    """An image that cannot be used: `name` says which, `reason` is a short code, a colon and the details."""
+    """An image that cannot be used.
+
+    Attributes:
+        name: of the image, as `Dataset.describe` gives it.
+        reason: a code, a colon and the details.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both, so that it survives the way out of a worker process
+        super().__init__(name, reason)  # both, so that it can be pickled in a worker process
         self.name = name
         self.reason = reason
 
     @property
     def code(self) -> str:
-        """empty, format, truncated, large, pixels, corrupt or unreadable."""
+        """One of empty, format, truncated, large, pixels, corrupt, unreadable."""
         return self.reason.partition(":")[0]
 
     def __str__(self) -> str:
@@ -80,12 +85,23 @@ class JpegHeader(NamedTuple):
 
 
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Tensor:
-    """The image in `data` as uint8 RGB (3, H, W): EXIF turned, alpha on white, first frame, 16 bit scaled.
+    """Decode an image file.
 
-    In memory the channels of a pixel lie side by side, as they were decoded.
+    It is turned upright as its EXIF data says; transparent parts become white; of an animation the first frame is
+    taken; 16-bit values are scaled to 8 bits.
 
-    Raises `BadImage`, bearing `name`, if the format is not on the list, the image exceeds the limits, or
-    the data is cut off, corrupt, or of a kind without an agreed white (float, 32-bit integers).
+    Args:
+        data: the bytes of the file.
+        name: of the image, for errors.
+        max_pixels: the most pixels that are decoded.
+        max_side: the longest side that is decoded, in pixels.
+
+    Returns:
+        uint8 RGB (3, H, W), channels last in memory.
+
+    Raises:
+        BadImage: the format is not JPEG, PNG, WebP, GIF, BMP or TIFF, the image exceeds the limits, the data is
+            truncated or corrupt, or the values have no agreed white (floating point, 32-bit integers).
     """
     kind = _sniff(data, name)
     if kind == "JPEG":
@@ -100,7 +116,7 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: in
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """(height, width) as the header says, before any EXIF turn; raises `BadImage` as `decode` does."""
+    """(height, width) in pixels from the header, before turning upright. Raises BadImage as `decode` does."""
     kind = _sniff(data, name)
     if kind == "JPEG" and (header := read_jpeg_header(data)):
         return header.height, header.width
@@ -109,8 +125,8 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return height, width
 
 
-def complaint(data: object) -> str:
-    """What the JPEG library has against an image that it decodes all the same, such as flipped bytes, or ""."""
+def jpeg_warning(data: object) -> str:
+    """The warning of the JPEG library about an image that it decodes nevertheless, such as flipped bytes, or ""."""
     import simplejpeg
 
     if isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff"):
@@ -138,7 +154,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int, max_side: i
 
 
 def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
-    """None where it is not trusted, or complains: then Pillow has the last word."""
+    """None if simplejpeg does not support the kind of JPEG or rejects it: then Pillow decides."""
     if header.bits != 8 or header.components not in (1, 3):
         return None
     import simplejpeg
@@ -151,7 +167,7 @@ def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
 
 
 def _decode_with_pillow(data: bytes, kind: str, name: str, max_pixels: int, max_side: int) -> Pixels:
-    # Pillow warns of odd metadata, and of sizes that are checked here; neither is news to anyone.
+    # Pillow warns about odd metadata, and about sizes, which are checked here.
     with warnings.catch_warnings(action="ignore"):
         image = _open(data, kind, name)
         _check_size(*image.size, name, max_pixels, max_side)
@@ -160,13 +176,13 @@ def _decode_with_pillow(data: bytes, kind: str, name: str, max_pixels: int, max_
             return _upright(np.array(_to_rgb(image, name)), image.getexif)
         except BadImage:
             raise
-        except Exception as error:  # parsers of hostile bytes raise nearly anything
+        except Exception as error:  # parsers of untrusted bytes raise almost anything
             code = "truncated" if "truncated" in str(error) else "corrupt"
             raise BadImage(name, f"{code}: {_one_line(error)}") from error
 
 
 def _open(data: bytes, kind: str, name: str) -> Image.Image:
-    """Read the header only. Naming the one format keeps every other parser of Pillow out of reach."""
+    """Read the header only. Naming the format keeps all other parsers of Pillow from running."""
     try:
         return Image.open(io.BytesIO(data), formats=(kind,))
     except Image.DecompressionBombError as error:
@@ -178,7 +194,7 @@ def _open(data: bytes, kind: str, name: str) -> Image.Image:
 def _upright(pixels: Pixels, read_exif: Callable[[], Image.Exif]) -> Pixels:
     try:
         turn = _TURNS.get(read_exif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # an image with broken EXIF data is still an image
+    except Exception:  # an image with broken EXIF data is used as it is
         turn = None
     return pixels if turn is None else turn(pixels)
 
@@ -192,7 +208,7 @@ def _loaded(segment: bytes) -> Image.Exif:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips to white; 257 takes 65,535 to 255.
+        # Pillow's own conversion clips to white; dividing by 257 maps 65,535 to 255.
         wide = np.array(image).astype(np.uint16)
         return Image.fromarray(((wide + np.uint32(128)) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "I"):
@@ -215,30 +231,30 @@ def _one_line(error: Exception) -> str:
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """None if the segments do not lead to a scan: then the file is cut off or broken."""
+    """Read the frame header; None if the segments do not lead to a scan, so the file is truncated or corrupt."""
     frame, exif = None, b""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
             position += 1
-        elif marker in _WITHOUT_LENGTH:
+        elif marker in _JPEG_WITHOUT_LENGTH:
             position += 2
-        elif marker == _SCAN:
+        elif marker == _JPEG_SCAN:
             return JpegHeader(*frame, position, exif) if frame and all(frame) else None
         else:
-            if marker in _FRAMES and position + 10 <= len(data):
+            if marker in _JPEG_FRAMES and position + 10 <= len(data):
                 bits, components = data[position + 4], data[position + 9]
                 height = int.from_bytes(data[position + 5 : position + 7], "big")
                 width = int.from_bytes(data[position + 7 : position + 9], "big")
                 frame = (bits, height, width, components)
             end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == _APP1 and not exif and data.startswith(_EXIF, position + 4):
+            if marker == _JPEG_APP1 and not exif and data.startswith(_JPEG_EXIF, position + 4):
                 exif = data[position + 4 : end]
             position = end
     return None
 
 
 def has_end_marker(data: bytes, header: JpegHeader | None) -> bool:
-    """Whether the scans end. Some decoders invent the marker, and grey pixels where data is missing."""
-    return data.rfind(_END, header.scan if header else 0) >= 0  # from the end, where it is
+    """Whether the scans end. Some decoders add a missing marker, and grey pixels for missing data."""
+    return data.rfind(_JPEG_END, header.scan if header else 0) >= 0  # searched from the end, where it usually is

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` as a source: a name on the hub, or what `save_to_disk` wrote; images stay encoded."""
+"""Data sets of Hugging Face: a name on the hub, or a folder that `save_to_disk` wrote; images are decoded by us."""
 
 import os
 import sys
@@ -21,12 +21,20 @@ _LABEL_NAMES = ("label", "labels", "class", "fine_label")
 
 
 class HuggingFaceDataset(Dataset):
-    """Rows of a table with an image column, of which only that column is read."""
+    """Rows of a table with an image column; no other column is read.
+
+    Args:
+        name: how messages and reports name the source.
+        classes: the names of the K classes.
+        table: a `datasets.Dataset` whose image column is not decoded.
+        column: the name of the image column.
+        rows: the rows of this split, (N,).
+        labels: class indices (N,), or 0 and 1 per class (N, K).
+    """
 
     def __init__(
         self, name: str, classes: Sequence[str], table: Any, column: str, rows: NDArray[np.int64], labels: NDArray
     ) -> None:
-        """`table` is a `datasets.Dataset`; this split has its `rows`, with `labels`."""
         self.name = name
         self.classes = tuple(classes)
         self.labels = as_labels(labels)
@@ -54,14 +62,14 @@ class HuggingFaceDataset(Dataset):
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder. Raises `UserError` if it can not be looked into."""
+    """Whether `save_to_disk` wrote this folder. Raises UserError if the folder cannot be read."""
     try:
-        os.stat(folder / "state.json")  # Path.is_file tells of a refusal in some versions of Python only
+        os.stat(folder / "state.json")  # Path.is_file reports a missing permission in some versions of Python only
     except PermissionError as error:
         raise UserError(
-            f"{folder} can not be read ({error.strerror}): give yourself access, or another folder"
+            f"{folder} cannot be read ({error.strerror}): give yourself access, or another folder"
         ) from error
-    except OSError:  # most often there is none
+    except OSError:  # usually there is no such file
         pass
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
@@ -69,9 +77,10 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def open_hugging_face(source: str, validation_fraction: float) -> Splits:
-    """`hf://owner/name`, `hf://owner/name:configuration`, or a saved folder.
+    """Open `hf://owner/name`, `hf://owner/name:configuration`, or a saved folder.
 
-    Raises `UserError` if there is no such dataset, or its columns of images and labels cannot be told.
+    Raises:
+        UserError: there is no such dataset, or it is unclear which columns hold images and labels.
     """
     place = source.removeprefix(SCHEME)
     name = printable(Path(place).name if Path(place).exists() else place)
@@ -110,7 +119,7 @@ def open_hugging_face(source: str, validation_fraction: float) -> Splits:
 
 
 def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
-    """The names of training and of what is held out, if anything is."""
+    """The name of the training split and, if there is one, of the split to validate on."""
     by_name = {name.lower(): name for name in tables}
     training = next((by_name[name] for name in TRAINING_NAMES if name in by_name), None)
     if training is None and len(tables) == 1:
@@ -134,7 +143,7 @@ def _load(name: str) -> Mapping[str, Any]:
         else:
             path, _, configuration = name.partition(":") if not Path(name).exists() else (name, "", "")
             loaded = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # the library lets through what files, parsers and the network raise
+    except Exception as error:  # errors of files, parsers and the network come through as they are
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason})") from error
     return {str(split): each for split, each in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
@@ -147,7 +156,7 @@ def _image_column(source: str, features: Mapping[str, Any]) -> str:
 
 def _label_column(source: str, features: Mapping[str, Any]) -> str:
     found = [name for name, feature in features.items() if hasattr(_inner(feature), "names")]
-    if not found:  # plain numbers or texts will do, under a name that says what they are
+    if not found:  # else plain numbers or texts in a column with a usual name
         found = [name for name in features if name in _LABEL_NAMES]
     return _choose(source, "labels", found, _LABEL_NAMES, features)
 
@@ -162,7 +171,7 @@ def _choose(source: str, what: str, found: list[str], preferred: Sequence[str], 
 
 
 def _inner(feature: Any) -> Any:
-    """The feature of a list's items; the feature itself where it is no list."""
+    """The feature of a list's items; the feature itself if it is not a list."""
     return getattr(feature, "feature", feature)
 
 
@@ -175,23 +184,23 @@ def _undecoded(table: Any, column: str) -> Any:
 def _values(where: str, table: Any, column: str) -> list[Any]:
     found = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     for row, value in enumerate(found):
-        if value is None or value != value or (isinstance(value, int) and value < 0):  # -1 where labels are secret
+        if value is None or value != value or (isinstance(value, int) and value < 0):  # -1 if labels are not published
             raise UserError(f"{where}, row {row}: the label is {value!r}; remove the row, or the split")
     return found
 
 
 def _classes(source: str, names: Sequence[str] | None, values: list[Any]) -> dict[str, int]:
-    """The number of each class, by name; without names they are what the rows hold."""
+    """The index of each class, by name; without given names, the values of the rows are the names."""
     if names is None:
         items = (item for value in values for item in (value if isinstance(value, list) else [value]))
         names = sorted({str(item) for item in items}, key=natural_key)
     if len(names) < 2:
-        raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs two at least")
+        raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(names)}
 
 
 def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named: bool) -> NDArray:
-    """Class indices (n,), or 0 and 1 a class (n, K); `named` columns hold indices already."""
+    """Class indices (n,), or 0 and 1 per class (n, K); the values of a `named` column are indices already."""
     several = any(isinstance(value, list) for value in values)
     labels = np.zeros((len(values), len(classes)) if several else len(values), dtype=np.int64)
     for row, value in enumerate(values):

@@ -1,4 +1,4 @@
-"""A look at every image before training: what cannot be read, what leaks from training into validation."""
+"""Check every image of a source before training: unreadable ones, duplicates between training and validation."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,18 +9,27 @@ import numpy as np
 import torch
 
 from coatnet.data.datasets import Dataset
-from coatnet.data.decode import BadImage, complaint
+from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 
-_LISTED = 20
+MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found. Names are those of `Dataset.describe`; pairs are images with the same pixels."""
+    """What `inspect` found. Images have the names that `Dataset.describe` gives; `print(inspection)` lists them.
+
+    Attributes:
+        splits: the images that were inspected.
+        bad: the reason for each image that cannot be used.
+        warnings: the warning of the JPEG library for each image that has one (with `strict`).
+        leaks: pairs of images with the same pixels, one in training and one in validation.
+        contradictions: pairs of images with the same pixels and different labels.
+        num_repeated: training images with the pixels of an earlier one.
+    """
 
     splits: Splits
     bad: Mapping[str, str]
@@ -31,20 +40,22 @@ class Inspection:
 
     @property
     def healthy(self) -> bool:
-        """No bad image, no warning, and nothing in validation that training has seen."""
+        """Whether there is no bad image, no warning and no leak."""
         return not (self.bad or self.warnings or self.leaks)
 
+    def __str__(self) -> str:
+        return self.describe()
+
     def describe(self) -> str:
-        """The findings for people, one a line."""
+        """The summary of the splits and the findings, one per line."""
         try:
             lines = [self.splits.describe()]
         except UserError:  # not one image can be read: the list below says so
             lines = [f"{self.splits.name}:"]
-        complaints = [f"{name}: {text}" for name, text in self.warnings.items()]
         lines += _section("images cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
-        lines += _section("images decode with a warning", complaints)
+        lines += _section("images decode with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
         lines += _section("images of validation are in training too", _equations(self.leaks))
-        lines += _section("images have a twin with another label", _equations(self.contradictions))
+        lines += _section("images have a duplicate with another label", _equations(self.contradictions))
         if self.num_repeated:
             lines.append(f"{self.num_repeated:,} training images repeat an earlier one")
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
@@ -53,9 +64,15 @@ class Inspection:
 def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     """Decode every image of both splits and compare their pixels.
 
-    `strict` also reports what the JPEG library complains of but decodes, such as flipped bytes.
+    Args:
+        source: a source as `open_dataset` takes it, or splits.
+        strict: also report warnings of the JPEG library about images that it decodes, such as flipped bytes.
 
-    Raises `UserError` if the source cannot be opened.
+    Returns:
+        The findings; `inspection.healthy` says whether there is nothing to mend.
+
+    Raises:
+        UserError: the source cannot be opened.
     """
     splits = source if isinstance(source, Splits) else open_dataset(source)
     bad: dict[str, str] = {}
@@ -80,18 +97,18 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
 def _digests(
     dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
 ) -> Iterator[tuple[int, bytes]]:
-    """The number and a digest of the pixels of each image; the others go to `bad`."""
+    """Yield the index and a digest of the pixels of each good image; the others are added to `bad`."""
     for index in range(len(dataset)):
         try:
             image, _ = read_image(dataset, index)
-            if strict and (text := complaint(dataset.read(index)[0])):
+            if strict and (text := jpeg_warning(dataset.read(index)[0])):
                 warnings[dataset.describe(index)] = text
         except BadImage as error:
             bad[error.name] = error.reason
             continue
         pixels = image.numpy() if isinstance(image, torch.Tensor) else image
-        size = str(pixels.shape).encode()
-        yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=size).digest()
+        shape = str(pixels.shape).encode()
+        yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=shape).digest()
 
 
 def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:
@@ -101,5 +118,5 @@ def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:
 def _section(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    more = [f"  and {len(entries) - _LISTED:,} more"] if len(entries) > _LISTED else []
-    return [f"{len(entries):,} {title}", *(f"  {entry}" for entry in entries[:_LISTED]), *more]
+    more = [f"  and {len(entries) - MAX_LISTED:,} more"] if len(entries) > MAX_LISTED else []
+    return [f"{len(entries):,} {title}", *(f"  {entry}" for entry in entries[:MAX_LISTED]), *more]

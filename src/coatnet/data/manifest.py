@@ -1,4 +1,4 @@
-"""A table of images: the columns path and label, and split if it has one, as CSV, TSV or Parquet."""
+"""Manifests: tables with a row per image and the columns path, label and optionally split, as CSV, TSV or Parquet."""
 
 import csv
 import os
@@ -17,31 +17,32 @@ from coatnet.errors import UserError
 
 REQUIRED = ("path", "label")
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
-LOOKED_FOR = 20  # rows: a file may be missing, but if none of the first is there, paths start from elsewhere
+CHECKED_ROWS = 20  # chosen: files may be missing, but if none of the first is there, the paths start elsewhere
 _SEPARATORS = re.compile(r"[;|]")
 
 
 class _Row(NamedTuple):
-    """`number` is the row as a spreadsheet shows it: the header of a CSV is row 1."""
-
-    number: int
+    number: int  # as a spreadsheet shows it: the header of a CSV is row 1
     path: str
     labels: tuple[str, ...]
-    split: str  # training, validation, test, or nothing
+    split: str  # training, validation, test, or empty
 
 
 def open_manifest(path: Path, validation_fraction: float) -> Splits:
-    """Paths start from the manifest's folder. Labels separated by ; or | in any row make it multi-label.
+    """Open the images of a manifest; paths start from its folder.
 
-    Raises `UserError` with the row's number for a row that cannot be right.
+    Labels separated by ; or | in any row make it multi-label.
+
+    Raises:
+        UserError: a row is wrong; the message has its number.
     """
     root = path.resolve().parent
     cells = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
-        raise UserError(f"{path} has no rows; it needs the columns path and label and one row an image")
-    if not any((root / row.path).exists() for row in rows[:LOOKED_FOR]):
-        others = f", nor that of the next {len(rows[:LOOKED_FOR]) - 1} rows" if len(rows) > 1 else ""
+        raise UserError(f"{path} has no rows; it needs the columns path and label and one row per image")
+    if not any((root / row.path).exists() for row in rows[:CHECKED_ROWS]):
+        others = f", nor that of the next {len(rows[:CHECKED_ROWS]) - 1} rows" if len(rows) > 1 else ""
         raise UserError(
             f"{path}, row {rows[0].number}: no file {rows[0].path!r} in {root}{others}; paths start from there"
         )
@@ -53,7 +54,7 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
     rows, held_out, notes = _split(path, rows, validation_fraction, multilabel)
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
     if len(classes) < 2:
-        raise UserError(f"{path}: one class, {classes[0]!r}; a classifier needs two at least")
+        raise UserError(f"{path}: one class, {classes[0]!r}; a classifier needs at least two")
     _check_validation_labels(path, rows, held_out)
     labels = _encode(rows, classes, multilabel)
     if multilabel and (unlabelled := sum(not row.labels for row in rows)):
@@ -66,9 +67,12 @@ def open_manifest(path: Path, validation_fraction: float) -> Splits:
 
 
 def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
-    """Path, from the manifest's folder, and label of each row, as written: all rows, whatever their split.
+    """Yield the path, from the manifest's folder, and the label of each row, whatever its split.
 
-    There need be no labels: without one it is empty. Raises `UserError` with the row's number as `open_manifest` does.
+    Labels are as they are written, and empty where there are none.
+
+    Raises:
+        UserError: a row is wrong; the message has its number.
     """
     root = path.resolve().parent
     required = ("path",)
@@ -81,7 +85,7 @@ def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
 def _split(
     path: Path, rows: list[_Row], fraction: float, multilabel: bool
 ) -> tuple[list[_Row], NDArray[np.bool_], list[str]]:
-    """The rows that are used, which of them are held out, and notes on both."""
+    """The rows to use, a mask of those that are held out, and notes on both."""
     if not any(row.split for row in rows):
         first_labels = np.zeros(len(rows), int)
         if not multilabel:
@@ -111,7 +115,7 @@ def _split(
 
 
 def _keep_rare_labels(rows: list[_Row], held_out: NDArray[np.bool_]) -> None:
-    """Give back to training rows that alone hold a label; with several labels a row, a hash cannot know."""
+    """Move held-out rows with a label that no training row has to training; the hash of a name ignores labels."""
     known = {label for row, out in zip(rows, held_out, strict=True) if not out for label in row.labels}
     for index in np.flatnonzero(held_out):
         if not known.issuperset(rows[index].labels):

@@ -1,4 +1,4 @@
-"""Labels to targets: one-hot, smoothed, and blended between images by MixUp or CutMix.
+"""Targets of training: one-hot labels, smoothed, and mixed between images by MixUp or CutMix.
 
 MixUp: Zhang et al. 2017. CutMix: Yun et al. 2019. Shapes: B batch, K classes, C channels, H W the image.
 """
@@ -26,7 +26,16 @@ class Mixing:
 
 
 def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) and labels (B,) or (B, K) to blended images and targets (B, K), by the seed."""
+    """Mix each image and its target with its neighbour in the batch, by MixUp or CutMix.
+
+    Args:
+        images: (B, C, H, W).
+        labels: class indices (B,), or 0 and 1 per class (B, K).
+        seed: decides the kind, if both are on, and the share; other streams are not touched.
+
+    Returns:
+        Mixed images (B, C, H, W) and targets (B, K). Without mixing, the images are returned as they are.
+    """
     targets = smooth(labels, num_classes=num_classes, label_smoothing=mixing.label_smoothing)
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(mixing, f"{kind}_alpha")]
     if not kinds:
@@ -44,7 +53,7 @@ def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, see
 
 
 def smooth(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tensor:
-    """Labels (B,) to targets (B, K) drawn towards uniform; labels (B, K) of 0 and 1 towards one half."""
+    """Targets (B, K): class indices (B,) smoothed towards 1 / K, or 0 and 1 per class (B, K) towards 1 / 2."""
     if labels.ndim == 1:
         targets, middle = F.one_hot(labels.long(), num_classes).float(), 1 / num_classes
     else:
@@ -53,7 +62,7 @@ def smooth(labels: Tensor, *, num_classes: int, label_smoothing: float) -> Tenso
 
 
 def _cut(images: Tensor, partners: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:
-    """Paste a box of each partner, `1 - share` of the area unless clipped, and say what share is left."""
+    """Paste a box of each partner, `1 - share` of the area unless clipped; returns images and the share left."""
     height, width = images.shape[-2:]
     side = math.sqrt(1 - share)
     middle_y, middle_x = random.integers(height), random.integers(width)

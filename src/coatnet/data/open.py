@@ -1,9 +1,8 @@
-"""The door: a name, a folder or a manifest becomes training and validation images."""
+"""Open a data set by name, path or URL."""
 
 from pathlib import Path
 
 from coatnet.data.builtin import (
-    FASHION_CLASSES,
     is_idx_folder,
     open_digits,
     open_fashion_mnist,
@@ -21,12 +20,25 @@ NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
 def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Splits:
-    """Recognise a named set, a folder (of images, tar shards, IDX files, or one that Hugging Face `datasets` saved),
-    a CSV, TSV or Parquet manifest, the URL of a folder of shards, or `hf://` and the name of a dataset.
+    """Open the training and validation images of a source.
 
-    `validation_fraction` is held out where the source does not say what to hold out.
+    Args:
+        source: one of
 
-    Raises `UserError` if there is no such source, or it is not what it should be.
+            - `digits`, `fashion-mnist` or `fashion-mnist-small`;
+            - a folder with one subfolder per class, or with `train` and `val` folders that have them;
+            - a `.csv`, `.tsv` or `.parquet` manifest with the columns path, label and optionally split;
+            - a folder of tar shards that `coatnet pack` or a WebDataset tool wrote, or the URL of one;
+            - `hf://owner/name`, or a folder that Hugging Face `datasets` saved;
+            - a folder of IDX files as MNIST has them.
+        validation_fraction: the fraction of the images to hold out, above 0 and below 1, if the source does not say
+            which ones. Which images these are depends on their names alone, so new images move no old ones.
+
+    Returns:
+        Two datasets with the same classes; `print(splits)` summarizes them.
+
+    Raises:
+        UserError: there is no such source, or it cannot be used; the message says what to change.
     """
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction must be between 0 and 1, got {validation_fraction!r}")
@@ -55,7 +67,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
     if path.is_dir():
         path = path.resolve()
         if is_idx_folder(path):
-            return open_idx_folder(path, path.name, FASHION_CLASSES if "fashion" in path.name.lower() else None)
+            return open_idx_folder(path)
         if is_saved_folder(path):
             return open_hugging_face(str(path), validation_fraction)
         if is_shard_folder(path):
@@ -63,4 +75,4 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
         return open_folder(path, validation_fraction)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return open_manifest(path, validation_fraction)
-    raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; one image alone is no dataset")
+    raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; a single image is no dataset")

@@ -1,4 +1,4 @@
-"""Training and validation images of one source, how they were split, and what they look like."""
+"""The training and validation images of one source, how they were split, and what they look like."""
 
 import hashlib
 import os
@@ -10,16 +10,24 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError
 
-_SAMPLED = 200  # images, evenly spread: enough for a median, little enough for a slow disk
+SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sample of the images looks like; sizes are (height, width) in pixels."""
+    """What a sample of the images looks like.
+
+    Attributes:
+        median: median height and median width, in pixels.
+        smallest: (height, width) of the image with the smallest area.
+        largest: (height, width) of the image with the largest area.
+        grey: whether every image is without colour.
+        num_sampled: how many images were read.
+    """
 
     median: tuple[int, int]
     smallest: tuple[int, int]
@@ -29,12 +37,20 @@ class Summary:
 
     @property
     def uniform(self) -> bool:
+        """Whether all images have the same size."""
         return self.smallest == self.largest
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Two datasets with the same classes in the same order, and what `open_dataset` noticed on the way."""
+    """Two datasets with the same classes in the same order. `print(splits)` summarizes them.
+
+    Attributes:
+        name: of the source, in messages and reports.
+        training: the images to learn from.
+        validation: the images to measure on.
+        notes: what `open_dataset` noticed, such as how the images were split and which files were left out.
+    """
 
     name: str
     training: Dataset
@@ -43,15 +59,18 @@ class Splits:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
         return self.training.classes
 
     @property
     def multilabel(self) -> bool:
+        """Whether an image may have several labels."""
         return self.training.multilabel
 
     @cached_property
     def summary(self) -> Summary:
-        return summarise(self.training)
+        """Sizes and colour of a sample of the training images, read when first used."""
+        return summarize(self.training)
 
     @property
     def native_resolution(self) -> int:
@@ -67,38 +86,39 @@ class Splits:
         return self.describe()
 
     def describe(self) -> str:
-        """What was found, a few lines for people: images, sizes, classes, balance, split, notes."""
+        """A summary of a few lines: number of images, split, sizes, classes, balance, notes."""
         counts = self.training.class_counts
         num_images = len(self.training) + len(self.validation)
         kind = "several labels an image" if self.multilabel else "one label an image"
-        shown = ", ".join(self.classes[:10]) + (
-            f", ... ({len(self.classes) - 10} more)" if len(self.classes) > 10 else ""
-        )
+        shown = ", ".join(self.classes[:10])
+        if len(self.classes) > 10:
+            shown += f", ... ({len(self.classes) - 10} more)"
         lines = [
             f"{self.name}: {num_images:,} images, {len(self.classes)} classes, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
-            f"  images {_describe_sizes(self.summary)}, {'grey' if self.grey else 'colour'}",
+            f"  images   {_describe_sizes(self.summary)}, {'grey' if self.grey else 'colour'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
 
-def summarise(dataset: Dataset) -> Summary:
-    """Look at up to 200 images, evenly spread. An image that cannot be read does not count.
+def summarize(dataset: Dataset) -> Summary:
+    """Read up to 200 images, evenly spread, and summarize their sizes and colour; unreadable ones are skipped.
 
-    Raises `UserError` with the last reason if none can be read.
+    Raises:
+        UserError: none can be read; the message has the last reason.
     """
-    numbers = np.unique(np.linspace(0, len(dataset) - 1, min(_SAMPLED, len(dataset))).astype(np.int64))
+    indices = evenly_spaced(len(dataset), SAMPLED_IMAGES)
     sizes: list[tuple[int, int]] = []
     grey = True
     failure = None
-    for index in numbers.tolist():
+    for index in indices:
         try:
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
                 sizes.append(image_size(encoded, dataset.describe(index)))
-                # Only the images before the first coloured one are decoded.
+                # Only the images up to the first coloured one are decoded.
                 grey = grey and _is_grey(decode(encoded, dataset.describe(index)).numpy())
             else:
                 sizes.append((encoded.shape[0], encoded.shape[1]))
@@ -106,7 +126,7 @@ def summarise(dataset: Dataset) -> Summary:
         except BadImage as bad:
             failure = bad
     if not sizes:
-        raise UserError(f"{dataset.name}: none of {len(numbers)} images looked at can be used, the last one {failure}")
+        raise UserError(f"{dataset.name}: none of {len(indices)} sampled images can be used, the last one {failure}")
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])
@@ -114,11 +134,18 @@ def summarise(dataset: Dataset) -> Summary:
 
 
 def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) -> NDArray[np.bool_]:
-    """Mark the images (N,) that are held out, by the hash of each one's name, class by class.
+    """Choose which images to hold out, class by class, by the hash of each image's name.
 
-    An image's side depends on its own name alone, so adding files moves none, save that every class of two
-    images or more keeps at least one on each side. With several labels an image (N, K), all images are
-    one group.
+    The choice for an image depends on its own name alone, so adding images moves no others, except that every class
+    of two images or more has at least one on each side.
+
+    Args:
+        names: of the images, N.
+        labels: class indices (N,). Multi-label images (N, K) are one group.
+        fraction: of the images to hold out.
+
+    Returns:
+        A mask (N,), True for the images that are held out.
     """
     hashes = np.array([_name_hash(name) for name in names])
     held_out = hashes < fraction
@@ -149,7 +176,7 @@ def _describe_sizes(summary: Summary) -> str:
     if summary.uniform:
         return f"{width} x {height} pixels"
     spread = f"from {small[1]} x {small[0]} to {large[1]} x {large[0]}"
-    return f"{width} x {height} pixels in the median, {spread} (of {summary.num_sampled} looked at)"
+    return f"{width} x {height} pixels in the median, {spread} (of {summary.num_sampled} sampled)"
 
 
 def _describe_balance(classes: tuple[str, ...], counts: NDArray[np.int64]) -> str:

@@ -1,4 +1,4 @@
-"""From a decoded image to what the model sees: the same every time for evaluation, seeded for training.
+"""From decoded images to what the model sees: deterministic for evaluation, seeded for training.
 
 Shapes: B batch, C channels, H W the image, R resolution. Images are uint8, of one size within a batch.
 """
@@ -82,38 +82,38 @@ class Augmentation:
 
 
 class EvaluationTransform:
-    """An image to the normalised floats (C, R, R) that the model is judged on."""
+    """Resizes, crops and normalises images for evaluation."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
     def __call__(self, image: Image) -> Tensor:
-        """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
+        """One image, a uint8 tensor (3 or 1, H, W) or array (H, W) or (H, W, 3), to float32 (C, R, R)."""
         return self.batch(as_images(image)[None])[0]
 
     def batch(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """uint8 (B, 1 or 3, H, W) to float32 (B, C, R, R), channels last; written to `out` if it is given."""
-        return normalise(self.fitted(pixels), self.preprocessing, out)
+        return normalise(self.resize(pixels), self.preprocessing, out)
 
-    def fitted(self, images: Tensor) -> Tensor:
-        """All but normalising: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
-        return fit(match_channels(images, self.preprocessing), self.preprocessing)
+    def resize(self, images: Tensor) -> Tensor:
+        """Everything but normalising: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
+        return resize_and_crop(match_channels(images, self.preprocessing), self.preprocessing)
 
 
 class TrainingTransform:
-    """An image and its seed to normalised floats (C, R, R): a pure function of both."""
+    """Crops, varies and normalises images for training: a pure function of each image and its seed."""
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.preprocessing = preprocessing
         self.augmentation = augmentation
 
     def __call__(self, image: Image, seed: int) -> Tensor:
-        """A uint8 tensor (3 or 1, H, W), or a uint8 array (H, W) or (H, W, 3), to floats (C, R, R)."""
+        """One image, a uint8 tensor (3 or 1, H, W) or array (H, W) or (H, W, 3), to float32 (C, R, R)."""
         return self.batch(as_images(image)[None], np.array([seed], dtype=np.uint64))[0]
 
     def batch(self, pixels: Tensor, seeds: Words, out: Tensor | None = None) -> Tensor:
         """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last; written to `out` if given."""
-        pixels = self.place(match_channels(pixels, self.preprocessing), seeds)
+        pixels = self.crop(match_channels(pixels, self.preprocessing), seeds)
         pixels = augment.flip(pixels, seeds, self.augmentation.flip_rate)
         if self.augmentation.rand_augment_layers:
             fill = [round(255 * value) for value in self.preprocessing.mean[: pixels.shape[1]]]
@@ -125,8 +125,8 @@ class TrainingTransform:
         images = normalise(pixels, self.preprocessing, out)
         return augment.erase_(images, seeds, self.augmentation.erasing_rate)
 
-    def place(self, images: Tensor, seeds: Words) -> Tensor:
-        """uint8 (B, C, H, W) to uint8 (B, C, R, R), cut out as the augmentation says."""
+    def crop(self, images: Tensor, seeds: Words) -> Tensor:
+        """uint8 (B, C, H, W) to uint8 (B, C, R, R): a random crop, a shift, or the crop of evaluation."""
         match self.augmentation.placement:
             case "crop":
                 boxes = augment.crop_boxes(
@@ -136,7 +136,7 @@ class TrainingTransform:
                     ratio=self.augmentation.crop_ratio,
                 )
                 resolution = (self.preprocessing.resolution, self.preprocessing.resolution)
-                # Channels last, as they are decoded, the kernel neither turns its input nor its output over.
+                # In channels last, as images are decoded, the kernel transposes neither its input nor its output.
                 cuts = [
                     image[None, :, top : top + height, left : left + width].contiguous(
                         memory_format=torch.channels_last
@@ -145,13 +145,13 @@ class TrainingTransform:
                 ]
                 return torch.cat([resize(cut, resolution, self.preprocessing.interpolation) for cut in cuts])
             case "shift":
-                return augment.shift(fit(images, self.preprocessing), seeds, self.augmentation.shift)
+                return augment.shift(resize_and_crop(images, self.preprocessing), seeds, self.augmentation.shift)
             case "none":
-                return fit(images, self.preprocessing)
+                return resize_and_crop(images, self.preprocessing)
 
 
 def as_images(array: Image) -> Tensor:
-    """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor stays what it is."""
+    """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor is returned unchanged."""
     if isinstance(array, Tensor):
         return array
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -160,26 +160,26 @@ def as_images(array: Image) -> Tensor:
 
 
 def match_channels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Average colour for a grey model. Grey for a colour model stays one channel: normalising repeats it."""
+    """Average the colours for a grey model; a grey image for a colour model keeps one channel until `normalise`."""
     if preprocessing.channels == 1 and images.shape[-3] == 3:
         return images.float().mean(-3, keepdim=True).round_().to(torch.uint8)
     return images
 
 
-def fit(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (B, C, H, W) to uint8 (B, C, R, R): resized, then the middle cut out."""
+def resize_and_crop(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 (B, C, H, W) to uint8 (B, C, R, R): resize, then crop the center."""
     resolution = preprocessing.resolution
-    return center(scale(images, preprocessing), resolution, resolution)
+    return center_crop(resize_with_margin(images, preprocessing), resolution, resolution)
 
 
-def scale(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 (B, C, H, W) to uint8 (B, C, H', W'), neither side below R: resized, with the margin that is cut off."""
+def resize_with_margin(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 (B, C, H, W) to uint8 (B, C, H', W'): resize, keeping the margin that the center crop removes."""
     height, width = images.shape[-2:]
     side = math.floor(preprocessing.resolution / preprocessing.crop_fraction)  # as timm computes it
     if preprocessing.crop == "center":
-        # A 1 x 5000 image would grow to 256 x 1,280,000 before the cut, which shows 1 x 1 of it.
+        # A 1 x 5000 image would grow to 256 x 1,280,000 before the crop, which shows 1 x 1 of it.
         short = min(height, width)
-        images = center(images, min(height, 4 * short), min(width, 4 * short))
+        images = center_crop(images, min(height, 4 * short), min(width, 4 * short))
         height, width = images.shape[-2:]
         size = (max(side, side * height // width), max(side, side * width // height))
     else:
@@ -188,7 +188,7 @@ def scale(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Antialiased, on uint8: the kernel that torchvision calls, without the seconds that its import costs."""
+    """Resize uint8 (B, C, H, W) to `size` with antialiasing, by torchvision's kernel; importing it takes seconds."""
     if tuple(images.shape[-2:]) == size:
         return images
     return F.interpolate(images, size=size, mode=interpolation, antialias=True)
@@ -209,8 +209,8 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing, out: Tensor | None =
     return images
 
 
-def center(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle of (..., H, W), of that height and width."""
+def center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """The center (..., height, width) of images (..., H, W)."""
     top = round((images.shape[-2] - height) / 2)
     left = round((images.shape[-1] - width) / 2)
     return images[..., top : top + height, left : left + width]

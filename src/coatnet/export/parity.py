@@ -23,7 +23,7 @@ from coatnet.data.transforms import (
     EvaluationTransform,
     Preprocessing,
     as_images,
-    center,
+    center_crop,
     match_channels,
     normalise,
     resize,
@@ -256,7 +256,7 @@ def check_batches(images: list[Tensor]) -> Iterator[Tensor]:
     while first < len(images):
         part = images[first : first + BATCH_SIZES[turn % len(BATCH_SIZES)]]
         height, width = (min(image.shape[axis] for image in part) for axis in (1, 2))
-        yield torch.stack([center(image, height, width) for image in part])
+        yield torch.stack([center_crop(image, height, width) for image in part])
         first, turn = first + len(part), turn + 1
 
 

@@ -214,7 +214,7 @@ def sample(dataset: Dataset, bundle: Bundle, signature: Signature, most: int, ba
     transform, translate = EvaluationTransform(bundle.preprocessing), label_translation(dataset, bundle)
     prepared, indices = [], []
     for image, index in spread_images(dataset, most):
-        prepared.append(transform.fitted(image[None]))
+        prepared.append(transform.resize(image[None]))
         indices.append(index)
     labels = translate(torch.from_numpy(dataset.labels[indices]))
     batches = [torch.cat(prepared[first : first + batch_size]) for first in range(0, len(prepared), batch_size)]

@@ -6,7 +6,7 @@ Shapes: V views, C channels, R resolution; H, W of the resized image, neither be
 import torch
 from torch import Tensor
 
-from coatnet.data.transforms import Preprocessing, center, scale
+from coatnet.data.transforms import Preprocessing, center_crop, resize_with_margin
 from coatnet.errors import UserError
 
 NUM_VIEWS = {"one": 1, "flip": 2, "five-crop": 5, "ten-crop": 10}
@@ -24,9 +24,9 @@ def augmented_views(image: Tensor, preprocessing: Preprocessing, views: str) -> 
     "one" is the center crop; "flip" adds its mirror image; "five-crop" adds the corner crops of the resized image (all
     five are equal for `crop_fraction` 1 and a square image); "ten-crop" is these five and their mirror images.
     """
-    resized = scale(image[None], preprocessing)  # (1, C, H, W)
+    resized = resize_with_margin(image[None], preprocessing)  # (1, C, H, W)
     side = preprocessing.resolution
-    crops = center(resized, side, side)  # (1, C, R, R)
+    crops = center_crop(resized, side, side)  # (1, C, R, R)
     if views in ("five-crop", "ten-crop"):
         top, bottom = resized[..., :side, :], resized[..., -side:, :]
         corners = [edge[..., half] for edge in (top, bottom) for half in (slice(None, side), slice(-side, None))]

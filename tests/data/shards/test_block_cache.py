@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import coatnet
-from coatnet.data.shards.block_cache import BlockCache, default_cache, sized
+from coatnet.data.shards.block_cache import BlockCache, default_cache, parse_bytes
 from coatnet.errors import UserError
 from coatnet.system.files import file_lock
 
@@ -170,20 +170,20 @@ def test_a_process_killed_while_it_fetches_does_not_stop_the_others(tmp_path):
     [("256MB", 256_000_000), ("1.5 gb", 1_500_000_000), ("12", 12), ("3K", 3000), ("2T", 2 * 10**12)],
 )
 def test_sizes_are_read_as_people_write_them(text, num_bytes):
-    assert sized(text) == num_bytes
+    assert parse_bytes(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-5", "0", "12 apples", "1e9"])
 def test_a_size_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="write it as 256MB or 2GB"):
-        sized(text)
+        parse_bytes(text)
 
 
 def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
     monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("COATNET_CACHE_SIZE", "2GB")
     cache = default_cache()
-    assert (cache.folder, cache.limit) == (tmp_path / "blocks", 2 * 10**9)
+    assert (cache.folder, cache.max_bytes) == (tmp_path / "blocks", 2 * 10**9)
     monkeypatch.delenv("COATNET_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert default_cache().folder == tmp_path / "other" / "coatnet" / "blocks"

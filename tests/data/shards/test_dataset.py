@@ -176,9 +176,9 @@ def test_a_table_of_shards_that_does_not_belong_is_found_at_open(folder):
         (lambda head: head.update(format="something"), "its format is 'something'"),
         (lambda head: head.pop("classes"), "not the index of a folder of shards ('classes')"),
         (lambda head: head.update(classes=["cat"]), "1 classes, and counts"),
-        (lambda head: head.update(classes=["cat", 3]), "3 where a text should be"),
+        (lambda head: head.update(classes=["cat", 3]), "3 where a text is expected"),
         (lambda head: head["splits"].pop("val"), "not the index of a folder of shards ('val')"),
-        (lambda head: head["splits"]["val"].update(num_samples=-1), "-1 where a count should be"),
+        (lambda head: head["splits"]["val"].update(num_samples=-1), "-1 where a count is expected"),
         (lambda head: head["splits"]["val"].update(num_samples=999), "samples where coatnet-shards.json says 999"),
         (lambda head: head["splits"]["val"].update(num_shards=10**12), "1,000,000,000,000 rows were expected"),
     ],
@@ -204,7 +204,7 @@ def test_verifying_finds_a_flipped_byte_and_names_the_shard(folder):
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=re.escape(f"{path}: changed, its checksum is another")):
+    with pytest.raises(UserError, match=re.escape(f"{path}: changed, its checksum differs")):
         list(open_dataset(folder).training.verify())
 
 

@@ -42,7 +42,7 @@ def test_a_packed_folder_holds_the_bytes_labels_and_splits_of_its_source(make_fo
     assert shards.classes == source.classes
     assert images_of(shards.training) == images_of(source.training)
     assert images_of(shards.validation) == images_of(source.validation)
-    assert (packed.num_images, packed.left_out) == (60, {})
+    assert (packed.num_images, packed.bad_images) == (60, {})
     assert packed.num_bytes == sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.tar"))
     assert packed.num_shards == len(list((tmp_path / "packed").glob("*.tar"))) > 4
 
@@ -165,7 +165,7 @@ def test_no_image_that_can_be_used_is_one_line_and_no_folder(make_folder, tmp_pa
     [
         (["digits", "there"], "there exists already; give a new folder"),
         (["digits", "new", "--shard-size", "big"], "'big' is not a size; write it as 256MB or 2GB"),
-        (["digits", "new", "--workers", "0"], "a packing a worker, got 256000000 and 0"),
+        (["digits", "new", "--workers", "0"], "must be at least 1, got 256000000 and 0"),
         (["nowhere", "new"], "no dataset at 'nowhere'"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(map(is_running, workers))
-    with pytest.raises(UserError, match="packing was not finished; the same `coatnet pack` again goes on"):
+    with pytest.raises(UserError, match="packing was not finished; the same `coatnet pack` command continues it"):
         open_dataset(staged)
 
     finished = [staged / path.name.removesuffix(".json") for path in staged.glob(".packing/[!.]*.tar.json")]
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(slow_folder, tmp_p
     full = subprocess.run(command, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, timeout=60)
     assert full.returncode == 2 and full.stdout == ""
     assert full.stderr.startswith(
-        f"coatnet: error: {out} could not be written: File too large; what is finished is kept"
+        f"coatnet: error: {out} could not be written: File too large; finished shards are kept"
     )
     assert full.stderr.count("\n") == 1 and not out.exists()
     pack(slow_folder, out, shard_bytes=2_000_000, num_workers=1)

@@ -65,7 +65,7 @@ def test_every_cut_is_found(tmp_path):
         path.write_bytes(whole[:cut])
         assert "truncated" in one_line(path) or "has no .cls" in one_line(path), cut
     path.write_bytes(b"")
-    assert "truncated, or no plain tar (empty file)" in one_line(path)
+    assert "truncated, or not a plain tar (empty file)" in one_line(path)
     path.write_bytes(whole[: end + 1024])
     assert len(read(path)) == 3
 
@@ -82,9 +82,9 @@ def test_garbage_in_the_middle_is_found(tmp_path):
 
 def test_keys_that_come_twice_are_found(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 3) + samples(1, 1))
-    assert one_line(path) == "some.tar: the key '00001' comes twice; keys must be unique within a tar"
+    assert one_line(path) == "some.tar: the key '00001' occurs twice; keys must be unique within a tar"
     write_tar(path, [("a.png", image(0)), ("a.cls", b"1"), ("a.png", image(1))])
-    assert one_line(path) == "some.tar: 'a.png' comes twice; keys must be unique within a tar"
+    assert one_line(path) == "some.tar: 'a.png' occurs twice; keys must be unique within a tar"
 
 
 def test_compressed_tars_are_refused(tmp_path):

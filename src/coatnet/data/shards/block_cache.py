@@ -1,4 +1,4 @@
-"""A folder of blocks fetched from elsewhere: bounded in bytes, least recently used out first, shared by processes."""
+"""A cache on disk for blocks of remote files: bounded in bytes, shared by processes, least recently used first out."""
 
 import os
 import re
@@ -10,30 +10,38 @@ from coatnet.errors import UserError
 from coatnet.system.cache import cache_folder
 from coatnet.system.files import atomic_files, file_lock, is_leftover
 
-_DEFAULT_BYTES = 16_000_000_000
+DEFAULT_CACHE_BYTES = 16_000_000_000
 _NUM_LOCKS = 256
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class BlockCache:
-    """Blocks by name. A block that several processes want is fetched by one of them, while the others wait."""
+    """Blocks by name. If several processes want the same block, one fetches it and the others wait.
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    Args:
+        folder: of the blocks; made when needed.
+        max_bytes: of all blocks together.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
-        self.limit = limit
+        self.max_bytes = max_bytes
 
     def open(self, name: str, num_bytes: int, fetch: Callable[[], bytes]) -> int:
-        """A descriptor of the block, for the caller to close; the block stays readable, even if it is evicted.
+        """Open a block, fetched if it is not there or not whole.
+
+        Returns:
+            A file descriptor, for the caller to close; it stays readable even if the block is evicted.
 
         Raises:
-            UserError: the block alone is over the limit, or the disk refuses.
+            UserError: the block alone is larger than the cache may be, or the cache cannot be written.
         """
         path = self.folder / name
         try:
             if (descriptor := _open_whole(path, num_bytes)) is not None:
                 return descriptor
-            if num_bytes > self.limit:
-                raise UserError(f"a block of {num_bytes:,} bytes is over COATNET_CACHE_SIZE, {self.limit:,} bytes")
+            if num_bytes > self.max_bytes:
+                raise UserError(f"a block of {num_bytes:,} bytes is over COATNET_CACHE_SIZE, {self.max_bytes:,} bytes")
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             with file_lock(self.folder / "locks" / str(crc32(name.encode()) % _NUM_LOCKS)):
                 if (descriptor := _open_whole(path, num_bytes)) is not None:  # another process was faster
@@ -47,15 +55,15 @@ class BlockCache:
             raise UserError(f"{self.folder}: the cache cannot be written ({error.strerror}); {advice}") from error
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove what was used longest ago, and what a process that died left half-written."""
+        """Remove the least recently used blocks, and temporary files of killed processes."""
         blocks = []
         for entry in os.scandir(self.folder):
-            if is_leftover(entry.name):  # writers hold the lock that is held here: this one is dead
+            if is_leftover(entry.name):  # a writer holds the lock that is held here, so this one was killed
                 os.unlink(entry.path)
             elif entry.is_file():
                 status = entry.stat()
                 blocks.append((status.st_mtime_ns, status.st_size, entry.path))
-        excess = sum(size for _, size, _ in blocks) + num_bytes - self.limit
+        excess = sum(size for _, size, _ in blocks) + num_bytes - self.max_bytes
         for _, size, path in sorted(blocks):
             if excess <= 0:
                 return
@@ -64,12 +72,17 @@ class BlockCache:
 
 
 def default_cache() -> BlockCache:
-    """In COATNET_CACHE_DIR or the user's cache folder, of COATNET_CACHE_SIZE bytes ("16GB")."""
-    return BlockCache(cache_folder() / "blocks", sized(os.environ.get("COATNET_CACHE_SIZE", str(_DEFAULT_BYTES))))
+    """The cache in `cache_folder()`, of COATNET_CACHE_SIZE bytes (default "16GB")."""
+    size = os.environ.get("COATNET_CACHE_SIZE", str(DEFAULT_CACHE_BYTES))
+    return BlockCache(cache_folder() / "blocks", parse_bytes(size))
 
 
-def sized(text: str) -> int:
-    """Bytes from "256MB", "1.5 GB" or plain digits; the units are powers of 1000."""
+def parse_bytes(text: str) -> int:
+    """The number of bytes in "256MB", "1.5 GB" or plain digits; units are powers of 1000.
+
+    Raises:
+        UserError: it is not a size.
+    """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
     try:
         num_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -81,7 +94,7 @@ def sized(text: str) -> int:
 
 
 def _open_whole(path: Path, num_bytes: int) -> int | None:
-    """None if the block is not there, or not whole, as after a power failure."""
+    """Open a block; None if it is not there, or not whole, as after a power failure."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Images in tar shards with a side index: any image is one read, from a folder or from behind a URL."""
+"""Images in tar shards with an index, and the order in which training reads them: block by block."""
 
 import mmap
 import os
@@ -16,19 +16,30 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.sampler import EpochSampler, Indices, Samples, hash_words
 from coatnet.data.shards.index import SAMPLE_COLUMNS, Head, Split, digest, from_npy, index_name, labels_of
-from coatnet.data.shards.storage import ShardFiles, chunks
+from coatnet.data.shards.storage import Storage, chunks
 from coatnet.errors import UserError
 
 # chosen: 8 MiB a request. Object stores answer in some 50 ms, so a connection gives about 100 MB/s.
 BLOCK_BYTES = 8 << 20
-# chosen: 128 blocks a window. Neighbours in the order then share a block in 1 of 128 cases.
+# chosen: neighbours in the order then share a block in 1 of 128 cases.
 BLOCKS_PER_WINDOW = 128
-_OPEN_INDEXES = 160  # as many as shards are kept open
-_THREADS = 16
+_MAX_OPEN_INDEXES = 160  # as many as open shards
+_NUM_THREADS = 16
 
 
 class BlockSampler(EpochSampler):
-    """Every epoch visits each of `size` images once; `block_size` images that lie side by side are a block."""
+    """Samples every image once per epoch, shuffled in two levels, so that each block is read in one piece.
+
+    `block_size` neighbouring images are a block. The blocks of an epoch come in a random order, a window of them at a
+    time, and the images of a window come in a random order: a reader needs the blocks of one window only. Like
+    `EpochSampler` it is a pure function of (seed, epoch, position) in constant memory.
+
+    Args:
+        size: the number of images, N.
+        seed: of the orders of all epochs.
+        block_size: images in a block.
+        blocks_per_window: blocks whose images are shuffled together.
+    """
 
     def __init__(self, size: int, seed: int, block_size: int, blocks_per_window: int = BLOCKS_PER_WINDOW) -> None:
         super().__init__(size, seed)
@@ -46,8 +57,8 @@ class BlockSampler(EpochSampler):
     def sample(self, positions: ArrayLike) -> Samples:
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.size)
         indices = self._shuffle(epochs, places)
-        # The last block is filled up with images that are not there. Cycle walking, as in `EpochSampler`: whoever lands
-        # on one of them goes on from there, which keeps every image's turn unique.
+        # The last block is filled up with images that do not exist. Cycle walking, as in `EpochSampler`: a position
+        # that gets one of them is permuted again, which keeps the images of an epoch unique.
         while len(beyond := np.flatnonzero(indices >= self.size)):
             indices[beyond] = self._shuffle(epochs[beyond], indices[beyond])
         return Samples(indices, epochs)
@@ -66,10 +77,17 @@ class BlockSampler(EpochSampler):
 
 
 class ShardDataset(Dataset):
-    """A split of a folder of shards. Tables of samples are mapped, not held: a worker process costs next to nothing."""
+    """A split of a folder of shards. Any image takes one read; tables of samples are memory-mapped.
 
-    def __init__(self, head: Head, split: Split, table: NDArray, files: ShardFiles, index_files: ShardFiles) -> None:
-        """`table` has the split's shards; the tables of their samples are among `index_files`."""
+    Args:
+        head: of the folder.
+        split: its entry in the head.
+        table: the split's table of shards.
+        files: where the shards are.
+        index_files: where the tables of samples are.
+    """
+
+    def __init__(self, head: Head, split: Split, table: NDArray, files: Storage, index_files: Storage) -> None:
         self.name = head.name
         self.classes = head.classes
         self.multilabel = head.multilabel
@@ -91,18 +109,18 @@ class ShardDataset(Dataset):
 
     @cached_property
     def labels(self) -> NDArray:  # pyrefly: ignore[bad-override]  # read when first used
-        """Of every sample, from all tables. `class_counts` and `read` do not need it."""
+        """The labels of all samples, read from all tables; `class_counts`, `label` and `read` do not need them."""
         shards = np.flatnonzero(self.table["num_samples"])
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
             tables = threads.map(self._load, shards.tolist())
             return np.concatenate([labels_of(table, len(self.classes), self.multilabel) for table in tables])
 
     def sampler(self, seed: int) -> BlockSampler:
-        """The order of training: the same for a folder and for a copy of it behind a URL."""
+        """The order of training, block by block; the same for a folder and for a copy of it behind a URL."""
         return BlockSampler(len(self), seed, self.block_size)
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
-        """Raises `BadImage` if the disk fails; `UserError` if a shard has become shorter or is gone."""
+        """Read an image. Raises BadImage if the disk fails, UserError if a shard is truncated or missing."""
         shard, row = self._find(index)
         samples = self._samples(shard)
         sample = samples[row]
@@ -135,10 +153,11 @@ class ShardDataset(Dataset):
         return f"{self._files}/{self.shard_name(shard)}/{self._samples(shard)[row]['key'].decode()}"
 
     def shard_name(self, shard: int) -> str:
+        """The file name of a shard."""
         return self.table["name"][shard].decode()
 
     def check(self) -> None:
-        """Raises `UserError` naming a shard or table that is missing, of another size, or not the one described."""
+        """Raise a UserError that names a shard that is missing or of another size than the index says."""
         names = [name.decode() for name in self.table["name"].tolist()]
         for name, size, shard in zip(names, self._files.sizes(names), self.table, strict=True):
             if size is None:
@@ -151,23 +170,23 @@ class ShardDataset(Dataset):
                 )
 
     def check_indexes(self) -> None:
-        """Raises `UserError` naming a table of samples that is missing or does not belong here."""
-        with ThreadPoolExecutor(_THREADS) as threads:
+        """Raise a UserError that names a table of samples that is missing or has another checksum."""
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
             for _ in threads.map(self._load, range(len(self.table))):
                 pass
 
     def verify(self) -> Iterator[int]:
-        """Read every shard whole, compare its checksum, and tell its bytes; raises `UserError` naming a changed one."""
+        """Read every shard and compare its checksum; yields its size in bytes. Raises UserError if one differs."""
         for number, shard in enumerate(self.table):
             name, hashed = self.shard_name(number), sha256()
             for chunk in chunks(self._files, name):
                 hashed.update(chunk)
             if shard["sha256"] and hashed.hexdigest() != shard["sha256"].decode():
-                raise UserError(f"{self._files}/{name}: changed, its checksum is another; fetch or pack it again")
+                raise UserError(f"{self._files}/{name}: changed, its checksum differs; fetch or pack it again")
             yield int(shard["num_bytes"])
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Shard and row; a shard without samples has none."""
+        """The shard of a sample and its row in the shard's table."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, int(index - self._starts[shard])
 
@@ -175,7 +194,7 @@ class ShardDataset(Dataset):
         if shard in self._opened:
             self._opened.move_to_end(shard)
         else:
-            if len(self._opened) == _OPEN_INDEXES:
+            if len(self._opened) == _MAX_OPEN_INDEXES:
                 self._opened.popitem(last=False)
             self._opened[shard] = self._load(shard)
         return self._opened[shard]

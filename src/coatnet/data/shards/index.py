@@ -1,6 +1,6 @@
-"""The side index of shards: a small JSON head, a table of shards for each split, a table of samples for each shard.
+"""The index of a folder of shards: a JSON head, a table of shards per split, a table of samples per shard.
 
-A sample's row says where its image lies in the tar, so any image is one read away. Tables are `.npy` files of
+The row of a sample says where its image is in the tar, so any image takes one read. Tables are `.npy` files of
 format 1.0; a billion samples are rows in many small files, never one object in memory.
 """
 
@@ -20,11 +20,11 @@ from coatnet.errors import UserError
 HEAD = "coatnet-shards.json"
 TRAINING, VALIDATION = "train", "val"
 _FORMAT, _VERSION = "coatnet shards", 1
-_LONGEST_HEADER = 65_536  # of an .npy file of format 1.0
+_MAX_HEADER_BYTES = 65_536  # of an .npy file of format 1.0
 
 
 class Shard(NamedTuple):
-    """One tar and its table of samples. `sha256` is empty where another program wrote the tar: it was not hashed."""
+    """A tar file and its table of samples. `sha256` is empty if another program wrote the tar: it was not hashed."""
 
     name: str
     num_bytes: int
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """What the head says of a split; its table of shards has this checksum."""
+    """The entry of a split in the head, with the checksum of its table of shards."""
 
     num_samples: int
     num_shards: int
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Head:
-    """What a folder of shards holds."""
+    """The contents of a folder of shards."""
 
     name: str
     classes: tuple[str, ...]
@@ -55,12 +55,13 @@ class Head:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
+        """The file `coatnet-shards.json`."""
         values = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         return json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def parse_head(data: bytes, where: str) -> Head:
-    """Raises `UserError` if this is no head, or one of a newer version."""
+    """Parse `coatnet-shards.json`. Raises UserError if it is damaged or of a newer version."""
     try:
         values = json.loads(data)
         if values["format"] != _FORMAT:
@@ -86,15 +87,15 @@ def parse_head(data: bytes, where: str) -> Head:
 
 
 def shard_table(shards: Sequence[Shard]) -> NDArray:
-    """A row for each shard, fields as `Shard` has them."""
+    """A table with a row per shard and the fields of `Shard`."""
     width = max(len(shard.name.encode()) for shard in shards)
     kinds = (f"S{width}", "<i8", "<i8", "S64", "<i8", "S64")
     rows = [(shard.name.encode(), *shard[1:]) for shard in shards]
     return np.array(rows, dtype=list(zip(Shard._fields, kinds, strict=True)))
 
 
-def summarise_split(shards: Sequence[Shard], class_counts: NDArray, table: bytes, where: str) -> Split:
-    """Raises `UserError`, beginning with `where`, if there is not one sample."""
+def summarize_split(shards: Sequence[Shard], class_counts: NDArray, table: bytes, where: str) -> Split:
+    """The entry of a split. Raises a UserError that begins with `where` if there are no samples."""
     num_samples = sum(shard.num_samples for shard in shards)
     if not num_samples:
         raise UserError(f"{where} has no image that can be used")
@@ -102,7 +103,7 @@ def summarise_split(shards: Sequence[Shard], class_counts: NDArray, table: bytes
 
 
 def sample_table(offsets: Sequence[int], lengths: Sequence[int], labels: NDArray, keys: Sequence[str]) -> NDArray:
-    """A row for each sample. Labels are class indices (n,), or 0 and 1 a class (n, K), which are stored as bits."""
+    """A table with a row per sample. Labels are class indices (n,), or 0 and 1 per class (n, K), stored as bits."""
     encoded = [key.encode() for key in keys]
     width = max(map(len, encoded), default=1)
     label: tuple[Any, ...] = ("label", "<i4")
@@ -116,21 +117,22 @@ def sample_table(offsets: Sequence[int], lengths: Sequence[int], labels: NDArray
 
 
 def labels_of(samples: NDArray, num_classes: int, multilabel: bool) -> NDArray:
-    """The labels of a table (n,), or of one row of it: class indices, or 0 and 1 a class."""
+    """The labels of a table: class indices (n,), or 0 and 1 per class (n, K); of a row () or (K,)."""
     if multilabel:
         return np.unpackbits(samples["label"], axis=-1, count=num_classes)
     return samples["label"].astype(np.int64)
 
 
 def to_npy(table: NDArray) -> bytes:
+    """A table as the bytes of an .npy file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, table, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
 def from_npy(data: bytes | mmap.mmap, columns: Sequence[str], num_rows: int, where: str) -> NDArray:
-    """The table in `data`, not copied. Raises `UserError` if it has other columns or another number of rows."""
-    file = io.BytesIO(data[:_LONGEST_HEADER])
+    """The table in `data`, without a copy. Raises UserError if it has other columns or another number of rows."""
+    file = io.BytesIO(data[:_MAX_HEADER_BYTES])
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version of .npy")
@@ -142,19 +144,21 @@ def from_npy(data: bytes | mmap.mmap, columns: Sequence[str], num_rows: int, whe
         return np.frombuffer(data, kind, num_rows, file.tell()) if num_rows else np.zeros(0, kind)
     except ValueError as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: not the index it should be ({reason}); {num_rows:,} rows were expected") from error
+        raise UserError(f"{where}: not the expected index ({reason}); {num_rows:,} rows were expected") from error
 
 
 def digest(data: bytes | mmap.mmap) -> str:
+    """SHA-256 in hexadecimal digits."""
     return sha256(data).hexdigest()
 
 
 def table_name(split: str) -> str:
+    """The file name of a split's table of shards."""
     return f"{split}.shards.npy"
 
 
 def index_name(shard: str) -> str:
-    """The table of samples of a shard lies beside it."""
+    """The file name of a shard's table of samples, which lies beside the tar."""
     return shard.removesuffix(".tar") + ".npy"
 
 
@@ -171,11 +175,11 @@ def _parse_split(values: Mapping[str, Any]) -> Split:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} where a text should be")
+        raise TypeError(f"{value!r} where a text is expected")
     return value
 
 
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} where a count should be")
+        raise TypeError(f"{value!r} where a count is expected")
     return value

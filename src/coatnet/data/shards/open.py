@@ -1,4 +1,4 @@
-"""From a folder or a URL of shards to training and validation images: all that can be checked is checked here."""
+"""Open a folder or a URL of shards, checking everything that can be checked before training."""
 
 import os
 from pathlib import Path
@@ -16,16 +16,16 @@ from coatnet.data.shards.index import (
     parse_head,
     table_name,
 )
-from coatnet.data.shards.storage import LocalFiles, RemoteFiles, ShardFiles, read_whole
+from coatnet.data.shards.storage import LocalStorage, RemoteStorage, Storage, read_whole
 from coatnet.data.shards.webdataset import index_foreign, split_of
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 
-WORK = ".packing"  # a folder inside, in which `coatnet pack` keeps its notes until it is finished
+WORK = ".packing"  # a folder inside that `coatnet pack` removes when it is finished
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Whether there is an index of shards, or tars and no folders of classes beside them."""
+    """Whether a folder has an index of shards, or tar files and no folders of classes beside them."""
     if (folder / HEAD).exists() or (folder / WORK).exists():
         return True
     places = [folder]
@@ -41,36 +41,36 @@ def is_shard_folder(folder: Path) -> bool:
 
 
 def open_shard_folder(folder: Path, validation_fraction: float) -> Splits:
-    """Shards on this machine. Raises `UserError` naming a shard that is not what its index says."""
+    """Open shards on this machine. Raises a UserError that names a shard that differs from its index."""
     if (folder / WORK).exists() and not (folder / HEAD).exists():
-        raise UserError(f"{folder}: its packing was not finished; the same `coatnet pack` again goes on with it")
-    return _open(LocalFiles(folder), validation_fraction)
+        raise UserError(f"{folder}: its packing was not finished; the same `coatnet pack` command continues it")
+    return _open(LocalStorage(folder), validation_fraction)
 
 
 def open_remote_shards(url: str, validation_fraction: float) -> Splits:
-    """Shards behind s3://, gs://, http:// or what else fsspec knows, read through a cache on this machine."""
-    return _open(RemoteFiles(url.removesuffix(HEAD), default_cache()), validation_fraction)
+    """Open shards behind s3://, gs://, http:// or another URL of fsspec, read through a cache on this machine."""
+    return _open(RemoteStorage(url.removesuffix(HEAD), default_cache()), validation_fraction)
 
 
-def _open(files: ShardFiles, validation_fraction: float) -> Splits:
+def _open(files: Storage, validation_fraction: float) -> Splits:
     index_files = files
     data = read_whole(files, HEAD)
     if data is None:
         index_files = index_foreign(files, validation_fraction)
         data = read_whole(index_files, HEAD)
         assert data is not None
-    if isinstance(files, RemoteFiles):
-        files.edition = digest(data)[:16]
+    if isinstance(files, RemoteStorage):
+        files.version = digest(data)[:16]
     head = parse_head(data, f"{index_files}/{HEAD}")
     training, validation = (_open_split(head, name, files, index_files) for name in (TRAINING, VALIDATION))
-    if isinstance(files, LocalFiles) and index_files is files:
+    if isinstance(files, LocalStorage) and index_files is files:
         known = {name.decode() for part in (training, validation) for name in part.table["name"].tolist()}
         if unknown := sorted({name for name in files.names() if name.endswith(".tar")} - known):
             raise UserError(f"{files}/{unknown[0]}: not in the index {HEAD}; remove it, or pack the images again")
     return Splits(head.name, training, validation, head.notes)
 
 
-def _open_split(head: Head, name: str, files: ShardFiles, index_files: ShardFiles) -> ShardDataset:
+def _open_split(head: Head, name: str, files: Storage, index_files: Storage) -> ShardDataset:
     split, where = head.splits[name], f"{index_files}/{table_name(name)}"
     data = read_whole(index_files, table_name(name))
     if data is None:
@@ -82,6 +82,6 @@ def _open_split(head: Head, name: str, files: ShardFiles, index_files: ShardFile
         raise UserError(f"{where}: {table['num_samples'].sum():,} samples where {HEAD} says {split.num_samples:,}")
     dataset = ShardDataset(head, split, table, files, index_files)
     dataset.check()
-    if isinstance(index_files, LocalFiles):  # elsewhere each is checked when it is fetched
+    if isinstance(index_files, LocalStorage):  # remote ones are checked when they are fetched
         dataset.check_indexes()
     return dataset

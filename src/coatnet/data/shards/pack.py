@@ -1,8 +1,8 @@
-"""`coatnet pack`: images from any source as tar shards with a side index, by several processes, whole or not at all.
+"""Pack the images of any source into tar shards with an index, by several processes, whole or not at all.
 
-The images of a split are shuffled once, by a permutation that depends on their number only: a shard, and a block of
-a shard, is then a sample of the whole split. Shards are independent pieces of work, so who writes them and when
-changes nothing in their bytes, and a packing that was stopped goes on where it was.
+The images of a split are shuffled once, by a permutation that depends on their number only, so a shard, and a block of
+a shard, is a random sample of the split. Shards are independent: their bytes do not depend on which process writes
+them and when, and an interrupted packing continues with the shards that are missing.
 """
 
 import json
@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import hide_main_script
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import EpochSampler
-from coatnet.data.shards.index import HEAD, TRAINING, VALIDATION, Head, shard_table, summarise_split, table_name, to_npy
+from coatnet.data.shards.index import HEAD, TRAINING, VALIDATION, Head, shard_table, summarize_split, table_name, to_npy
 from coatnet.data.shards.open import WORK
-from coatnet.data.shards.write import OVERHEAD, Written, encoded, write_shard
+from coatnet.data.shards.write import OVERHEAD_BYTES, Written, encoded, write_shard
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.system.files import atomic_write, commit_folder, file_lock, remove_leftovers, translate_write_errors
@@ -39,25 +39,33 @@ from coatnet.system.hardware import num_cores
 from coatnet.system.progress import ProgressBar
 
 SHARD_BYTES = 256_000_000
-LEFT_OUT = "left-out.jsonl"
-_SAMPLED = 512  # images, for their mean size
-_SHUFFLE_SEED = 0
-_FINGERPRINTED = 4096  # names
+BAD_IMAGES_FILE = "left-out.jsonl"
+SAMPLED_IMAGES = 512  # chosen: enough for their mean size
+SHUFFLE_SEED = 0
+FINGERPRINTED_NAMES = 4096
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written, and why each image left out was no use."""
+    """What `pack` wrote.
+
+    Attributes:
+        folder: of the shards.
+        num_images: in all shards.
+        num_shards: of both splits.
+        num_bytes: of all shards.
+        bad_images: the reason for each image that was left out.
+    """
 
     folder: Path
     num_images: int
     num_shards: int
     num_bytes: int
-    left_out: Mapping[str, str]
+    bad_images: Mapping[str, str]
 
 
 class Piece(NamedTuple):
-    """A shard to be written: the places `start` to `stop` of the shuffled split."""
+    """A shard to write: the positions `start` to `stop` of the shuffled split."""
 
     split: str
     name: str
@@ -68,16 +76,21 @@ class Piece(NamedTuple):
 def pack(
     source: str | Path | Splits, out: str | Path, *, shard_bytes: int = SHARD_BYTES, num_workers: int | None = None
 ) -> Packed:
-    """Write both splits of a source to the new folder `out`, in shards of about `shard_bytes`.
+    """Write both splits of a source to a new folder of tar shards.
 
-    `num_workers` processes write, one a core if None. What an interrupted packing has finished is kept beside `out`,
-    and the same call goes on from there.
+    The shards of an interrupted packing are kept beside `out`, and the same call continues with the missing ones.
+
+    Args:
+        source: a source as `open_dataset` takes it, or splits.
+        out: the folder to make.
+        shard_bytes: the size of a shard, about.
+        num_workers: processes that write; None is one per core.
 
     Raises:
         UserError: `out` exists, another process is packing there, the disk refuses, or no image can be used.
     """
     if shard_bytes < 1 or (num_workers is not None and num_workers < 1):
-        raise UserError(f"a shard needs a byte and a packing a worker, got {shard_bytes} and {num_workers}")
+        raise UserError(f"shard_bytes and num_workers must be at least 1, got {shard_bytes} and {num_workers}")
     target = Path(out).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{out} exists already; give a new folder")
@@ -88,8 +101,8 @@ def pack(
         piece for name, dataset in datasets.items() for piece in _pieces(name, len(dataset), shard_bytes / mean[name])
     ]
     staged = target.with_name(f".{target.name}.packing")
-    advice = f"what is finished is kept in {staged}, and the same command goes on with it"
-    with translate_write_errors(out, advice), _alone(staged):
+    advice = f"finished shards are kept in {staged}, and the same command continues"
+    with translate_write_errors(out, advice), _only_process(staged):
         _begin(staged, {"pieces": [len(pieces)], "splits": {k: _fingerprint(v) for k, v in datasets.items()}})
         _require_space(staged, sum(mean[name] * len(dataset) for name, dataset in datasets.items()), out)
         written = {}
@@ -104,25 +117,26 @@ def pack(
 
 
 def _mean_bytes(dataset: Dataset) -> float:
-    """Of a sample in a tar, from images evenly spread."""
+    """The mean size of a sample in a tar, from images that are evenly spread."""
     sizes = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, min(_SAMPLED, len(dataset))).astype(np.int64)).tolist():
+    for index in evenly_spaced(len(dataset), SAMPLED_IMAGES):
         try:
-            sizes.append(len(encoded(dataset, index)[0]) + OVERHEAD)
+            sizes.append(len(encoded(dataset, index)[0]) + OVERHEAD_BYTES)
         except BadImage:
             continue
-    return float(np.mean(sizes)) if sizes else float(OVERHEAD)
+    return float(np.mean(sizes)) if sizes else float(OVERHEAD_BYTES)
 
 
-def _pieces(split: str, num_images: int, per_shard: float) -> Iterator[Piece]:
-    num_shards = min(num_images, max(1, round(num_images / max(1.0, per_shard))))
+def _pieces(split: str, num_images: int, images_per_shard: float) -> Iterator[Piece]:
+    num_shards = min(num_images, max(1, round(num_images / max(1.0, images_per_shard))))
     edges = [number * num_images // num_shards for number in range(num_shards + 1)]
     for number in range(num_shards):
         yield Piece(split, f"{split}-{number:06d}.tar", edges[number], edges[number + 1])
 
 
 @contextmanager
-def _alone(staged: Path) -> Iterator[None]:
+def _only_process(staged: Path) -> Iterator[None]:
+    """Hold the lock of a packing, which is made if need be."""
     work = staged / WORK
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,16 +147,16 @@ def _alone(staged: Path) -> Iterator[None]:
 
 
 def _fingerprint(dataset: Dataset) -> str:
-    """What tells whether an interrupted packing was of the same images: their number, labels and names."""
+    """A hash of the images' number, labels and names, to continue a packing of the same images only."""
     hashed = sha256(json.dumps([len(dataset), dataset.classes]).encode())
     hashed.update(np.ascontiguousarray(dataset.labels).data)
-    for index in np.linspace(0, len(dataset) - 1, min(_FINGERPRINTED, len(dataset))).astype(np.int64).tolist():
+    for index in evenly_spaced(len(dataset), FINGERPRINTED_NAMES):
         hashed.update(dataset.describe(index).encode())
     return hashed.hexdigest()
 
 
 def _begin(staged: Path, plan: dict) -> None:
-    """Go on with what an earlier process left, if it had the same plan; or with nothing."""
+    """Keep the finished shards of an earlier process if it had the same plan, else remove them."""
     path, text = staged / WORK / "plan.json", json.dumps(plan)
     for folder in (staged, path.parent):
         remove_leftovers(folder)
@@ -162,7 +176,7 @@ def _require_space(staged: Path, num_bytes: float, out: str | Path) -> None:
 
 
 def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piece, Written]]) -> Packed:
-    """Write tables and head, and give the folder its name."""
+    """Write the tables and the head, and rename the folder."""
     heads = {}
     for split in (TRAINING, VALIDATION):
         written = [result for piece, result in results if piece.split == split]
@@ -171,20 +185,20 @@ def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piec
         atomic_write(staged / table_name(split), table)
         counts = np.sum([result.class_counts for result in written], axis=0)
         try:
-            heads[split] = summarise_split(shards, counts, table, f"{splits.name}: {split}")
+            heads[split] = summarize_split(shards, counts, table, f"{splits.name}: {split}")
         except UserError:
-            shutil.rmtree(staged, ignore_errors=True)  # there is nothing to go on with
+            shutil.rmtree(staged, ignore_errors=True)  # there is nothing to continue with
             raise
     left_out = {name: reason for _, result in results for name, reason in result.left_out.items()}
     notes = [f"packed from {splits.name} in {len(results):,} shards", *splits.notes]
     if left_out:
         lines = [json.dumps({"picture": name, "reason": reason}) + "\n" for name, reason in left_out.items()]
-        atomic_write(staged / LEFT_OUT, "".join(lines).encode())
-        notes.append(f"{len(left_out):,} images were left out when it was packed; {LEFT_OUT} names them")
+        atomic_write(staged / BAD_IMAGES_FILE, "".join(lines).encode())
+        notes.append(f"{len(left_out):,} images were left out when it was packed, see {BAD_IMAGES_FILE}")
     if empty := [name for name, count in zip(splits.classes, heads[TRAINING].class_counts, strict=True) if not count]:
         notes.append(f"no training image of {', '.join(empty[:5])} could be used")
     head = Head(splits.name, splits.classes, splits.multilabel, heads, tuple(notes))
-    atomic_write(staged / HEAD, head.to_json())  # last: without it the folder is not believed
+    atomic_write(staged / HEAD, head.to_json())  # last: a folder without it is not opened
     commit_folder(staged, target)
     shards = [result.shard for _, result in results]
     num_images, num_bytes = sum(shard.num_samples for shard in shards), sum(shard.num_bytes for shard in shards)
@@ -198,7 +212,7 @@ class _Work(NamedTuple):
 
     def write(self, piece: Piece) -> Written:
         dataset = self.datasets[piece.split]
-        indices = EpochSampler(len(dataset), _SHUFFLE_SEED).indices(np.arange(piece.start, piece.stop)).tolist()
+        indices = EpochSampler(len(dataset), SHUFFLE_SEED).indices(np.arange(piece.start, piece.stop)).tolist()
         path = self.folder / piece.name
         return write_shard(dataset, indices, piece.start, path, self.records / f"{piece.name}.json")
 
@@ -206,9 +220,10 @@ class _Work(NamedTuple):
 def write_pieces(
     datasets: Mapping[str, Dataset], pieces: Sequence[Piece], folder: Path, records: Path, num_workers: int | None
 ) -> Iterator[tuple[Piece, Written]]:
-    """Each piece when it is finished, in any order. One worker means: no process but this.
+    """Yield each piece when it is finished, in any order. With one worker, this process writes them all.
 
-    Raises `UserError` if a process dies; what a process raises is raised here.
+    Raises:
+        UserError: a process died. What a process raises is raised here.
     """
     work = _Work(datasets, folder, records)
     num_workers = min(num_workers or num_cores(), len(pieces))
@@ -226,7 +241,7 @@ def write_pieces(
             yield futures.pop(future), future.result()
     except BrokenProcessPool as error:
         reason = "a process that was packing stopped, perhaps for lack of memory"
-        raise UserError(f"{reason}; the same command goes on from there, --workers takes fewer") from error
+        raise UserError(f"{reason}; the same command continues; --workers starts fewer") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -235,12 +250,13 @@ def _start(work: _Work) -> None:
     global _own_work
     _own_work = work
     torch.set_num_threads(1)
-    # The terminal sends Ctrl-C to every process; the first one stops the others.
+    # The terminal sends Ctrl-C to every process; the main process stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
+    """Exit when the process that started this one ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Where shards lie, as all places have it, and the plainest of places: a folder, read in place."""
+"""Where the files of shards are: in a folder, or behind a URL that fsspec opens, read through a cache on disk."""
 
 import os
 import time
@@ -16,36 +16,42 @@ from coatnet.errors import UserError
 
 T = TypeVar("T")
 
-_OPEN_FILES = 160  # a window of the order touches 128 blocks, mostly in shards of their own; few systems allow 1024
-_ANNOUNCED = 1024  # blocks, several windows of them
-CHUNK_BYTES = 1 << 23
+_MAX_OPEN_FILES = 160  # a window of the sampler has 128 blocks, mostly of different shards; some systems allow 1024
+_MAX_ANNOUNCED = 1024  # blocks, several windows
+CHUNK_BYTES = 1 << 23  # 8 MiB
 _CONNECTIONS = 16
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 2.0  # seconds, doubled after each failure
 
 
-class ShardFiles(Protocol):
-    """Files by their names, which may hold slashes. `str()` names the place in messages."""
+class Storage(Protocol):
+    """Files by name; names may hold slashes. `str(storage)` names the place in messages.
 
-    def names(self, folder: str = "") -> list[str]: ...
+    All methods raise UserError if a file is missing or cannot be read.
+    """
+
+    def names(self, folder: str = "") -> list[str]:
+        """The files of a folder, sorted."""
+        ...
+
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of each file; None where there is none."""
+        """The size of each file in bytes; None if it does not exist."""
         ...
 
     def open(self, name: str, num_bytes: int, checksum: str) -> int:
-        """A descriptor of a whole file, for the caller to close."""
+        """A file descriptor of a whole file with this size and SHA-256, for the caller to close."""
         ...
 
     def read(self, name: str, offset: int, length: int, block: range) -> bytes:
-        """A piece of a file; `block` are the bytes around it that will be wanted soon. May return less at the end."""
+        """A part of a file, shorter at its end; `block` are the bytes around it that will be read soon."""
         ...
 
     def stream(self, name: str) -> BinaryIO:
-        """A whole file from its beginning."""
+        """A file opened at its beginning."""
         ...
 
 
-class LocalFiles:
-    """Files below a folder. Raises `UserError` where the system refuses."""
+class LocalStorage:
+    """Files below a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -77,14 +83,14 @@ class LocalFiles:
         if name in self._opened:
             self._opened.move_to_end(name)
         else:
-            if len(self._opened) == _OPEN_FILES:
+            if len(self._opened) == _MAX_OPEN_FILES:
                 os.close(self._opened.popitem(last=False)[1])
             self._opened[name] = self.open(name)
         descriptor = self._opened[name]
         if (name, block.start) not in self._announced and hasattr(os, "posix_fadvise"):
-            # A disk then reads the block in one sweep, whatever the order in which its images are asked for.
+            # The disk then reads the block in one go, in whatever order its images are read.
             os.posix_fadvise(descriptor, block.start, len(block), os.POSIX_FADV_WILLNEED)
-            if len(self._announced) > _ANNOUNCED:
+            if len(self._announced) > _MAX_ANNOUNCED:
                 self._announced.clear()
             self._announced.add((name, block.start))
         return os.pread(descriptor, length, offset)
@@ -97,30 +103,31 @@ class LocalFiles:
         self._announced: set[tuple[str, int]] = set()
 
 
-def read_whole(files: ShardFiles, name: str) -> bytes | None:
-    """A small file, or None if there is none; never from a cache."""
+def read_whole(files: Storage, name: str) -> bytes | None:
+    """A small file, never from a cache; None if it does not exist."""
     if files.sizes([name]) == [None]:
         return None
     with files.stream(name) as file:
         return file.read()
 
 
-def chunks(files: ShardFiles, name: str) -> Iterator[bytes]:
+def chunks(files: Storage, name: str) -> Iterator[bytes]:
+    """Yield a file in chunks of 8 MiB."""
     with files.stream(name) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 
 
-class RemoteFiles:
-    """Files behind a URL that fsspec knows. What is read comes in blocks, which a cache on this machine keeps.
+class RemoteStorage:
+    """Files behind a URL that fsspec opens, fetched in blocks that a cache on this machine keeps.
 
-    Raises `UserError` if a file is missing, or cannot be fetched after some attempts.
+    A file that cannot be fetched is tried several times.
     """
 
     def __init__(self, url: str, cache: BlockCache) -> None:
         self.url = url.rstrip("/")
         self.cache = cache
-        self.edition = ""  # a checksum of the head: another edition's blocks are never mistaken for this one's
+        self.version = ""  # a checksum of the head, so that cached blocks of another version are never used
         self._system: Any = None
 
     def __str__(self) -> str:
@@ -137,7 +144,7 @@ class RemoteFiles:
         return sorted(os.path.join(folder, name) for name in names)
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        if len(names) > _CONNECTIONS and not self.url.startswith("http"):  # a web server has no list with sizes
+        if len(names) > _CONNECTIONS and not self.url.startswith("http"):  # a web server lists no sizes
             system, place = self._connect()
             found = self._try("", lambda: system.find(place, detail=True))
             known = {path.removeprefix(f"{place}/"): entry["size"] for path, entry in found.items()}
@@ -148,8 +155,8 @@ class RemoteFiles:
     def open(self, name: str, num_bytes: int, checksum: str) -> int:
         def fetch() -> bytes:
             data = self._fetch(name, range(num_bytes))
-            if sha256(data).hexdigest() != checksum:  # or the cache would keep what a server got wrong once
-                raise UserError(f"{self}/{name}: its checksum is another than the index says; pack the images again")
+            if sha256(data).hexdigest() != checksum:  # else the cache would keep a wrong answer of the server
+                raise UserError(f"{self}/{name}: its checksum differs from the index; pack the images again")
             return data
 
         return self.cache.open(self._block_name(name, 0), num_bytes, fetch)
@@ -176,7 +183,7 @@ class RemoteFiles:
                 cause = error.__cause__
                 if cause is None or getattr(cause, "status", None) == 404:
                     return None
-                raise ConnectionError(cause) from error  # fsspec calls a server that is down a file not found
+                raise ConnectionError(cause) from error  # fsspec reports a server that is down as a missing file
 
         return self._try(name, look)
 
@@ -185,7 +192,7 @@ class RemoteFiles:
         data = self._try(name, lambda: system.cat_file(f"{place}/{name}", start=block.start, end=block.stop))
         if len(data) > len(block):
             raise UserError(
-                f"{self}/{name}: the server sends whole files where a part is asked for; it must know ranges"
+                f"{self}/{name}: the server ignores range requests and sends whole files; use one that supports them"
             )
         if len(data) < len(block):
             raise UserError(
@@ -200,7 +207,7 @@ class RemoteFiles:
                 return work()
             except FileNotFoundError as error:
                 raise UserError(f"{self}/{name}: not found") from error
-            except Exception as error:  # each kind of store has its own errors
+            except Exception as error:  # each kind of storage has its own errors
                 if pause > _LAST_PAUSE:
                     reason = " ".join(str(error).split())[:120] or type(error).__name__
                     raise UserError(f"{self}/{name}: cannot be fetched, after several attempts: {reason}") from error
@@ -218,9 +225,9 @@ class RemoteFiles:
             except (ImportError, ValueError) as error:  # s3fs for s3://, gcsfs for gs://, or no such protocol
                 reason = " ".join(str(error).split())[:120]
                 raise UserError(
-                    f"{self}: {reason}; http:// comes with coatnet[shards], s3fs and gcsfs apart"
+                    f"{self}: {reason}; http:// comes with coatnet[shards], s3fs and gcsfs are separate"
                 ) from error
         return self._system
 
     def _block_name(self, name: str, start: int) -> str:
-        return f"{self.edition}-{quote(name, safe='')}-{start}"
+        return f"{self.version}-{quote(name, safe='')}-{start}"

@@ -1,7 +1,10 @@
-"""WebDataset tars that another program wrote: read through once, and their index kept in this machine's cache.
+"""WebDataset tars that another program wrote: read once, with their index in this machine's cache folder.
 
-The index belongs to names and sizes of the tars (on this machine to the times of their last change too), so a tar
-that changes is read again, with all checks.
+The index belongs to the names and sizes of the tars (of local ones also to their modification times), so tars that
+change are read again, with all checks.
+
+Layout (https://github.com/webdataset/webdataset): consecutive members with the same path up to the first dot of the
+file name, the key, are one sample; the rest of the name says what a member is.
 """
 
 import json
@@ -29,11 +32,11 @@ from coatnet.data.shards.index import (
     index_name,
     sample_table,
     shard_table,
-    summarise_split,
+    summarize_split,
     table_name,
     to_npy,
 )
-from coatnet.data.shards.storage import LocalFiles, ShardFiles
+from coatnet.data.shards.storage import LocalStorage, Storage
 from coatnet.errors import UserError
 from coatnet.system.cache import cache_folder
 from coatnet.system.files import atomic_folder, file_lock
@@ -41,12 +44,14 @@ from coatnet.system.progress import ProgressBar
 
 Label = int | str | tuple[int | str, ...]
 
-_LONGEST_LABEL = 1 << 20
+_MAX_LABEL_BYTES = 1 << 20
 _JSON_KEYS = ("labels", "label", "cls", "class")
-_MOST_CLASSES = 1_000_000
+_MAX_CLASSES = 1_000_000
 
 
 class Sample(NamedTuple):
+    """An image in a tar: its key, where its bytes are, and its label."""
+
     key: str
     offset: int
     length: int
@@ -59,15 +64,16 @@ class _Tar(NamedTuple):
     samples: list[Sample]
 
 
-def index_foreign(files: ShardFiles, validation_fraction: float) -> LocalFiles:
-    """The folder of the index, made now if these tars were never seen.
+def index_foreign(files: Storage, validation_fraction: float) -> LocalStorage:
+    """The folder of the index, which is made if these tars are new.
 
-    Raises `UserError` if there are no tars, or one of them is not what it should be.
+    Raises:
+        UserError: there are no tars, or one of them is damaged or has images without labels.
     """
     parts = _split(files, validation_fraction)
     names = [name for part in parts.values() for name in part]
     sizes = files.sizes(names)
-    times = [(files.root / name).stat().st_mtime_ns for name in names] if isinstance(files, LocalFiles) else []
+    times = [(files.root / name).stat().st_mtime_ns for name in names] if isinstance(files, LocalStorage) else []
     mark = sha256(repr((str(files), parts, sizes, times)).encode()).hexdigest()[:32]
     folder = cache_folder() / "indexes" / mark
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,21 +81,21 @@ def index_foreign(files: ShardFiles, validation_fraction: float) -> LocalFiles:
         if not (folder / HEAD).exists():
             with atomic_folder(folder) as staged:
                 _write(staged, files, parts, [size or 0 for size in sizes])
-    return LocalFiles(folder)
+    return LocalStorage(folder)
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name such as `imagenet-train-0003.tar` speaks of."""
+    """The split that is part of a name such as `imagenet-train-0003.tar`; None if there is none."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     if words.intersection(TRAINING_NAMES):
         return TRAINING
     return VALIDATION if words.intersection((*VALIDATION_NAMES, *TEST_NAMES)) else None
 
 
-def _split(files: ShardFiles, fraction: float) -> dict[str, list[str]]:
-    """The tars of each split: by the names of files and their folders, or some tars held out by hash."""
+def _split(files: Storage, fraction: float) -> dict[str, list[str]]:
+    """The tars of each split, by the names of files and folders; else some tars are held out by hash."""
     folders = [""]
-    if isinstance(files, LocalFiles):
+    if isinstance(files, LocalStorage):
         folders += sorted(entry.name for entry in os.scandir(files.root) if entry.is_dir() and split_of(entry.name))
     names = [name for folder in folders for name in files.names(folder) if name.endswith(".tar")]
     if not names:
@@ -104,11 +110,11 @@ def _split(files: ShardFiles, fraction: float) -> dict[str, list[str]]:
         count = min(max(1, round(fraction * len(names))), len(names) - 1)
         parts = {TRAINING: sorted(by_hash[count:]), VALIDATION: sorted(by_hash[:count])}
     if not parts[TRAINING]:
-        raise UserError(f"{files}: its tars are all of validation; it needs some whose names say train")
+        raise UserError(f"{files}: all tars are for validation; some need train in their names")
     return parts
 
 
-def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: Sequence[int]) -> None:
+def _write(folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Sequence[int]) -> None:
     read: dict[str, list[_Tar]] = {TRAINING: [], VALIDATION: []}
     first_with: dict[bytes, str] = {}
     left = iter(sizes)
@@ -131,7 +137,7 @@ def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: 
         counts = np.sum([counts for _, counts in shards], axis=0)
         table = to_npy(shard_table([shard for shard, _ in shards]))
         (folder / table_name(split)).write_bytes(table)
-        splits[split] = summarise_split([shard for shard, _ in shards], counts, table, f"{files}: {split}")
+        splits[split] = summarize_split([shard for shard, _ in shards], counts, table, f"{files}: {split}")
     held_out = ", ".join(parts[VALIDATION][:3]) + (" and more" if len(parts[VALIDATION]) > 3 else "")
     notes = (f"{sum(map(len, parts.values())):,} tars of another program; held out: {held_out}",)
     name = str(files).rstrip("/").rpartition("/")[2]
@@ -139,7 +145,7 @@ def _write(folder: Path, files: ShardFiles, parts: dict[str, list[str]], sizes: 
 
 
 def _write_samples(folder: Path, tar: _Tar, classes: dict[str, int], multilabel: bool) -> tuple[Shard, NDArray]:
-    """The row of the tar, and how often each class occurs."""
+    """Write the table of samples of a tar; returns its row of the table of shards, and the count of each class."""
     numbers = [[classes[str(name)] for name in _names(sample.label)] for sample in tar.samples]
     labels = np.zeros((len(numbers), len(classes)), dtype=np.uint8) if multilabel else np.zeros(len(numbers), np.int64)
     for row, chosen in enumerate(numbers):
@@ -159,15 +165,15 @@ def _write_samples(folder: Path, tar: _Tar, classes: dict[str, int], multilabel:
 
 
 def _classes(labels: Iterable[Label], where: str) -> dict[str, int]:
-    """The number of each class name. Class indices are their own numbers, and names "0", "1", ..."""
+    """The index of each class name. Labels that are indices have the names "0", "1", ..."""
     found = {name for label in labels for name in _names(label)}
     if all(isinstance(name, int) for name in found):
         highest = max((int(name) for name in found), default=0)
-        if not 1 <= highest < _MOST_CLASSES:
-            raise UserError(f"{where}: the highest class index is {highest:,}; a classifier needs two classes at least")
+        if not 1 <= highest < _MAX_CLASSES:
+            raise UserError(f"{where}: the highest class index is {highest:,}; a classifier needs at least two classes")
         return {str(number): number for number in range(highest + 1)}
     if len(found) < 2:
-        raise UserError(f"{where}: one class, {min(map(str, found))!r}; a classifier needs two at least")
+        raise UserError(f"{where}: one class, {min(map(str, found))!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(sorted(map(str, found), key=natural_key))}
 
 
@@ -181,7 +187,7 @@ def _name_hash(name: str) -> bytes:
 
 @dataclass
 class _Members:
-    """What was met of a sample so far."""
+    """The members of a sample that were read so far."""
 
     key: str
     image: tuple[int, int] | None = None
@@ -190,10 +196,11 @@ class _Members:
 
 
 def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
-    """The samples of a tar in their order. `.cls` holds a class index or name, `.json` a label or a list of labels.
+    """Yield the samples of a tar. `.cls` holds a class index or name, `.json` a label or a list of labels.
 
-    Raises `UserError`, beginning with `where`, if the tar is compressed, cut off or damaged, if a key comes twice,
-    or if an image has no label.
+    Raises:
+        UserError: the tar is compressed, truncated or damaged, a key occurs twice, or an image has no label. The
+            message begins with `where`.
     """
     seen: set[str] = set()
     current: _Members | None = None
@@ -205,16 +212,16 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
             if current is not None:
                 yield from _finish(current, where)
             if key in seen:
-                raise UserError(f"{where}: the key {key!r} comes twice; keys must be unique within a tar")
+                raise UserError(f"{where}: the key {key!r} occurs twice; keys must be unique within a tar")
             seen.add(key)
             current = _Members(key)
         if kind in current.seen:
-            raise UserError(f"{where}: {member.name!r} comes twice; keys must be unique within a tar")
+            raise UserError(f"{where}: {member.name!r} occurs twice; keys must be unique within a tar")
         current.seen.add(kind)
         suffix = "." + kind.lower().rpartition(".")[2]
         if suffix in IMAGE_SUFFIXES:
             current.image = current.image or (member.offset_data, member.size)
-        elif suffix in (".cls", ".json") and member.size <= _LONGEST_LABEL and current.label is None:
+        elif suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES and current.label is None:
             current.label = _read_label(file, member, f"{where}: {printable(member.name)}")
     if current is not None:
         yield from _finish(current, where)
@@ -227,8 +234,10 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
             end = archive.offset
     except (tarfile.TarError, EOFError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: truncated, or no plain tar ({reason}); fetch it again, unpack a .tar.gz") from error
-    # tarfile takes whatever it cannot parse for the end of the archive, which is a block of zeros.
+        raise UserError(
+            f"{where}: truncated, or not a plain tar ({reason}); fetch it again, unpack a .tar.gz"
+        ) from error
+    # tarfile takes anything that it cannot parse for the end of the archive, which is a block of zeros.
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"{where}: truncated or damaged, no end mark at byte {end:,}; fetch it again")
@@ -243,7 +252,7 @@ def _finish(members: _Members, where: str) -> Iterator[Sample]:
 
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | None:
-    """None for a JSON object that says nothing of labels."""
+    """The label in a member; None for a JSON object without labels."""
     file.seek(member.offset_data)
     data = file.read(member.size)
     if len(data) < member.size:

@@ -1,7 +1,7 @@
-"""One shard, from reading its images to checking it on the disk: what a process of `coatnet pack` does.
+"""Write one shard and check it on the disk: the work of one process of `coatnet pack`.
 
-Layout: https://github.com/webdataset/webdataset. Members carry no times and no owners, so the same images give the
-same bytes.
+Layout: https://github.com/webdataset/webdataset. Members have no times and no owners, so the same images give the same
+bytes.
 """
 
 import io
@@ -25,22 +25,22 @@ from coatnet.data.shards.index import Shard, digest, index_name, sample_table, t
 from coatnet.errors import UserError
 from coatnet.system.files import atomic_files, atomic_write
 
-OVERHEAD = 4 * tarfile.BLOCKSIZE  # bytes of a sample beside its image: two headers, a label, and padding
+OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
-_LONGEST_NAME = 60  # of a key: with number and suffix it fits into the 100 bytes of a plain tar header
+_MAX_KEY_LENGTH = 60  # with number and suffix it fits into the 100 bytes of a plain tar header
 
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard: its row of the table, images of each class, and why each image left out was no use."""
+    """A finished shard: its row of the table, the images of each class, and the bad images with reasons."""
 
     shard: Shard
     class_counts: list[int]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # the key in the record on disk
 
 
 class _Tar:
-    """Writes members one behind the other and hashes what it writes."""
+    """Writes the members of a tar file one after another and hashes what it writes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -48,7 +48,7 @@ class _Tar:
         self.position = 0
 
     def add(self, name: str, data: bytes) -> int:
-        """Where the data begins."""
+        """Write a member and return the byte offset of its data."""
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
@@ -58,7 +58,7 @@ class _Tar:
         return offset
 
     def finish(self) -> str:
-        """The checksum of the whole."""
+        """Write the end mark and return the SHA-256 of the file."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         return self._hash.hexdigest()
 
@@ -71,11 +71,16 @@ class _Tar:
 def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path, record: Path) -> Written:
     """Write images as members "000000012-name.jpg" and "000000012-name.cls", numbered from `first`.
 
-    Each image is decoded once, and those that fail are left out. The table of samples goes beside `path`. `record`
-    is written last: with it there, and true, the shard is finished, and is not written again.
+    Each image is decoded once, and bad ones are left out. The table of samples is written beside the tar. A shard
+    whose record exists and matches the files is not written again.
+
+    Args:
+        indices: of the images in the dataset.
+        path: of the tar.
+        record: a JSON file that is written last.
 
     Raises:
-        UserError: the disk gives back other bytes than it was given.
+        UserError: the disk returns other bytes than were written.
         OSError: the disk refuses.
     """
     if (finished := _read_record(path, record)) is not None:
@@ -111,7 +116,7 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
 
 
 def encoded(dataset: Dataset, index: int) -> tuple[bytes, NDArray]:
-    """Bytes and label of an image; pixels become a PNG, which loses nothing."""
+    """The bytes of an image file and its label; an array becomes a PNG, which is lossless."""
     image, label = dataset.read(index)
     return (image if isinstance(image, bytes) else _as_png(image)), label
 
@@ -130,10 +135,10 @@ def _label_member(key: str, label: NDArray, classes: tuple[str, ...]) -> tuple[s
 
 
 def _short_name(name: str) -> str:
-    """What a person recognises of an image's name, in letters that no tool stumbles over. A dot would end the key."""
+    """The recognizable part of an image's name, in letters that every tool accepts; a dot would end the key."""
     last = re.split(r"[/\\]", name)[-1]
     stem = re.sub(r"\.\w{1,5}$|^[0-9]{9,}-", "", last)
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:_LONGEST_NAME].strip("_-")
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:_MAX_KEY_LENGTH].strip("_-")
 
 
 def _count(labels: NDArray, num_classes: int) -> list[int]:
@@ -144,10 +149,10 @@ def _count(labels: NDArray, num_classes: int) -> list[int]:
 
 def _check(path: Path, checksum: str) -> None:
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # or the answer comes from memory, not from the disk
+        if hasattr(os, "posix_fadvise"):  # else the bytes would come from memory, not from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if _hash_of(file) != checksum:
-            raise UserError(f"{path}: the disk gave back other bytes than were written; is it failing?")
+            raise UserError(f"{path}: the disk returned other bytes than were written; is it failing?")
 
 
 def _hash_of(file: BinaryIO) -> str:
@@ -158,7 +163,7 @@ def _hash_of(file: BinaryIO) -> str:
 
 
 def _read_record(path: Path, record: Path) -> Written | None:
-    """None if the shard was not finished, or is not what the record says."""
+    """The record of a finished shard; None if it is not finished or its files do not match."""
     try:
         values = json.loads(record.read_bytes())
         shard = Shard(*values["shard"])

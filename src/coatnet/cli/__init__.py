@@ -1,1 +1,1 @@
-"""The command line: one file a command, with its parser, its call and its printing."""
+"""The command line. Each command is one module with `parse_arguments`, its options, and `run`, its work and printing."""

@@ -87,7 +87,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
         process.send_signal(number)
         said = process.communicate()[1]
     assert process.returncode == code
-    assert said == f"coatnet: {out}: stopped; the same command goes on from there\n"
+    assert said == f"coatnet: {out}: stopped; the same command resumes\n"
     assert not out.exists() and list(staged.glob("part-*"))
 
 

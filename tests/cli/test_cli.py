@@ -203,7 +203,10 @@ def test_train_evaluate_and_predict_in_sequence(
     assert measured["figures"] == pytest.approx(reported["figures"])
 
     assert main(["predict", str(run / "bundle"), str(images / "dark")]) == 0
-    assert capsys.readouterr().out.count("\n") == 12
+    lines = capsys.readouterr().out
+    assert lines.count("\n") == 12
+    assert main(["predict", str(run), str(images / "dark"), "--device", "cpu"]) == 0  # the run stands for its bundle
+    assert capsys.readouterr().out == lines
 
     assert main(arguments) == 0  # a finished run is left unchanged
     assert "is finished" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
                 "model.safetensors and config.json), or for weights of timm's the architecture"
             )
         return _from_timm(read_timm_file(path, architecture, allow_pickle=allow_pickle))
-    path = _find_folder(path) if path.exists() else _download(str(source), allow_pickle)
+    path = find_folder(path) if path.exists() else _download(str(source), allow_pickle)
     if is_timm_folder(path):
         return _from_timm(read_timm_folder(path, allow_pickle=allow_pickle))
     if not (path / WEIGHTS).is_file():
@@ -126,7 +126,7 @@ def _from_timm(found: TimmModel) -> Bundle:
     return Bundle(found.model, found.classes, found.preprocessing)
 
 
-def _find_folder(path: Path) -> Path:
+def find_folder(path: Path) -> Path:
     """Return the folder of the model: `path`, or its bundle if it is the folder of a run."""
     if (path / CONFIG).is_file():
         return path

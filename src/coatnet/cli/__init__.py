@@ -1,1 +1,1 @@
-"""The command line. Each command is one module with `parse_arguments`, its options, and `run`, its work and printing."""
+"""The command line: a module a command, with `parse_arguments` for its options and `run` for its work and printing."""

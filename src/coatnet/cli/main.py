@@ -12,7 +12,6 @@ from importlib import import_module
 
 from coatnet.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from coatnet.errors import UserError, nearest_option, one_line
-from coatnet.system.hardware import sleep_while_waiting_if_busy
 from coatnet.version import __version__
 
 # In the order of a person's work: what to give, and what it does.
@@ -31,7 +30,7 @@ COMMANDS = {
     "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
 }
 
-COMPUTING = ("train", "evaluate", "features", "probe")  # with torch on the CPU, for more than moments
+COMPUTING = ("train", "evaluate", "features", "probe")  # commands that compute with torch, for minutes or hours
 
 HELP = """\
 coatnet: from a folder of images to a trained and measured classifier
@@ -87,6 +86,8 @@ def run_command(arguments: Sequence[str]) -> int:
             f"there is no command {command!r}{nearest_option(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
     if command in COMPUTING and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
+        from coatnet.system.hardware import sleep_while_waiting_if_busy
+
         sleep_while_waiting_if_busy()
     return import_module(f"coatnet.cli.{command}").run(rest)
 

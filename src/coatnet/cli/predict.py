@@ -13,7 +13,7 @@ from coatnet.cli.parser import BUNDLE_HELP, Parser
 from coatnet.errors import one_line
 
 if TYPE_CHECKING:
-    from coatnet.inference import Prediction
+    from coatnet.inference import Prediction, Predictor
 
 FEW_IMAGES = 64  # so many are classified by torch before another engine has built its graph
 
@@ -52,6 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="V",
         help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
     )
+    parser.add_device()
     given = parser.parse(arguments)
     if given.out and given.json:
         parser.error("--json is for lines, --out for a file: give one of them")
@@ -67,12 +68,11 @@ def run(arguments: Sequence[str]) -> int:
 def predict_to_stdout(given: argparse.Namespace) -> int:
     """Print one line per image, as soon as its batch is computed."""
     from coatnet.data.folder import expand_paths
-    from coatnet.inference import Predictor
 
     few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
     engine = "torch" if given.engine == "auto" and few else given.engine
     num_unreadable = 0
-    predictor = Predictor(given.bundle, engine, given.precision, views=given.views)
+    predictor = open_predictor(given, engine)
     for prediction in predictor.predict_paths(given.paths, top_k=given.top_k, batch_size=given.batch_size):
         print_prediction(prediction, given.json)
         num_unreadable += prediction.error is not None
@@ -94,7 +94,6 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
 
 def predict_to_parquet(given: argparse.Namespace) -> int:
     """Write one row per image; what is done is kept when the program stops."""
-    from coatnet.inference import Predictor
     from coatnet.inference.batch import open_samples, predict_to_file
     from coatnet.inference.batch.parts import require_parquet
     from coatnet.inference.batch.run import Terminated, rank_and_world_size, stopped_by_sigterm
@@ -105,7 +104,7 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
         with stopped_by_sigterm():
             select_gpu()
             images = open_samples(given.paths)
-            predictor = Predictor(given.bundle, given.engine, given.precision, views=given.views)
+            predictor = open_predictor(given, given.engine)
             written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
     except KeyboardInterrupt as stop:
         print(f"coatnet: {given.out}: stopped; the same command resumes", file=sys.stderr)
@@ -119,6 +118,13 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
     left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
     print(f"{given.out}: {written.num_images:,} images{left_out}")
     return FAILED if written.num_bad else 0
+
+
+def open_predictor(given: argparse.Namespace, engine: str) -> "Predictor":
+    """The predictor that the options ask for."""
+    from coatnet.inference import Predictor
+
+    return Predictor(given.bundle, engine, given.precision, views=given.views, device=given.device)
 
 
 def select_gpu() -> None:

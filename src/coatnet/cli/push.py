@@ -16,7 +16,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "  coatnet push runs/mine/bundle my-name/garments\n"
         "  coatnet predict my-name/garments image.jpg           # then works for anyone, anywhere",
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a trained model, such as RUN/bundle")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of a trained model: RUN/bundle, or its run folder RUN")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="if the repository is created: make it private")
     return parser.parse(arguments)
@@ -25,9 +25,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Publish a trained model and print its address."""
     given = parse_arguments(arguments)
-    from coatnet.bundle import load
+    from coatnet.bundle.bundle import find_folder, load
     from coatnet.bundle.hub import upload
 
-    load(given.bundle)  # a damaged bundle is not published
-    print(upload(Path(given.bundle), given.repository, private=given.private))
+    folder = find_folder(Path(given.bundle))
+    load(folder)  # a damaged bundle is not published
+    print(upload(folder, given.repository, private=given.private))
     return 0

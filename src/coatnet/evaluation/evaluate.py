@@ -22,7 +22,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.inference.logits import infer, workers_for
-from coatnet.system.hardware import best_device
+from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
 THUMBNAIL_PIXELS = 160  # of the longer side
@@ -54,7 +54,7 @@ def evaluate(
     """
     if not isinstance(bundle, Bundle):
         bundle = load(bundle)
-        bundle.model.to(best_device())
+        bundle.model.to(choose_device())
     started = time.perf_counter()
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)

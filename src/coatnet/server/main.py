@@ -32,6 +32,7 @@ def serve(
     port: int = 8080,
     engine: str = "auto",
     precision: str = "auto",
+    device: str = "auto",
     settings: Settings | None = None,
     token: str | None = None,
 ) -> bool:
@@ -43,6 +44,7 @@ def serve(
         port: 0 is any free one.
         engine: as of `Predictor`.
         precision: as of `Predictor`.
+        device: as of `Predictor`.
         settings: limits of the server.
         token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
 
@@ -54,7 +56,10 @@ def serve(
     """
     settings = settings or Settings()
     with _bound(host, port) as listener:
-        predictors = {name: warm(Predictor(source, engine, precision), settings) for name, source in sources.items()}
+        predictors = {
+            name: warm(Predictor(source, engine, precision, device=device), settings)
+            for name, source in sources.items()
+        }
         app, service = create_app(predictors, settings, token)
         config = uvicorn_config(app, settings)
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):

@@ -300,3 +300,20 @@ def test_options_of_benchmarks_exist() -> None:
         code = (ROOT / script).read_text(encoding="utf-8")
         for option in arguments:
             assert not option.startswith("--") or f'"{option}"' in code, f"{script} {option}"
+
+
+def test_the_files_of_a_command_follow_from_each_other() -> None:
+    section = prose(ROOT / "docs/design.md").partition("## 4. How to follow a command")[2].partition("\n## ")[0]
+    tables = section.split("\n\n| `coatnet ")[1:]
+    assert [table.partition("`")[0] for table in tables] == ["train", "evaluate", "predict", "export", "serve"]
+    for table in tables:
+        read = ""
+        for name in re.findall(r"`([\w/]+\.py)`", table):
+            path = ROOT / "src/coatnet" / name
+            module = f"coatnet.{name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+            folder = path.with_name("__init__.py").read_text(encoding="utf-8")  # may hand its names on
+            package = module.rpartition(".")[0]
+            known = not read or module in read or (module in folder and f"from {package} import" in read)
+            known = known or (package == "coatnet.cli" and 'import_module(f"coatnet.cli.' in read)
+            assert known, f"{name} is imported by no file before it"
+            read += path.read_text(encoding="utf-8")

@@ -2,9 +2,11 @@
 
 - `{public-names} coatnet.data`: the documentation of every name in the folder's `__all__`.
 - `{command-help}`: what each command's `--help` prints.
+- `{source-tree}`: every file of the package with its first line.
 - `{may-change-on-resume}`: the options that may differ when a run is resumed.
 """
 
+import ast
 import contextlib
 import inspect
 import io
@@ -12,6 +14,7 @@ import os
 import pkgutil
 import re
 from importlib import import_module
+from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -77,6 +80,22 @@ class CommandHelp(Generated):
         return lines
 
 
+class SourceTree(Generated):
+    """A table of the files of each folder, with their first lines."""
+
+    def markdown(self) -> list[str]:
+        root = Path(import_module(FRONT_DOOR).__file__).parent
+        lines = []
+        for folder in sorted({path.parent for path in root.rglob("*.py")}):
+            lines += [f"## `{folder.relative_to(root.parent).as_posix()}/`", "", "| file | what it is |", "|---|---|"]
+            for path in sorted(folder.glob("*.py")):
+                docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                first = docstring.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+                lines.append(f"| `{path.name}` | {first} |")
+            lines.append("")
+        return lines
+
+
 class MayChangeOnResume(Generated):
     """The names in `MAY_CHANGE`, as a list."""
 
@@ -111,6 +130,7 @@ def plain_to_restructured(app: Sphinx, what: str, name: str, found: object, opti
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("source-tree", SourceTree)
     app.add_directive("may-change-on-resume", MayChangeOnResume)
     app.connect("autodoc-process-docstring", plain_to_restructured, priority=400)  # before napoleon, at 500
     return {"parallel_read_safe": True}

@@ -40,8 +40,8 @@ def main() -> None:
     predictor = Predictor(bundle, arguments.engine, arguments.precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder / "pictures", arguments.images)
-        images = open_samples([str(folder / "pictures")])
+        write_images(folder / "images", arguments.images)
+        images = open_samples([str(folder / "images")])
         works = {"engine": [], "decoding": [], "whole": []}
         prepared = [each.views for each in prepare_ahead(predictor, images, range(64), 128) if each.views is not None]
         for turn in range(1 + arguments.rounds):

@@ -1,4 +1,4 @@
-"""What this machine can do at the most, to hold a figure to."""
+"""The peak rate of this machine, to compare figures with."""
 
 import time
 

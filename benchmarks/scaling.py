@@ -23,7 +23,7 @@ ROUNDS = 5
 
 
 def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> float | None:
-    """Images a second of these processes together, told by the first of them."""
+    """Images a second of all processes together, reported by the first."""
     import torch
 
     from coatnet import Recipe, open_dataset
@@ -65,8 +65,8 @@ def measured(processes: int, threads: int, given: argparse.Namespace, parallelis
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    told = subprocess.run([*launch, *program], env=environment, check=True, capture_output=True, text=True).stdout
-    return json.loads(told.strip().splitlines()[-1])
+    output = subprocess.run([*launch, *program], env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -99,11 +99,11 @@ def main() -> None:
     print(f"{given.model}, {given.batch_size} images a step, medians of {given.rounds} (range)")
     for name, each in speeds.items():
         speed = medians[name]
-        told = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"
+        line = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"
         if name.startswith("two"):
-            told += f": {speed / (2 * one_core):.0%} of twice one core, {speed / two_cores:.2f} x one process on two"
-            told += f", {speed / most:.0%} of two apart"
-        print(told)
+            line += f": {speed / (2 * one_core):.0%} of twice one core, {speed / two_cores:.2f} x one process on two"
+            line += f", {speed / most:.0%} of two apart"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ labels = torch.tensor([int(label) for label in labels])
 
 model = coatnet.create_model("coatnet-femto", num_classes=10, in_channels=1, resolution=32)
 images = torch.nn.functional.interpolate(images, size=32)  # 8 x 8 does not survive the strides of this variant
-kept = model.no_weight_decay()  # the relative biases, besides all vectors
+exempt = model.no_weight_decay()  # the relative biases, besides all vectors
 groups = [
     {
-        "params": [p for n, p in model.named_parameters() if p.ndim > 1 and n not in kept],
+        "params": [p for n, p in model.named_parameters() if p.ndim > 1 and n not in exempt],
         "weight_decay": 0.05,
     },
-    {"params": [p for n, p in model.named_parameters() if p.ndim <= 1 or n in kept], "weight_decay": 0.0},
+    {"params": [p for n, p in model.named_parameters() if p.ndim <= 1 or n in exempt], "weight_decay": 0.0},
 ]
 optimizer = torch.optim.AdamW(groups, lr=1e-3)
 

@@ -32,12 +32,14 @@ def fold_batch_norm(
     """
     assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = product.weight, 0 if product.bias is None else product.bias
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (C,) or (C',): BatchNorm is x * scale + shift
-    shift = norm.bias - norm.running_mean * scale
+    inverse_std = (norm.running_var + norm.eps).rsqrt()
+    scale = norm.weight * inverse_std  # (C,) or (C',): BatchNorm is x * scale + shift
     ones = [1] * (weight.ndim - 2)
     if norm_first:
+        shift = norm.bias - norm.running_mean * scale
         return weight * scale.view(1, -1, *ones), bias + weight.flatten(1) @ shift
-    return weight * scale.view(-1, 1, *ones), bias * scale + shift
+    # In the order of torch's fuse_conv_bn_weights, so that figures are equal to the last bit.
+    return weight * scale.view(-1, 1, *ones), (bias - norm.running_mean) * inverse_std * norm.weight + norm.bias
 
 
 class MapLayerNorm(nn.LayerNorm):

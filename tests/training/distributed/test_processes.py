@@ -39,6 +39,8 @@ def last(out):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("half of the runs have shards, which need torch 2.7 on CPUs")
     folder = tmp_path_factory.mktemp("runs")
     with told_at(STOPPED_AFTER, 0, signal.SIGTERM), pytest.raises(Interrupted):
         train(RECIPE, folder / "grown")

@@ -4,6 +4,7 @@ In this order: BatchNorm over all GPUs, copies or shards, compilation, recomputa
 """
 
 import copy
+import inspect
 import os
 import shutil
 import warnings
@@ -31,6 +32,7 @@ from coatnet.training.optimizer import ShardedAverage, WeightAverage
 SHARDED_ABOVE = 1_000_000_000  # chosen: parameters; copies take 20 bytes each with AdamW and an average, 20 GB
 # chosen: images a GPU and pass. From here on a GPU's own statistics are as good, and nothing is waited for.
 SYNCHRONISED_BELOW = 32
+MOST_COMPILED_BLOCKS = 256  # CoAtNet-7 has 58
 
 
 class Parallel(Protocol):
@@ -148,6 +150,9 @@ def compile_in_training(block: nn.Module) -> None:
     """Compile a block for training; evaluation, whose batches vary in size, computes it as before."""
     # One by one, since blocks differ in their rate of stochastic depth, and eight kinds are the default limit.
     options: dict[str, Any] = {"isolate_recompiles": True}
+    if options.keys() - inspect.signature(torch.compile).parameters:  # an older torch: one limit for all blocks
+        options = {}
+        torch._dynamo.config.cache_size_limit = MOST_COMPILED_BLOCKS
     plain, compiled = block.forward, torch.compile(block.forward, **options)
 
     def forward(x: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ test-slow: $(INSTALLED)
 test-faults: $(INSTALLED)
 	@$(PYTEST) -m faults tests/faults
 
+# Warnings of the dependencies about each other and about Python are no errors here: they would not be mended any more.
 test-oldest: .venv-oldest/.installed
-	@OMP_NUM_THREADS=1 $(OLDEST) -m pytest -m 'not slow and not faults' $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(OLDEST) -m pytest -o filterwarnings=default -m 'not slow and not faults' $(PYTEST_ARGS)
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	@$(OLDEST_PYTHON) -m venv --clear .venv-oldest

@@ -1,4 +1,4 @@
-"""The named sets hold what they say; IDX files are read or refused by name."""
+"""The built-in data sets have the documented images; IDX files are read, and damaged ones refused by name."""
 
 import gzip
 import struct

@@ -81,7 +81,7 @@ def test_jpeg_with_flipped_bytes_decodes_or_is_refused_but_never_crashes(photo, 
     assert decoded > 10
 
 
-def test_strict_inspection_reports_what_libjpeg_complains_of(photo, encode, tmp_path):
+def test_strict_inspection_reports_warnings_of_the_jpeg_library(photo, encode, tmp_path):
     data = bytearray(encode(np.kron(photo, np.ones((5, 5, 1), np.uint8)), "JPEG"))
     middle = scan_of(data) + (len(data) - scan_of(data)) // 2
     data[middle : middle + 40] = b"\x00" * 40
@@ -147,12 +147,12 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_format_off_the_list_is_refused_and_no_parser_sees_it(kind, monkeypatch, refused):
+def test_a_format_that_is_not_supported_is_refused_without_parsing(kind, monkeypatch, refused):
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("a parser was invoked"))
     refused(FOREIGN[kind], "format")
 
 
-def test_a_format_on_the_list_is_parsed_by_its_own_parser_only(photo, encode, monkeypatch):
+def test_a_supported_format_is_parsed_by_its_own_parser_only(photo, encode, monkeypatch):
     seen = []
     real_open = Image.open
     monkeypatch.setattr(Image, "open", lambda file, formats: seen.append(formats) or real_open(file, formats=formats))

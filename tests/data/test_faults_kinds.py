@@ -1,4 +1,4 @@
-"""Kinds of images that decoders get wrong without a word: each gives the pixels a person sees."""
+"""Kinds of images that decoders often get wrong have the right pixels."""
 
 import io
 import struct
@@ -173,7 +173,7 @@ def test_float_and_32_bit_tiffs_are_refused_with_the_reason(encode, mode, dtype,
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_animations_and_pages_the_first_is_taken(encode, kind, distance):
+def test_the_first_frame_or_page_is_decoded(encode, kind, distance):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert distance(decode(data, "moving"), np.array(frames[0])) == 0

@@ -1,4 +1,4 @@
-"""Images and metadata of hostile sizes: accepted or refused in bounded memory and time."""
+"""Images and metadata of hostile sizes are accepted or refused in bounded memory and time."""
 
 import re
 import struct
@@ -74,7 +74,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_are_refused_by_their_header_before_memory_is_spent(bomb, memory_growth, refused):
+def test_decompression_bombs_are_refused_by_their_header_before_memory_is_allocated(bomb, memory_growth, refused):
     decode(png(1, 1, bits=8, colour=0, rows=b"\0\0"), "first use")
     growth = memory_growth(lambda: refused(BOMBS[bomb], "large"))
     assert growth < 50e6

@@ -1,4 +1,4 @@
-"""Images without labels are found in folders; what can not be looked into is told, never passed over."""
+"""Images without labels are found in folders; folders that cannot be listed are reported."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ DENIED = "unreadable: Permission denied"
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """An image, and a folder that can not be listed."""
+    """An image, and a folder that cannot be listed."""
     with tempfile.TemporaryDirectory() as root:  # pytest's own may be entered by its user alone
         folder = Path(root)
         folder.chmod(0o755)
@@ -47,20 +47,20 @@ def no_privileges() -> Iterator[None]:
         os.seteuid(user)
 
 
-def test_a_folder_that_can_not_be_listed_is_told_behind_the_rest(folder: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported_after_the_images(folder: Path) -> None:
     with no_privileges():
         assert list(expand_paths([folder])) == [(folder / "seen.png", None), (folder / "locked", DENIED)]
         assert list(expand_paths([folder / "locked"])) == [(folder / "locked", DENIED)]
 
 
-def test_what_lies_in_such_a_folder_is_not_said_to_be_missing(folder: Path) -> None:
+def test_a_file_in_an_unreadable_folder_is_reported_as_unreadable(folder: Path) -> None:
     hidden, missing = folder / "locked" / "1.png", [folder / "missing.png", folder / "seen.png" / "x", Path("\0")]
     with no_privileges():
         found = list(expand_paths([hidden, *missing]))
     assert found == [(hidden, DENIED), *((path, "no such file") for path in missing)]
 
 
-def test_predict_names_it_and_ends_with_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_names_an_unreadable_folder_and_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = create_model("coatnet-femto", num_classes=2, resolution=32)
     bundle = Bundle(model, ("a", "b"), Preprocessing(resolution=32)).save(folder / "bundle")
     with no_privileges():
@@ -70,18 +70,18 @@ def test_predict_names_it_and_ends_with_an_error(folder: Path, capsys: pytest.Ca
     assert printed.err == f"coatnet: error: {folder / 'locked'}: {DENIED}\n"
 
 
-def test_all_images_at_once_are_refused_before_the_work(folder: Path) -> None:
+def test_opening_images_refuses_an_unreadable_folder(folder: Path) -> None:
     with no_privileges(), pytest.raises(UserError, match=f"locked: {DENIED}"):
         open_images([folder])
 
 
-def test_a_name_is_one_line_wherever_it_is_shown(tmp_path: Path) -> None:
+def test_names_with_line_breaks_are_shown_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "two\nlines \x1b\x85\u2028é\u3000.png").write_bytes(b"")
     assert open_images([tmp_path]).describe(0) == f"{tmp_path}/two\\nlines \\x1b\\x85\\u2028é\u3000.png"
     with pytest.raises(UserError, match=r"no\\nwhere: no such file"):
         open_images([tmp_path / "no\nwhere"])
 
 
-def test_a_data_folder_that_can_not_be_read_is_named(folder: Path) -> None:
+def test_a_data_folder_that_cannot_be_read_is_named(folder: Path) -> None:
     with no_privileges(), pytest.raises(UserError, match=r"/locked cannot be read \(Permission denied\)"):
         open_dataset(folder / "locked")

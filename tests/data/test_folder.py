@@ -1,4 +1,4 @@
-"""Folders as people have them: classes from folder names, splits from folders or from hashes."""
+"""Folders of images: classes from folder names, splits from folders or from hashes."""
 
 import os
 import unicodedata
@@ -48,7 +48,7 @@ def test_no_image_is_on_both_sides_and_the_split_is_stable(make_folder):
     ("training", "validation"),
     [("train", "val"), ("Train", "validation"), ("training", "valid"), ("train", "test")],
 )
-def test_split_folders_are_honoured(make_folder, training, validation):
+def test_split_folders_are_used(make_folder, training, validation):
     splits = open_dataset(
         make_folder({f"{training}/a": 3, f"{training}/b": 2, f"{validation}/b": 1, f"{validation}/a": 1})
     )
@@ -62,7 +62,7 @@ def test_val_is_preferred_to_test(make_folder):
     assert splits.validation.root.name == "val"
 
 
-def test_a_lone_train_folder_is_split_by_hash(make_folder):
+def test_a_train_folder_without_val_is_split_by_hash(make_folder):
     splits = open_dataset(make_folder({"train/a": 5, "train/b": 5}))
     assert splits.classes == ("a", "b")
     assert len(splits.training) + len(splits.validation) == 10
@@ -146,7 +146,7 @@ def test_hidden_and_other_files_are_left_out_with_a_note(make_folder):
     assert any("1 .txt" in note and "1 .png at the top" in note for note in splits.notes)
 
 
-def test_linked_folders_are_followed_once_even_in_a_circle(make_folder, tmp_path):
+def test_links_to_folders_are_followed_once(make_folder, tmp_path):
     root = make_folder({"a": 3, "elsewhere/b": 3})
     (root / "elsewhere").rename(tmp_path / "elsewhere")
     (root / "b").symlink_to(tmp_path / "elsewhere/b")
@@ -172,7 +172,7 @@ def test_linked_folders_are_followed_once_even_in_a_circle(make_folder, tmp_path
         ({"train/a": 1, "val/a": 1}, "one class with images, 'a'"),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused_in_one_line(make_folder, counts, message):
+def test_a_folder_without_classes_or_images_is_refused(make_folder, counts, message):
     with pytest.raises(UserError, match=message) as caught:
         open_dataset(make_folder(counts))
     assert "\n" not in str(caught.value)

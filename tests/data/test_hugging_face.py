@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: columns and class names are recognised, and images come as they were encoded."""
+"""Hugging Face `datasets`: columns and class names are recognized, and image files are read unchanged."""
 
 import pickle
 import sys
@@ -75,7 +75,7 @@ def test_one_split_is_divided_by_the_hash_of_the_row(images, tmp_path):
             assert part.read(n) == (images[row], row % 3)
 
 
-def test_a_selection_of_rows_is_honoured(images, tmp_path):
+def test_a_selection_of_rows_is_used(images, tmp_path):
     chosen = table(images, [n % 3 for n in range(30)], ANIMALS).select(range(5, 25)).shuffle(seed=1)
     root = saved(tmp_path, train=chosen, test=table(images[:3], [0, 1, 2], ANIMALS))
     splits = open_dataset(root)
@@ -121,7 +121,7 @@ def test_images_in_files_are_read_from_there(images, tmp_path):
     assert splits.training.read(1) == (images[1], 1)
 
 
-def test_a_row_without_a_image_is_a_bad_image(images, tmp_path):
+def test_a_row_without_an_image_is_a_bad_image(images, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": ANIMALS})
     cells = [{"bytes": images[0], "path": None}, None]
     part = datasets.Dataset.from_dict({"image": cells, "label": [0, 1]}, features)
@@ -141,7 +141,7 @@ def test_batches_do_not_depend_on_workers(images, tmp_path):
         assert all(torch.equal(one, another) for one, another in zip(batch, other, strict=True))
 
 
-def test_packing_takes_it_as_any_source(images, tmp_path):
+def test_a_saved_folder_can_be_packed(images, tmp_path):
     root = saved(
         tmp_path,
         train=table(images[:20], [n % 3 for n in range(20)], ANIMALS),
@@ -174,7 +174,7 @@ def test_a_folder_of_images_by_the_loader_of_hugging_face(make_folder):
         ),
     ],
 )
-def test_what_cannot_be_understood_is_one_line(images, tmp_path, build, message):
+def test_columns_that_are_unclear_are_one_line(images, tmp_path, build, message):
     part = build(images)
     assert message in one_line(saved(tmp_path, train=part, test=part))
 
@@ -190,7 +190,7 @@ def test_splits_without_a_training_split_are_refused(images, tmp_path):
     assert "no split is called train; it has left, right" in one_line(saved(tmp_path, left=part, right=part))
 
 
-def test_a_damaged_folder_and_a_name_that_nobody_has_are_one_line(images, tmp_path):
+def test_a_damaged_folder_and_an_unknown_name_are_one_line(images, tmp_path):
     part = table(images[:3], [0, 1, 2], ANIMALS)
     root = saved(tmp_path, train=part, test=part)
     for path in root.glob("train/*.arrow"):

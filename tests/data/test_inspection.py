@@ -1,4 +1,4 @@
-"""The doctor names every bad file and every image that leaks, and is content with a healthy source."""
+"""Inspection names every bad file and every leak, and calls a source without them healthy."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_same_pixels_in_training_and_validation_are_a_leak(make_folder, enco
     assert "1 images of validation are in training too" in inspection.describe()
 
 
-def test_repeats_and_contradictions_in_training_are_told_but_not_unhealthy(make_folder):
+def test_duplicates_and_contradictions_in_training_are_reported_but_not_unhealthy(make_folder):
     root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
     (root / "train/a/again.png").write_bytes((root / "train/a/0.png").read_bytes())
     (root / "train/b/wrong.png").write_bytes((root / "train/a/1.png").read_bytes())
@@ -47,7 +47,7 @@ def test_repeats_and_contradictions_in_training_are_told_but_not_unhealthy(make_
 
 
 @pytest.mark.parametrize(("one", "other"), [("train/a", "val/b"), ("val/a", "val/b")])
-def test_twins_with_other_labels_are_told_wherever_they_stand(one, other, make_folder):
+def test_duplicates_with_other_labels_are_reported_in_both_splits(one, other, make_folder):
     root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
     (root / other / "wrong.png").write_bytes((root / one / "1.png").read_bytes())
     inspection = inspect(root)
@@ -55,7 +55,7 @@ def test_twins_with_other_labels_are_told_wherever_they_stand(one, other, make_f
     assert (inspection.num_repeated, inspection.healthy) == (0, one != "train/a")
 
 
-def test_images_of_other_shapes_with_the_same_bytes_are_no_repeats(make_folder, encode):
+def test_images_of_other_shapes_with_the_same_bytes_are_no_duplicates(make_folder, encode):
     root = make_folder({"train/a": 1, "train/b": 1, "val/a": 1, "val/b": 1})
     (root / "train/a/wide.png").write_bytes(encode(np.zeros((2, 8, 3), np.uint8)))
     (root / "train/a/tall.png").write_bytes(encode(np.zeros((8, 2, 3), np.uint8)))

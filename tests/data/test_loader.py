@@ -1,4 +1,4 @@
-"""Batches are a pure function of the step, whatever the workers; bad images are replaced and named."""
+"""Batches are a pure function of the step, whatever the workers."""
 
 import multiprocessing
 import os
@@ -41,7 +41,7 @@ def test_resumed_batches_equal_uninterrupted_batches(kind, request):
 
 
 @pytest.mark.parametrize("augmentation", [Augmentation("shift"), Augmentation("crop", rand_augment_layers=2)])
-def test_two_workers_give_the_batches_of_none(files, augmentation):
+def test_two_workers_give_the_same_batches_as_none(files, augmentation):
     (files.root / "a/3.png").write_bytes(b"not an image")
     alone, shared = BadImages(24), BadImages(24)
     expected = train(files, augmentation=augmentation, bad_images=alone)
@@ -50,11 +50,11 @@ def test_two_workers_give_the_batches_of_none(files, augmentation):
     assert not multiprocessing.active_children()
 
 
-def test_evaluation_with_workers_equals_evaluation_without(files):
+def test_evaluation_with_workers_equals_evaluation_without_workers(files):
     assert_same(evaluate(files, num_workers=2), evaluate(files))
 
 
-def test_images_are_channels_last_and_labels_whole_numbers(files, arrays):
+def test_images_are_channels_last_and_labels_int64(files, arrays):
     for dataset, workers in ((files, 0), (files, 1), (arrays, 0)):
         for images, labels, *_ in train(dataset, num_steps=2, num_workers=workers) + evaluate(dataset):
             assert images.shape[1:] == (3, 12, 12) and images.dtype == torch.float32
@@ -98,7 +98,7 @@ def test_balanced_batches_hold_every_class_equally(files):
     assert torch.bincount(labels).tolist() == [24, 24]
 
 
-def test_a_image_that_comes_twice_in_balanced_batches_is_varied_anew(tmp_path):
+def test_an_image_that_is_repeated_in_balanced_batches_is_augmented_differently(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 12), dtype=np.uint8)
     dataset = ArrayDataset("some", ("a", "b"), pixels, np.array([0] * 8 + [1]))
     images, labels = train(dataset, num_steps=1, batch_size=16, balanced=True)[0]
@@ -152,7 +152,7 @@ def test_several_labels_come_as_rows(arrays):
         train(dataset, balanced=True)
 
 
-def test_datasets_survive_the_way_to_a_worker(files, arrays):
+def test_datasets_can_be_pickled(files, arrays):
     for dataset in (files, arrays):
         copy = pickle.loads(pickle.dumps(dataset))
         assert len(copy) == len(dataset) and copy.describe(3) == dataset.describe(3)
@@ -172,7 +172,7 @@ def test_small_images_flow_faster_than_a_model_takes_them():
     assert images / (time.thread_time() - started) > 10_000  # 47,000 on a core of a shared machine
 
 
-def test_a_batch_size_of_nothing_is_refused(arrays):
+def test_a_batch_size_of_zero_is_refused(arrays):
     with pytest.raises(UserError, match="batch_size"):
         train(arrays, batch_size=0)
 

@@ -1,4 +1,4 @@
-"""Tables of images: every mistake is reported with its row."""
+"""Manifests: every mistake is reported with its row."""
 
 import csv
 import io
@@ -75,7 +75,7 @@ def test_a_rare_label_among_several_is_never_held_out(write):
 
 
 @pytest.mark.parametrize("name", ["some.tsv", "some.TSV"])
-def test_tabs(write, name):
+def test_tabs_separate_columns(write, name):
     assert len(open_dataset(write(table(SPLIT, delimiter="\t"), name)).training) == 2
 
 
@@ -104,7 +104,7 @@ def test_absolute_paths_below_the_manifest_are_fine(write, tmp_path):
     assert open_dataset(write(table(rows))).training.path(0) == tmp_path / "0.png"
 
 
-def test_missing_files_are_no_reason_to_refuse_the_others(write):
+def test_some_files_may_be_missing(write):
     missing = [(f"missing/{number}.png", "cat", "train") for number in range(19)]
     for rows in ([*missing, *SPLIT], [*SPLIT, *missing]):
         splits = open_dataset(write(table(rows)))
@@ -154,7 +154,7 @@ def test_a_wrong_row_is_refused_with_its_number(write, rows, message):
         ("path,label\n0.png," + "x" * 200_000, "field larger than field limit"),
     ],
 )
-def test_a_table_that_is_none_is_refused(write, text, message):
+def test_a_file_that_is_not_a_table_is_refused(write, text, message):
     with pytest.raises(UserError, match=message):
         open_dataset(write(text))
 
@@ -196,7 +196,7 @@ def test_parquet_without_a_label_in_a_row_is_refused_with_its_number(write, tmp_
         open_dataset(tmp_path / "some.parquet")
 
 
-def test_a_parquet_file_that_is_none_is_refused(write):
+def test_a_file_that_is_not_parquet_is_refused(write):
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         open_dataset(write("path,label\n", "some.parquet"))

@@ -1,4 +1,4 @@
-"""Targets are labels until mixed; mixing blends images and targets by the same share."""
+"""Mixing mixes images and targets by the same share."""
 
 import math
 
@@ -19,7 +19,7 @@ LABELS = torch.arange(8) % 5
 ONE_HOT = torch.nn.functional.one_hot(LABELS, 5).float()
 
 
-def test_without_mixing_images_stay_and_targets_are_one_hot(images):
+def test_without_mixing_images_are_unchanged_and_targets_one_hot(images):
     mixed, targets = mix(images, LABELS, num_classes=5, mixing=Mixing(), seed=0)
     assert mixed is images
     assert torch.equal(targets, ONE_HOT)
@@ -38,7 +38,7 @@ def test_smoothing_of_several_labels_goes_towards_one_half():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mixup_blends_images_and_targets_by_one_share(images, seed):
+def test_mixup_mixes_images_and_targets_by_the_same_share(images, seed):
     mixed, targets = mix(images, LABELS, num_classes=5, mixing=Mixing(mixup_alpha=0.8), seed=seed)
     partners = torch.arange(8).roll(1)
     share = 1 - (mixed[1, 0, 0, 0] - 1) / (0 - 1)
@@ -47,7 +47,7 @@ def test_mixup_blends_images_and_targets_by_one_share(images, seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_cutmix_pastes_a_box_and_weighs_targets_by_its_area(images, seed):
+def test_cutmix_pastes_a_box_and_weights_targets_by_its_area(images, seed):
     mixed, targets = mix(images, LABELS, num_classes=5, mixing=Mixing(cutmix_alpha=1.0), seed=seed)
     pasted = mixed[1, 0] == 0
     share = 1 - pasted.float().mean()
@@ -65,7 +65,7 @@ def test_targets_remain_probabilities_and_images_channels_last(images, mixing):
         assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_with_both_a_coin_chooses_for_each_batch(images):
+def test_with_both_one_is_drawn_for_each_batch(images):
     pasted = 0
     for seed in range(200):
         mixed, _ = mix(images, LABELS, num_classes=5, mixing=Mixing(0.8, 1.0), seed=seed)

@@ -1,4 +1,4 @@
-"""The order is a bijection in every epoch, and a pure function of the position."""
+"""Sampling is a permutation in every epoch, and a pure function of the position."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_every_epoch_visits_every_image_once(size):
     ranks=st.integers(1, 8),
     data=st.data(),
 )
-def test_any_ranks_and_any_start_share_out_one_sequence_without_repeats(size, seed, start, ranks, data):
+def test_the_sequence_does_not_depend_on_ranks_or_start(size, seed, start, ranks, data):
     count = min(size, 512)
     start -= start % size  # at the beginning of an epoch, so that no index can come twice
     positions = start + np.arange(count)
@@ -38,7 +38,7 @@ def test_any_ranks_and_any_start_share_out_one_sequence_without_repeats(size, se
     assert np.array_equal(EpochSampler(size, seed).indices(positions[done:]), whole[done:])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     first, second = (EpochSampler(1000, 0).indices(epoch * 1000 + np.arange(1000)) for epoch in (0, 1))
     assert (first == second).sum() < 10
     assert (first == EpochSampler(1000, 1).indices(np.arange(1000))).sum() < 10
@@ -62,19 +62,19 @@ def test_every_position_is_equally_likely_to_hold_every_image():
     assert abs(chi_square - 49 * 49) < 5 * np.sqrt(2 * 49 * 49)
 
 
-def test_an_order_of_billions_needs_no_memory_and_no_start():
+def test_sampling_from_billions_of_images_takes_no_memory_and_no_time():
     indices = EpochSampler(3 * 10**9, 0).indices(np.arange(10**12, 10**12 + 4096))
     assert len(np.unique(indices)) == 4096
 
 
-def test_balanced_order_shows_every_class_once_in_every_k_positions():
+def test_balanced_sampling_has_every_class_once_in_every_k_positions():
     labels = np.array([2] * 90 + [0] * 9 + [5] * 1)
     order = BalancedSampler(labels, seed=3)
     shown = labels[order.indices(np.arange(300))].reshape(-1, 3)
     assert (np.sort(shown, axis=1) == [0, 2, 5]).all()
 
 
-def test_balanced_order_shows_every_image_of_a_class_before_any_repeats():
+def test_balanced_sampling_has_every_image_of_a_class_before_any_repeats():
     labels = np.array([0] * 5 + [1] * 7)
     indices, epochs = BalancedSampler(labels, seed=3).sample(np.arange(2 * 35))
     for label, size in ((0, 5), (1, 7)):
@@ -84,7 +84,7 @@ def test_balanced_order_shows_every_image_of_a_class_before_any_repeats():
         assert (epochs[of_class].reshape(-1, size) == np.arange(35 // size)[:, None]).all()
 
 
-def test_balanced_order_refuses_several_labels_a_image():
+def test_balanced_sampling_refuses_several_labels_per_image():
     with pytest.raises(UserError, match="one label per image"):
         BalancedSampler(np.zeros((4, 3)), seed=0)
 
@@ -116,6 +116,6 @@ def test_uniform_numbers_have_the_moments_of_the_uniform_distribution():
     assert numbers.var() == pytest.approx(1 / 12, abs=0.002)
 
 
-def test_an_order_of_nothing_is_refused():
+def test_sampling_from_no_images_is_refused():
     with pytest.raises(UserError, match="at least one image"):
         EpochSampler(0, seed=0)

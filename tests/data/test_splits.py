@@ -43,7 +43,7 @@ def test_every_class_of_two_or_more_is_on_both_sides(names, data, fraction):
         assert members.any() == (len(members) > 1)
 
 
-def test_accents_split_alike_composed_and_decomposed():
+def test_the_split_ignores_how_accents_are_encoded():
     names = [f"é/ü{number}.jpg" for number in range(100)]
     decomposed = [unicodedata.normalize("NFD", name) for name in names]
     labels = np.zeros(100, dtype=np.int64)
@@ -62,7 +62,7 @@ def test_summary_of_arrays():
     assert not summarize(arrays((8, 6, 3), np.arange(30) % 3)).grey
 
 
-def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
+def test_summary_of_files_samples_200_and_skips_bad_ones(tmp_path, encode):
     sizes = [(10 + number % 5, 20) for number in range(300)]
     for number, size in enumerate(sizes):
         (tmp_path / f"{number}.png").write_bytes(encode(np.full((*size, 3), 9, np.uint8)) if number else b"")
@@ -72,7 +72,7 @@ def test_summary_of_files_looks_at_200_and_skips_bad_ones(tmp_path, encode):
     assert (summary.smallest, summary.largest) == ((10, 20), (14, 20))
 
 
-def test_summary_of_nothing_readable_says_so_with_a_reason(tmp_path):
+def test_summary_of_unreadable_files_is_refused_with_a_reason(tmp_path):
     with pytest.raises(UserError, match=r"some: none of 2 sampled images can be used, the last one .*unreadable"):
         summarize(FileDataset("some", "ab", tmp_path, ["a.jpg", "b.jpg"], np.array([0, 1])))
 
@@ -91,7 +91,7 @@ def test_description_says_images_classes_sizes_balance_and_split():
     assert splits.native_resolution == 6
 
 
-def test_description_names_the_rarest_and_the_commonest_class():
+def test_description_names_the_smallest_and_largest_class():
     splits = Splits("some", arrays((8, 6, 3), np.array([0] * 9 + [1] * 4 + [2])), arrays((8, 6, 3), np.arange(6) % 3))
     assert "1 (class2) to 9 (class0) training images a class" in splits.describe()
     assert "colour" in splits.describe()

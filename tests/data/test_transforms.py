@@ -80,7 +80,7 @@ def test_normalising_equals_the_formula_to_the_bit(preprocessing, memory_format,
 
 
 @pytest.mark.parametrize("placement", ["crop", "shift", "none"])
-def test_the_order_of_a_image_in_memory_changes_nothing(placement):
+def test_results_do_not_depend_on_the_memory_format(placement):
     images, augmentation = noise(2, 3, 50, 40), Augmentation(placement, rand_augment_layers=1, erasing_rate=0.5)
     lasting = images.contiguous(memory_format=torch.channels_last)
     training, evaluation = TrainingTransform(Preprocessing(32), augmentation), EvaluationTransform(Preprocessing(32))
@@ -120,7 +120,7 @@ def test_images_are_channels_last():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 4000)])
-def test_thin_images_need_little_memory(size):
+def test_thin_images_take_little_memory(size):
     image = noise(3, *size)
     preprocessing = Preprocessing(resolution=64)
     assert EvaluationTransform(preprocessing)(image).shape == (3, 64, 64)
@@ -136,7 +136,7 @@ def test_thin_images_need_little_memory(size):
     ],
     ids=["shift", "none", "crop"],
 )
-def test_a_image_alone_equals_the_image_in_a_batch(augmentation):
+def test_an_image_alone_equals_the_image_in_a_batch(augmentation):
     images = noise(16, 3, 28, 28)
     transform = TrainingTransform(Preprocessing(resolution=28, crop_fraction=1.0), augmentation)
     together = transform.batch(images, SEEDS)
@@ -160,7 +160,7 @@ def test_training_ignores_the_global_random_state():
     assert not torch.equal(transform(image, 8), first)
 
 
-def test_transforms_survive_the_way_to_a_worker():
+def test_transforms_can_be_pickled():
     transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=1))
     image = noise(3, 40, 40)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image, 1), transform(image, 1))
@@ -177,7 +177,7 @@ def test_shift_equals_padding_with_black_and_cutting_out():
     assert len(seen) > 8  # 16 draws from 25 places
 
 
-def test_flip_mirrors_about_the_right_share():
+def test_flip_mirrors_the_given_fraction():
     images = noise(1, 1, 4, 6).repeat(4000, 1, 1, 1)
     seeds = hash_words(3, np.arange(4000))
     flipped = augment.flip(images, seeds, 0.3)
@@ -189,7 +189,7 @@ def test_flip_mirrors_about_the_right_share():
     assert torch.equal(augment.flip(images, seeds, 1.0), images.flip(-1))
 
 
-def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
+def test_crop_boxes_lie_inside_and_have_the_given_area_and_ratio():
     boxes = augment.crop_boxes((200, 300), hash_words(0, np.arange(500)), scale=(0.2, 0.6), ratio=(0.5, 2.0))
     for top, left, height, width in boxes:
         assert 0 <= top <= 200 - height and 0 <= left <= 300 - width
@@ -198,7 +198,7 @@ def test_crop_boxes_lie_inside_and_have_the_asked_area_and_ratio():
     assert len(set(boxes)) == 500
 
 
-def test_a_crop_that_cannot_have_the_ratio_takes_the_middle():
+def test_a_crop_that_cannot_have_the_ratio_takes_the_center():
     assert augment.crop_boxes((10, 1000), SEEDS[:1], scale=(1.0, 1.0), ratio=(1.0, 1.0)) == [(0, 495, 10, 10)]
     assert augment.crop_boxes((1000, 10), SEEDS[:1], scale=(1.0, 1.0), ratio=(1.0, 1.0)) == [(495, 0, 10, 10)]
 
@@ -246,7 +246,7 @@ def test_matching_channels_rounds_to_the_nearest_grey():
     assert match_channels(image, GREY).item() == 20
 
 
-def test_lists_become_tuples_so_that_values_compare_after_json():
+def test_lists_become_tuples_so_that_values_from_json_are_equal():
     assert Preprocessing(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]) == Preprocessing()
     assert Augmentation(crop_scale=[0.08, 1.0]) == Augmentation()
 

@@ -1,4 +1,4 @@
-"""One bad image never ends a run: it is replaced or left out, named, and too many of them end it."""
+"""A bad image is replaced or left out and named; too many of them end the run."""
 
 import pickle
 
@@ -50,7 +50,7 @@ def test_a_batch_of_bad_images_only_is_not_evaluated(files):
 
 
 @pytest.mark.parametrize(("budget", "allowed"), [(0.001, 1), (0.0, 0), (0.1, 2), (1.0, 24)])
-def test_the_budget_is_a_fraction_of_the_images_and_one_is_always_forgiven(files, budget, allowed):
+def test_the_budget_is_a_fraction_of_the_images_and_one_is_always_allowed(files, budget, allowed):
     bad_images = BadImages(len(files), budget)
     assert bad_images.allowed == allowed
 
@@ -64,7 +64,7 @@ def test_more_bad_images_than_the_budget_end_the_run_with_the_list(files):
     assert "\n" not in str(caught.value)
 
 
-def test_no_budget_means_the_first_bad_image_ends_the_run(files):
+def test_with_a_budget_of_0_the_first_bad_image_ends_the_run(files):
     files.path(3).write_bytes(b"<html>")
     with pytest.raises(UserError, match="1 of 24 images cannot be used, 0 may be"):
         evaluate(files, bad_images=BadImages(24, 0.0))
@@ -82,6 +82,6 @@ def test_an_impossible_budget_is_refused():
         BadImages(24, 1.5)
 
 
-def test_bad_images_survive_the_way_from_a_worker():
+def test_bad_images_can_be_pickled():
     error = pickle.loads(pickle.dumps(BadImage("some.jpg", "truncated: by half")))
     assert (error.name, error.reason, error.code) == ("some.jpg", "truncated: by half", "truncated")

@@ -1,1 +1,1 @@
-"""What the program asks of the machine, written once: atomic files and folders, progress bars, hardware."""
+"""What the program needs of the machine: atomic files and folders, a cache folder, progress bars, hardware, checks."""

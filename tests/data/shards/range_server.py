@@ -1,4 +1,4 @@
-"""A web server on loopback that serves a folder and knows byte ranges, with a log and with faults on request."""
+"""A web server on the loopback interface that serves a folder with range requests, a log, and faults on request."""
 
 import re
 import threading

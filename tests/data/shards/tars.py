@@ -1,4 +1,4 @@
-"""Tars as another program writes them, of little images in three classes."""
+"""Tars as another program writes them, with small images of three classes."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""The cache of blocks: bounded, least recently used out first, each block fetched by one process only."""
+"""The cache of blocks is bounded, evicts the least recently used block, and fetches each block once."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_the_least_recently_used_block_goes_first(tmp_path):
     assert blocks(tmp_path) == {"e": 250}
 
 
-def test_an_evicted_block_stays_readable_for_who_has_it(tmp_path):
+def test_an_evicted_block_stays_readable_while_it_is_open(tmp_path):
     cache = BlockCache(tmp_path, 100)
     descriptor = cache.open("a", 100, lambda: b"a" * 100)
     contents(cache, "b", 100)
@@ -73,7 +73,7 @@ def test_a_block_that_is_not_whole_is_fetched_again(tmp_path):
     assert contents(cache, "a", 100) == b"a" * 100
 
 
-def test_what_a_dead_writer_left_is_removed(tmp_path):
+def test_files_of_killed_writers_are_removed(tmp_path):
     cache = BlockCache(tmp_path, 1000)
     contents(cache, "a", 100)
     (tmp_path / "b.tmp").write_bytes(b"x" * 900)
@@ -135,7 +135,7 @@ def test_processes_that_share_a_cache_fetch_each_block_once(tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == [f"block{number:03d}" for number in range(30)]
 
 
-def test_a_cache_that_processes_fight_over_stays_within_its_limit(tmp_path):
+def test_a_small_cache_of_several_processes_stays_within_its_limit(tmp_path):
     processes = readers(tmp_path, limit=80_000, rounds=10)
     seen = []
     lock = tmp_path / "cache" / "locks" / "eviction"
@@ -169,17 +169,17 @@ def test_a_process_killed_while_it_fetches_does_not_stop_the_others(tmp_path):
     ("text", "num_bytes"),
     [("256MB", 256_000_000), ("1.5 gb", 1_500_000_000), ("12", 12), ("3K", 3000), ("2T", 2 * 10**12)],
 )
-def test_sizes_are_read_as_people_write_them(text, num_bytes):
+def test_sizes_with_units_are_parsed(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "-5", "0", "12 apples", "1e9"])
-def test_a_size_that_is_none_is_refused(text):
+def test_a_text_that_is_not_a_size_is_refused(text):
     with pytest.raises(UserError, match="write it as 256MB or 2GB"):
         parse_bytes(text)
 
 
-def test_the_environment_says_where_and_how_much(tmp_path, monkeypatch):
+def test_environment_variables_set_folder_and_size(tmp_path, monkeypatch):
     monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("COATNET_CACHE_SIZE", "2GB")
     cache = default_cache()

@@ -1,4 +1,4 @@
-"""The shuffle in two levels is a bijection in every epoch, pure, and keeps to the blocks of one window at a time."""
+"""Block sampling is a permutation in every epoch, a pure function, and reads one window of blocks at a time."""
 
 import time
 import tracemalloc
@@ -34,9 +34,7 @@ def test_every_epoch_visits_every_image_once(size, block_size, blocks_per_window
     ranks=st.integers(1, 8),
     data=st.data(),
 )
-def test_any_ranks_and_any_start_share_out_one_sequence_without_repeats(
-    size, seed, block_size, window, epoch, ranks, data
-):
+def test_the_sequence_does_not_depend_on_ranks_or_start(size, seed, block_size, window, epoch, ranks, data):
     count = min(size, 256)
     positions = epoch * size + data.draw(st.integers(0, size - count)) + np.arange(count)
     whole = BlockSampler(size, seed, block_size, window).indices(positions)
@@ -48,12 +46,12 @@ def test_any_ranks_and_any_start_share_out_one_sequence_without_repeats(
     assert np.array_equal(BlockSampler(size, seed, block_size, window).indices(positions[done:]), whole[done:])
 
 
-def test_the_epoch_of_a_visit_is_counted():
+def test_epochs_are_counted():
     order = BlockSampler(10, 0, 3, 2)
     assert order.sample(np.arange(30)).epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
 
 
-def test_a_window_needs_its_own_blocks_only_and_no_block_comes_back():
+def test_a_window_reads_its_own_blocks_only_and_each_once():
     order = BlockSampler(64 * 50, 3, block_size=50, blocks_per_window=8)
     windows = (epoch_of(order, 4) // 50).reshape(8, 8 * 50)
     blocks = [set(window.tolist()) for window in windows]
@@ -61,7 +59,7 @@ def test_a_window_needs_its_own_blocks_only_and_no_block_comes_back():
     assert len(set.union(*blocks)) == 64
 
 
-def test_a_last_block_that_is_short_costs_fewer_strays_than_it_lacks():
+def test_a_short_last_block_moves_few_images_to_other_windows():
     size, block_size, per_window = 64 * 50 - 20, 50, 8
     blocks = epoch_of(BlockSampler(size, 3, block_size, per_window), 0) // block_size
     windows = np.arange(size) // (block_size * per_window)
@@ -70,19 +68,19 @@ def test_a_last_block_that_is_short_costs_fewer_strays_than_it_lacks():
     assert np.bincount(home).max() == per_window
 
 
-def test_neighbours_share_a_block_as_often_as_chance_has_it():
+def test_neighbours_share_a_block_as_often_as_by_chance():
     indices = BlockSampler(10**6, 1, block_size=136).indices(np.arange(200_000))
     shared = (indices[1:] // 136 == indices[:-1] // 136).mean()
     assert shared == pytest.approx(1 / 128, rel=0.1)
 
 
-def test_a_batch_shows_many_shards():
+def test_a_batch_has_images_of_many_shards():
     # 250 shards of 4,000 images; a shard is 29 blocks. A batch of 256 from 128 blocks shows about 86 shards.
     shards = BlockSampler(10**6, 1, block_size=136).indices(np.arange(256 * 100)) // 4000
     assert np.mean([len(np.unique(batch)) for batch in shards.reshape(100, 256)]) > 70
 
 
-def test_epochs_and_seeds_have_orders_and_company_of_their_own():
+def test_epochs_and_seeds_have_different_orders_and_windows():
     first, second = (epoch_of(BlockSampler(10_000, 0, 20, 16), epoch) for epoch in (0, 1))
     other = epoch_of(BlockSampler(10_000, 1, 20, 16), 0)
     assert (first == second).sum() < 20 and (first == other).sum() < 20
@@ -97,13 +95,13 @@ def test_every_image_is_equally_likely_at_a_position(position):
     assert ((counts - 200) ** 2 / 200).sum() < 31.3  # the 99.9 % point of chi-square with 11 degrees of freedom
 
 
-def test_few_images_are_shuffled_whole():
+def test_few_images_are_shuffled_completely():
     order = BlockSampler(100, 0, block_size=500)
     assert np.array_equal(np.sort(epoch_of(order, 0)), np.arange(100))
     assert (np.diff(epoch_of(order, 0)) == 1).sum() < 10
 
 
-def test_an_order_of_billions_needs_no_memory_and_no_start():
+def test_sampling_from_billions_of_images_takes_no_memory_and_no_time():
     order = BlockSampler(3 * 10**9, 0, 136)
     positions = 10**12 + np.arange(1024)
     order.indices(positions)
@@ -118,6 +116,6 @@ def test_an_order_of_billions_needs_no_memory_and_no_start():
     assert seconds < 0.03  # 1 ms without tracing on a core of a shared machine
 
 
-def test_an_order_of_nothing_is_refused():
+def test_sampling_from_no_images_is_refused():
     with pytest.raises(UserError, match="at least one image"):
         BlockSampler(0, 0, 10)

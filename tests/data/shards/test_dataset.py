@@ -1,4 +1,4 @@
-"""Packed shards: every image one read away, and nothing wrong with them is left for the middle of a run."""
+"""Packed shards: any image takes one read, and everything wrong with them is found when they are opened."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_the_description_says_what_is_there(packed):
     assert text.startswith("images: 200 images, 2 classes") and "packed from images in" in text
 
 
-def test_a_dataset_survives_the_way_to_a_worker(packed):
+def test_a_dataset_can_be_pickled(packed):
     dataset = open_dataset(packed).training
     image, label = dataset.read(7)
     assert len(dataset.labels) == len(dataset)
@@ -100,7 +100,7 @@ def test_training_reads_the_images_of_a_window_from_many_shards(packed, monkeypa
     assert len(np.unique(shards[:32])) > num_shards / 2
 
 
-def test_shards_without_a_image_do_no_harm(make_folder, tmp_path):
+def test_shards_without_images_are_allowed(make_folder, tmp_path):
     root = make_folder({"train/cat": 6, "train/dog": 6, "val/cat": 1, "val/dog": 1})
     for name in [f"cat/{number}" for number in range(5)] + [f"dog/{number}" for number in range(5)]:
         (root / f"train/{name}.png").write_bytes(b"")
@@ -141,7 +141,7 @@ def test_a_missing_shard_is_found_at_open(folder):
     assert f"{folder}/train-000002.tar: missing" in one_line(folder)
 
 
-def test_a_shard_that_the_index_does_not_know_is_found_at_open(folder):
+def test_a_shard_that_is_not_in_the_index_is_found_at_open(folder):
     shutil.copy(folder / "train-000000.tar", folder / "train-000000 (copy).tar")
     assert f"{folder}/train-000000 (copy).tar: not in the index" in one_line(folder)
 
@@ -192,7 +192,7 @@ def test_a_head_that_is_wrong_is_one_line(folder, change, message):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", "[" * 100_000, "\xff"])
-def test_a_head_that_is_none_is_one_line(folder, text):
+def test_a_file_that_is_not_a_head_is_one_line(folder, text):
     (folder / "coatnet-shards.json").write_text(text, encoding="latin-1")
     assert "not the index of a folder of shards" in one_line(folder)
 

@@ -1,4 +1,4 @@
-"""`coatnet pack`: the same images, and the same bytes whoever writes them."""
+"""Packing keeps the images, and its bytes do not depend on the number of processes."""
 
 import json
 import tarfile
@@ -101,7 +101,7 @@ def test_several_labels_become_json_and_come_back(tmp_path):
     assert json.loads(text) == {"labels": [f"class {number}" for number in np.flatnonzero(matrix[original])]}
 
 
-def test_the_same_images_give_the_same_bytes_whoever_writes_them(make_folder, tmp_path):
+def test_the_bytes_do_not_depend_on_the_number_of_processes(make_folder, tmp_path):
     root = make_folder({"cat": 30, "dog": 30})
     (root / "cat/3.png").write_bytes(b"not an image")
     for name, workers in (("one", 1), ("two", 2), ("three", 3)):
@@ -129,7 +129,7 @@ def test_the_shuffle_mixes_the_classes_of_a_sorted_source(make_folder, tmp_path)
     assert 60 < (labels[1:] != labels[:-1]).sum() < 120
 
 
-def test_shards_are_about_as_large_as_asked(make_folder, tmp_path):
+def test_shards_have_about_the_given_size(make_folder, tmp_path):
     pack(make_folder({"cat": 150, "dog": 150}), tmp_path / "packed", shard_bytes=100_000, num_workers=1)
     sizes = [path.stat().st_size for path in (tmp_path / "packed").glob("train-*.tar")]
     assert len(sizes) > 3 and all(80_000 < size < 120_000 for size in sizes)
@@ -152,7 +152,7 @@ def test_bad_images_are_left_out_and_named_with_reasons(make_folder, tmp_path, c
     assert [line["picture"].rpartition("images/")[2] for line in lines] == ["train/cat/3.png", "val/dog/1.png"]
 
 
-def test_no_image_that_can_be_used_is_one_line_and_no_folder(make_folder, tmp_path, capsys):
+def test_a_source_without_a_usable_image_is_one_line_and_leaves_no_folder(make_folder, tmp_path, capsys):
     root = make_folder({"train/cat": 2, "train/dog": 2, "val/cat": 1})
     (root / "val/cat/0.png").write_bytes(b"")
     assert main(["pack", str(root), str(tmp_path / "packed"), "--workers", "1"]) == 2
@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert files_of(tmp_path) == {"there/file": b"mine"}
 
 
-def test_threads_are_as_they_were(make_folder, tmp_path):
+def test_packing_restores_the_number_of_threads(make_folder, tmp_path):
     before = torch.get_num_threads()
     pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
     assert torch.get_num_threads() == before

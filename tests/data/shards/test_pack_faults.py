@@ -1,4 +1,4 @@
-"""`coatnet pack` stopped, crowded out or short of disk: never half a folder, and nothing done twice."""
+"""An interrupted packing leaves no half-written folder and continues without repeating finished shards."""
 
 import os
 import resource
@@ -63,7 +63,7 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_bytes(slow_folder, tmp_path):
+def test_a_killed_packing_is_not_opened_and_continues_to_the_same_bytes(slow_folder, tmp_path):
     out, staged = tmp_path / "packed", tmp_path / ".packed.packing"
     process = start_packing(slow_folder, out, "--workers", "2")
     deadline = time.monotonic() + 60
@@ -90,7 +90,7 @@ def test_a_packing_killed_in_the_middle_is_not_believed_and_goes_on_to_the_same_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["at once", "images", "packed"]
 
 
-def test_what_is_left_of_another_packing_is_not_used(make_folder, tmp_path):
+def test_shards_of_another_packing_are_not_used(make_folder, tmp_path):
     root = make_folder({"cat": 20, "dog": 20})
     staged = tmp_path / ".packed.packing"
     pack(root, tmp_path / "old", num_workers=1)
@@ -110,7 +110,7 @@ def test_two_packings_into_one_folder_do_not_mix(make_folder, tmp_path):
         pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(slow_folder, tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_continues(slow_folder, tmp_path):
     out = tmp_path / "packed"
 
     def limit() -> None:
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(slow_folder, tmp_p
     assert len(open_dataset(out).training) == 60
 
 
-def test_too_little_space_is_said_before_the_work(make_folder, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_the_work(make_folder, tmp_path, monkeypatch):
     class Usage:
         free = 1000
 

@@ -1,4 +1,4 @@
-"""What is in a tar of another program: its samples as they are, and every damage named."""
+"""Reading the samples of a tar that another program wrote, and finding every damage."""
 
 import tarfile
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_long_names_folders_other_members_and_several_suffixes(tmp_path, kind):
     ]
 
 
-def test_folders_and_links_are_passed_over(tmp_path):
+def test_folders_and_links_are_skipped(tmp_path):
     path = tmp_path / "some.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in (("folder", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE)):
@@ -55,7 +55,7 @@ def test_folders_and_links_are_passed_over(tmp_path):
     assert read(path) == []
 
 
-def test_every_cut_is_found(tmp_path):
+def test_truncation_anywhere_is_found(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 3))
     whole = path.read_bytes()
     with tarfile.open(path) as archive:
@@ -80,7 +80,7 @@ def test_garbage_in_the_middle_is_found(tmp_path):
     assert f"truncated or damaged, no end mark at byte {header:,}" in one_line(path)
 
 
-def test_keys_that_come_twice_are_found(tmp_path):
+def test_duplicate_keys_are_found(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 3) + samples(1, 1))
     assert one_line(path) == "some.tar: the key '00001' occurs twice; keys must be unique within a tar"
     write_tar(path, [("a.png", image(0)), ("a.cls", b"1"), ("a.png", image(1))])

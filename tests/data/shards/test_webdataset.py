@@ -48,7 +48,7 @@ def test_tars_of_another_program_are_read_as_they_are(root):
     assert splits.validation.read(2) == (image(11), 11 % 3)
 
 
-def test_a_pack_without_its_index_is_what_it_was(make_folder, root, tmp_path):
+def test_packed_shards_without_their_index_give_the_same_images(make_folder, root, tmp_path):
     pack(make_folder({"cat": 30, "dog": 30}), tmp_path / "packed", shard_bytes=20_000, num_workers=1)
     for path in (tmp_path / "packed").glob("*.tar"):
         shutil.copy(path, root)
@@ -91,7 +91,7 @@ def test_lists_of_labels_make_several_labels(root):
         ("x_validation-12.tar", "val"), ("test0.tar", "val"), ("trainer-1.tar", None), ("000.tar", None),
     ],
 )  # fmt: skip
-def test_names_say_the_split(name, split):
+def test_splits_follow_from_names(name, split):
     assert split_of(name) == split
 
 
@@ -105,7 +105,7 @@ def test_without_a_validation_split_whole_tars_are_held_out(root):
     assert any("held out: " in note for note in splits.notes)
 
 
-def test_the_tars_are_read_through_once(root, cache):
+def test_the_tars_are_read_once(root, cache):
     write_tar(root / "train.tar", samples(0, 6))
     write_tar(root / "val.tar", samples(6, 3))
     open_dataset(root)
@@ -140,20 +140,20 @@ def test_a_damaged_tar_is_found_at_open(root):
         ([("a.txt", b"x")], "train has no image that can be used"),
     ],
 )
-def test_tars_without_sense_are_one_line(root, members, message):
+def test_unusable_tars_are_one_line(root, members, message):
     write_tar(root / "train.tar", members)
     write_tar(root / "val.tar", samples(0, 3))
     assert message in one_line(root)
 
 
-def test_a_tar_that_is_there_twice_is_found_at_open(root):
+def test_a_duplicate_tar_is_found_at_open(root):
     write_tar(root / "train-0.tar", samples(0, 3))
     write_tar(root / "train-1.tar", samples(3, 3))
     shutil.copy(root / "train-1.tar", root / "val-0.tar")
     assert f"{root}/val-0.tar: holds the same keys as train-1.tar; remove one" in one_line(root)
 
 
-def test_one_tar_alone_is_refused(root):
+def test_a_single_tar_is_refused(root):
     write_tar(root / "all.tar", samples(0, 9))
     assert "one tar, so none can be held out" in one_line(root)
 
@@ -167,7 +167,7 @@ def test_a_failed_reading_leaves_nothing(root, cache):
 
 @pytest.mark.parametrize("layout", [("cat", "dog"), ("train/cat", "train/dog", "val/cat", "val/dog")])
 @pytest.mark.parametrize("place", ["backup.tar", "train/backup.tar"])
-def test_folders_of_classes_with_a_tar_among_them_are_still_folders_of_images(make_folder, layout, place):
+def test_a_folder_of_classes_with_a_tar_in_it_is_a_folder_of_images(make_folder, layout, place):
     root = make_folder(dict.fromkeys(layout, 4))
     if (root / place).parent.is_dir():
         write_tar(root / place, samples(0, 3))

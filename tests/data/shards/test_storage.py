@@ -76,7 +76,7 @@ def test_a_url_equals_the_folder_behind_it(server, packed, suffix):
     assert_equal(open_dataset(server.url + suffix), open_dataset(packed))
 
 
-def test_any_file_system_of_fsspec_will_do(packed):
+def test_other_file_systems_of_fsspec_work(packed):
     assert_equal(open_dataset(f"file://{packed}"), open_dataset(packed))
 
 
@@ -86,7 +86,7 @@ def test_opening_fetches_no_images_and_no_tables_of_samples(server):
     assert not server.ranges(".tar") and not [path for path, _ in server.ranges(".npy") if "shards" not in path]
 
 
-def test_one_image_costs_one_block(server):
+def test_reading_one_image_fetches_one_block(server):
     dataset = open_dataset(server.url).training
     dataset.read(0)
     ((path, given),) = server.ranges(".tar")
@@ -135,7 +135,7 @@ def test_two_processes_that_share_a_cache_fetch_each_block_once(server):
     assert len(ranges) == len(set(ranges)) > 20
 
 
-def test_a_small_cache_stays_within_its_limit_and_reads_stay_right(server, surroundings, monkeypatch):
+def test_a_small_cache_stays_within_its_limit_and_reads_are_right(server, surroundings, monkeypatch):
     monkeypatch.setenv("COATNET_CACHE_SIZE", "40KB")
     read_in_processes(open_dataset(server.url).training, (1, 2))
     assert sum(path.stat().st_size for path in surroundings.iterdir() if path.is_file()) <= 40_000
@@ -149,14 +149,14 @@ def test_training_batches_equal_those_of_the_folder(server, packed):
         assert all(torch.equal(one, another) for one, another in zip(batch, other, strict=True))
 
 
-def test_another_edition_behind_the_same_url_is_not_mistaken_for_the_first(server, make_folder):
+def test_another_version_behind_the_same_url_is_not_read_from_the_cache(server, make_folder):
     open_dataset(server.url).training.read(0)
     shutil.rmtree(server.folder)
     pack(make_folder({"cat": 60, "dog": 60}), server.folder, shard_bytes=20_000, num_workers=1)
     assert_equal(open_dataset(server.url), open_dataset(server.folder))
 
 
-def test_a_server_that_fails_now_and_then_is_asked_again(server):
+def test_requests_that_fail_are_repeated(server):
     dataset = open_dataset(server.url).training
     server.failures = 2
     assert dataset.read(0)[0].startswith(b"\x89PNG")
@@ -180,7 +180,7 @@ def test_a_server_that_is_down_is_one_line(packed):
     assert f"{url}/coatnet-shards.json: cannot be fetched" in one_line(url)
 
 
-def test_a_server_without_ranges_is_one_line(server):
+def test_a_server_that_ignores_range_requests_is_one_line(server):
     dataset = open_dataset(server.url).training
     server.ignores_ranges = True
     with pytest.raises(UserError, match="ignores range requests and sends whole files"):
@@ -230,7 +230,7 @@ def test_tars_of_another_program_behind_a_url(server, packed):
     assert everything(remote.training) == everything(local.training)
 
 
-def test_tables_are_checked_when_there_are_many_shards(packed, tmp_path):
+def test_tables_of_many_shards_are_checked(packed, tmp_path):
     copy = shutil.copytree(packed, tmp_path / "copy")
     pack(tmp_path / "copy", tmp_path / "many", shard_bytes=4_000, num_workers=1)
     assert len(open_dataset(f"file://{tmp_path}/many").training.table) > 16

@@ -78,7 +78,7 @@ def test_help_and_version_do_not_import_torch() -> None:
     program = (
         "import sys\nfrom coatnet.cli.main import main\n"
         "for arguments in (['--help'], ['--version'], ['evalute'], ['predict']):\n    main(arguments)\n"
-        "assert not {'torch', 'numpy', 'jsonargparse', 'yaml'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -101,7 +101,7 @@ def test_help_and_version_do_not_import_torch() -> None:
         (["train", "--optimizer", "3"], "optimizer has learning_rate"),
         (["train", "--optimizer.learning_rate", "-1"], "optimizer.learning_rate must be above 0"),
         (["train", "--compile", "maybe"], "compile must be true or false, got 'maybe'"),
-        (["train", "--variations", "many"], "{downsample: depthwise}"),
+        (["train", "--variations", "many"], "variations must be names with values, such as {name: value}, got 'many'"),
         (["train", "--data", "digits", "--out", "x", "--variations.downsample", "no"], "expand, depthwise"),
         (["train", "--data", "digits", "--out", "x", "--model", "coatnet-00"], "'coatnet-0'"),
         (["train", "--data", "fashion-mnist-smal", "--out", "x"], "'fashion-mnist-small'"),

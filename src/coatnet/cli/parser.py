@@ -65,13 +65,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows how")
 
 
-def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str], open_group: str = "") -> list[str]:
+def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str]) -> list[str]:
     """The arguments with every option spelled as in `known`, hyphens and underscores being equal.
 
     Args:
         prog: the command, for the error.
         known: all options; those of a group have dotted names, such as `--optimizer.learning_rate`.
-        open_group: a group that takes any name behind its dot.
 
     Raises:
         UserError: if an option is unknown; the message names the nearest one, or all of its group.
@@ -83,11 +82,9 @@ def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str], ope
         if option == "--":
             return [*spelled, *arguments[index:]]
         if option.startswith("--") or re.match("-[a-zA-Z]", option):
-            group, _, rest = same_spelling(option).partition(".")
-            if not (rest and group == open_group):
-                if (key := _dashes(option) + same_spelling(option)) not in spellings:
-                    raise UserError(f"{prog} has no option {option}{_hint(option, spellings.values())}")
-                option = spellings[key]
+            if (key := _dashes(option) + same_spelling(option)) not in spellings:
+                raise UserError(f"{prog} has no option {option}{_hint(option, spellings.values())}")
+            option = spellings[key]
         spelled.append(option + equals + value)
     return spelled
 

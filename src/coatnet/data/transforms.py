@@ -23,20 +23,21 @@ Image = Tensor | NDArray[np.uint8]
 
 @validated
 class Preprocessing:
-    """What the model sees at evaluation; it travels with the weights."""
+    """What the model sees at evaluation; it is stored with the weights."""
 
     resolution: Annotated[Whole, Field(ge=1, le=8192)] = 224
-    """Side of the square image that the model sees, pixels; 1 to 8192."""
+    """Side of the square image that the model sees, pixels, 1 to 8192; by default 224, in a run as `resolution`."""
     crop: Literal["center", "squash"] = "center"
     """`center` resizes the shorter side to `resolution / crop_fraction`, `squash` both; the middle is cut out."""
     crop_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.875
-    """Side of the middle that is cut out, as a fraction of the resized image; above 0, at most 1."""
+    """Side of the middle, as a fraction of the resized image; by default 0.875, and 1 for small images."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How images are resized; both with antialiasing."""
     mean: tuple[Number, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from each channel, of pixels from 0 to 1; one number means a grey model, three a color model."""
+    """Subtracted from each channel, of pixels from 0 to 1; one number means a grey model, three a color
+    model. By default 0.5, and the mean of the data for small images."""
     std: tuple[NumberAboveZero, ...] = (0.5, 0.5, 0.5)
-    """What each channel is divided by after that; as many numbers as `mean`."""
+    """What each channel is divided by after that; by default 0.5, and the deviation of the data for small images."""
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3):
@@ -64,9 +65,10 @@ class Augmentation:
     """How a training image varies: where it is cut out, then flip, then RandAugment, then erasing."""
 
     placement: Literal["crop", "shift", "none"] = "crop"
-    """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black."""
+    """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black;
+    by default shift up to 64 pixels, else crop."""
     crop_scale: Annotated[tuple[FractionAboveZero, FractionAboveZero], _ASCENDING] = (0.08, 1.0)
-    """For `crop`: least and greatest area of the part, as a fraction of the image."""
+    """For `crop`: least and greatest area of the part, as a fraction of the image; by default [0.35,1]."""
     crop_ratio: Annotated[tuple[NumberAboveZero, NumberAboveZero], _ASCENDING] = (3 / 4, 4 / 3)
     """For `crop`: least and greatest width over height of the part."""
     shift: Annotated[Whole, Field(ge=0, le=1024)] = 2

@@ -58,7 +58,7 @@ class TrainingConfig:
     variations: dict[str, Any] = field(default_factory=dict)
     """Changes of the variant's architecture, such as {downsample: depthwise}."""
     init: Text = ""
-    """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; empty: untrained."""
+    """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; by default none."""
     freeze: Names = ()
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
     head_first_epochs: NumberFromZero = 0.0
@@ -74,7 +74,7 @@ class TrainingConfig:
     micro_batch_size: WholeAboveZero
     """Images of one forward and backward pass of a process; by default its whole share of the batch."""
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
-    """Start of all random numbers; another seed is another run."""
+    """Start of all random numbers, 0 to 2^63 - 1; another seed is another run."""
     device: Annotated[Text, CHANGEABLE] = "auto"
     """Where to compute: cpu, cuda, or one GPU such as cuda:1; auto: the first GPU, or the CPU without one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -103,11 +103,11 @@ class TrainingConfig:
     mixing: Mixing
     """How images and labels are blended."""
     preprocessing: Preprocessing
-    """What the model sees of an image; it travels with the weights."""
+    """What the model sees of an image; it is stored with the weights. With `init`, by default that of the bundle."""
     patience: Annotated[WholeFromZero, CHANGEABLE] = 0
-    """Evaluations without a better top-1 (or mAP) after which the run ends with its best weights; 0: never."""
+    """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
     max_minutes: Annotated[NumberFromZero, CHANGEABLE] = 0.0
-    """Time limit in minutes, over all resumptions; the schedule is planned to end there. 0: no limit."""
+    """Time limit in minutes, over all resumptions; the schedule is planned to end there; by default none (0)."""
     evaluate_every: Annotated[NumberAboveZero, CHANGEABLE]
     """Epochs between evaluations on held-out images; by default a twelfth of the run, at least 1."""
     checkpoint_every_minutes: Annotated[NumberAboveZero, CHANGEABLE] = 10.0
@@ -115,11 +115,11 @@ class TrainingConfig:
     keep_checkpoints: Annotated[WholeAboveZero, CHANGEABLE] = 2
     """How many of the last checkpoints stay."""
     keep_every_hours: Annotated[NumberFromZero, CHANGEABLE] = 0.0
-    """Hours of training for each of which one more checkpoint stays; 0: none."""
+    """Hours of training for each of which one more checkpoint stays; by default none (0)."""
     validation_fraction: BelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
     num_workers: Annotated[WholeFromZero | Literal["auto"], CHANGEABLE] = "auto"
-    """Processes that read images; 0: read in the training process. auto: by the images and the cores."""
+    """Processes that read images; 0: the training process reads them; auto: as many as the cores, up to 8."""
     bad_image_budget: Annotated[BelowOne, CHANGEABLE] = 0.001
     """Fraction of the images that may be unreadable before the run stops."""
     non_finite_budget: Annotated[WholeFromZero, CHANGEABLE] = 0

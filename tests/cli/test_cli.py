@@ -265,9 +265,13 @@ def test_control_characters_in_a_file_name_are_escaped(
     assert printed.count("\n") == 1 and r"no\nfolder\x1b[2J" in printed
 
 
-def test_the_help_of_train_lists_loggers_and_kinds_of_parallelism(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of(capsys, "train")
-    assert "tensorboard,wandb,mlflow" in text and "one of ddp, fsdp, hsdp, auto\n" in text
+def test_the_help_of_train_explains_every_field_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    from coatnet.training.config import options
+
+    text = " ".join(help_of(capsys, "train").split())
+    assert "tensorboard,wandb,mlflow" in text and " One of ddp, fsdp, hsdp, auto. Default: auto. " in text
+    for name, field in options().items():
+        assert name == "name" or (f" --{name} " in text and " ".join(field.description.split()) in text), name
 
 
 def test_doctor_fails_for_an_unreadable_image(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

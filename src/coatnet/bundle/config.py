@@ -4,87 +4,100 @@ The schema extends the one that timm writes for the Hugging Face hub (`save_conf
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.network import CoAtNet, create_model
 
 FORMAT = 1
-_KEYS = {"format", "architecture", "num_classes", "num_features", "model_args", "multilabel"}
-_KEYS |= {"pretrained_cfg", "record"}
-# Bounds for untrusted files: far above what is sensible, far below what exhausts memory.
-_MAX_VALUES = {"num_classes": 1_000_000, "in_channels": 1_024, "resolution": 16_384}
 _MAX_STAGES = 16
 _MAX_FILE_BYTES = 64_000_000
 
-
-class JsonObject:
-    """A JSON object whose values are read by key and checked for their type and bounds.
-
-    Raises:
-        UserError: from every method, if a value is missing or not as asked; the message names file and key.
-    """
-
-    def __init__(self, values: Any, path: Path) -> None:
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not a JSON object but {short(values)}")
-        self.values: dict[str, Any] = values
-        self.path = path
-
-    @classmethod
-    def read(cls, path: Path) -> "JsonObject":
-        """Read the JSON object in a file."""
-        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size:,} bytes; a config.json has at most {_MAX_FILE_BYTES:,}")
-        try:
-            values = json.loads(path.read_bytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-        return cls(values, path)
-
-    def refuse(self, key: str, expected: str) -> None:
-        """Raise UserError for the value of a key."""
-        raise UserError(f"{self.path}: {key} is {short(self.values[key])}; it must be {expected}")
-
-    def get(self, key: str, kind: type) -> Any:
-        """The value of a key, of the type `kind`."""
-        if key not in self.values:
-            raise UserError(f"{self.path}: {key} is missing")
-        if not _is_a(self.values[key], kind):
-            self.refuse(key, f"of type {kind.__name__}")
-        return self.values[key]
-
-    def get_object(self, key: str) -> "JsonObject":
-        """The JSON object of a key."""
-        return JsonObject(self.get(key, dict), self.path)
-
-    def get_count(self, key: str) -> int:
-        """The whole number of a key, from 1 to the bound of that key."""
-        if not 1 <= self.get(key, int) <= _MAX_VALUES[key]:
-            self.refuse(key, f"from 1 to {_MAX_VALUES[key]:,}")
-        return self.values[key]
-
-    def get_list(self, key: str, kind: type) -> tuple[Any, ...]:
-        """The items of the list of a key, all of the type `kind`."""
-        if not all(_is_a(item, kind) for item in self.get(key, list)):
-            self.refuse(key, f"a list of type {kind.__name__}")
-        return tuple(kind(item) for item in self.values[key])
+# Bounds for untrusted files: far above what is sensible, far below what exhausts memory.
+NumClasses = Annotated[int, Field(ge=1, le=1_000_000)]
+NumChannels = Annotated[int, Field(ge=1, le=1_024)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def _is_a(value: Any, kind: type) -> bool:
-    """Return whether a JSON value has a type: bools are not numbers, integers are floats, NaN and infinity are not."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+class ModelArgs(BaseModel, strict=True, extra="forbid"):
+    """The arguments of `create_model`; the fields of the variant are checked by `Variant`."""
+
+    variant: dict[str, Any]
+    in_channels: NumChannels
+    resolution: Pixels
+
+
+class PreprocessingCfg(BaseModel, strict=True):
+    """Preprocessing under timm's names; other keys of its "pretrained_cfg" are ignored."""
+
+    input_size: list[int]
+    crop_pct: FiniteFloat
+    crop_mode: str
+    interpolation: str
+    mean: list[FiniteFloat]
+    std: list[FiniteFloat]
+
+
+class PretrainedCfg(PreprocessingCfg):
+    """Preprocessing and class names."""
+
+    label_names: list[str]
+
+
+class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()):
+    """The contents of a bundle's config.json."""
+
+    format: int
+    architecture: str
+    num_classes: NumClasses
+    num_features: Any = None
+    model_args: ModelArgs
+    multilabel: bool
+    pretrained_cfg: PretrainedCfg
+    record: dict[str, Any]
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file. Raises UserError if there is none or the file is too large."""
+    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+        raise UserError(f"{path}: {size:,} bytes; a config.json has at most {_MAX_FILE_BYTES:,}")
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object but {short(values)}")
+    return values
+
+
+def validate(model: type[Model], values: Mapping[str, Any], path: Path) -> Model:
+    """Validate the contents of a file. Raises UserError that names the first wrong key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    keys = [part for part in first["loc"] if isinstance(part, str)]
+    match first["type"]:
+        case "missing":
+            raise UserError(f"{path}: {keys[-1]} is missing")
+        case "extra_forbidden":
+            where = "".join(f" in {key}" for key in keys[:-1])
+            raise UserError(
+                f"{path}: unknown key {short(keys[-1])}{where}, which this version of coatnet does not read"
+            )
+        case _:
+            expected = first["msg"].replace("Input should be", "it must be")
+            raise UserError(f"{path}: {keys[-1]} is {short(first['input'])}; {expected}")
 
 
 @dataclass(frozen=True)
@@ -153,53 +166,36 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: a key is missing, unknown, of the wrong type or out of bounds; the message names it.
     """
-    config = JsonObject.read(path)
-    unknown = sorted(config.values.keys() - _KEYS)
-    if unknown:
-        raise UserError(f"{path}: unknown key {short(unknown[0])}; a bundle has {', '.join(sorted(_KEYS))}")
-    if config.get("format", int) != FORMAT:
-        raise UserError(
-            f"{path}: format {config.values['format']}; this coatnet reads format {FORMAT}, try a newer one"
-        )
-
-    num_classes = config.get_count("num_classes")
-    model_args = config.get_object("model_args")
-    variant = model_args.get_object("variant")
-    if "stages" in variant.values and len(variant.get("stages", list)) > _MAX_STAGES:
-        raise UserError(f"{path}: stages: {len(variant.values['stages'])}; a network has at most {_MAX_STAGES}")
-    if variant.get("name", str) != config.get("architecture", str):
-        raise UserError(f"{path}: architecture {config.values['architecture']!r} is not the variant of model_args")
-    arguments = {
-        "variant": variant.values,
-        "num_classes": num_classes,
-        "in_channels": model_args.get_count("in_channels"),
-        "resolution": model_args.get_count("resolution"),
-    }
-    for name in sorted(model_args.values.keys() - arguments.keys()):
-        raise UserError(f"{path}: unknown key {short(name)} in model_args; it has {', '.join(sorted(arguments))}")
-
-    pretrained_cfg = config.get_object("pretrained_cfg")
-    classes = pretrained_cfg.get_list("label_names", str)
-    if len(classes) != num_classes:
-        raise UserError(f"{path}: label_names has {len(classes)} names for num_classes {num_classes}")
-    preprocessing = read_preprocessing(pretrained_cfg)
-    return Config(path, arguments, classes, preprocessing, config.get("multilabel", bool), config.get("record", dict))
+    values = read_json_object(path)
+    if (format := values.get("format", FORMAT)) != FORMAT:
+        raise UserError(f"{path}: format {short(format)}; this coatnet reads format {FORMAT}, try a newer one")
+    config = validate(BundleJson, values, path)
+    variant, classes = config.model_args.variant, tuple(config.pretrained_cfg.label_names)
+    if isinstance(stages := variant.get("stages"), list) and len(stages) > _MAX_STAGES:
+        raise UserError(f"{path}: stages: {len(stages)}; a network has at most {_MAX_STAGES}")
+    if variant.get("name") != config.architecture:
+        raise UserError(f"{path}: architecture {config.architecture!r} is not the variant of model_args")
+    if len(classes) != config.num_classes:
+        raise UserError(f"{path}: label_names has {len(classes)} names for num_classes {config.num_classes}")
+    arguments = config.model_args.model_dump() | {"num_classes": config.num_classes}
+    preprocessing = read_preprocessing(config.pretrained_cfg, path)
+    return Config(path, arguments, classes, preprocessing, config.multilabel, config.record)
 
 
-def read_preprocessing(pretrained_cfg: JsonObject) -> Preprocessing:
-    """Read the preprocessing from a "pretrained_cfg". Raises UserError if a value is wrong."""
-    size = pretrained_cfg.get_list("input_size", int)
+def read_preprocessing(seen: PreprocessingCfg, path: Path) -> Preprocessing:
+    """The preprocessing of a "pretrained_cfg". Raises UserError if a value is wrong."""
     try:
         preprocessing = Preprocessing(
-            resolution=size[-1] if size else 0,
-            crop=pretrained_cfg.get("crop_mode", str),
-            crop_fraction=pretrained_cfg.get("crop_pct", float),
-            interpolation=pretrained_cfg.get("interpolation", str),
-            mean=pretrained_cfg.get_list("mean", float),
-            std=pretrained_cfg.get_list("std", float),
+            resolution=seen.input_size[-1] if seen.input_size else 0,
+            crop=seen.crop_mode,
+            crop_fraction=seen.crop_pct,
+            interpolation=seen.interpolation,
+            mean=tuple(seen.mean),
+            std=tuple(seen.std),
         )
     except UserError as error:
-        raise UserError(f"{pretrained_cfg.path}: pretrained_cfg: {error}") from None
-    if size != (preprocessing.channels, preprocessing.resolution, preprocessing.resolution):
-        pretrained_cfg.refuse("input_size", f"[{preprocessing.channels} (as many as mean), side, side]")
+        raise UserError(f"{path}: pretrained_cfg: {error}") from None
+    expected = [preprocessing.channels, preprocessing.resolution, preprocessing.resolution]
+    if seen.input_size != expected:
+        raise UserError(f"{path}: input_size is {short(seen.input_size)}; by mean and resolution it must be {expected}")
     return preprocessing

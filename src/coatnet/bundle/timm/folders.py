@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
-from coatnet.bundle.config import JsonObject, read_preprocessing
+from coatnet.bundle.config import NumClasses, PreprocessingCfg, read_json_object, read_preprocessing, validate
 from coatnet.bundle.hub import CONFIG, PICKLE, WEIGHTS
 from coatnet.bundle.imagenet import imagenet_1k, imagenet_classes
 from coatnet.bundle.timm.catalog import PREPROCESSING_224, PRETRAINED, pretrained_of
@@ -27,6 +28,24 @@ from coatnet.model.timm.config import TIMM_VARIANTS, TimmVariant
 _KNOWN_ARGUMENTS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"}
 
 
+class TimmPretrainedCfg(PreprocessingCfg):
+    """The "pretrained_cfg" of timm."""
+
+    crop_mode: str = "center"
+    label_names: Any = None
+
+
+class TimmJson(BaseModel, strict=True, protected_namespaces=()):
+    """The contents of a config.json that timm wrote; other keys are ignored."""
+
+    architecture: str
+    num_classes: NumClasses
+    pretrained_cfg: TimmPretrainedCfg
+    model_args: dict[str, Any] = {}
+    global_pool: Literal["avg"] = "avg"
+    label_names: Any = None
+
+
 @dataclass(frozen=True, eq=False)
 class TimmModel:
     """A network of timm's with its weights, in evaluation mode, with its class names and preprocessing."""
@@ -38,7 +57,7 @@ class TimmModel:
 
 def is_timm_folder(folder: Path) -> bool:
     """Return whether a folder with a config.json is one that timm wrote."""
-    config = JsonObject.read(folder / CONFIG).values
+    config = read_json_object(folder / CONFIG)
     return "architecture" in config and "format" not in config
 
 
@@ -49,22 +68,18 @@ def read_timm_folder(folder: Path, *, allow_pickle: bool = False) -> TimmModel:
         UserError: config.json or the weights are damaged or not those of a CoAtNet, or the weights are a pickle and
             `allow_pickle` is False; the message names the key or the tensor.
     """
-    config = JsonObject.read(folder / CONFIG)
-    architecture = find_architecture(config.get("architecture", str), config.path)
-    pretrained_cfg = config.get_object("pretrained_cfg")
-    arguments = config.get_object("model_args") if "model_args" in config.values else JsonObject({}, config.path)
-    for name in sorted(arguments.values.keys() - _KNOWN_ARGUMENTS):
+    path = folder / CONFIG
+    config = validate(TimmJson, read_json_object(path), path)
+    variant = find_architecture(config.architecture, path)
+    for name in sorted(config.model_args.keys() - _KNOWN_ARGUMENTS):
         raise UserError(
-            f"{config.path}: model_args has {short(name)}, which changes the architecture; coatnet has no such network"
+            f"{path}: model_args has {short(name)}, which changes the architecture; coatnet has no such network"
         )
-    if config.values.get("global_pool", "avg") != "avg":
-        config.refuse("global_pool", "avg")
-    preprocessing = _read_timm_preprocessing(pretrained_cfg)
-    num_classes = config.get_count("num_classes")
-    model = _create_on_meta(architecture, num_classes, preprocessing, _table_side(arguments, preprocessing.resolution))
-    path = folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE)
-    _load_weights(model, path, allow_pickle)
-    return TimmModel(model.eval(), _class_names(config, num_classes), preprocessing)
+    preprocessing = _read_timm_preprocessing(config.pretrained_cfg, path)
+    side = _table_side(config.model_args.get("img_size", preprocessing.resolution), path)
+    model = _create_on_meta(variant, config.num_classes, preprocessing, side)
+    _load_weights(model, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE), allow_pickle)
+    return TimmModel(model.eval(), _class_names(config, path), preprocessing)
 
 
 def read_timm_file(path: Path, architecture: str, *, allow_pickle: bool = False) -> TimmModel:
@@ -167,22 +182,21 @@ def _read_shapes(path: Path, allow_pickle: bool) -> dict[str, Sequence[int]]:
     return read_shapes(path)
 
 
-def _read_timm_preprocessing(pretrained_cfg: JsonObject) -> Preprocessing:
-    """Read timm's "pretrained_cfg", which may lack the crop mode and has three means for grayscale images too."""
-    values = {"crop_mode": "center", **pretrained_cfg.values}
-    size = pretrained_cfg.get_list("input_size", int)
-    if size[:1] == (1,) and len(mean := pretrained_cfg.get_list("mean", float)) == 3:
-        grayscale = _to_grayscale(Preprocessing(mean=mean, std=pretrained_cfg.get_list("std", float)))
-        values |= {"mean": list(grayscale.mean), "std": list(grayscale.std)}
-    return read_preprocessing(JsonObject(values, pretrained_cfg.path))
+def _read_timm_preprocessing(seen: TimmPretrainedCfg, path: Path) -> Preprocessing:
+    """Read timm's "pretrained_cfg", which has three means for grayscale images too."""
+    if seen.input_size[:1] == [1] and len(seen.mean) == 3:
+        mean, std = (sum(values) / max(1, len(values)) for values in (seen.mean, seen.std))
+        seen = seen.model_copy(update={"mean": [mean], "std": [std]})
+    return read_preprocessing(seen, path)
 
 
-def _table_side(arguments: JsonObject, resolution: int) -> int:
-    """Side of the images that the relative bias tables belong to: `img_size`, a number or two equal ones."""
-    size = arguments.values.get("img_size", resolution)
-    sides = size if isinstance(size, list) else [size]
+def _table_side(img_size: Any, path: Path) -> int:
+    """Side of the images that the relative bias tables belong to: a number, or two equal ones."""
+    sides = img_size if isinstance(img_size, list) else [img_size]
     if len(set(map(str, sides))) != 1 or not isinstance(sides[0], int) or not 32 <= sides[0] <= 8192:
-        arguments.refuse("img_size", "one side of a square from 32 to 8192 pixels")
+        raise UserError(
+            f"{path}: img_size is {short(img_size)}; it must be one side of a square from 32 to 8192 pixels"
+        )
     return sides[0]
 
 
@@ -191,17 +205,17 @@ def _to_grayscale(preprocessing: Preprocessing) -> Preprocessing:
     return replace(preprocessing, mean=(mean,), std=(std,))
 
 
-def _class_names(config: JsonObject, num_classes: int) -> tuple[str, ...]:
+def _class_names(config: TimmJson, path: Path) -> tuple[str, ...]:
     """Class names: those of the file, ImageNet's synsets as words, or numbers if there are none."""
-    names = config.values.get("label_names") or config.get_object("pretrained_cfg").values.get("label_names")
+    names, num_classes = config.label_names or config.pretrained_cfg.label_names, config.num_classes
     if names is None:
         return imagenet_classes(num_classes) or _numbered_classes(num_classes)
     if isinstance(names, dict) and sorted(names) == sorted(map(str, range(num_classes))):
         names = [names[str(index)] for index in range(num_classes)]
     if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{config.path}: label_names is not a list of {num_classes:,} names")
+        raise UserError(f"{path}: label_names is not a list of {num_classes:,} names")
     if len(set(names)) != num_classes:
-        raise UserError(f"{config.path}: label_names names a class twice; every output needs a name of its own")
+        raise UserError(f"{path}: label_names names a class twice; every output needs a name of its own")
     words = dict(imagenet_1k())
     return tuple(words[name] for name in names) if words.keys() == set(names) else tuple(names)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
@@ -42,8 +42,8 @@ class PreprocessingCfg(BaseModel, strict=True):
 
     input_size: list[int]
     crop_pct: FiniteFloat
-    crop_mode: str
-    interpolation: str
+    crop_mode: Literal["center", "squash"]
+    interpolation: Literal["bilinear", "bicubic"]
     mean: list[FiniteFloat]
     std: list[FiniteFloat]
 

@@ -31,7 +31,7 @@ _KNOWN_ARGUMENTS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_
 class TimmPretrainedCfg(PreprocessingCfg):
     """The "pretrained_cfg" of timm."""
 
-    crop_mode: str = "center"
+    crop_mode: Literal["center", "squash"] = "center"
     label_names: Any = None
 
 

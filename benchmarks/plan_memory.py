@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from coatnet.data.datasets import ArrayDataset
-from coatnet.planning.memory import Memory, rehearse
+from coatnet.planning.memory import Memory, simulate_step
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import DataFacts, choose
@@ -66,7 +66,7 @@ def compare(recipes: Sequence[TrainingConfig], num_processes: int = 1) -> list[C
     imagined = Processes(world_size=num_processes, local_world_size=num_processes)
     shares = [(recipe.batch_size or 0) // num_processes for recipe in recipes]
     planned = [
-        rehearse(recipe, num_classes=NUM_CLASSES, share=share, processes=imagined, on_gpu=False).memory
+        simulate_step(recipe, num_classes=NUM_CLASSES, images_per_gpu=share, processes=imagined, on_gpu=False).memory
         for recipe, share in zip(recipes, shares, strict=True)
     ]
     with joined() as processes:

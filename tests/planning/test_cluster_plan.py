@@ -1,4 +1,4 @@
-"""Plans fit, name the fastest layout that does, and give the command that repeats them; mistakes are one line."""
+"""Plans: the fastest layout that fits, its cost, the command that repeats it, and errors of one line."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from coatnet.planning.cluster_plan import plan_training, recipe_for
 
 def test_coatnet_7_fits_on_256_gpus_of_80_gb():
     plan = plan_training("coatnet-7", gpus=256, gpu_memory=80, num_images=3_000_000_000, resolution=512)
-    recipe, memory, size = plan.layout.recipe, plan.layout.rehearsal.memory, plan.layout.rehearsal.num_parameters
+    recipe, memory, size = plan.layout.config, plan.layout.cost.memory, plan.layout.cost.num_parameters
     assert (recipe.name, recipe.parallelism, recipe.batch_size) == ("jft-3b", "hsdp", 4096)
     assert (recipe.micro_batch_size, recipe.activation_checkpointing) == (8, "none")
     assert memory.total < 0.9 * 80e9
@@ -29,7 +29,7 @@ def test_coatnet_7_fits_on_256_gpus_of_80_gb():
     assert "the paper is silent" in plan.describe()
 
 
-def test_the_papers_score_is_expected_of_the_papers_recipe_only():
+def test_the_accuracy_of_the_paper_is_given_for_its_own_recipe_only():
     given = {"gpus": 8, "gpu_memory": 80}
     assert "the paper reports 81.60% top-1" in plan_training("coatnet-0", **given).describe()
     for change in ({"epochs": 100}, {"resolution": 192}, {"num_images": 1_000_000}):
@@ -37,43 +37,43 @@ def test_the_papers_score_is_expected_of_the_papers_recipe_only():
 
 
 @pytest.mark.slow
-def test_the_networks_of_the_papers_jft_scores_are_told_apart():
+def test_the_networks_of_the_jft_results_are_distinguished():
     given = {"gpus": 8, "gpu_memory": 80, "recipe": "jft-to-1k-384"}
     assert "--variations.downsample depthwise" in plan_training("coatnet-3", **given).describe()
     assert "depthwise" not in plan_training("coatnet-4", **given).describe()
 
 
 @pytest.mark.slow
-def test_a_batch_that_lets_no_weights_lie_in_shards_is_told_beside_one_that_does():
+def test_a_batch_size_that_cannot_be_sharded_comes_with_one_that_can():
     given = {"gpus": 3, "gpus_per_node": 3, "gpu_memory": 200, "resolution": 64, "recipe": "jft-3b"}
-    told = plan_training("coatnet-6", batch_size=64, **given)
-    assert told.layout.recipe.parallelism == "ddp" and "batch-size 63 or 66 would let" in told.describe()
+    unsharded = plan_training("coatnet-6", batch_size=64, **given)
+    assert unsharded.layout.config.parallelism == "ddp" and "batch-size 63 or 66 would let" in unsharded.describe()
     for batch_size in (63, 66):
         plan = plan_training("coatnet-6", batch_size=batch_size, **given)
-        assert plan.layout.recipe.parallelism == "fsdp" and "would let" not in plan.describe()
+        assert plan.layout.config.parallelism == "fsdp" and "would let" not in plan.describe()
     with pytest.raises(UserError, match="batch-size 63 or 66 would let"):
         plan_training("coatnet-6", batch_size=64, **given | {"gpu_memory": 16})
 
 
-def test_days_are_the_arithmetic_at_the_stated_rate():
+def test_days_are_the_operations_divided_by_their_rate():
     plan = plan_training("coatnet-0", gpus=8, gpu_memory=80, gpu="H100", mfu=0.4)
-    assert (plan.layout.recipe.name, plan.steps, plan.layout.recipe.parallelism) == ("imagenet-1k", 93_836, "ddp")
+    assert (plan.layout.config.name, plan.steps, plan.layout.config.parallelism) == ("imagenet-1k", 93_836, "ddp")
     operations = 6 * 4.14e9 * 300 * 1_281_167
     assert plan.days == pytest.approx(operations / (8 * 0.4 * 989e12) / 86_400, rel=0.02)
 
 
-def test_less_memory_means_more_passes_then_recomputation():
+def test_with_less_memory_there_are_more_passes_then_recomputation():
     given = {"gpus": 1, "batch_size": 16, "resolution": 128}
     whole = plan_training("coatnet-femto", gpu_memory=16, **given).layout
-    assert whole.at_once == 16 and whole.recipe.activation_checkpointing == "none"
-    takes = whole.rehearsal.memory.total / 1e9
+    assert whole.images_per_pass == 16 and whole.config.activation_checkpointing == "none"
+    takes = whole.cost.memory.total / 1e9
     half, little = (plan_training("coatnet-femto", gpu_memory=takes * part, **given).layout for part in (0.9, 0.4))
-    assert half.at_once == 8 and half.recipe.activation_checkpointing == "none"
-    assert little.at_once < 8 or little.recipe.activation_checkpointing != "none"
-    assert little.rehearsal.memory.total < 0.4 * whole.rehearsal.memory.total
+    assert half.images_per_pass == 8 and half.config.activation_checkpointing == "none"
+    assert little.images_per_pass < 8 or little.config.activation_checkpointing != "none"
+    assert little.cost.memory.total < 0.4 * whole.cost.memory.total
 
 
-def test_the_recipe_is_the_papers_for_as_many_images_or_for_the_model():
+def test_the_recipe_is_chosen_by_the_number_of_images_or_by_the_model():
     assert recipe_for("coatnet-3", None).recipe.name == "imagenet-1k"
     assert recipe_for("coatnet-4", None).recipe.name == "imagenet-21k"
     assert recipe_for("coatnet-7", None).recipe.name == "jft-3b"
@@ -93,7 +93,7 @@ def test_the_command_repeats_the_plan(capsys):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm", "kubernetes", "skypilot"])
-def test_the_plan_is_a_page_with_the_command_below(launcher, capsys):
+def test_the_printed_plan_ends_with_the_command(launcher, capsys):
     given = ["plan", "coatnet-femto-64", "--gpus", "2", "--gpu-memory", "24", "--recipe", "imagenet-1k"]
     assert main([*given, "--resolution", "32", "--batch-size", "64", "--launcher", launcher]) == 0
     page = capsys.readouterr().out
@@ -107,17 +107,17 @@ def test_the_plan_is_a_page_with_the_command_below(launcher, capsys):
         ({"model": "coatnet-00"}, "did you mean 'coatnet-0'"),
         ({"gpus": 0}, "gpus must be above 0, got 0"),
         ({"gpu_memory": -1}, "gpu-memory must be above 0, got -1"),
-        ({"gpus": 12}, "12 GPUs do not make machines of 8"),
+        ({"gpus": 12}, "12 GPUs do not fill machines of 8"),
         ({"recipe": "imagenet-2k"}, "did you mean 'imagenet-21k'"),
         ({"recipe": "scratch"}, "recipe 'scratch' takes resolution from the images"),
         ({"gpu": "H10"}, "did you mean 'H100'"),
         ({"mfu": 30}, "mfu is a share between 0 and 1"),
-        ({"batch_size": 4}, "batch-size 4 leaves nothing to do"),
-        ({"gpu_memory": 0.02, "gpus": 1, "batch_size": 2}, "GB of each GPU at the least"),
+        ({"batch_size": 4}, "batch-size 4 is below the number of GPUs"),
+        ({"gpu_memory": 0.02, "gpus": 1, "batch_size": 2}, "GB of each GPU"),
     ],
     ids=lambda value: str(value),
 )
-def test_a_mistake_is_one_line_that_says_what_would_be_right(changes, answer):
+def test_an_error_is_one_line_that_says_what_would_be_right(changes, answer):
     given = {"model": "coatnet-femto", "gpus": 8, "gpu_memory": 24, "resolution": 64, "batch_size": 64}
     given |= changes
     if changes.get("recipe") == "scratch":

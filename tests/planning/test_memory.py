@@ -1,4 +1,4 @@
-"""A rehearsed step takes what a real one takes, in memory and arithmetic; shards take their share of the state."""
+"""A simulated step takes what a real one takes, in memory and arithmetic; shards take their part of the state."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from benchmarks import plan_memory
 
 from coatnet.model.complexity import complexity
-from coatnet.planning.memory import rehearse
+from coatnet.planning.memory import simulate_step
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
@@ -23,7 +23,7 @@ def recipe_of(model: str, resolution: int, batch_size: int, **changes) -> Traini
 
 
 @pytest.mark.parametrize("recipe", plan_memory.RECIPES, ids=lambda recipe: recipe.model)
-def test_memory_is_what_a_real_step_takes(recipe):
+def test_simulated_memory_equals_that_of_a_real_step(recipe):
     (found,) = plan_memory.compare([recipe])
     # Measured: -0.1, -0.5 and -0.0 %. The rest is what operations take for themselves.
     assert abs(found.error) < 0.01
@@ -32,7 +32,7 @@ def test_memory_is_what_a_real_step_takes(recipe):
 
 
 @pytest.mark.slow
-def test_memory_of_shards_is_what_a_real_process_of_two_takes():
+def test_simulated_memory_of_shards_equals_that_of_a_real_process_of_two():
     program = [str(Path(plan_memory.__file__)), "coatnet-femto-64", "coatnet-femto"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run([*launch, *program], capture_output=True, text=True, timeout=200)
@@ -42,34 +42,34 @@ def test_memory_of_shards_is_what_a_real_process_of_two_takes():
     assert len(errors) == 2 and max(map(abs, errors)) < 8
 
 
-def test_the_state_of_a_copy_is_four_numbers_a_parameter():
-    rehearsed = rehearse(recipe_of("coatnet-femto-64", 32, 8), num_classes=10, share=8, processes=MANY)
-    memory, size = rehearsed.memory, 4 * rehearsed.num_parameters
-    assert memory.gradients == size  # DDP's buckets stay
+def test_a_replica_holds_four_numbers_per_parameter():
+    cost = simulate_step(recipe_of("coatnet-femto-64", 32, 8), num_classes=10, images_per_gpu=8, processes=MANY)
+    memory, size = cost.memory, 4 * cost.num_parameters
+    assert memory.gradients == size  # the buckets of DDP exist all the time
     for held, times in ((memory.parameters, 1), (memory.average, 1), (memory.optimizer, 2)):
         assert held == pytest.approx(times * size, rel=0.02)
 
 
 @pytest.mark.parametrize(("parallelism", "shards"), [("fsdp", 16), ("hsdp", 8)])
-def test_shards_hold_their_share_of_the_state(parallelism, shards):
+def test_a_shard_holds_its_part_of_the_state(parallelism, shards):
     recipe = recipe_of("coatnet-femto", 64, 32, parallelism=parallelism, micro_batch_size=2)
-    memory = rehearse(recipe, num_classes=10, share=2, processes=MANY).memory
-    whole = rehearse(recipe, num_classes=10, share=2, processes=ONE).memory
+    memory = simulate_step(recipe, num_classes=10, images_per_gpu=2, processes=MANY).memory
+    whole = simulate_step(recipe, num_classes=10, images_per_gpu=2, processes=ONE).memory
     assert memory.optimizer == pytest.approx(whole.optimizer / shards, rel=0.1)
     assert memory.parameters < 2 * whole.parameters / shards
 
 
-def test_arithmetic_is_three_times_that_of_the_forward_pass():
-    rehearsed = rehearse(recipe_of("coatnet-0", 224, 4), num_classes=1000, share=4, processes=ONE)
-    assert rehearsed.macs / 4 == pytest.approx(3 * complexity("coatnet-0", 224).macs, rel=0.01)
+def test_a_step_has_three_times_the_macs_of_the_forward_pass():
+    cost = simulate_step(recipe_of("coatnet-0", 224, 4), num_classes=1000, images_per_gpu=4, processes=ONE)
+    assert cost.macs / 4 == pytest.approx(3 * complexity("coatnet-0", 224).macs, rel=0.01)
 
 
-def test_recomputation_takes_less_memory_and_more_arithmetic():
+def test_recomputation_takes_less_memory_and_more_macs():
     none, some, everything = (
-        rehearse(
+        simulate_step(
             recipe_of("coatnet-femto", 224, 8, activation_checkpointing=recomputation),
             num_classes=10,
-            share=8,
+            images_per_gpu=8,
             processes=ONE,
         )
         for recomputation in ("none", "transformer", "all")
@@ -78,14 +78,16 @@ def test_recomputation_takes_less_memory_and_more_arithmetic():
     assert none.macs < some.macs < everything.macs <= 4 / 3 * none.macs
 
 
-def test_micro_batches_take_less_memory_and_the_same_arithmetic():
-    whole = rehearse(recipe_of("coatnet-femto", 96, 8), num_classes=10, share=8, processes=ONE)
-    parts = rehearse(recipe_of("coatnet-femto", 96, 8, micro_batch_size=2), num_classes=10, share=8, processes=ONE)
+def test_micro_batches_take_less_memory_and_the_same_macs():
+    whole = simulate_step(recipe_of("coatnet-femto", 96, 8), num_classes=10, images_per_gpu=8, processes=ONE)
+    parts = simulate_step(
+        recipe_of("coatnet-femto", 96, 8, micro_batch_size=2), num_classes=10, images_per_gpu=8, processes=ONE
+    )
     assert parts.memory.activations < 0.4 * whole.memory.activations
     assert parts.macs == pytest.approx(whole.macs, rel=1e-3)
 
 
-def test_the_peak_is_where_most_is_alive_at_once():
+def test_the_peak_is_where_the_sum_of_live_tensors_is_largest():
     memory = MemoryTracker()
     with memory:
         kept = torch.zeros(100)

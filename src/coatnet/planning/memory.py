@@ -1,7 +1,7 @@
-"""Memory of one GPU in an optimizer step, by a rehearsal: the step itself, on fake tensors of the right shapes.
+"""Memory of one GPU in an optimizer step, by simulation: the step itself, on fake tensors of the right shapes.
 
-The network, its copies or shards, the recomputation and the optimizer are those of the training. Sharded networks are
-rehearsed as one of many processes whose group is fake: it exchanges nothing, and says that it has.
+The network, its replicas or shards, the recomputation and the optimizer are those of the training. Sharded networks are
+simulated as one process of a fake process group, in which collectives are no-ops.
 """
 
 import warnings
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the moment of a step when they are most together. Activations: all that is no state."""
+    """Bytes on one GPU at the peak of a step, by kind; activations are all that is no state of the training."""
 
     parameters: int = 0
     gradients: int = 0
@@ -46,105 +46,111 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a step takes of one process: memory, and multiply-accumulates, those of recomputation included."""
+class StepCost:
+    """What a step takes on one GPU."""
 
     memory: Memory
-    macs: int
-    num_parameters: int
+    macs: int  # multiply-accumulates, with those of recomputation
+    num_parameters: int  # of the whole model
 
 
-def rehearse(
-    recipe: TrainingConfig, *, num_classes: int, share: int, processes: Processes, on_gpu: bool = True
-) -> Rehearsal:
-    """A step of one process, which sees `share` images in it.
+def simulate_step(
+    config: TrainingConfig, *, num_classes: int, images_per_gpu: int, processes: Processes, on_gpu: bool = True
+) -> StepCost:
+    """The cost of one optimizer step for one process.
 
     Args:
-        recipe: with model, resolution, micro-batch, precision ("bf16" or "fp32"), average, recomputation and, where
-            there are several processes, parallelism.
-        on_gpu: whether to count what is kept on a GPU; else, what is kept on the CPU.
+        config: of the training.
+        num_classes: of the classifier.
+        images_per_gpu: images that this process computes in the step.
+        processes: all of them; simulated are the collectives, not the others.
+        on_gpu: count what is kept on a GPU; otherwise, what is kept on the CPU.
     """
-    model, decay = build(recipe, num_classes), recipe.ema_decay
-    sharded = not processes.alone and recipe.parallelism != "ddp"
+    model, decay = build_on_meta(config, num_classes), config.ema_decay
+    sharded = not processes.alone and config.parallelism != "ddp"
     with ExitStack() as stack:
-        mesh = stack.enter_context(fake_mesh(recipe.parallelism, processes)) if sharded else None
+        mesh = stack.enter_context(fake_mesh(config.parallelism, processes)) if sharded else None
         parallel = (
-            Sharded(model, processes, mesh, bf16=recipe.precision == "bf16") if mesh is not None else Single(model)
+            Sharded(model, processes, mesh, bf16=config.precision == "bf16") if mesh is not None else Single(model)
         )
         whole_average = None if sharded else WeightAverage(model, decay).model
-        # Whatever lies on the meta device becomes fake when it is used.
+        # Tensors on the meta device become fake tensors when they are used.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if on_gpu:
             count_as_on_gpu(model)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # FSDP2 does, to compare two
+            warnings.filterwarnings(
+                "ignore", "Accessing the data pointer of FakeTensor"
+            )  # by FSDP2, which compares two
             model.to_empty(device=CPU)
         if whole_average is None:
             with torch.no_grad():
                 averages = ShardedAverage(model, decay).tensors()
         else:
             averages = (model if whole_average is model else whole_average.to_empty(device=CPU)).state_dict()
-        compile_and_checkpoint(model, recipe, CPU)
-        # Of DDP's buckets the gradients are views; they are there all the time.
+        compile_and_checkpoint(model, config, CPU)
+        # Gradients are views of the buckets of DDP, which exist all the time.
         keep_gradients = not processes.alone and not sharded
-        return _take_step(recipe, model, parallel, averages, share=share, keep_gradients=keep_gradients)
+        return _take_step(
+            config, model, parallel, averages, images_per_gpu=images_per_gpu, keep_gradients=keep_gradients
+        )
 
 
-def build(recipe: TrainingConfig, num_classes: int) -> CoAtNet:
-    """The network of a recipe, in training, on the meta device."""
+def build_on_meta(config: TrainingConfig, num_classes: int) -> CoAtNet:
+    """The network of a training, in training mode, on the meta device."""
     with torch.device("meta"):
         model = create_model(
-            recipe.model,
+            config.model,
             num_classes=num_classes,
-            in_channels=recipe.channels,
-            resolution=recipe.resolution,
-            stochastic_depth=recipe.stochastic_depth,
-            **recipe.variations,
+            in_channels=config.channels,
+            resolution=config.resolution,
+            stochastic_depth=config.stochastic_depth,
+            **config.variations,
         )
     return model.train()
 
 
 def _take_step(
-    recipe: TrainingConfig,
+    config: TrainingConfig,
     model: CoAtNet,
     parallel: Parallel,
     averages: Mapping[str, Tensor],
     *,
-    share: int,
+    images_per_gpu: int,
     keep_gradients: bool,
-) -> Rehearsal:
-    side, micro, loss = recipe.resolution, recipe.micro_batch_size, build_loss(recipe.loss, None)
+) -> StepCost:
+    side, micro, loss = config.resolution, config.micro_batch_size, build_loss(config.loss, None)
     parameters = list(model.parameters())
-    state = optimizer_state(recipe, model)
+    state = optimizer_state(config, model)
     memory = MemoryTracker()
     with memory:
         memory.label("average", averages.values())
-        memory.label("parameters", model.state_dict().values())  # they are their own average if there is none
+        memory.label("parameters", model.state_dict().values())  # without averaging, the average is the parameters
         memory.label("optimizer", state)
-        images = torch.empty(share, model.in_channels, side, side, memory_format=torch.channels_last)
-        targets = torch.empty(share, model.num_classes)
+        images = torch.empty(images_per_gpu, model.in_channels, side, side, memory_format=torch.channels_last)
+        targets = torch.empty(images_per_gpu, model.num_classes)
         memory.label("activations", (images, targets))
         if keep_gradients:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             memory.label_rest("gradients")
-        # Two passes show what many take: from the second on there are gradients already.
+        # Two passes stand for many: from the second one on, there are gradients already.
         passes = list(zip(images.split(micro), targets.split(micro), strict=True))[:2]
         for number, (part, part_targets) in enumerate(passes, start=1):
             with nullcontext() if number == len(passes) else parallel.accumulating():
-                with torch.autocast(CPU.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                with torch.autocast(CPU.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     logits = parallel(part)
-                (loss(logits, part_targets) / share).backward()
+                (loss(logits, part_targets) / images_per_gpu).backward()
             del logits
-            memory.label_rest("gradients")  # of shards, too, which keep them elsewhere until they are added up
-    macs = memory.macs * -(-share // micro) // len(passes)
-    return Rehearsal(Memory(**memory.at_peak()), macs, sum(each.numel() for each in parameters))
+            memory.label_rest("gradients")  # with FSDP2, also the unsharded ones, until they are reduced
+    macs = memory.macs * -(-images_per_gpu // micro) // len(passes)
+    return StepCost(Memory(**memory.at_peak()), macs, sum(each.numel() for each in parameters))
 
 
 @torch.no_grad()
-def optimizer_state(recipe: TrainingConfig, model: CoAtNet) -> list[Tensor]:
-    """What the optimizer holds from the first step on, of what this process holds of the parameters."""
-    optimizer = build_optimizer(model, recipe.optimizer)
+def optimizer_state(config: TrainingConfig, model: CoAtNet) -> list[Tensor]:
+    """The state that the optimizer has after the first step, for this process's shards of the parameters."""
+    optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
         for parameter in group["params"]:
@@ -155,13 +161,13 @@ def optimizer_state(recipe: TrainingConfig, model: CoAtNet) -> list[Tensor]:
 
 @contextmanager
 def fake_mesh(kind: str, processes: Processes) -> Iterator[DeviceMesh]:
-    """The mesh of a process group of that size in which this process is the only one that exists."""
-    # A private part of torch, as there is no public one that gives a process group without processes.
+    """The device mesh of a fake process group: this process is the only one that exists."""
+    # Private: torch has no public process group without processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=processes.rank, world_size=processes.world_size, store=FakeStore())
     try:
-        yield mesh_for(kind, processes, CPU)  # before tensors are fake: it looks into one
+        yield mesh_for(kind, processes, CPU)  # before fake tensors, since it reads the values of one
     finally:
         dist.destroy_process_group()
 
@@ -182,6 +188,6 @@ def _memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | 
     """Torch's memory-efficient kernel: the one that `F.scaled_dot_product_attention` runs for a trainable bias."""
     if bias is not None:
         (batch, heads, queries, _), keys = q.shape, k.shape[2]
-        bias = F.pad(bias, (0, -keys % 8))[..., :keys]  # it wants rows that begin at multiples of 16 bytes
+        bias = F.pad(bias, (0, -keys % 8))[..., :keys]  # rows must be aligned to 16 bytes
         bias = bias.expand(batch, heads, queries, keys)
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]

@@ -1,7 +1,7 @@
-"""Counts the memory that a computation holds at every moment, of real tensors or of fake ones that take none.
+"""Track the memory that tensors hold at every moment of a computation, whether they are real or fake.
 
-Fake tensors have shapes, devices and storages like real ones, but no bytes; so a step of any network is counted on any
-machine. What libraries allocate for themselves inside an operation is no tensor and is not seen.
+Fake tensors have shapes, devices and storages like real ones, but no bytes: a step of any network can be tracked on any
+machine. What libraries allocate inside an operation is no tensor and is not counted.
 """
 
 import weakref
@@ -17,25 +17,25 @@ from torch.utils.flop_counter import flop_registry
 
 from coatnet.training.distributed.shards import local_tensor
 
-OTHER = "activations"  # the kind of whatever nobody has labelled
+OTHER = "activations"  # the kind of tensors without a label
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While entered, keeps a tape of the storages that come, grow, shrink and go, and counts multiply-accumulates."""
+    """While entered, record the allocation, resizing and release of storages, and count multiply-accumulates."""
 
     def __init__(self) -> None:
         super().__init__()
         self.macs = 0
-        self._tape: list[tuple[int, int]] = []  # number of a storage, change in bytes
+        self._tape: list[tuple[int, int]] = []  # (number of a storage, change in bytes), in order
         self._sizes: list[int] = []  # by number
         self._kinds: dict[int, str] = {}
-        self._numbers: dict[int, int] = {}  # of what is alive, by address
+        self._numbers: dict[int, int] = {}  # of storages that are alive, by address
         self._watchers: dict[int, Any] = {}
         self._resize = torch.UntypedStorage.resize_
 
     def __enter__(self) -> "MemoryTracker":
-        # FSDP2 takes and frees memory by resizing storages, which is no operation on tensors: it is caught here, as
-        # torch's own tracker of memory does.
+        # FSDP2 allocates and frees memory by resizing storages, which is no operation on tensors; torch's own memory
+        # tracker intercepts it in the same way.
         resize = self._resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
@@ -54,8 +54,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # it comes again, as operations on what this process holds
-        if func is torch.ops.prim.device.default:  # three of five calls, by FSDP2
+            return NotImplemented  # it is dispatched again, as operations on the local tensor
+        if func is torch.ops.prim.device.default:  # three of five calls, from FSDP2
             return func(*args)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -64,20 +64,20 @@ class MemoryTracker(TorchDispatchMode):
         self.macs += _macs(func, args, kwargs or {}, result)
         return result
 
-    @torch.no_grad()  # the local part of a shared tensor is had ten times faster
+    @torch.no_grad()  # the local tensor of a DTensor is then ten times faster to get
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
-        """Say what these tensors are, from their beginning on; what was there before the tape is on it from now."""
+        """Set the kind of tensors, from their allocation on; one that was allocated before counts from now on."""
         for tensor in tensors:
             self._kinds[self._watch(local_tensor(tensor).untyped_storage())] = kind
 
     def label_rest(self, kind: str) -> None:
-        """Say what all that is alive and has no label is."""
+        """Set the kind of all tensors that are alive and have no label."""
         for number, size in enumerate(self._sizes):
             if size:
                 self._kinds.setdefault(number, kind)
 
     def at_peak(self) -> dict[str, int]:
-        """Bytes by kind at the moment when they were most together."""
+        """Bytes by kind at the moment when their sum was largest."""
         current: dict[str, int] = {}
         peak: dict[str, int] = {}
         total = highest = 0
@@ -90,7 +90,7 @@ class MemoryTracker(TorchDispatchMode):
         return peak
 
     def _watch(self, storage: torch.UntypedStorage) -> int:
-        """The number of a storage; a new one is on the tape from now on."""
+        """The number of a storage; a new one is recorded from now on."""
         address = storage._cdata
         number = self._numbers.get(address)
         if number is None:
@@ -111,9 +111,9 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _macs(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Multiply-accumulates of a matrix product or convolution; of anything else none."""
+    """Multiply-accumulates of a matrix product or convolution; 0 for any other operation."""
     if func is torch.ops.aten.convolution_backward.default:
-        # As many for the input, and for the weights, as forwards; torch's own count forgets that there are groups.
+        # As many for the input and for the weights as in the forward pass; torch's own count ignores groups.
         outputs, _, weight, *_, (wants_input, wants_weight, _) = args
         return outputs.numel() * weight[0].numel() * (wants_input + wants_weight)
     count = flop_registry.get(func.overloadpacket)

@@ -69,8 +69,8 @@ def test_parts_at_once_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(100, spread=1.5)
     others, _ = clusters(70, spread=1.5, seed=1)
     whole = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
-    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "ROWS_AT_ONCE", 7)
-    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "NUMBERS_AT_ONCE", 500)
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "LOGIT_ROWS_PER_STEP", 7)
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "KNN_NUMBERS_PER_STEP", 500)
     parts = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)

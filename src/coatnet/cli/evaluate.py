@@ -34,15 +34,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Measure a trained model and print its report."""
     given = parse_arguments(arguments)
-    from coatnet.bundle import load
     from coatnet.evaluation import evaluate, to_markdown
-    from coatnet.system.hardware import choose_device
     from coatnet.system.progress import ProgressBar
 
-    device = choose_device(given.device)
-    bundle = load(given.bundle)
-    bundle.model.to(device)
     with ProgressBar("evaluating") as bar:
-        report = evaluate(bundle, given.data, split=given.split, progress=bar.update)
+        report = evaluate(given.bundle, given.data, split=given.split, device=given.device, progress=bar.update)
     print(report.to_json() if given.json else to_markdown(report), end="")
     return 0

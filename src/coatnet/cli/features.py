@@ -39,16 +39,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Write the features of images to a file."""
     given = parse_arguments(arguments)
-    from coatnet.bundle import load
     from coatnet.data.folder import open_images
     from coatnet.evaluation import extract_features, write_features
-    from coatnet.system.hardware import choose_device
 
-    device = choose_device(given.device)
-    bundle = load(given.bundle)
-    bundle.model.to(device)
     data = given.data or open_images(given.images)
-    features = extract_features(bundle, data, split=given.split, batch_size=given.batch_size)
+    features = extract_features(given.bundle, data, split=given.split, batch_size=given.batch_size, device=given.device)
     num_images = write_features(features, given.out)
     print(f"{given.out}: {num_images:,} images, {features.num_features:,} features each")
     return print_unreadable(features.bad_images)

@@ -26,13 +26,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Measure a model's features and print the figures."""
     given = parse_arguments(arguments)
-    from coatnet.bundle import load
     from coatnet.evaluation import probe
-    from coatnet.system.hardware import choose_device
 
-    device = choose_device(given.device)
-    bundle = load(given.bundle)
-    bundle.model.to(device)
-    report = probe(bundle, given.data, k=given.k)
+    report = probe(given.bundle, given.data, k=given.k, device=given.device)
     print(report.to_json() if given.json else report.to_text(), end="")
     return 0

@@ -1,4 +1,4 @@
-"""Do the probabilities mean what they say? Reliability in equal bins (Guo et al., 2017, arXiv:1706.04599)."""
+"""Calibration of probabilities: reliability diagram and expected error (Guo et al., 2017, arXiv:1706.04599)."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,15 @@ NUM_BINS = 15
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The predictions whose probability lies in (low, high]: how many, how sure, how often right."""
+    """Predictions whose probability lies in (low, high].
+
+    Attributes:
+        low: lower end of the bin.
+        high: upper end of the bin.
+        count: number of predictions.
+        confidence: their mean probability; None in an empty bin.
+        accuracy: the fraction of them that is right; None in an empty bin.
+    """
 
     low: float
     high: float
@@ -23,17 +31,23 @@ def _bin_of(confidences: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(confidences: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Expected calibration error: sum over bins of share * |mean confidence - accuracy|. All shapes (N,)."""
+    """Expected calibration error: sum over bins of fraction * |mean confidence - accuracy| (Guo et al., eq. 3).
+
+    Args:
+        confidences: probabilities of N predictions, (N,).
+        correct: whether they are right, (N,).
+        weights: how often each counts, (N,); by default once.
+    """
     gaps = confidences - correct
     total = float(len(gaps)) if weights is None else float(weights.sum())
     if weights is not None:
         gaps = gaps * weights
-    # share * |mean of the gaps| = |sum of the gaps| / N: no division by the size of a bin.
+    # fraction * |mean of the gaps| = |sum of the gaps| / N: no division by the size of a bin.
     return float(np.abs(np.bincount(_bin_of(confidences), weights=gaps, minlength=NUM_BINS)).sum() / total)
 
 
 def calibration_bins(confidences: np.ndarray, correct: np.ndarray) -> tuple[CalibrationBin, ...]:
-    """The rows of a reliability diagram; empty bins have neither confidence nor accuracy."""
+    """Bins of the reliability diagram of N predictions: confidences (N,), correct (N,)."""
     bins = _bin_of(confidences)
     counts = np.bincount(bins, minlength=NUM_BINS)
     confidence_sums = np.bincount(bins, weights=confidences, minlength=NUM_BINS)

@@ -1,4 +1,4 @@
-"""Measuring a finished model on images whose classes are known. Shapes: B batch, K classes."""
+"""Evaluation of a finished model on labeled images. Shapes: B batch, K classes."""
 
 import heapq
 import time
@@ -27,7 +27,7 @@ from coatnet.system.hardware import choose_device
 NUM_MISTAKES = 24
 THUMBNAIL_PIXELS = 160  # of the longer side
 
-# Probability of the wrong answer, image (place in the list of datasets, index), truth, wrong answer.
+# Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class.
 _Wrong = tuple[float, tuple[int, int], str, str]
 
 
@@ -38,23 +38,34 @@ def evaluate(
     split: Literal["validation", "training", "all"] = "validation",
     batch_size: int = 64,
     num_workers: int | None = None,
+    device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Every figure of a model on a dataset or a split of it; classes are matched by name, in any order.
+    """Evaluate a finished model: accuracy, log-likelihood, calibration and more, with 95 % intervals.
 
-    `bundle` is one, its folder, or the id of one on the hub. A bundle is measured on the device on which its model
-    lies, what is loaded here on the GPU if there is one.
+    Classes of data and model are matched by name, in any order. Unreadable images are left out of the figures and
+    named in the report. Outputs are computed in fp32, in evaluation mode.
 
-    `progress` is called after each batch with the images done and the images in all. Images that cannot
-    be read are left out of the figures and named in the report. Without `num_workers`, up to 2,000 images
-    are read in this process, and more of them by a worker process a core.
+    Args:
+        bundle: the model: a bundle, its folder, or its id on the hub.
+        data: a dataset, splits, or what `open_dataset` opens. Without a split of its own it is split as it was for the
+            training of the bundle, so that no image of the training is among those held out.
+        split: which part of data that has splits.
+        batch_size: images per batch; the figures do not depend on it.
+        num_workers: processes that decode. By default, up to 2,000 images are decoded in this process, and more of
+            them by one process per core, up to 8.
+        device: "cpu", "cuda", "cuda:1" or "auto", the first GPU if there is one; the model is moved there. By default
+            that of a given bundle's model, and "auto" for one that is loaded.
+        progress: called after each batch with the number of images done and the number of all images.
+
+    Returns:
+        The report; `write_report` writes it to a folder.
 
     Raises:
-        UserError: there is no such model, a class of the data is unknown to it, or not a single image can be read.
+        UserError: there is no such model, data, split or device, a class of the data is unknown to the model, or no
+            image can be read.
     """
-    if not isinstance(bundle, Bundle):
-        bundle = load(bundle)
-        bundle.model.to(choose_device())
+    bundle = load_model(bundle, device)
     started = time.perf_counter()
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
@@ -112,13 +123,23 @@ def evaluate(
     )
 
 
+def load_model(bundle: Bundle | str | Path, device: str | None) -> Bundle:
+    """Load a bundle unless it is one, and move its model to a device; None is its own device, or "auto" if loaded."""
+    if isinstance(bundle, Bundle) and device is None:
+        return bundle
+    target = choose_device(device or "auto")
+    bundle = bundle if isinstance(bundle, Bundle) else load(bundle)
+    bundle.model.to(target)
+    return bundle
+
+
 def choose_datasets(
     data: str | Path | Dataset | Splits, split: str, bundle: Bundle
 ) -> tuple[str, Sequence[Dataset], str]:
-    """The name of the data, the datasets to go through, and what to call the split.
+    """Open data and choose a split of it: name of the data, datasets in order, name of the split.
 
-    Data without a split of its own is split as it was for the training of the bundle, or images that the model
-    has learned would be among those held out.
+    Data without a split of its own is split as it was for the training of the bundle, so that no image of the training
+    is among those held out.
     """
     if isinstance(data, str | Path):
         fraction = bundle.record.get("recipe", {}).get("validation_fraction", 0.1)
@@ -132,9 +153,15 @@ def choose_datasets(
 
 
 def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
-    """From the dataset's labels to the model's outputs, by the names of the classes."""
-    place = {name: index for index, name in enumerate(bundle.classes)}
-    unknown = [name for name in dataset.classes if name not in place]
+    """A function from labels of a dataset to labels of a model, matched by the names of the classes.
+
+    It maps (B,) to (B,), or for a multi-label model (B,) or (B, K of the dataset) to (B, K of the model).
+
+    Raises:
+        UserError: a class is unknown to the model, or only the dataset is multi-label.
+    """
+    outputs = {name: index for index, name in enumerate(bundle.classes)}
+    unknown = [name for name in dataset.classes if name not in outputs]
     if unknown:
         known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
         raise UserError(
@@ -142,17 +169,17 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
             f"first {unknown[0]!r}; it knows {known}"
         )
     if dataset.multilabel and not bundle.multilabel:
-        raise UserError(f"{dataset.name} has several labels an image, the model gives only one")
-    places = torch.tensor([place[name] for name in dataset.classes])
+        raise UserError(f"{dataset.name} has several labels per image, the model gives only one")
+    columns = torch.tensor([outputs[name] for name in dataset.classes])
 
     def translate(labels: Tensor) -> Tensor:
         if not bundle.multilabel:
-            return places[labels]
-        widened = torch.zeros(len(labels), len(place), dtype=torch.uint8)
+            return columns[labels]
+        translated = torch.zeros(len(labels), len(outputs), dtype=torch.uint8)  # (B, K)
         if not dataset.multilabel:
-            return widened.scatter_(1, places[labels][:, None], 1)
-        widened[:, places] = labels.to(torch.uint8)
-        return widened
+            return translated.scatter_(1, columns[labels][:, None], 1)
+        translated[:, columns] = labels.to(torch.uint8)
+        return translated
 
     return translate
 
@@ -160,7 +187,7 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
 def _find_mistakes(
     logits: Tensor, labels: Tensor, images: Sequence[tuple[int, int]], bundle: Bundle
 ) -> Iterator[_Wrong]:
-    """The wrong answers of a batch; of several labels an image's worst decision, claimed or missed."""
+    """Yield the misclassified images of a batch; for multi-label, the most confident wrong decision of an image."""
     if bundle.multilabel:
         gaps = (logits.sigmoid() - labels).abs()
         probabilities, decisions = gaps.max(dim=1)
@@ -170,7 +197,7 @@ def _find_mistakes(
             predicted = ("not " if labels[row, decision] else "") + bundle.classes[decision]
             yield float(probabilities[row]), images[row], truth, predicted
         return
-    predictions = logits.numpy().argmax(axis=1)  # numpy's, as the figures have it: ties go to the lower class
+    predictions = logits.numpy().argmax(axis=1)  # numpy's, as in the figures: ties go to the lower class
     probabilities = logits.softmax(dim=1)
     for row in np.flatnonzero(predictions != labels.numpy()).tolist():
         truth, predicted = bundle.classes[int(labels[row])], bundle.classes[predictions[row]]
@@ -178,11 +205,12 @@ def _find_mistakes(
 
 
 def _thumbnail(dataset: Dataset, index: int) -> np.ndarray:
-    """Image number `index`, whole, at most 160 pixels a side: uint8 (H, W, 3)."""
+    """An image of a dataset, uncropped, at most 160 pixels a side: uint8 (H, W, 3)."""
     pixels = as_images(read_image(dataset, index)[0])  # (3 or 1, H, W)
     scale = THUMBNAIL_PIXELS / max(pixels.shape[1:])
     if scale < 1:
         size = [max(1, round(side * scale)) for side in pixels.shape[1:]]
         pixels = F.interpolate(pixels[None].float(), size=size, mode="bilinear", antialias=True)[0]
         pixels = pixels.round().clamp(0, 255).byte()
-    return pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    pixels = pixels.expand(3, -1, -1)  # (3, H, W)
+    return pixels.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)

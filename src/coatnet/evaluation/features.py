@@ -19,7 +19,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import choose_datasets
+from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.files import atomic_files, translate_write_errors
 from coatnet.system.progress import track
@@ -134,32 +134,34 @@ class Features:
 
 
 def extract_features(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     data: str | Path | Dataset | Splits,
     *,
     split: Literal["validation", "training", "all"] = "all",
     batch_size: int = 64,
     num_workers: int | None = None,
+    device: str | None = None,
 ) -> Features:
     """Extract features: the input of the classifier, (D,) per image.
 
-    Nothing is computed before the result is iterated, gathered, or written with `write_features`. The features are
-    computed on the device of the model.
+    Nothing is computed before the result is iterated, gathered, or written with `write_features`.
 
     Args:
-        bundle: the model.
+        bundle: the model: a bundle, its folder, or its id on the hub.
         data: a dataset, splits, or what `open_dataset` opens; its classes need not be the model's. Without a split of
             its own it is split as it was for the training of the bundle.
         split: which part of data that has splits.
         batch_size: images per batch.
         num_workers: processes that decode. By default, up to 2,000 images are decoded in this process, and more of
             them by one process per core, up to 8.
+        device: as in `evaluate`.
 
     Raises:
-        UserError: there is no such data or split, or batch_size is below 1.
+        UserError: there is no such model, data, split or device, or batch_size is below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    bundle = load_model(bundle, device)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     return Features(bundle, name, split_name, datasets, batch_size, num_workers)
 

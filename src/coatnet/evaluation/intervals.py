@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson for shares, normal for means, bootstrap standard errors for everything else.
+"""95 % confidence intervals: Wilson for fractions, normal for means, bootstrap standard errors for all others.
 
 Wilson: E. B. Wilson, 1927, "Probable inference, the law of succession, and statistical inference".
 """
@@ -14,19 +14,19 @@ _Z = 1.959963984540054  # the 97.5 % point of the standard normal distribution
 
 
 def wilson_interval(successes: int, total: int) -> Interval:
-    """The 95 % interval of a share; unlike the normal one it is sensible at 0, at 1 and for few images."""
+    """The interval of a fraction; unlike the normal one it stays valid at 0, at 1 and for few images."""
     if total == 0:
         return (0.0, 1.0)
-    share = successes / total
+    fraction = successes / total
     spread = _Z**2 / total
-    center = (share + spread / 2) / (1 + spread)
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    # At the ends rounding can put the bound a hair past the share itself.
-    return (max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
+    center = (fraction + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(fraction * (1 - fraction) / total + spread / (4 * total)) / (1 + spread)
+    # At 0 and 1, rounding could put a bound on the wrong side of the fraction.
+    return (max(0.0, min(fraction, center - half)), min(1.0, max(fraction, center + half)))
 
 
 def mean_interval(values: np.ndarray) -> Interval | None:
-    """The 95 % interval of the mean of independent values >= 0, (N,); None for a single value."""
+    """The interval of the mean of independent values >= 0, (N,); None for a single value."""
     if len(values) < 2:
         return None
     mean = float(values.mean())
@@ -37,10 +37,15 @@ def mean_interval(values: np.ndarray) -> Interval | None:
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100
 ) -> Interval | None:
-    """A statistic in 0..1 of `size` images, plus and minus 1.96 bootstrap standard errors; None for size 1.
+    """The interval of a statistic in 0..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
 
-    `statistic` takes how often each image was drawn, shape (size,), integers. Standard errors rather than
-    percentiles: calibration error is biased under resampling, and a percentile interval can miss the value.
+    Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
+    interval may exclude the value itself.
+
+    Args:
+        statistic: computes it from how often each image was drawn, integers (size,).
+        size: number of images.
+        replicates: number of resamples.
     """
     if size < 2:
         return None

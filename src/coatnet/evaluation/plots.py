@@ -1,4 +1,4 @@
-"""The images of a run and of a report: learning curves, confusion, calibration, worst mistakes."""
+"""Plots of a run and of a report: learning curves, confusion matrix, calibration, worst mistakes."""
 
 import json
 import warnings
@@ -33,19 +33,19 @@ _STYLE = {
     "text.parse_math": False,  # a class may be called "$5"
     "text.usetex": False,
 }
-_MOST_LABELS = 40
-_MOST_COUNTS = 16
+_MAX_NAMED_CLASSES = 40  # beside the confusion matrix
+_MAX_COUNTED_CLASSES = 16  # with numbers in its cells
 
 
 @contextmanager
 def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
-    """A matplotlib figure of so many inches, saved to `path` at the end."""
+    """A matplotlib figure, width and height in inches, saved to `path` at the end of the block."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # names in scripts that the font lacks become boxes
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # characters that the font lacks become boxes
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -53,17 +53,19 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
 
 
 def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
-    """Loss and accuracy of a run, from its metrics.jsonl.
+    """Draw the learning curves of a run: loss, and accuracy or mean average precision.
 
-    One JSON object a line, each with `step` and `epoch`: training lines have `loss`, evaluation lines have
-    `nll` and `top1` or `mean_average_precision`. Of a step written twice the last line counts; a torn line
-    is skipped.
+    Args:
+        metrics_path: metrics.jsonl of the run, one JSON object per line with `step` and `epoch`: training lines have
+            `loss`, validation lines `nll` and `top1` or `mean_average_precision`. The last line of a step counts;
+            incomplete lines are skipped.
+        out_png: file to write.
     """
     training = _series(metrics_path, "loss")
     losses = _series(metrics_path, "nll")
-    shares, name = _series(metrics_path, "top1"), "top-1 accuracy"
-    if not len(shares):
-        shares, name = _series(metrics_path, "mean_average_precision"), "mean average precision"
+    values, name = _series(metrics_path, "top1"), "top-1 accuracy"
+    if not len(values):
+        values, name = _series(metrics_path, "mean_average_precision"), "mean average precision"
 
     with _figure(out_png, 9.0, 3.4) as figure:
         left, right = figure.subplots(1, 2)
@@ -76,8 +78,8 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
         if len(training) or len(losses):
             left.legend(frameon=False)
         right.set(title=f"Held-out {name}, %", xlabel="epoch")
-        if len(shares):
-            epochs, percent = shares[:, 0], 100 * shares[:, 1]
+        if len(values):
+            epochs, percent = values[:, 0], 100 * values[:, 1]
             right.plot(epochs, percent, color=_WRONG, linewidth=1.6, marker="o", markersize=3)
             best = int(percent.argmax())
             right.plot(epochs[best], percent[best], "o", color=_WRONG, markersize=7)
@@ -97,20 +99,21 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
 
 
 def _series(metrics_path: str | Path, name: str) -> np.ndarray:
-    """(M, 2): epoch and value of the lines that have the value."""
-    values = {}
+    """Epoch and value of the M lines that have the value, (M, 2)."""
+    by_step = {}
     for line in Path(metrics_path).read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if record.get(name) is not None:
-            values[record["step"]] = record["epoch"], record[name]
-    return np.array([values[step] for step in sorted(values)], dtype=float).reshape(-1, 2)
+            by_step[record["step"]] = record["epoch"], record[name]
+    rows = np.array([by_step[step] for step in sorted(by_step)], dtype=float)
+    return rows.reshape(-1, 2)  # (0, 2) without lines
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred mean over 5 % of the points, narrower at the ends."""
+    """Centered moving average over 5 % of the points, narrower at the ends."""
     reach = max(1, len(values) // 40)
     sums = np.concatenate(([0.0], np.cumsum(values)))
     first = np.maximum(np.arange(len(values)) - reach, 0)
@@ -119,49 +122,52 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], out_png: str | Path) -> None:
-    """Shares of each true class: right answers in blue, mistakes in orange on their own, finer scale.
+    """Draw a confusion matrix, as fractions of each true class: right in blue, wrong in orange on a finer scale.
 
-    `matrix[i, j]` counts images of class i taken for class j, (K, K). Names up to 40 classes, counts to 16.
+    Args:
+        matrix: `matrix[i, j]` is the number of images of class i predicted as class j, (K, K).
+        classes: K names, shown up to 40 classes; numbers are shown up to 16.
+        out_png: file to write.
     """
     from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 
     size = len(classes)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(size, dtype=bool)
-    worst = max(float(shares[~diagonal].max(initial=0.0)), 1e-9)
+    worst = max(float(fractions[~diagonal].max(initial=0.0)), 1e-9)
     blues = LinearSegmentedColormap.from_list("right", ["#eef4fd", _RIGHT])
     oranges = LinearSegmentedColormap.from_list("wrong", ["#ffffff", "#fbc9a5", _WRONG])
     # Few mistakes among many classes would vanish on a linear scale.
-    scale = PowerNorm(0.5, 0, worst) if size > _MOST_COUNTS else Normalize(0, worst)
-    colors = np.where(diagonal[..., None], blues(shares), oranges(scale(shares)))
+    scale = PowerNorm(0.5, 0, worst) if size > _MAX_COUNTED_CLASSES else Normalize(0, worst)
+    colors = np.where(diagonal[..., None], blues(fractions), oranges(scale(fractions)))
 
     side = float(np.clip(2.2 + 0.5 * size, 4.2, 9.0))
     with _figure(out_png, side, side) as figure:
         axes = figure.add_subplot(title="What is taken for what", xlabel="predicted", ylabel="truth")
         axes.imshow(colors, interpolation="nearest")
         axes.tick_params(length=0)
-        if size > _MOST_LABELS:
+        if size > _MAX_NAMED_CLASSES:
             axes.spines[:].set_visible(True)
             axes.set(xticks=[], yticks=[], ylabel=f"truth ({size:,} classes)")
             return
         axes.spines[:].set_visible(False)
         names = [_short(name) for name in classes]
-        font = 10 if size <= _MOST_COUNTS else 7
+        font = 10 if size <= _MAX_COUNTED_CLASSES else 7
         axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
         axes.set_xticks(np.arange(-0.5, size), minor=True)
         axes.set_yticks(np.arange(-0.5, size), minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5 if size <= _MOST_COUNTS else 0.5)
+        axes.grid(which="minor", color="white", linewidth=1.5 if size <= _MAX_COUNTED_CLASSES else 0.5)
         axes.tick_params(which="minor", length=0)
-        if size <= _MOST_COUNTS:
+        if size <= _MAX_COUNTED_CLASSES:
             for (row, column), count in np.ndenumerate(matrix):
-                dark = shares[row, column] > 0.6 if row == column else shares[row, column] > 0.7 * worst
+                dark = fractions[row, column] > 0.6 if row == column else fractions[row, column] > 0.7 * worst
                 color = "white" if dark else _INK if count else "#d0d7de"
                 axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8.5)
 
 
 def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake], out_png: str | Path) -> None:
-    """A grid of images, uint8 (H, W, 3), numbered as in the report: truth in blue, answer in orange."""
+    """Draw a grid of images, uint8 (H, W, 3), numbered as in the report: true class in blue, predicted in orange."""
     columns = min(6, len(thumbnails))
     rows = -(-len(thumbnails) // columns)
     with _figure(out_png, 1.6 * max(columns, 3), 2.05 * rows) as figure:
@@ -169,7 +175,7 @@ def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake],
             axes = figure.add_subplot(rows, columns, number)
             height, width = image.shape[:2]
             side = max(height, width)
-            # Small images keep their pixels, larger ones are shrunk smoothly; every cell is square.
+            # Pixels of small images stay visible, larger images are smoothed; every cell is square.
             axes.imshow(image, interpolation="nearest" if side <= 64 else "antialiased")
             axes.set_xlim((width - side) / 2 - 0.5, (width + side) / 2 - 0.5)
             axes.set_ylim((height + side) / 2 - 0.5, (height - side) / 2 - 0.5)
@@ -182,7 +188,7 @@ def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake],
 
 
 def draw_calibration(bins: Sequence[CalibrationBin], out_png: str | Path) -> None:
-    """Above, accuracy at each level of probability against the diagonal; below, how many predictions."""
+    """Draw a reliability diagram: above, accuracy by probability against the diagonal; below, number of predictions."""
     filled = [row for row in bins if row.count]
     width = bins[0].high - bins[0].low
     middles = [row.low + width / 2 for row in filled]
@@ -205,6 +211,6 @@ def draw_calibration(bins: Sequence[CalibrationBin], out_png: str | Path) -> Non
 
 
 def _short(name: str, length: int = 18) -> str:
-    """One line that a font can draw; what is not Unicode is escaped."""
+    """Shorten a name to one line; what is not Unicode is escaped."""
     line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= length else line[: length - 1] + "…"

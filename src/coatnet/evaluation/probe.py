@@ -1,7 +1,7 @@
-"""How much frozen features tell: a linear probe and k nearest neighbours, learned on training, measured on validation.
+"""Quality of frozen features: a linear probe and k-NN, fitted on the training split, measured on the validation split.
 
-Neighbours vote as in DINO (Caron et al., 2021, arXiv:2104.14294). Shapes: N training images, M others,
-D features, K classes; labels (N,), or (N, K) of 0 and 1 where an image has several.
+Neighbors vote as in DINO (Caron et al., 2021, arXiv:2104.14294, section 4.1). Shapes: N training images, M validation
+images, D features, K classes; labels (N,), or (N, K) of 0 and 1 for multi-label.
 """
 
 from collections.abc import Mapping
@@ -16,27 +16,40 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import choose_datasets
+from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import FIGURES, Metrics
 from coatnet.system.progress import track
 
-TEMPERATURE = 0.07
-# chosen: from next to nothing to a tenth of the mean loss, on standardised features; strongest first.
+TEMPERATURE = 0.07  # of the votes of neighbors; as in DINO
+# chosen: from almost nothing to a tenth of the mean loss, on standardized features; strongest first.
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-HELD_OUT = 0.1
-MOST_ITERATIONS = 1000
-ROWS_AT_ONCE = 16_384  # chosen: their logits of 1,000 classes are 128 MB
-NUMBERS_AT_ONCE = 2**25  # chosen: similarities and votes of 128 MB, or 256 MB where labels are counted
+HELD_OUT_FRACTION = 0.1  # of the training images, to choose the L2 strength
+MAX_ITERATIONS = 1000
+LOGIT_ROWS_PER_STEP = 16_384  # chosen: their logits of 1,000 classes are 128 MB
+KNN_NUMBERS_PER_STEP = 2**25  # chosen: similarities and votes of 128 MB, or 256 MB where labels are counted
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Two figures of frozen features as fractions, each with its 95 % interval on `n` images.
+    """What `probe` returns: two figures as fractions, with their 95 % intervals.
 
-    `figure` is "top1", or "mean_average_precision" where an image has several labels. `l2` is the strength that was
-    chosen on a held-out tenth of the training images.
+    Attributes:
+        data: name of the data.
+        resolution: of the input, in pixels.
+        num_features: D.
+        num_classes: K.
+        num_training: number of training images, N.
+        n: number of validation images, M.
+        figure: "top1", or "mean_average_precision" for multi-label.
+        linear: the figure of the linear probe.
+        linear_interval: its interval.
+        l2: L2 strength of the linear probe, chosen on a held-out tenth of the training images.
+        knn: the figure of k-NN.
+        knn_interval: its interval.
+        k: number of neighbors.
+        bad_images: why each unreadable image was left out, by its name.
     """
 
     data: str
@@ -55,7 +68,7 @@ class ProbeReport:
     bad_images: Mapping[str, str]
 
     def to_text(self) -> str:
-        """A few lines for people."""
+        """The report in a few lines of text."""
         title = FIGURES[self.figure].title
         lines = [
             f"linear probe: {title} {_percent(self.linear, self.linear_interval)} (L2 {self.l2:g})",
@@ -67,53 +80,64 @@ class ProbeReport:
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
-        """The same as numbers for a program."""
+        """All fields as indented JSON."""
         return readable_json(asdict(self))
 
 
 def probe(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     data: str | Path | Splits,
     *,
     k: int = 20,
     batch_size: int = 64,
     num_workers: int | None = None,
+    device: str | None = None,
 ) -> ProbeReport:
-    """Both figures for the classes of the data, which need not be the model's; the same every time.
+    """Measure how well the frozen features of a model separate classes, with a linear probe and with k-NN.
 
-    Holds the features in memory three times. Several labels an image: one logistic regression a class, and mean
-    average precision.
+    The classes of the data need not be the model's. The result is deterministic. For multi-label the probe is one
+    logistic regression per class, and the figure is mean average precision. Memory holds the features three times.
+
+    Args:
+        bundle: the model: a bundle, its folder, or its id on the hub.
+        data: splits, or what `open_dataset` opens, with a training and a validation split.
+        k: number of nearest neighbors.
+        batch_size: images per batch.
+        num_workers: processes that decode, as in `extract_features`.
+        device: as in `evaluate`.
 
     Raises:
-        UserError: a split is missing or empty, fewer than two classes can be learned, or k is not in 1..N.
+        UserError: there is no such model, data or device, a split is missing or empty, fewer than two classes have
+            training images, or k is not in 1..N.
     """
+    bundle = load_model(bundle, device)
     name, datasets, _ = choose_datasets(data, "all", bundle)
     if len(datasets) != 2:
-        raise UserError(f"{name} is one dataset; a probe learns from one split and is measured on another")
+        raise UserError(f"{name} is one dataset; a probe is fitted on one split and measured on another")
     splits, num_classes = Splits(name, datasets[0], datasets[1]), len(datasets[0].classes)
-    # Before the features are computed, and again without the images that cannot be read.
+    # Checked before the features are computed, and again without the unreadable images.
     _check(name, torch.from_numpy(splits.training.labels), num_classes, k)
     training, validation = (
         extract_features(bundle, splits, split=split, batch_size=batch_size, num_workers=num_workers)
         for split in ("training", "validation")
     )
-    others, truth, _ = validation.gather()
+    validation_features, validation_labels, _ = validation.gather()
     features, labels, _ = training.gather()
     _check(name, labels, num_classes, k)
-    device = next(bundle.model.parameters()).device
-    features, labels, others = features.to(device), labels.to(device), others.to(device)
+    where = next(bundle.model.parameters()).device
+    features, labels, validation_features = features.to(where), labels.to(where), validation_features.to(where)
 
     figure = _figure(labels)
-    knn = _judge(knn_scores(features, labels, others, num_classes, k=k), truth)
-    scores, l2 = linear_scores(features, labels, others, num_classes)
-    linear = _judge(scores, truth)
+    knn = _metrics(knn_scores(features, labels, validation_features, num_classes, k=k), validation_labels)
+    scores, l2 = linear_scores(features, labels, validation_features, num_classes)
+    linear = _metrics(scores, validation_labels)
     return ProbeReport(
         data=name,
         resolution=bundle.preprocessing.resolution,
         num_features=training.num_features,
         num_classes=num_classes,
         num_training=len(features),
-        n=len(others),
+        n=len(validation_features),
         figure=figure,
         linear=linear.compute()[figure],
         linear_interval=linear.intervals()[figure],
@@ -126,49 +150,68 @@ def probe(
 
 
 def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes: int) -> tuple[Tensor, float]:
-    """Logits (M, K) of the logistic regression on features (N, D), and the L2 strength it was given.
+    """Fit a logistic regression to standardized features and compute the logits of others.
 
-    The strength is the strongest of those that do best on a held-out tenth of the features; then all are used.
+    The L2 strength is the one with the best figure on a held-out tenth of the features, the strongest of equals; the
+    regression is then fitted to all features.
+
+    Args:
+        features: (N, D).
+        labels: (N,) or (N, K).
+        others: features to be classified, (M, D).
+        num_classes: K.
+
+    Returns:
+        Logits (M, K), and the L2 strength.
 
     Raises:
         UserError: no class has two images, so none can be held out.
     """
     spread, mean = torch.std_mean(features, dim=0, correction=0)
-    # A feature that does not vary is left as it is: dividing would blow up its rounding errors.
+    # A constant feature is not scaled: that would amplify its rounding errors.
     spread = torch.where(spread > 1e-5 * mean.abs(), spread, 1.0)
     features, others = (features - mean) / spread, (others - mean) / spread
 
     held_out = _hold_out(labels)
-    known, known_labels, figures = features[~held_out], labels[~held_out], {}
+    fitted, fitted_labels, figures = features[~held_out], labels[~held_out], {}
     for l2 in track(L2_STRENGTHS, "linear probe", len(L2_STRENGTHS)):
-        weight, bias = fit_logistic(known, known_labels, num_classes, l2=l2)
+        weight, bias = fit_logistic(fitted, fitted_labels, num_classes, l2=l2)
         scores = F.linear(features[held_out], weight, bias)
-        figures[l2] = _judge(scores, labels[held_out]).compute()[_figure(labels)]
-    best = max(figures, key=lambda l2: figures[l2])  # the first, so the strongest, of equals
+        figures[l2] = _metrics(scores, labels[held_out]).compute()[_figure(labels)]
+    best = max(figures, key=lambda l2: figures[l2])  # of equals the first, which is the strongest
     weight, bias = fit_logistic(features, labels, num_classes, l2=best)
     return F.linear(others, weight, bias), best
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, *, l2: float) -> tuple[Tensor, Tensor]:
-    """Weights W (K, D) and biases (K,) that minimise mean loss + l2 / 2 |W|^2, by L-BFGS over all images at once.
+    """Fit a logistic regression by L-BFGS, full batch: minimize mean loss + l2 / 2 |W|^2.
 
-    The loss of an image is the cross-entropy, or the binary ones of the K classes added up if labels are (N, K).
+    The loss of an image is the cross-entropy; for labels (N, K) the sum of the binary cross-entropies of the classes.
+
+    Args:
+        features: (N, D).
+        labels: (N,) or (N, K).
+        num_classes: K.
+        l2: strength of the penalty.
+
+    Returns:
+        Weights (K, D) and biases (K,).
     """
-    # Double precision outside of the products: the line search compares losses that differ in their last digits.
+    # Double precision except in the matrix products: the line search compares losses that differ in their last digits.
     weight, bias = (
         torch.zeros(*shape, dtype=torch.float64, device=features.device, requires_grad=True)
         for shape in ((num_classes, features.shape[1]), (num_classes,))
     )
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MOST_ITERATIONS, tolerance_grad=1e-6, history_size=20, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:
         optimizer.zero_grad()
         value = l2 / 2 * weight.square().sum()
         value.backward()
-        for first in range(0, len(features), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
+        for first in range(0, len(features), LOGIT_ROWS_PER_STEP):
+            rows = slice(first, first + LOGIT_ROWS_PER_STEP)
             logits = F.linear(features[rows], weight.float(), bias.float()).double()
             part = _loss(logits, labels[rows]) / len(features)
             part.backward()
@@ -180,13 +223,21 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, *, l2: floa
 
 
 def knn_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes: int, *, k: int) -> Tensor:
-    """Votes (M, K), from 0 to 1, of the k nearest of the features (N, D) by cosine similarity.
+    """Classify by the k nearest neighbors in cosine similarity, whose votes weigh exp(similarity / 0.07).
 
-    A vote weighs exp(similarity / 0.07); an image of several labels votes for each of them.
+    Args:
+        features: of the neighbors, (N, D).
+        labels: of the neighbors, (N,) or (N, K); a multi-label neighbor votes for each of its labels.
+        others: features to be classified, (M, D).
+        num_classes: K.
+        k: number of neighbors.
+
+    Returns:
+        Votes (M, K), from 0 to 1.
     """
     features = F.normalize(features, dim=1)
     votes = []
-    rows = max(1, NUMBERS_AT_ONCE // (len(features) + k * num_classes))
+    rows = max(1, KNN_NUMBERS_PER_STEP // (len(features) + k * num_classes))
     for part in F.normalize(others, dim=1).split(rows):
         similarity, nearest = (part @ features.T).topk(k, dim=1)  # (B, k)
         weights = (similarity / TEMPERATURE).softmax(dim=1)
@@ -202,7 +253,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check(name: str, labels: Tensor, num_classes: int, k: int) -> None:
-    """Raises UserError if training images of these labels do not make a probe."""
+    """Raise UserError if a probe cannot be fitted to these labels."""
     num_found = len(labels.unique() if labels.ndim == 1 else labels.any(dim=0).nonzero())
     if num_found < 2:
         raise UserError(f"{name}: {num_found} of {num_classes} classes with training images; a probe needs two")
@@ -211,9 +262,9 @@ def _check(name: str, labels: Tensor, num_classes: int, k: int) -> None:
 
 
 def _hold_out(labels: Tensor) -> Tensor:
-    """Marks (N,) a tenth of the images, class by class, the same whatever the machine and the names of files."""
+    """A mask (N,) of a tenth of each class, the same on every machine and for all names of files."""
     rows = [f"probe[{row}]" for row in range(len(labels))]
-    held_out = torch.from_numpy(choose_validation(rows, labels.cpu().numpy(), HELD_OUT))
+    held_out = torch.from_numpy(choose_validation(rows, labels.cpu().numpy(), HELD_OUT_FRACTION))
     if not held_out.any():
         raise UserError("no class has two training images, so none can be held out to choose the L2 strength")
     return held_out.to(labels.device)
@@ -223,8 +274,8 @@ def _figure(labels: Tensor) -> str:
     return "top1" if labels.ndim == 1 else "mean_average_precision"
 
 
-def _judge(scores: Tensor, labels: Tensor) -> Metrics:
-    """Counts scores (M, K), of which only the order matters here."""
+def _metrics(scores: Tensor, labels: Tensor) -> Metrics:
+    """Metrics of scores (M, K), of which only the order is used here."""
     metrics = Metrics(scores.shape[1], multilabel=labels.ndim == 2)
     metrics.update(scores, labels)
     return metrics

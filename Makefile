@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(COATNET) train scratch --data fashion-mnist-small --model coatnet-femto-64 --out $(DEMO) --max_minutes 3.8
+	@$(COATNET) train fashion-mnist --data fashion-mnist-small --model coatnet-femto-64 --out $(DEMO) --max_minutes 3.8
 	@echo
 	@$(COATNET) evaluate $(DEMO)/bundle --data fashion-mnist-small
 	@echo

@@ -3,6 +3,7 @@
 - `{public-names} coatnet.data`: the documentation of every name in the folder's `__all__`.
 - `{command-help}`: what each command's `--help` prints.
 - `{source-tree}`: every file of the package with its first line.
+- `{train-options}`: every value of a training configuration, with its meaning, unit and default.
 - `{may-change-on-resume}`: the options that may differ when a run is resumed.
 """
 
@@ -96,11 +97,33 @@ class SourceTree(Generated):
         return lines
 
 
+class TrainOptions(Generated):
+    """A table of the fields of a configuration for each of its sections: meaning, unit, default."""
+
+    def markdown(self) -> list[str]:
+        from coatnet.cli.train import describe_option
+        from coatnet.system.validated import fields_of
+        from coatnet.training.config import MAY_CHANGE, SECTIONS, TrainingConfig, options
+
+        fields = options()
+        sections = {"": "What is trained, on what, and for how long."}
+        sections |= {name: fields_of(TrainingConfig)[name].description for name in SECTIONS}
+        lines = []
+        for section, meaning in sections.items():
+            lines += [f"## `{section}`" if section else "## The run", "", meaning, ""]
+            lines += ["| name | meaning, unit and default | resuming |", "|---|---|---|"]
+            for name in (name for name in fields if name.rpartition(".")[0] == section):
+                text = describe_option(fields[name]).replace("|", "\\|")
+                lines.append(f"| `{name}` | {text} | {'may change' if name in MAY_CHANGE else ''} |")
+            lines.append("")
+        return lines
+
+
 class MayChangeOnResume(Generated):
     """The names in `MAY_CHANGE`, as a list."""
 
     def markdown(self) -> list[str]:
-        from coatnet.training.run_folder import MAY_CHANGE
+        from coatnet.training.config import MAY_CHANGE
 
         return [f"- `{name}`" for name in MAY_CHANGE]
 
@@ -130,6 +153,7 @@ def plain_to_restructured(app: Sphinx, what: str, name: str, found: object, opti
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("train-options", TrainOptions)
     app.add_directive("source-tree", SourceTree)
     app.add_directive("may-change-on-resume", MayChangeOnResume)
     app.connect("autodoc-process-docstring", plain_to_restructured, priority=400)  # before napoleon, at 500

@@ -39,7 +39,7 @@ commands:
 {commands}
 
 examples:
-  coatnet train --data fashion-mnist-small --out runs/clothes    # images that come with the package
+  coatnet train fashion-mnist --data fashion-mnist-small --out runs/clothes    # images of the package
   coatnet train --data path/to/folder --out runs/mine            # yours: one folder of images for each class
   coatnet predict runs/mine some/image.jpg                       # BUNDLE is RUN/bundle, or RUN itself
 

@@ -22,6 +22,7 @@ PUBLIC = [
     "Recipe",
     "Report",
     "UserError",
+    "complexity",
     "create_model",
     "evaluate",
     "extract_features",

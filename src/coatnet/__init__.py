@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from coatnet.inference.predictor import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
     from coatnet.model.compat import from_coatnet_pytorch as from_coatnet_pytorch
+    from coatnet.model.complexity import complexity as complexity
     from coatnet.model.freeze import freeze as freeze
     from coatnet.model.network import create_model as create_model
     from coatnet.model.registry import find_variant as find_variant
@@ -41,6 +42,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Recipe": "coatnet.training.config",
         "Report": "coatnet.evaluation.report",
         "UserError": "coatnet.errors",
+        "complexity": "coatnet.model.complexity",
         "create_model": "coatnet.model.network",
         "evaluate": "coatnet.evaluation.evaluate",
         "extract_features": "coatnet.evaluation.features",

@@ -3,14 +3,14 @@
     python benchmarks/plan_memory.py
     torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # in shards (FSDP2)
 
-Real: the second step of a learner on random images, on the CPU. Its split is counted by storages. The allocator's
-figure is what it had given out at most, from the making of the learner to the end of that step.
+Real: the second step of a trainer on random images, on the CPU. Its split is counted by storages. The allocator's
+figure is what it had given out at most, from the making of the trainer to the end of that step.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from rich.console import Console
@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from coatnet.data.datasets import ArrayDataset
+from coatnet.data.mixing import Mixing
+from coatnet.data.splits import Splits
 from coatnet.planning.memory import Memory, simulate_step
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import DataFacts, choose
-from coatnet.training.distributed.processes import Processes, joined
-from coatnet.training.learner import Learner
+from coatnet.training.distributed.processes import Processes, distributed_processes
+from coatnet.training.run_folder import RunFolder
+from coatnet.training.trainer import Trainer
 
 NUM_CLASSES = 10
 
@@ -47,7 +50,7 @@ def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -
     """A configuration with all that memory depends on."""
     given = {"model": model, "resolution": resolution, "batch_size": batch_size, "micro_batch_size": batch_size}
     given |= {"precision": "fp32", "ema_decay": 0.99, "stochastic_depth": 0.1, "parallelism": "fsdp", "channels": 3}
-    given |= {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "mixing": {"label_smoothing": 0.0}}
+    given |= {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "mixing": asdict(Mixing())}
     facts = DataFacts(batch_size, side=resolution, shorter_side=resolution, largest_side=resolution)
     return choose(Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes}), facts)
 
@@ -64,12 +67,12 @@ def compare(recipes: Sequence[TrainingConfig], num_processes: int = 1) -> list[C
     """The plan of a step of one of the processes, and two real ones of this process among them."""
     # Before the processes meet: the plan's are of a group that does not exist, and torch has one group at a time.
     imagined = Processes(world_size=num_processes, local_world_size=num_processes)
-    shares = [(recipe.batch_size or 0) // num_processes for recipe in recipes]
+    shares = [recipe.batch_size // num_processes for recipe in recipes]
     planned = [
         simulate_step(recipe, num_classes=NUM_CLASSES, images_per_gpu=share, processes=imagined, on_gpu=False).memory
         for recipe, share in zip(recipes, shares, strict=True)
     ]
-    with joined() as processes:
+    with distributed_processes() as processes:
         return [
             Comparison(plan, counted(recipe, processes), allocated(recipe, processes))
             for recipe, plan in zip(recipes, planned, strict=True)
@@ -78,29 +81,29 @@ def compare(recipes: Sequence[TrainingConfig], num_processes: int = 1) -> list[C
 
 def counted(recipe: TrainingConfig, processes: Processes) -> Memory:
     """What is alive at the peak of a real step, by kind."""
-    learner, images, labels = beginning(recipe, processes)
-    learner.step(images, labels, step=0, learning_rate=1e-3)
+    trainer, images, labels = beginning(recipe, processes)
+    trainer.step(images, labels)
     memory = MemoryTracker()
     with memory:
-        memory.label("average", learner.average.tensors().values())
-        memory.label("parameters", learner.model.state_dict().values())
-        for state in learner.optimizer.state.values():
+        memory.label("average", trainer.average.tensors().values())
+        memory.label("parameters", trainer.model.state_dict().values())
+        for state in trainer.optimizer.state.values():
             memory.label("optimizer", state.values())
         # Before the first pass the rest is the batch, before the second one the gradients of the first.
         rest = iter(("activations", "gradients"))
-        learner.model.register_forward_pre_hook(lambda *_: memory.label_rest(next(rest, "gradients")))
-        for parameter in learner.model.parameters():
+        trainer.model.register_forward_pre_hook(lambda *_: memory.label_rest(next(rest, "gradients")))
+        for parameter in trainer.model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda each: memory.label("gradients", [each.grad]))
-        learner.step(images, labels, step=1, learning_rate=1e-3)
+        trainer.step(images, labels)
     return Memory(**memory.at_peak())
 
 
 def allocated(recipe: TrainingConfig, processes: Processes) -> int:
-    """What the allocator of the CPU has given out at most, from the making of a learner to its second step."""
+    """What the allocator of the CPU has given out at most, from the making of a trainer to its second step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        learner, images, labels = beginning(recipe, processes)
-        for step in range(2):
-            learner.step(images, labels, step=step, learning_rate=1e-3)
+        trainer, images, labels = beginning(recipe, processes)
+        for _ in range(2):
+            trainer.step(images, labels)
     events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
     current = peak = 0
     for event in sorted(events, key=lambda each: each.start_ns()):
@@ -109,15 +112,17 @@ def allocated(recipe: TrainingConfig, processes: Processes) -> int:
     return peak
 
 
-def beginning(recipe: TrainingConfig, processes: Processes) -> tuple[Learner, Tensor, Tensor]:
-    """A learner, and the pixels and labels of its share of a batch."""
+def beginning(recipe: TrainingConfig, processes: Processes) -> tuple[Trainer, Tensor, Tensor]:
+    """A trainer, and the pixels and labels of its share of a batch."""
     side, number = recipe.resolution, recipe.batch_size
+    # Of the data set only the labels count; its pixels would be memory that a training of files does not hold.
     labels = torch.arange(number).remainder(NUM_CLASSES)
-    pixels = torch.zeros(number, side, side, 3, dtype=torch.uint8)
+    pixels = torch.zeros(number, 1, 1, 3, dtype=torch.uint8)
     dataset = ArrayDataset("pixels", [f"class {k}" for k in range(NUM_CLASSES)], pixels.numpy(), labels.numpy())
     share = number // processes.world_size
     images = torch.randn(share, 3, side, side).contiguous(memory_format=torch.channels_last)
-    return Learner(recipe, dataset, None, processes), images, labels[:share]
+    splits, folder = Splits("pixels", dataset, dataset), RunFolder("benchmark", Recipe(data="digits"))  # never written
+    return Trainer(recipe, splits, folder, processes=processes), images, labels[:share]
 
 
 def show(recipe: TrainingConfig, found: Comparison, console: Console) -> None:

@@ -28,24 +28,26 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
 
     from coatnet import Recipe, open_dataset
     from coatnet.training.defaults import resolve
-    from coatnet.training.distributed.processes import joined
-    from coatnet.training.learner import Learner
+    from coatnet.training.distributed.processes import distributed_processes
+    from coatnet.training.run_folder import RunFolder
+    from coatnet.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with joined() as processes:
+    with distributed_processes() as processes:
         splits = open_dataset("fashion-mnist-small")
         recipe = Recipe(
             data="fashion-mnist-small", model=model, batch_size=batch_size, parallelism=parallelism, ema_decay=0.99
         )
-        recipe = resolve(recipe, splits)
-        learner = Learner(recipe, splits.training, None, processes)
-        share, side, channels = len(learner.share.places), recipe.resolution, recipe.channels
+        config = resolve(recipe, splits)
+        # The folder is never written.
+        trainer = Trainer(config, splits, RunFolder("benchmark", recipe), processes=processes)
+        share, side, channels = len(trainer.share.positions), config.resolution, config.channels
         images, labels = torch.randn(share, channels, side, side), torch.arange(share) % 10
         for step in range(WARMING + num_steps):
             if step == WARMING:
                 processes.sum([0.0])
                 began = time.perf_counter()
-            learner.step(images, labels, step=step, learning_rate=1e-4)
+            trainer.step(images, labels)
         processes.sum([0.0])
         return num_steps * batch_size / (time.perf_counter() - began) if processes.is_main else None
 

@@ -25,7 +25,7 @@ from coatnet.cli.main import main
 from coatnet.evaluation.metrics import Metrics
 from coatnet.model.network import CoAtNet
 from coatnet.training import async_checkpoint
-from coatnet.training.learner import Learner
+from coatnet.training.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", "0"))
 FIRST_LIFE = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -124,14 +124,14 @@ def around(owner: object, name: str, moment: str, plan: Plan) -> None:
 
 def follow(plan: Plan) -> None:
     """Have the plan know every moment of every step."""
-    original = Learner.step
+    original = Trainer.step
 
-    def step(self, images, labels, *, step, learning_rate):
-        plan.step, plan.images = step + 1, images
+    def step(self, images, labels):
+        plan.step, plan.images = self.state.step + 1, images
         plan.reach("step")
-        return original(self, images, labels, step=step, learning_rate=learning_rate)
+        return original(self, images, labels)
 
-    Learner.step = step
+    Trainer.step = step
     around(CoAtNet, "forward_features", "forward", plan)
     around(torch.Tensor, "backward", "backward", plan)
     around(Metrics, "update", "evaluation", plan)

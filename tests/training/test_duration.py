@@ -2,12 +2,12 @@
 
 import pytest
 
-from coatnet.training.duration import Plan
+from coatnet.training.duration import Duration
 
 
 def plan(limit_seconds=None, **changes):
-    values = {"recipe_steps": 10_000, "evaluate_steps": 100, "final_images": 1_000, "batch_size": 100}
-    return Plan(limit_seconds=limit_seconds, **{**values, **changes})
+    values = {"recipe_steps": 10_000, "evaluate_steps": 100, "num_validation_images": 1_000, "batch_size": 100}
+    return Duration(limit_seconds=limit_seconds, **{**values, **changes})
 
 
 def run(plan, seconds_a_step, seconds_an_evaluation=0.0, slow_start=0.0):
@@ -16,10 +16,10 @@ def run(plan, seconds_a_step, seconds_an_evaluation=0.0, slow_start=0.0):
     plan.update(step, seconds)
     while step < plan.total_steps:
         step, seconds = step + 1, seconds + seconds_a_step
-        plan.timed(seconds_a_step)
+        plan.add_step(seconds_a_step)
         if plan.evaluation_due(step, seconds):
             seconds += seconds_an_evaluation
-            plan.evaluated(seconds, seconds_an_evaluation)
+            plan.add_evaluation(seconds, seconds_an_evaluation)
         plan.update(step, seconds)
     return step, seconds
 
@@ -43,7 +43,7 @@ def test_the_plan_settles_early_so_that_the_learning_rate_can_follow():
     planned = plan(600.0)
     totals = []
     for step in range(1, 200):
-        planned.timed(0.5)
+        planned.add_step(0.5)
         planned.update(step, step * 0.5)
         totals.append(planned.total_steps)
     assert max(totals[20:]) - min(totals[20:]) < 0.05 * min(totals[20:])
@@ -63,23 +63,23 @@ def test_evaluations_come_at_their_steps_but_not_at_the_end():
 @pytest.mark.parametrize("slow", [[30.0], [3.0, 3.0, 3.0], [20.0, 0.1, 20.0]])
 def test_slow_steps_at_the_start_do_not_end_the_run(slow):
     """The final evaluation is then guessed from a few of them; the guess may take half of the time, no more."""
-    planned, seconds = plan(120.0, final_images=2_000), 0.0
+    planned, seconds = plan(120.0, num_validation_images=2_000), 0.0
     durations = iter([0.1] * 10 + slow)  # after ten that are not timed
     step = 0
     while step < planned.total_steps:
         took = next(durations, 0.1)
         step, seconds = step + 1, seconds + took
-        planned.timed(took)
+        planned.add_step(took)
         planned.update(step, seconds)
     assert 100 < seconds < 120 - 8
 
 
 def test_steps_that_wait_for_their_workers_by_turns_are_foreseen():
-    planned, seconds = plan(600.0, final_images=0), 0.0
+    planned, seconds = plan(600.0, num_validation_images=0), 0.0
     for step in range(200):
         took = 1.0 if step % 4 == 0 else 0.2
         seconds += took
-        planned.timed(took)
+        planned.add_step(took)
         planned.update(step + 1, seconds)
     assert planned.total_steps == pytest.approx((600 - 8) / 0.4, rel=0.02)
 
@@ -90,7 +90,7 @@ def test_a_limit_shorter_than_the_reserve_still_trains():
 
 def test_a_resumed_run_knows_its_speed_at_once():
     planned = plan(600.0)
-    planned.resumed(step=1_000, seconds=500.0)
+    planned.resume(step=1_000, seconds=500.0)
     planned.update(1_000, 505.0)
     assert planned.total_steps == pytest.approx(1_000 + (95 - 8) / 0.5, rel=0.05)
     assert not planned.evaluation_due(1_000, 505.0)
@@ -100,10 +100,10 @@ def test_the_time_left_is_what_the_run_then_takes():
     planned, seconds, guessed = plan(recipe_steps=1000), 0.0, {}
     for step in range(1, 1001):
         seconds += 0.5
-        planned.timed(0.5)
+        planned.add_step(0.5)
         if planned.evaluation_due(step, seconds):
             seconds += 20.0
-            planned.evaluated(seconds, 20.0)
+            planned.add_evaluation(seconds, 20.0)
         guessed[step] = seconds, planned.seconds_left(step, seconds)
     whole = seconds + 8 + 1.5 * 20
     assert guessed[5][1] is None  # still warming
@@ -115,6 +115,6 @@ def test_the_time_left_is_what_the_run_then_takes():
 def test_with_a_limit_no_more_time_is_left_than_it_leaves():
     planned = plan(60.0)
     for _ in range(20):
-        planned.timed(1.0)
+        planned.add_step(1.0)
     assert planned.seconds_left(20, 20.0) == 40.0
     assert planned.seconds_left(20, 61.0) == 0.0

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.training.trainers import trainer_for
 
 import coatnet
 from coatnet.bundle import Bundle
@@ -25,7 +26,6 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
-from coatnet.training.learner import Learner
 from coatnet.training.optimizer import Optimization, parameter_groups
 from coatnet.training.recipes import named
 from coatnet.training.trainer import train
@@ -79,11 +79,6 @@ def finetune(init, **changes):
     return named("finetune", BRIEF | {"init": str(init)} | changes)
 
 
-def fitted_learner(recipe, init, splits=None):
-    splits = splits or coatnet.open_dataset(recipe.data)
-    return Learner(resolve(recipe, splits, init), splits.training, init)
-
-
 def splits_of(images, classes=DIGITS, name="pictures", *, multilabel=False):
     labels = np.arange(len(images)) % len(classes)
     labels = np.eye(len(classes), dtype=np.uint8)[labels] if multilabel else labels
@@ -112,18 +107,18 @@ def bits(tensors):
 )
 def test_the_classifier_is_kept_for_the_same_classes_in_the_same_order_alone(classes, kept, told):
     start = learned(classes)
-    learner = fitted_learner(finetune("digits/bundle"), start)
-    assert learner.describe().startswith(f"coatnet-femto-16 from digits/bundle{told}, ")
-    before, after = start.model.state_dict(), learner.model.state_dict()
+    trainer = trainer_for(finetune("digits/bundle"), init=start)
+    assert trainer.describe().startswith(f"coatnet-femto-16 from digits/bundle{told}, ")
+    before, after = start.model.state_dict(), trainer.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == (set() if kept else {"head.classifier.weight"} | ({"head.classifier.bias"} & changed))
-    assert learner.model.get_classifier().out_features == 10
+    assert trainer.model.get_classifier().out_features == 10
 
 
 def test_the_average_starts_from_the_weights_of_the_bundle():
     start = learned(DIGITS)
-    learner = fitted_learner(finetune("digits/bundle"), start)
-    assert bits(learner.average.model.state_dict()) == bits(start.model.state_dict())
+    trainer = trainer_for(finetune("digits/bundle"), init=start)
+    assert bits(trainer.average.model.state_dict()) == bits(start.model.state_dict())
 
 
 def test_the_preprocessing_is_the_bundles_unless_the_recipe_gives_one():
@@ -150,8 +145,8 @@ def test_small_grey_images_are_enlarged_and_shifted_for_a_color_model_of_224_pix
     start = learned(variant="coatnet-femto", resolution=224, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     splits = splits_of(noise(40, 28, 28))
     recipe = finetune("x", data="fashion-mnist-small", batch_size=2, **asked)
-    learner = fitted_learner(recipe, start, splits)
-    config = learner.recipe
+    trainer = trainer_for(recipe, splits, start)
+    config = trainer.config
     augmentation, mixing, preprocessing = config.augmentation, config.mixing, config.preprocessing
     assert preprocessing == start.preprocessing
     assert (augmentation.placement, augmentation.shift) == ("shift", 8)  # 1 of 28 pixels, enlarged
@@ -159,7 +154,7 @@ def test_small_grey_images_are_enlarged_and_shifted_for_a_color_model_of_224_pix
     transform = TrainingTransform(preprocessing, augmentation)
     images = torch.stack([transform(splits.training.images[i], seed=i) for i in range(2)])
     assert images.shape == (2, 3, 224, 224)
-    loss, _ = learner.step(images, torch.arange(2), step=0, learning_rate=1e-4)
+    loss, _ = trainer.step(images, torch.arange(2))
     assert np.isfinite(loss)
 
 
@@ -171,14 +166,14 @@ def test_photographs_for_a_small_model_are_still_shifted_and_mirrored():
 @pytest.mark.parametrize("variant", ["coatnet-femto", "test_coatnet"])
 def test_at_a_higher_resolution_the_biases_are_resampled_once_and_the_logits_are_the_bundles(variant):
     start = learned(DIGITS, variant=variant, resolution=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    learner = fitted_learner(finetune("x", resolution=96), start)
-    tables = {name: value for name, value in learner.model.named_parameters() if name.endswith("relative_bias.table")}
+    trainer = trainer_for(finetune("x", resolution=96), init=start)
+    tables = {name: value for name, value in trainer.model.named_parameters() if name.endswith("relative_bias.table")}
     assert {value.shape[1:] for name, value in tables.items() if "stages.2" in name} == {(11, 11)}
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         expected = start.model(images)
-        torch.testing.assert_close(learner.model.eval()(images), expected)
-        torch.testing.assert_close(learner.average.model(images), expected)
+        torch.testing.assert_close(trainer.model.eval()(images), expected)
+        torch.testing.assert_close(trainer.average.model(images), expected)
 
 
 def test_at_a_constant_rate_every_step_has_the_rate_of_the_recipe(letters, tmp_path, capsys):
@@ -195,10 +190,10 @@ def test_at_a_constant_rate_every_step_has_the_rate_of_the_recipe(letters, tmp_p
 def test_the_papers_recipes_for_a_higher_resolution_take_any_bundle():
     start = learned(variant="coatnet-femto", resolution=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     recipe = named("imagenet-1k-384", {"data": "digits", "init": "x", "resolution": 96, "batch_size": 8})
-    learner = fitted_learner(recipe, start)
-    config = learner.recipe
+    trainer = trainer_for(recipe, init=start)
+    config = trainer.config
     optimizer, schedule, preprocessing = config.optimizer, config.schedule, config.preprocessing
-    assert (learner.model.variant.name, preprocessing.crop, schedule.decay) == ("coatnet-femto", "squash", "constant")
+    assert (trainer.model.variant.name, preprocessing.crop, schedule.decay) == ("coatnet-femto", "squash", "constant")
     assert (optimizer.learning_rate, optimizer.layer_decay) == (5e-5, 1.0)
 
 
@@ -249,20 +244,20 @@ def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(letters, tmp_
 @pytest.mark.parametrize(("variant", "resolution"), [("coatnet-femto-16", 8), ("test_coatnet", 64)])
 def test_in_the_first_phase_only_the_classifier_moves_and_then_everything(variant, resolution):
     start = learned(variant=variant, resolution=resolution)
-    learner = fitted_learner(finetune("x", head_first_epochs=HEAD_FIRST), start)
-    assert f"for {BORDER} steps only the classifier learns" in learner.describe()
-    before = copy.deepcopy(learner.model.state_dict())
+    trainer = trainer_for(finetune("x", head_first_epochs=HEAD_FIRST), init=start)
+    assert f"for {BORDER} steps only the classifier learns" in trainer.describe()
+    before = copy.deepcopy(trainer.model.state_dict())
     images, labels = torch.randn(32, 1, resolution, resolution), torch.arange(32) % 10
     for step in range(BORDER + 1):
-        learner.step(images, labels, step=step, learning_rate=1e-3)
-        after = learner.model.state_dict()
+        trainer.step(images, labels)
+        after = trainer.model.state_dict()
         moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-        states = {name for name in learner.tensors() if name.startswith("optimizer.exp_avg.")}
+        states = {name for name in trainer.tensors() if name.startswith("optimizer.exp_avg.")}
         if step < BORDER:
             assert moved == {"head.classifier.weight", "head.classifier.bias"}
             assert states == {f"optimizer.exp_avg.{name}" for name in moved}
     assert moved == set(before)
-    assert states == {f"optimizer.exp_avg.{name}" for name, _ in learner.model.named_parameters()}
+    assert states == {f"optimizer.exp_avg.{name}" for name, _ in trainer.model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +321,7 @@ def test_a_run_can_not_take_the_folder_of_the_bundle_it_starts_from(letters):
 
 def test_a_frozen_classifier_can_not_learn_first():
     with pytest.raises(UserError, match="head_first_epochs is for a classifier that learns"):
-        fitted_learner(finetune("x", freeze="head", head_first_epochs=HEAD_FIRST), learned(DIGITS))
+        trainer_for(finetune("x", freeze="head", head_first_epochs=HEAD_FIRST), init=learned(DIGITS))
 
 
 def test_the_same_classes_with_labels_of_another_kind_are_refused_and_other_classes_are_not():
@@ -335,8 +330,8 @@ def test_the_same_classes_with_labels_of_another_kind_are_refused_and_other_clas
         resolve(finetune("x"), tagged, learned(DIGITS))
     with pytest.raises(UserError, match="pictures has one label an image, but init learned the same classes"):
         resolve(finetune("x"), splits_of(noise(40, 8, 8)), learned(DIGITS, multilabel=True))
-    learner = fitted_learner(finetune("x"), learned(LETTERS), tagged)
-    assert learner.recipe.loss == "sigmoid"
+    trainer = trainer_for(finetune("x"), tagged, learned(LETTERS))
+    assert trainer.config.loss == "sigmoid"
 
 
 def test_freeze_is_a_list_in_yaml_and_a_comma_separated_text_on_the_command_line(tmp_path, capsys):

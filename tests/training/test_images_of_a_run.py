@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tests.training.trainers import trainer_for
 
 import coatnet
 from coatnet.errors import UserError
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
-from coatnet.training.learner import Learner
-from coatnet.training.losses import balancing_weights
-from coatnet.training.trainer import train
+from coatnet.training.optimizer import balancing_weights
+from coatnet.training.trainer import Trainer, train
 
 QUIET = Console(quiet=True)
 BRIEF = Recipe(model="coatnet-femto-16", epochs=2, batch_size=8, num_workers=0, mixing={"label_smoothing": 0.0})
@@ -100,13 +100,13 @@ def test_a_url_stays_a_url_and_a_folder_becomes_its_full_path(folder, monkeypatc
 
 
 def test_balanced_by_sampling_every_class_is_shown_equally_often(folder, tmp_path, monkeypatch):
-    shown, step = [], Learner.step
+    shown, step = [], Trainer.step
 
-    def watched(self, images, labels, **where):
+    def watched(self, images, labels):
         shown.extend(labels.tolist())
-        return step(self, images, labels, **where)
+        return step(self, images, labels)
 
-    monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     for balance in ("none", "sampler"):
         shown.clear()
         train(replace(BRIEF, data=str(folder), balance=balance), tmp_path / balance, console=QUIET)
@@ -119,9 +119,8 @@ def test_balanced_by_weights_a_rare_class_counts_as_much_more_as_it_is_rare(fold
     assert splits.classes[0] == "green"
     losses = []
     for balance in ("none", "weights"):
-        recipe = resolve(replace(BRIEF, data=str(folder), balance=balance, precision="fp32"), splits)
-        learner = Learner(recipe, splits.training, None)
-        losses.append(learner.step(images, rare, step=0, learning_rate=0.0)[0])
+        trainer = trainer_for(replace(BRIEF, data=str(folder), balance=balance, precision="fp32"), splits)
+        losses.append(trainer.step(images, rare)[0])
     weight = float(balancing_weights(splits.training.labels, 2)[0])
     assert weight > 1.5
     assert losses[1] == pytest.approx(weight * losses[0], rel=1e-5)

@@ -15,15 +15,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.training.trainers import trainer_for
 
 import coatnet
 from coatnet.errors import UserError
-from coatnet.training import session
+from coatnet.training import trainer
 from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
-from coatnet.training.learner import Learner
 from coatnet.training.trainer import train
 
 # Everything that could make a difference between two runs is switched on.
@@ -95,7 +94,7 @@ def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypat
 
 
 def test_a_run_interrupted_between_two_log_lines_logs_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "LOGS_PER_RUN", 2)
+    monkeypatch.setattr(trainer, "LOGS_PER_RUN", 2)
     train(EVERYTHING, tmp_path / "whole", console=Told())
     with pytest.raises(Interrupted):
         train(EVERYTHING, tmp_path / "cut", console=Told(signal.SIGINT))
@@ -271,9 +270,7 @@ def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(wh
     with pytest.raises(UserError, match=f"model is 'coatnet-0', but init holds a {start.model.variant.name}"):
         train(replace(recipe, model="coatnet-0"), tmp_path / "other", console=Told())
     assert not (tmp_path / "other").exists()
-    fresh = Learner(
-        resolve(recipe, coatnet.open_dataset("digits"), start), coatnet.open_dataset("digits").training, start
-    )
+    fresh = trainer_for(recipe, init=start)
     for name, value in fresh.model.state_dict().items():
         assert torch.equal(value, start.model.state_dict()[name]), name  # the same classes keep their classifier
 

@@ -11,7 +11,7 @@ from coatnet.planning.launchers import LAUNCHERS, Launch
 from coatnet.planning.layout_search import Layout, LayoutSearch, describe_layout, why_not_sharded
 from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import DataFacts, choose
-from coatnet.training.distributed.parallelize import SHARDED_ABOVE
+from coatnet.training.distributed.parallelize import MAX_REPLICATED_PARAMETERS
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.recipes import RECIPES, NamedRecipe, find_recipe
 
@@ -86,7 +86,7 @@ class TrainingPlan:
 
     @property
     def _is_large(self) -> bool:
-        return self.layout.cost.num_parameters > SHARDED_ABOVE
+        return self.layout.cost.num_parameters > MAX_REPLICATED_PARAMETERS
 
     def launch(self, launcher: str) -> str:
         """The launch command, or the job file for a scheduler."""
@@ -100,7 +100,7 @@ class TrainingPlan:
         """`train ...`: the options that differ from the named recipe, and those that the plan chooses."""
         config, named = self.layout.config, self.named_recipe.recipe
         chosen = ["micro_batch_size", "activation_checkpointing"]
-        chosen += [] if self.processes.alone else ["parallelism"]
+        chosen += ["parallelism"] if self.processes.is_distributed else []
         differing = [name for name in (*COST_FIELDS, "precision") if getattr(config, name) != getattr(named, name)]
         options = [(name, getattr(config, name)) for name in ["model", *differing, *chosen]]
         start = ("--init", "path/to/bundle") if self.named_recipe.needs_init else ()

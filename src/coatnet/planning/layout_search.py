@@ -7,7 +7,7 @@ from functools import cached_property
 from coatnet.errors import UserError
 from coatnet.planning.memory import StepCost, build_on_meta, simulate_step
 from coatnet.training.config import Parallelism, Recomputed, TrainingConfig
-from coatnet.training.distributed.parallelize import SHARDED_ABOVE
+from coatnet.training.distributed.parallelize import MAX_REPLICATED_PARAMETERS
 from coatnet.training.distributed.processes import Processes
 
 # chosen, not measured: with fewer images per pass the matrix products are too small to keep a GPU busy, and
@@ -70,8 +70,8 @@ class LayoutSearch:
 
     def _parallelisms(self) -> Iterator[Parallelism]:
         """By increasing traffic between machines; replicated only if the model is not too large."""
-        shards = not (self.processes.alone or why_not_sharded(self.config, self.processes))
-        if not shards or self._num_parameters <= SHARDED_ABOVE:
+        shards = self.processes.is_distributed and not why_not_sharded(self.config, self.processes)
+        if not shards or self._num_parameters <= MAX_REPLICATED_PARAMETERS:
             yield "ddp"
         if shards:
             if self.processes.local_world_size < self.processes.world_size:
@@ -125,4 +125,4 @@ def describe_layout(config: TrainingConfig, processes: Processes) -> str:
         "hsdp": f"sharded over {processes.local_world_size} GPUs",
         "fsdp": f"sharded over {processes.world_size} GPUs",
     }
-    return ", ".join(parts if processes.alone else [placement[config.parallelism], *parts])
+    return ", ".join([placement[config.parallelism], *parts] if processes.is_distributed else parts)

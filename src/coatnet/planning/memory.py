@@ -20,12 +20,11 @@ from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import TrainingConfig
-from coatnet.training.distributed.parallelize import Parallel, Single, compile_and_checkpoint
+from coatnet.training.distributed.parallelize import Parallel, SingleProcess, compile_and_checkpoint
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import local_tensor
 from coatnet.training.distributed.wrappers import Sharded, mesh_for
-from coatnet.training.losses import build_loss
-from coatnet.training.optimizer import ShardedAverage, WeightAverage, build_optimizer
+from coatnet.training.optimizer import ShardedAverage, WeightAverage, build_loss, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -67,11 +66,13 @@ def simulate_step(
         on_gpu: count what is kept on a GPU; otherwise, what is kept on the CPU.
     """
     model, decay = build_on_meta(config, num_classes), config.ema_decay
-    sharded = not processes.alone and config.parallelism != "ddp"
+    sharded = processes.is_distributed and config.parallelism != "ddp"
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_mesh(config.parallelism, processes)) if sharded else None
         parallel = (
-            Sharded(model, processes, mesh, bf16=config.precision == "bf16") if mesh is not None else Single(model)
+            Sharded(model, processes, mesh, bf16=config.precision == "bf16")
+            if mesh is not None
+            else SingleProcess(model)
         )
         whole_average = None if sharded else WeightAverage(model, decay).model
         # Tensors on the meta device become fake tensors when they are used.
@@ -90,7 +91,7 @@ def simulate_step(
             averages = (model if whole_average is model else whole_average.to_empty(device=CPU)).state_dict()
         compile_and_checkpoint(model, config, CPU)
         # Gradients are views of the buckets of DDP, which exist all the time.
-        keep_gradients = not processes.alone and not sharded
+        keep_gradients = processes.is_distributed and not sharded
         return _take_step(
             config, model, parallel, averages, images_per_gpu=images_per_gpu, keep_gradients=keep_gradients
         )

@@ -1,4 +1,4 @@
-"""What a run starts from: an untrained network, or that of a bundle under a classifier for the data."""
+"""Where the weights of a run begin and which of them learn: untrained or from a bundle, frozen or not."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,58 +15,59 @@ from coatnet.model.resize import change_resolution
 from coatnet.training.config import TrainingConfig
 
 
-def build_model(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:
-    """The network of the recipe, untrained, or with the weights of the bundle to start from.
+def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:
+    """The network of the configuration, untrained, or with the weights of the bundle to start from.
 
-    The bundle's classifier is kept if its classes are the data's, in the same order; else it is a new one.
+    The bundle's classifier is kept if its classes are those of the data, in the same order; else it is a new one.
 
     Raises:
-        UserError: the recipe asks for another network than the bundle's, or freezes what can not be frozen.
+        UserError: the configuration asks for another network than the bundle's, or freezes what cannot be frozen.
     """
-    preprocessing = recipe.preprocessing
-    num_classes, depth = len(dataset.classes), recipe.stochastic_depth
+    num_classes, resolution = len(dataset.classes), config.preprocessing.resolution
     if init is None:
         return create_model(
-            recipe.model,
+            config.model,
             num_classes=num_classes,
-            in_channels=preprocessing.channels,
-            resolution=preprocessing.resolution,
-            stochastic_depth=depth,
-            **recipe.variations,
+            in_channels=config.preprocessing.channels,
+            resolution=resolution,
+            stochastic_depth=config.stochastic_depth,
+            **config.variations,
         )
-    if recipe.variations:
-        raise UserError("variations can not be given together with init: the bundle's network is what it is")
-    config: dict[str, Any] = init.model.config()
-    if config["in_channels"] != preprocessing.channels:
-        raise UserError(f"the bundle takes {config['in_channels']} channels, got channels {preprocessing.channels}")
-    model = create_model(config.pop("variant"), stochastic_depth=depth, **config)
+    if config.variations:
+        raise UserError("variations cannot be given together with init: the network is that of the bundle")
+    architecture: dict[str, Any] = init.model.config()
+    if architecture["in_channels"] != config.preprocessing.channels:
+        raise UserError(
+            f"the bundle takes {architecture['in_channels']} channels, got channels {config.preprocessing.channels}"
+        )
+    model = create_model(architecture.pop("variant"), stochastic_depth=config.stochastic_depth, **architecture)
     model.load_state_dict(init.model.state_dict())
     if not keeps_classifier(dataset, init):
         model.reset_classifier(num_classes)
-    if preprocessing.resolution != model.resolution:
-        change_resolution(model, preprocessing.resolution)
-    return freeze_parts(model, recipe.freeze, new_classifier=not keeps_classifier(dataset, init))
+    if resolution != model.resolution:
+        change_resolution(model, resolution)
+    return freeze_parts(model, config.freeze, new_classifier=not keeps_classifier(dataset, init))
 
 
 def keeps_classifier(dataset: Dataset, init: Bundle) -> bool:
-    """Whether the bundle's classifier says what the data asks: the same classes in the same order."""
+    """Whether the classes of the bundle are those of the data, in the same order."""
     return init.classes == dataset.classes
 
 
-def describe_start(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None) -> str:
-    """Where the weights come from, in a few words; nothing to say of an untrained network."""
+def describe_init(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> str:
+    """The origin of the weights in a few words; empty for an untrained network."""
     if init is None:
         return ""
     if keeps_classifier(dataset, init):
-        return f" from {recipe.init}, its classifier kept"
+        return f" from {config.init}, its classifier kept"
     same = set(init.classes) == set(dataset.classes)
     classes = f"the same {len(dataset.classes)} classes in another order" if same else f"{len(dataset.classes)} classes"
-    return f" from {recipe.init}, a new classifier for {classes}"
+    return f" from {config.init}, a new classifier for {classes}"
 
 
 @torch.no_grad()
-def start_statistics(model: nn.Module, images: Tensor) -> None:
-    """Take BatchNorm's running statistics from a first batch.
+def init_batch_norm_statistics(model: nn.Module, images: Tensor) -> None:
+    """Take BatchNorm's running statistics from a first batch, (B, C, R, R).
 
     Variances in an untrained network are far below the customary 1, which needs 150 steps to be forgotten:
     until then (a run of 51 steps on digits) evaluation is mere chance where the batch's own statistics give 0.58.
@@ -97,10 +98,10 @@ def freeze_parts(model: CoAtNet, prefixes: Sequence[str], *, new_classifier: boo
 
 
 class HeadFirst:
-    """For the first `steps` steps the classifier learns alone: the rest is as frozen, BatchNorm statistics too.
+    """For the first `steps` steps only the classifier learns: the rest is frozen, BatchNorm statistics too.
 
-    What learns is a function of the step, so a resumed run goes on as it would have. What is frozen when this is
-    made stays frozen.
+    What learns is a function of the step, so that a resumed run continues alike. Parameters that are frozen when this
+    object is made stay frozen.
     """
 
     def __init__(self, model: CoAtNet, steps: int) -> None:
@@ -112,8 +113,8 @@ class HeadFirst:
         self._body = [p for p in model.parameters() if p.requires_grad and id(p) not in classifier]
         self._body_learns = True
 
-    def enter(self, step: int) -> None:
-        """Make the network ready for optimizer step `step` (0 is the first)."""
+    def prepare(self, step: int) -> None:
+        """Freeze or unfreeze the network for optimizer step `step` (0 is the first)."""
         body_learns = step >= self.steps
         if body_learns == self._body_learns:
             return

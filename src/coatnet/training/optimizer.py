@@ -1,11 +1,16 @@
-"""AdamW with the paper's decay rules, the learning rate as a pure function of the step, averaged weights."""
+"""What a step minimizes and updates: losses, the learning rate of a step, AdamW with the paper's decay rules, averages.
+
+Shapes: B images, K classes.
+"""
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coatnet.model.freeze import layer_groups
@@ -21,6 +26,7 @@ from coatnet.system.validated import (
 from coatnet.training.distributed.shards import full_tensor, local_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @validated
@@ -67,6 +73,30 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
     return lowest + (peak - lowest) * height
 
 
+def build_loss(kind: str, class_weights: Tensor | None = None) -> Loss:
+    """`(logits, targets) -> scalar`, summed over the images: the caller divides by the true batch size.
+
+    "softmax" is cross entropy with soft targets; "sigmoid" is binary cross entropy summed over the classes.
+    """
+
+    def softmax(logits: Tensor, targets: Tensor) -> Tensor:
+        terms = targets * F.log_softmax(logits.float(), dim=-1)
+        return -(terms if class_weights is None else terms * class_weights).sum()
+
+    def sigmoid(logits: Tensor, targets: Tensor) -> Tensor:
+        terms = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+        return (terms if class_weights is None else terms * class_weights).sum()
+
+    return {"softmax": softmax, "sigmoid": sigmoid}[kind]
+
+
+def balancing_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """(K,) weights inverse to how often a class occurs, of mean 1 over the images; absent classes get 1."""
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
+    weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return torch.tensor(np.where(counts > 0, weights, 1.0), dtype=torch.float32)
+
+
 def parameter_groups(model: CoAtNet, optimization: Optimization) -> list[dict[str, Any]]:
     """Groups for AdamW, each with its names, weight decay and `scale` of the learning rate.
 
@@ -96,25 +126,22 @@ def build_optimizer(model: CoAtNet, optimization: Optimization) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=optimization.learning_rate, betas=optimization.betas, fused=True)
 
 
-def take_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[Tensor],
-    learning_rate: float,
-    grad_norm: Tensor,
-    limit: float,
-) -> None:
-    """One AdamW step with the gradients scaled down to the norm `limit`; clears the gradients."""
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, a scalar; of the shards that this process holds."""
+    return nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None], foreach=True)
+
+
+def clip_gradients(parameters: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale the gradients, whose norm is given, down to the norm `limit` if theirs is larger; without waiting for a
+    GPU."""
     gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, torch.clamp(limit / (grad_norm + 1e-6), max=1.0))
+    torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of the next step, scaled by layer decay in each group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar; of what this process holds of them."""
-    return nn.utils.get_total_norm([local_tensor(p.grad) for p in parameters if p.grad is not None], foreach=True)
 
 
 def decay_at(step: int, limit: float) -> float:

@@ -1,125 +1,617 @@
-"""Training from a recipe to a measured bundle: one loop over optimizer steps, resumable to the last bit."""
+"""Training from a recipe to an evaluated bundle: state, step and loop, resumable to the last bit.
 
+Shapes: B images of a batch on this process, C channels, R resolution, K classes.
+"""
+
+import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.deterministic
 from rich.console import Console
+from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.data.loader import BadImages, sampler_of, training_batches
+from coatnet.data.mixing import mix
 from coatnet.data.open import open_dataset
+from coatnet.data.sampler import hash_words
+from coatnet.data.splits import Splits
+from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
-from coatnet.system.hardware import keep_freed_memory
-from coatnet.training.config import Recipe
-from coatnet.training.defaults import resolve
-from coatnet.training.distributed.processes import joined
-from coatnet.training.duration import plan_for
-from coatnet.training.interruption import Interrupted, Interruption, exit_code
-from coatnet.training.learner import Learner
-from coatnet.training.loggers import check_loggers
+from coatnet.inference.logits import infer
+from coatnet.system.hardware import choose_device, keep_freed_memory, multiplies_bf16
+from coatnet.training.async_checkpoint import CheckpointWriter
+from coatnet.training.checkpoint import (
+    Checkpoint,
+    CorruptCheckpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+)
+from coatnet.training.config import Recipe, TrainingConfig
+from coatnet.training.defaults import head_first_steps, resolve
+from coatnet.training.distributed.parallelize import build_network, choose_parallelism, parallelize
+from coatnet.training.distributed.processes import (
+    SINGLE_PROCESS,
+    Processes,
+    batch_share,
+    distributed_processes,
+    translate_errors,
+    workers_per_process,
+)
+from coatnet.training.distributed.shards import fill
+from coatnet.training.duration import Duration
+from coatnet.training.initialization import HeadFirst, describe_init, init_batch_norm_statistics
+from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
+from coatnet.training.loggers import Loggers, check_loggers, open_loggers
+from coatnet.training.optimizer import (
+    balancing_weights,
+    build_loss,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate_at,
+    set_learning_rate,
+)
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.session import Session
+
+LOGS_PER_RUN = 400
+MIN_EVALUATION_BATCH = 64  # images
+INITIALIZATION_STEP = -1  # the step number whose random numbers the untrained weights are drawn from
+BEST = "best"  # name of the checkpoint of the best evaluation
+
+
+class NotFinite(UserError):
+    """The loss or a gradient is NaN or infinite; the weights are those of the step before."""
+
+
+@dataclass
+class TrainState:
+    """Counters of a run: all that resuming needs beside tensors. The names are keys of a checkpoint's `state.json`.
+
+    Attributes:
+        step: optimizer steps so far.
+        seconds: duration of the run so far, over all resumptions.
+        loss_sum: sum of the losses since the last log line.
+        norm_sum: sum of the gradient norms since the last log line.
+        since_log: number of steps in these sums.
+        best: best score of all evaluations so far.
+        evaluations_since_best: evaluations after the best one.
+        measured: step of the last evaluation.
+        left_out: steps that were skipped because their loss or gradient was not finite.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    since_log: int = 0
+    best: float = -1.0
+    evaluations_since_best: int = 0
+    measured: int = 0
+    left_out: int = 0
+
+
+class Trainer:
+    """Model, averaged weights, optimizer and data of one run, and its state.
+
+    With several processes each has a trainer, and all call every method together.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        splits: Splits,
+        folder: RunFolder,
+        *,
+        init: Bundle | None = None,
+        processes: Processes = SINGLE_PROCESS,
+        progress: TrainingProgress | None = None,
+    ) -> None:
+        """Raises UserError if the configuration, the bundle to start from and the processes do not fit together."""
+        self.config, self.splits, self.folder, self.processes = config, splits, folder, processes
+        self.progress = progress or TrainingProgress(Console(quiet=True))
+        self.device = choose_device(config.device)
+        self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
+        self.share = batch_share(config.batch_size, config.mixing, processes)
+
+        self.parallelism = choose_parallelism(config, init, processes)
+        seed_step(config.seed, INITIALIZATION_STEP)
+        self.model = build_network(config, splits.training, init, self.parallelism).train()
+        self.parallel, self.average = parallelize(
+            self.model, config, processes, self.device, parallelism=self.parallelism, bf16=self.bf16
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.head_first = HeadFirst(self.model, head_first_steps(config, len(splits.training)))
+        weights = None
+        if config.balance == "weights":
+            weights = balancing_weights(splits.training.labels, len(splits.classes)).to(self.device)
+        self.loss = build_loss(config.loss, weights)
+
+        self.state, self.last_learning_rate = TrainState(), 0.0
+        self.duration = Duration.of(config, len(splits.training), len(splits.validation))
+        self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
+        self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
+        self.loggers = Loggers({}, self.progress.say)
+        self._init_description = describe_init(config, splits.training, init)
+        self._log_steps = max(1, self.duration.recipe_steps // LOGS_PER_RUN)
+        self._saved_at = self._logged_at = time.monotonic()
+
+    def describe(self) -> str:
+        """Model, origin of its weights, size and precision in half a line."""
+        size, learning = (sum(p.numel() for p in each) for each in (self.model.parameters(), self.parameters.values()))
+        words = [f"{self.config.model}{self._init_description}", f"{size / 1e6:.2f} M parameters"]
+        if learning < size:
+            words.append(f"{(size - learning) / 1e6:.2f} M of them frozen")
+        if self.head_first.steps:
+            words.append(f"for {self.head_first.steps:,} steps only the classifier learns")
+        words.append(f"{'bf16' if self.bf16 else 'fp32'} on {self.device.type}")
+        if self.processes.is_distributed:
+            words.append(f"{self.processes.world_size} processes ({self.parallelism})")
+        return ", ".join(words)
+
+    # The loop
+
+    def run(self) -> None:
+        """Train from the present state to the end of the run, evaluating and saving on the way, and save at the end.
+
+        Raises:
+            Interrupted: a process received a stop signal; everything is saved.
+            NotFinite: a loss was not finite; nothing is saved, and the last checkpoint is intact.
+        """
+        config, state, duration = self.config, self.state, self.duration
+        with self.progress, Interruption() as interruption, closing(self.batches()) as batches:
+            sync = Synchronization(self.processes, interruption)
+            batch = next(batches, None)
+            if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
+                self.evaluate(sync)  # a stop signal interrupted it before
+            duration.update(state.step, state.seconds)
+            while state.step < duration.total_steps and not self.out_of_patience and sync.stop is None:
+                started = time.monotonic()
+                assert batch is not None
+                self.step_within_budget(*batch)
+                batch = next(batches, None)  # an error in it is raised before the processes wait for each other
+                save_due = time.monotonic() - self._saved_at >= 60 * config.checkpoint_every_minutes
+                seconds = time.monotonic() - started
+                seconds = sync.after_step(seconds, save_due=save_due, written=self.writer.written)
+                state.seconds += seconds
+                duration.add_step(seconds)
+                self.log_step()
+                if duration.evaluation_due(state.step, state.seconds):
+                    self.evaluate(sync)
+                if sync.stop is None:
+                    self.save_if_due(sync)
+                duration.update(state.step, state.seconds)
+            self.save()
+        if sync.stop is not None:
+            self.progress.say(f"stopped by {sync.stop.name} and saved; the same command resumes")
+            raise Interrupted(exit_code(sync.stop))
+
+    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """This process's share of the batches that are still to come: images (B, C, R, R), labels (B,) or (B, K)."""
+        config = self.config
+        return training_batches(
+            self.splits.training,
+            preprocessing=config.preprocessing,
+            augmentation=config.augmentation,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            first_step=self.state.step,
+            num_steps=self.duration.recipe_steps - self.state.step,
+            num_workers=workers_per_process(config.num_workers, self.processes),
+            balanced=config.balance == "sampler",
+            bad_images=self.bad_images,
+            batch_indices=self.share.positions,
+        )
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far."""
+        return round(self.state.step * self.config.batch_size / len(self.splits.training), 4)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the step to come."""
+        peak, schedule = self.config.optimizer.learning_rate, self.config.schedule
+        return learning_rate_at(self.state.step, self.duration.total_steps, peak, schedule)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought nothing better."""
+        return 0 < self.config.patience <= self.state.evaluations_since_best
+
+    # One step
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Take one optimizer step on this process's share of a batch: images (B, C, R, R), labels (B,) or (B, K).
+
+        All random numbers of a step follow from its number.
+
+        Returns:
+            The loss per image and the norm of the gradients before clipping, both of the whole batch.
+
+        Raises:
+            NotFinite: on all processes, before any weight is updated.
+            UserError: the memory is too small for the images of a pass.
+        """
+        config, state = self.config, self.state
+        self.head_first.prepare(state.step)
+        self.parallel.prepare()
+        buffers = list(self.model.buffers()) if config.non_finite_budget else []
+        buffers_before = [buffer.clone() for buffer in buffers]
+        parameters = list(self.parameters.values())
+        images_per_pass = min(config.micro_batch_size, len(images) - self.share.num_extra)
+        with translate_errors(), explain_out_of_memory(state.step, images_per_pass, config.resolution):
+            # Gradients are averaged over processes, so each divides by the mean number of images of a process.
+            num_images = config.batch_size / self.processes.world_size if self.processes.is_distributed else len(images)
+            images, targets = self.prepare_batch(images, labels)
+            micro_batches = list(zip(images.split(images_per_pass), targets.split(images_per_pass), strict=True))
+            loss = torch.zeros((), device=self.device)
+            for number, (micro_images, micro_targets) in enumerate(micro_batches, start=1):
+                with self.parallel.accumulating() if number < len(micro_batches) else nullcontext():
+                    with self.autocast():
+                        logits = self.parallel(micro_images)  # (B', K)
+                    micro_loss = self.loss(logits, micro_targets) / num_images
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+            loss, norm = self.parallel.reduce(loss, gradient_norm(parameters))
+            loss_value, norm_value = torch.stack((loss, norm)).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(buffers, buffers_before, strict=True):  # BatchNorm has counted the batch already
+                buffer.copy_(before)
+            raise NotFinite(
+                f"step {state.step}: loss {loss_value:.4g}, gradient norm {norm_value:.4g}; nothing was updated. "
+                "Lower optimizer.learning_rate, or use precision fp32"
+            )
+        clip_gradients(parameters, norm, config.optimizer.grad_clip_norm)
+        self.last_learning_rate = self.learning_rate
+        set_learning_rate(self.optimizer, self.last_learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(state.step)
+        state.step += 1
+        state.loss_sum += loss_value
+        state.norm_sum += norm_value
+        state.since_log += 1
+        return loss_value, norm_value
+
+    def prepare_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device, seed the step and blend the images; images (B, C, R, R) and targets (B, K)."""
+        config, step, extra = self.config, self.state.step, self.share.num_extra
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if step == 0 and not config.init:
+            with self.autocast() if self.processes.is_distributed else nullcontext():  # shards may gather bf16 weights
+                init_batch_norm_statistics(self.model, images[extra:][: config.micro_batch_size])
+        seed_step(config.seed, step, self.processes.rank)
+        mix_seed, num_classes = step_seed(config.seed, step), len(self.splits.classes)
+        images, targets = mix(images, labels, num_classes=num_classes, mixing=config.mixing, seed=mix_seed)
+        return images[extra:], targets[extra:]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the run: weights in fp32, matrix products in bf16 if so configured."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=True)
+
+    def step_within_budget(self, images: Tensor, labels: Tensor) -> None:
+        """As `step`, but skip the update if the loss is not finite, up to `non_finite_budget` times in the run.
+
+        Raises NotFinite beyond that. The images of such a batch are in the log.
+        """
+        config, state = self.config, self.state
+        try:
+            self.step(images, labels)
+        except NotFinite as error:
+            order = sampler_of(self.splits.training, config.seed, config.balance == "sampler")
+            first = state.step * config.batch_size
+            indices, _ = order.sample(np.arange(first, first + config.batch_size))
+            if self.processes.is_main:
+                self.folder.log({"step": state.step + 1, "not_finite": True, "pictures": indices.tolist()})
+            if state.left_out >= config.non_finite_budget:
+                raise self.processes.error_on_main(error) from None
+            self.progress.say(f"warning: {error}; the step is left out")
+            state.step += 1
+            state.left_out += 1
+
+    # Evaluation
+
+    def evaluate(self, sync: Synchronization) -> None:
+        """Evaluate the averaged weights on the validation images, and keep them if they are the best and there is
+        patience.
+
+        A stop signal to any process interrupts it; it is made when the run is resumed.
+        """
+        state, started = self.state, time.monotonic()
+        figures = self.validation_figures(sync)
+        if figures is None:
+            return
+        seconds = self.processes.broadcast(time.monotonic() - started)
+        score = figures.get("top1", figures.get("mean_average_precision", 0.0))
+        improved = score > state.best
+        state.seconds += seconds
+        state.best = max(score, state.best)
+        state.evaluations_since_best = 0 if improved else state.evaluations_since_best + 1
+        state.measured = state.step
+        self.duration.add_evaluation(state.seconds, seconds)
+        self.share_bad_images()
+        self.log({**figures, "bad_images": len(self.bad_images.records)})
+        self.progress.evaluated(state.step, self.epoch, figures)
+        if improved and self.config.patience:
+            self.writer.finish_or_warn(self.progress.say)
+            self.start_saving(BEST)
+            self.writer.finish()
+
+    def validation_figures(self, sync: Synchronization) -> dict[str, float] | None:
+        """Figures over all validation images, which the processes share; None if a stop signal came before the end."""
+        processes, dataset = self.processes, self.splits.validation
+        metrics, first_images = Metrics(len(dataset.classes), dataset.multilabel), []
+        batches = infer(
+            self.average.whole(),
+            dataset,
+            preprocessing=self.config.preprocessing,
+            batch_size=max(self.config.batch_size // processes.world_size, MIN_EVALUATION_BATCH),
+            num_workers=workers_per_process(self.config.num_workers, processes),
+            bad_images=self.bad_images,
+            bf16=self.bf16,
+            first=processes.rank,
+            every=processes.world_size,
+        )
+        more, stopped = True, False
+        with closing(batches):
+            while more and not stopped:
+                batch = next(batches, None)
+                if batch is not None:
+                    metrics.update(batch.outputs, batch.labels)
+                    first_images.append(int(batch.indices[0]))
+                more = processes.sum([batch is not None])[0] > 0
+                stopped = sync.stop_requested()
+        if more:
+            return None
+        gathered = processes.gather(list(zip(first_images, metrics.batches, strict=True)))
+        # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
+        in_order = sorted((each for of_process in gathered for each in of_process), key=lambda each: each[0])
+        metrics.batches = [batch for _, batch in in_order]
+        return metrics.compute()
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step, and wait for it. Raises UserError if it cannot be written."""
+        self.writer.finish_or_warn(self.progress.say)
+        if any(self.processes.gather(self.writer.last != (self.checkpoint_name, self.checkpoint_state))):
+            self.start_saving(self.checkpoint_name)
+            self.writer.finish()
+
+    def save_if_due(self, sync: Synchronization) -> None:
+        """Publish the checkpoint that has been written meanwhile, and start another if it is time.
+
+        A failure is a warning, and training goes on.
+        """
+        if sync.written:
+            self.writer.finish_or_warn(self.progress.say)
+        if sync.save_due and not self.writer.busy:
+            self._saved_at = time.monotonic()
+            try:
+                self.start_saving(self.checkpoint_name)
+            except UserError as error:
+                self.progress.say(f"warning: {error}; training goes on")
+
+    def start_saving(self, name: str) -> None:
+        """Copy all that a step changes, and start to write it as the checkpoint `name`."""
+        self.share_bad_images()
+        self.writer.start(name, self.tensors(), self.checkpoint_state)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """Name of a checkpoint of this step."""
+        return f"step-{self.state.step:09d}"
+
+    @property
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {"position": asdict(self.state), "bad_images": dict(self.bad_images.records)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a step changes, by name: model, average and optimizer."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average.decay > 0:
+            tensors |= {f"average.{name}": value for name, value in self.average.tensors().items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return {name: value.detach() for name, value in tensors.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Read back what `tensors` gave."""
+        stored = checkpoint.tensors
+        self.optimizer.state.clear()
+        for name, target in self.tensors().items():
+            fill(target, partial(stored.read, name))
+        for name, parameter in self.parameters.items():
+            # In the memory order of the parameter: the fused step walks both side by side.
+            moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            state = {"step": torch.zeros((), device=self.device), **moments}
+            # A parameter that has not learned yet has no state.
+            for key in [key for key in state if f"optimizer.{key}.{name}" in stored]:
+                fill(state[key], partial(stored.read, f"optimizer.{key}.{name}"))
+                self.optimizer.state[parameter][key] = state[key]
+
+    def resume(self, started: float) -> None:
+        """Restore the last whole checkpoint of the run folder, if there is one, and open the loggers.
+
+        Args:
+            started: when this process took up the run, on the monotonic clock.
+        """
+        checkpoint = None
+        if self.processes.is_main:
+            checkpoint = latest_checkpoint(self.folder.checkpoints, lambda text: self.progress.say(f"warning: {text}"))
+        path = self.processes.broadcast(checkpoint.path if checkpoint else None)
+        if path is not None:
+            checkpoint = checkpoint or open_checkpoint(path)
+            self.restore(checkpoint)
+            self.state = TrainState(**checkpoint.state["position"])
+            for name, reason in checkpoint.state["bad_images"].items():
+                self.bad_images.add(name, reason)
+        self.state.seconds += time.monotonic() - started
+        self.state = self.processes.broadcast(self.state)  # or runs with a limit in minutes would end at other steps
+        if path is not None:
+            self.writer.last = (path.name, self.checkpoint_state)
+            self.duration.resume(self.state.step, self.state.seconds)
+            self.progress.say(f"resuming {self.folder.path} at step {self.state.step:,}")
+        if self.processes.is_main:
+            self.folder.rewind(self.state.step)
+            self.loggers = open_loggers(self.config.loggers, self.folder.path, self.state.step, self.progress.say)
+            self.loggers.log_config(self.config.to_dict())
+
+    def restore_best(self) -> None:
+        """Take the weights of the best evaluation."""
+        try:
+            self.restore(load_checkpoint(self.folder.checkpoints / BEST))
+        except CorruptCheckpoint as reason:
+            self.progress.say(f"warning: the best weights are lost ({reason}); the last ones are taken")
+
+    def share_bad_images(self) -> None:
+        """Take in the unreadable images of all processes."""
+        for records in self.processes.gather(dict(self.bad_images.records)):
+            for image, reason in records.items():
+                self.bad_images.add(image, reason)
+
+    # Logs
+
+    def log_step(self) -> None:
+        """Show the step, and log means over the steps since the last log line at every interval."""
+        state, duration = self.state, self.duration
+        self.progress.moved(state.step, duration.total_steps, duration.seconds_left(state.step, state.seconds))
+        if not state.since_log or (state.step % self._log_steps and state.step < duration.total_steps):
+            return
+        now = time.monotonic()
+        speed = state.since_log * self.config.batch_size / max(now - self._logged_at, 1e-9)
+        values = {
+            "loss": state.loss_sum / state.since_log,
+            "learning_rate": self.last_learning_rate,
+            "images_per_second": round(speed, 1),
+        }
+        self.log({**values, "grad_norm": state.norm_sum / state.since_log, "seconds": round(state.seconds, 3)})
+        self.progress.logged(epoch=self.epoch, **values)
+        state.loss_sum, state.norm_sum, state.since_log, self._logged_at = 0.0, 0.0, 0, now
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Write figures of this step to the run's log and the loggers."""
+        if self.processes.is_main:
+            self.folder.log({"step": self.state.step, "epoch": self.epoch, **values})
+            self.loggers.log_metrics(self.state.step, {"epoch": self.epoch, **values})
+
+    # The end
+
+    def bundle(self) -> Bundle:
+        """The averaged weights as a finished model; all processes must call it together."""
+        dataset, record = self.splits.training, {"recipe": self.config.to_dict()}
+        return Bundle(self.average.whole(), dataset.classes, self.config.preprocessing, dataset.multilabel, record)
+
+    def finish(self, bundle: Bundle) -> Report:
+        """Evaluate the bundle; write report, curves and bundle into the run folder."""
+        folder, num_workers = self.folder, self.config.num_workers
+        report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
+        report = replace(report, bad_images={**self.bad_images.records, **report.bad_images})
+        if report.bad_images:
+            self.progress.say(f"{len(report.bad_images)} images could not be used; {folder.path}/report.md names them")
+        self.log({**report.figures, "bad_images": len(report.bad_images)})
+        write_report(report, folder.path)
+        draw_curves(folder.metrics, folder.path / "curves.png")
+        replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
+        return report
 
 
 def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) -> Report:
-    """Train, measure, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
+    """Train, evaluate, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
 
-    On the folder of an unfinished run it goes on where the last checkpoint stands; the result is that of a
-    run never interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation
-    if patience ended the run. Progress goes to `console` (standard error if None). Started by `torchrun`, all processes
-    share the work, the first of them prints and writes, and each returns the report.
+    In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
+    interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation if patience ended the
+    run. Progress goes to `console` (standard error if None). Started by `torchrun`, all processes share the work, the
+    first of them prints and writes, and each returns the report.
 
     Raises:
         UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
     """
     keep_freed_memory()
-    began = time.monotonic()
-    with joined() as processes:
+    started = time.monotonic()
+    with distributed_processes() as processes:
         progress = TrainingProgress(console if processes.is_main else Console(quiet=True))
         with processes.collective():
-            run = RunFolder(out, recipe)
-            splits = open_dataset(run.given.data, validation_fraction=run.given.validation_fraction)
-            init = load(run.given.init) if run.given.init else None
-            config = run.settle(resolve(run.given, splits, init), splits.classes)
+            folder = RunFolder(out, recipe)
+            splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
+            init = load(folder.given.init) if folder.given.init else None
+            config = folder.settle(resolve(folder.given, splits, init), splits.classes)
             check_loggers(config.loggers)
-        if run.finished:
-            progress.say(f"{run.path} is finished; its bundle is measured again (more epochs would extend the run)")
-            return processes.first_does(lambda: evaluate(load(run.bundle), splits))
+        if folder.finished:
+            progress.say(f"{folder.path} is finished; its bundle is measured again (more epochs would extend the run)")
+            return processes.run_on_main(lambda: evaluate(load(folder.bundle), splits))
 
-        with repeatable():
+        with deterministic_on_cpu():
             with processes.collective():
-                learner = Learner(config, splits.training, init, processes)
-                plan = plan_for(config, len(splits.training), len(splits.validation))
-                session = Session(learner, plan, splits, run, progress, began)
+                trainer = Trainer(config, splits, folder, init=init, processes=processes, progress=progress)
                 if processes.is_main:
-                    run.start()
+                    folder.start()
             progress.say(splits.describe())  # only now: a mistake before here is answered by one line
-            session.resume()
-            progress.say(f"{learner.describe()}; {plan.describe()}; run folder {run.path}")
+            trainer.resume(started)
+            progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
             try:
-                with progress, Interruption() as interruption:
-                    learn(session, interruption)
-                if session.out_of_patience:
-                    session.restore_best()
-                bundle = learner.bundle(splits.training, record={"recipe": config.to_dict()})
-                return processes.first_does(lambda: finish(session, bundle))
+                trainer.run()
+                if trainer.out_of_patience:
+                    trainer.restore_best()
+                bundle = trainer.bundle()
+                return processes.run_on_main(lambda: trainer.finish(bundle))
             finally:
-                session.loggers.close()
+                trainer.loggers.close()
 
 
-def finish(session: Session, bundle: Bundle) -> Report:
-    """Measure what was learned and write report, curves and bundle."""
-    recipe, splits, run, progress = session.recipe, session.splits, session.run, session.progress
-    report = evaluate(bundle, splits, num_workers=None if recipe.num_workers == "auto" else recipe.num_workers)
-    report = replace(report, bad_images={**session.bad_images.records, **report.bad_images})
-    if report.bad_images:
-        progress.say(f"{len(report.bad_images)} images could not be used; {run.path}/report.md names them")
-    session.log({**report.figures, "bad_images": len(report.bad_images)})
-    write_report(report, run.path)
-    draw_curves(run.metrics, run.path / "curves.png")
-    replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(run.bundle)
-    return report
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for the random numbers of one step on one process, the same after a resume."""
+    return int(hash_words(seed, step, *([rank] if rank else []))[0] >> 1)
 
 
-def learn(session: Session, interruption: Interruption) -> None:
-    """The loop: from where the session stands to the end of its plan, saved at the end.
-
-    Raises Interrupted when a signal came to any process, after saving; NotFinite, with the weights of the step before.
-    """
-    plan, told = session.plan, lambda: interruption.signal
-    with closing(session.batches()) as batches:
-        batch = next(batches, None)
-        session.catch_up(told)
-        while not (session.over or session.agreement.stop):
-            began = time.monotonic()
-            assert batch is not None
-            outcome = session.step(*batch)
-            batch = next(batches, None)  # what goes wrong with it is known before the processes meet
-            session.count(outcome, session.agree(time.monotonic() - began, told()))
-            if plan.evaluation_due(session.position.step, session.position.seconds):
-                session.measure(told)
-            if not session.agreement.stops(told()):
-                session.save_if_due()
-        session.save()
-    if stop := session.agreement.stop:
-        session.progress.say(f"stopped by {stop.name} and saved; the same command resumes")
-        raise Interrupted(exit_code(stop))
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch for a step: stochastic depth draws from it (`torch.manual_seed` takes 78 µs, this 1)."""
+    torch.default_generator.manual_seed(step_seed(seed, step, rank))
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(step_seed(seed, step, rank))
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """On the CPU, have torch choose algorithms whose sums do not depend on the timing of threads."""
+def explain_out_of_memory(step: int, images_per_pass: int, resolution: int) -> Iterator[None]:
+    """Raise a UserError that says what would need less memory, where the memory is exhausted."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has no exception of its own for the memory of CPUs.
+        exhausted_cpu = type(error) is RuntimeError and "can't allocate memory" in str(error)
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or exhausted_cpu):
+            raise
+        raise UserError(
+            f"step {step}: out of memory with {images_per_pass} images of {resolution} pixels at once. Give "
+            f"micro_batch_size {max(1, images_per_pass // 2)}, activation_checkpointing transformer (or all), or a "
+            "smaller resolution"
+        ) from error
+
+
+@contextmanager
+def deterministic_on_cpu() -> Iterator[None]:
+    """Without a GPU, use algorithms of torch whose sums do not depend on the timing of threads."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyrefly: ignore[missing-attribute]
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory  # pyrefly: ignore[missing-attribute]
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         # It costs time, and nothing here reads such memory.
@@ -128,4 +620,4 @@ def repeatable() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyrefly: ignore[missing-attribute]
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before  # pyrefly: ignore[missing-attribute]

@@ -8,8 +8,7 @@ import coatnet
 from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.mixing import Mixing, mix
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.training.distributed.batch_split import share_of, workers_of_one
-from coatnet.training.distributed.processes import Processes
+from coatnet.training.distributed.processes import Processes, batch_share, workers_per_process
 
 PREPROCESSING = Preprocessing(resolution=8, mean=(0.5,), std=(0.5,))
 
@@ -37,7 +36,7 @@ def test_the_shares_of_a_batch_are_the_batch(world_size, mixing):
     whole = mix(*batch(dataset, 90, None), num_classes=10, mixing=mixing, seed=5)
     images, targets, sizes = [], [], []
     for rank in range(world_size):
-        places, num_extra = share_of(20, mixing, Processes(rank, world_size))
+        places, num_extra = batch_share(20, mixing, Processes(rank, world_size))
         blended = mix(*batch(dataset, 90, places), num_classes=10, mixing=mixing, seed=5)
         images.append(blended[0][num_extra:])
         targets.append(blended[1][num_extra:])
@@ -67,8 +66,8 @@ def test_evaluation_shows_every_image_to_one_process(world_size):
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr("coatnet.training.distributed.batch_split.num_cores", lambda: 12)
-    assert workers_of_one(None, Processes()) is None
-    assert workers_of_one(None, Processes(0, 8, 0, 4)) == 3
-    assert workers_of_one(None, Processes(0, 32, 0, 32)) == 1
-    assert workers_of_one(5, Processes(0, 8, 0, 4)) == 5
+    monkeypatch.setattr("coatnet.training.distributed.processes.num_cores", lambda: 12)
+    assert workers_per_process("auto", Processes()) is None
+    assert workers_per_process("auto", Processes(0, 8, 0, 4)) == 3
+    assert workers_per_process("auto", Processes(0, 32, 0, 32)) == 1
+    assert workers_per_process(5, Processes(0, 8, 0, 4)) == 5

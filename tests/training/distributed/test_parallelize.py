@@ -6,22 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.training.configs import config_of
+from tests.training.trainers import trainer_for
 from torch import nn
 
-import coatnet
 from coatnet.model.network import create_model, has_batch_norm
 from coatnet.model.registry import VARIANTS
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import resolve
 from coatnet.training.distributed.parallelize import (
+    choose_parallelism,
     compile_and_checkpoint,
     materialize,
     own_tensors,
-    parallelism_of,
     untrained,
 )
 from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
-from coatnet.training.learner import Learner
 
 CPU = torch.device("cpu")
 
@@ -123,15 +121,14 @@ def test_weights_are_a_function_of_seed_and_name():
     ],
 )
 def test_above_a_thousand_million_parameters_a_run_is_sharded(config, processes, parallelism):
-    assert parallelism_of(config, None, processes) == parallelism
+    assert choose_parallelism(config, None, processes) == parallelism
 
 
 def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():
-    splits = coatnet.open_dataset("digits")
-    recipe = resolve(Recipe(data="digits", parallelism="fsdp"), splits)
-    one, other = (Learner(recipe, splits.training, None) for _ in range(2))
+    recipe = Recipe(data="digits", parallelism="fsdp")
+    one, other = (trainer_for(recipe) for _ in range(2))
     torch.testing.assert_close(one.tensors(), other.tensors(), rtol=0, atol=0)
-    fresh = Learner(replace(recipe, seed=1), splits.training, None)
+    fresh = trainer_for(replace(recipe, seed=1))
     assert not torch.equal(one.tensors()["model.stem.0.0.weight"], fresh.tensors()["model.stem.0.0.weight"])
 
 

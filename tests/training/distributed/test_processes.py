@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.training import launching
-from tests.training.distributed.two_processes import RECIPE, RECIPES, STOPPED_AFTER, told_at
+from tests.training.distributed.two_processes import RECIPE, RECIPES, STOPPED_AFTER, signal_at
 
 import coatnet
 from coatnet.errors import UserError
 from coatnet.training.checkpoint import load_checkpoint, published
-from coatnet.training.distributed.parallelize import check_shares
+from coatnet.training.distributed.parallelize import check_batch_size
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.interruption import Interrupted
 from coatnet.training.trainer import train
@@ -42,9 +42,10 @@ def runs(tmp_path_factory):
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("half of the runs have shards, which need torch 2.7 on CPUs")
     folder = tmp_path_factory.mktemp("runs")
-    with told_at(STOPPED_AFTER, 0, signal.SIGTERM), pytest.raises(Interrupted):
+    with signal_at(STOPPED_AFTER, 0, signal.SIGTERM), pytest.raises(Interrupted):
         train(RECIPE, folder / "grown")
-    code, output = launching.run([launching.ROOT / "tests" / "training" / "distributed" / "two_processes.py", folder])
+    program = launching.ROOT / "tests" / "training" / "distributed" / "two_processes.py"
+    code, output = launching.run([program, folder], seconds=300)
     assert code == 0, output
     (folder / "output.txt").write_text(output)
     return folder
@@ -158,4 +159,4 @@ def test_only_the_first_process_writes(runs):
 def test_a_batch_that_can_not_be_shared_is_told(batch_size, parallelism, message):
     recipe = coatnet.Recipe(data="digits", batch_size=batch_size)
     with pytest.raises(UserError, match=message):
-        check_shares(recipe, Processes(0, 4), parallelism)
+        check_batch_size(recipe, Processes(0, 4), parallelism)

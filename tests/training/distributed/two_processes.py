@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tests.training.trainers import trainer_for
 
-from coatnet import Recipe, open_dataset, train
-from coatnet.training.defaults import resolve
-from coatnet.training.distributed.processes import Processes, joined
+from coatnet import Recipe, train
+from coatnet.training.distributed.processes import Processes, distributed_processes
 from coatnet.training.distributed.shards import full_tensor
-from coatnet.training.learner import Learner, NotFinite
+from coatnet.training.trainer import NotFinite, Trainer
 
 # Six steps, an evaluation after every second, and everything on that could make a difference.
 RECIPE = Recipe(
@@ -41,23 +41,23 @@ STOPPED_AFTER = 3
 
 
 @contextlib.contextmanager
-def told_at(step: int, rank: int, number: signal.Signals):
-    """Process `rank` gets a signal in the middle of step `step` (1 is the first)."""
-    original = Learner._accumulate
+def signal_at(step: int, rank: int, number: signal.Signals):
+    """Send process `rank` a signal in the middle of step `step` (1 is the first)."""
+    original = Trainer.prepare_batch
 
-    def accumulate(self, images, labels, at):
-        if at == step - 1 and self.processes.rank == rank:
+    def prepare_batch(self, images, labels):
+        if self.state.step == step - 1 and self.processes.rank == rank:
             signal.raise_signal(number)
-        return original(self, images, labels, at)
+        return original(self, images, labels)
 
-    Learner._accumulate = accumulate
+    Trainer.prepare_batch = prepare_batch
     yield
-    Learner._accumulate = original
+    Trainer.prepare_batch = original
 
 
 def stopped(recipe: Recipe, out: Path, rank: int) -> int:
-    """Exit code of a run that process `rank` was told to stop."""
-    with told_at(STOPPED_AFTER, rank, signal.SIGTERM):
+    """Exit code of a run in which process `rank` receives a stop signal."""
+    with signal_at(STOPPED_AFTER, rank, signal.SIGTERM):
         try:
             train(recipe, out)
         except SystemExit as end:
@@ -67,18 +67,16 @@ def stopped(recipe: Recipe, out: Path, rank: int) -> int:
 
 def spoiled_step(out: Path, processes: Processes, parallelism: str) -> dict:
     """A step in which an image of one process is NaN: what it raises here, and whether any weight moved."""
-    splits = open_dataset("digits")
-    recipe = resolve(replace(RECIPE, parallelism=parallelism, mixing={}), splits)
-    learner = Learner(recipe, splits.training, None, processes)
+    trainer = trainer_for(replace(RECIPE, parallelism=parallelism, mixing={}), processes=processes)
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
-    learner.step(images, labels, step=0, learning_rate=1e-3)
+    trainer.step(images, labels)
     if processes.rank == 1:
         images[3, 0, 2, 2] = float("nan")
-    parameters = [p.detach() for p in learner.model.parameters()]
+    parameters = [p.detach() for p in trainer.model.parameters()]
     before = [full_tensor(p).clone() for p in parameters]
     raised = ""
     try:
-        learner.step(images, labels, step=1, learning_rate=1e-3)
+        trainer.step(images, labels)
     except NotFinite as error:
         raised = f"{type(error).__name__}: {error}"
     same = all(torch.equal(one, full_tensor(other)) for one, other in zip(before, parameters, strict=True))
@@ -86,7 +84,7 @@ def spoiled_step(out: Path, processes: Processes, parallelism: str) -> dict:
 
 
 def main(folder: Path) -> None:
-    with joined() as processes:
+    with distributed_processes() as processes:
         found = {}
         for name, recipe in RECIPES.items():
             report = train(recipe, folder / name / "whole")

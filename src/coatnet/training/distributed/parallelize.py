@@ -1,6 +1,7 @@
-"""All that makes a network train on more machines, or in less memory, put around it from outside.
+"""Everything that lets a network train on several processes, or in less memory, applied around it from outside.
 
-In this order: BatchNorm over all GPUs, copies or shards, compilation, recomputation. The network does not notice.
+In this order: BatchNorm over all GPUs, copies or shards, compilation, activation checkpointing. The network itself is
+written for one device.
 """
 
 import copy
@@ -29,36 +30,36 @@ from coatnet.training.distributed.shards import Rows, fill
 from coatnet.training.initialization import build_model
 from coatnet.training.optimizer import ShardedAverage, WeightAverage
 
-SHARDED_ABOVE = 1_000_000_000  # chosen: parameters; copies take 20 bytes each with AdamW and an average, 20 GB
-# chosen: images a GPU and pass. From here on a GPU's own statistics are as good, and nothing is waited for.
-SYNCHRONISED_BELOW = 32
-MOST_COMPILED_BLOCKS = 256  # CoAtNet-7 has 58
+MAX_REPLICATED_PARAMETERS = 1_000_000_000  # chosen: 20 bytes each with AdamW and an average make 20 GB
+# chosen: with as many images per GPU and pass, its own BatchNorm statistics are as good, and nothing is waited for.
+MIN_IMAGES_FOR_LOCAL_STATISTICS = 32
+MAX_COMPILED_BLOCKS = 256  # CoAtNet-7 has 58
 
 
 class Parallel(Protocol):
     """A network as the processes of a run compute it together."""
 
     def prepare(self) -> None:
-        """Be ready for a step, in which other parameters may learn than in the one before."""
+        """Follow a change of which parameters learn; called before every step."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits, of this process's images."""
+        """Logits of this process's images."""
 
     def accumulating(self) -> AbstractContextManager[object]:
-        """Forward and backward passes within add to the gradients here; the next one outside adds up all processes'."""
+        """Passes within add to the local gradients; the next one outside averages them over the processes."""
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm of the whole batch, from those of this process; to be called before the update."""
+    def reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of the whole batch from those of this process; called before the update."""
 
 
-class Single:
-    """One process; nothing to agree on."""
+class SingleProcess:
+    """A network that one process computes."""
 
     def __init__(self, model: CoAtNet) -> None:
         self._model = model
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __call__(self, images: Tensor) -> Tensor:
         return self._model(images)
@@ -66,84 +67,83 @@ class Single:
     def accumulating(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         return loss, norm
 
 
-def parallelism_of(recipe: TrainingConfig, init: Bundle | None, processes: Processes) -> Literal["ddp", "fsdp", "hsdp"]:
-    """The recipe's, or what fits the size: copies, and above 10^9 parameters shards, within each machine if possible.
+def choose_parallelism(
+    config: TrainingConfig, init: Bundle | None, processes: Processes
+) -> Literal["ddp", "fsdp", "hsdp"]:
+    """The configured one, or for auto by size: copies, and above 10^9 parameters shards, within a machine if possible.
 
     Whether it is sharded at all does not depend on the processes, as the untrained weights follow from it.
     """
-    if recipe.parallelism != "auto":
-        return recipe.parallelism
+    if config.parallelism != "auto":
+        return config.parallelism
     if init is None:
         with torch.device("meta"):
-            network = create_model(recipe.model, **recipe.variations)
+            network = create_model(config.model, **config.variations)
     else:
         network = init.model
-    if sum(parameter.numel() for parameter in network.parameters()) <= SHARDED_ABOVE:
+    if sum(parameter.numel() for parameter in network.parameters()) <= MAX_REPLICATED_PARAMETERS:
         return "ddp"
     return "hsdp" if processes.world_size % processes.local_world_size == 0 else "fsdp"
 
 
-def build_network(recipe: TrainingConfig, dataset: Dataset, init: Bundle | None, parallelism: str) -> CoAtNet:
-    """The network of the recipe; one that is to be sharded without weights, on the meta device, if they are untrained.
+def build_network(config: TrainingConfig, dataset: Dataset, init: Bundle | None, parallelism: str) -> CoAtNet:
+    """The network of the configuration; if it is to be sharded and untrained, without weights on the meta device.
 
-    timm's networks hold parts that do not know how to begin by themselves. They are small enough to be built whole.
+    timm's networks have layers without `reset_parameters`. They are small enough to be built whole.
     """
-    on_meta = parallelism != "ddp" and init is None and isinstance(find_variant(recipe.model), Variant)
+    on_meta = parallelism != "ddp" and init is None and isinstance(find_variant(config.model), Variant)
     with torch.device("meta") if on_meta else nullcontext():
-        return build_model(recipe, dataset, init)
+        return build_model(config, dataset, init)
 
 
-def scale(
-    model: CoAtNet, recipe: TrainingConfig, processes: Processes, device: torch.device, *, parallelism: str, bf16: bool
+def parallelize(
+    model: CoAtNet, config: TrainingConfig, processes: Processes, device: torch.device, *, parallelism: str, bf16: bool
 ) -> tuple[Parallel, WeightAverage[CoAtNet] | ShardedAverage]:
     """The network as these processes compute it, in place on `device`, and its averaged weights.
 
-    Raises UserError if the processes can not share the recipe's batch, or there is no compiler that it asks for.
+    Raises UserError if the processes cannot share the batch, or a compiler is asked for and there is none.
     """
-    check_shares(recipe, processes, parallelism)
-    decay, on_meta = recipe.ema_decay, next(model.parameters()).is_meta
-    if parallelism == "ddp" or processes.alone:
-        if on_meta:
-            materialize(model, recipe.seed, device)
-        average: WeightAverage[CoAtNet] | ShardedAverage = WeightAverage(model.to(device), decay)
-        parallel: Parallel = Single(model) if processes.alone else replicated(model, recipe, processes, device)
-    else:
-        from coatnet.training.distributed.wrappers import (  # slow to import, so only where there are translate_errors
-            Sharded,
-            mesh_for,
-        )
+    check_batch_size(config, processes, parallelism)
+    on_meta = next(model.parameters()).is_meta
+    average: WeightAverage[CoAtNet] | ShardedAverage
+    parallel: Parallel
+    if processes.is_distributed:
+        # Slow to import, so only where there are several processes.
+        from coatnet.training.distributed.wrappers import Replicated, Sharded, mesh_for
 
-        synchronise(model, recipe, processes)
-        parallel = Sharded(model, processes, mesh_for(parallelism, processes, device), bf16=bf16)
+        if parallelism == "ddp":
+            average = WeightAverage(model.to(device), config.ema_decay)  # before SyncBatchNorm, which is for training
+            use_sync_batch_norm(model, config, processes, device)
+            parallel = Replicated(model, processes, device)
+        else:
+            use_sync_batch_norm(model, config, processes, device)
+            parallel = Sharded(model, processes, mesh_for(parallelism, processes, device), bf16=bf16)
+            if on_meta:
+                materialize(model, config.seed, device)
+            average = ShardedAverage(model, config.ema_decay)
+    else:
         if on_meta:
-            materialize(model, recipe.seed, device)
-        average = ShardedAverage(model, decay)
-    compile_and_checkpoint(model, recipe, device)
+            materialize(model, config.seed, device)
+        average = WeightAverage(model.to(device), config.ema_decay)
+        parallel = SingleProcess(model)
+    compile_and_checkpoint(model, config, device)
     return parallel, average
 
 
-def replicated(model: CoAtNet, recipe: TrainingConfig, processes: Processes, device: torch.device) -> Parallel:
-    """A copy on every process."""
-    from coatnet.training.distributed.wrappers import Replicated
-
-    synchronise(model, recipe, processes)
-    return Replicated(model, processes, device)
-
-
-def compile_and_checkpoint(model: CoAtNet, recipe: TrainingConfig, device: torch.device) -> None:
-    """Compile the blocks, one by one, and recompute their activations in the backward pass, as the recipe says."""
-    if recipe.compile:
-        refuse_without_compiler(device)
+def compile_and_checkpoint(model: CoAtNet, config: TrainingConfig, device: torch.device) -> None:
+    """Compile the blocks, one by one, and recompute their activations in the backward pass, as configured."""
+    if config.compile:
+        require_compiler(device)
         # The compiler looks for the gradients of what comes from the block before, and warns of itself.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         for block in (block for stage in model.stages for block in stage.children()):
             compile_in_training(block)
-    if recipe.activation_checkpointing != "none":
-        model.set_grad_checkpointing(batch_norm=recipe.activation_checkpointing == "all")
+    if config.activation_checkpointing != "none":
+        model.set_grad_checkpointing(batch_norm=config.activation_checkpointing == "all")
 
 
 def compile_in_training(block: nn.Module) -> None:
@@ -152,7 +152,7 @@ def compile_in_training(block: nn.Module) -> None:
     options: dict[str, Any] = {"isolate_recompiles": True}
     if options.keys() - inspect.signature(torch.compile).parameters:  # an older torch: one limit for all blocks
         options = {}
-        torch._dynamo.config.cache_size_limit = MOST_COMPILED_BLOCKS
+        torch._dynamo.config.cache_size_limit = MAX_COMPILED_BLOCKS
     plain, compiled = block.forward, torch.compile(block.forward, **options)
 
     def forward(x: Tensor) -> Tensor:
@@ -161,33 +161,35 @@ def compile_in_training(block: nn.Module) -> None:
     block.forward = forward
 
 
-def refuse_without_compiler(device: torch.device) -> None:
+def require_compiler(device: torch.device) -> None:
     """Raises UserError where there is no compiler for torch.compile."""
     compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "c++", "clang++")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError("compile needs a C++ compiler (g++) on the PATH: install one, or set compile to false")
 
 
-def check_shares(recipe: TrainingConfig, processes: Processes, parallelism: str) -> None:
-    """Raises UserError if the processes can not share the recipe's batch."""
-    if recipe.batch_size < processes.world_size:
+def check_batch_size(config: TrainingConfig, processes: Processes, parallelism: str) -> None:
+    """Raises UserError if the processes cannot share a batch."""
+    if config.batch_size < processes.world_size:
         raise UserError(
-            f"batch_size {recipe.batch_size} leaves nothing to do for some of {processes.world_size} processes: "
+            f"batch_size {config.batch_size} leaves nothing to do for some of {processes.world_size} processes: "
             "give a larger one, or start fewer"
         )
-    if parallelism != "ddp" and recipe.batch_size % processes.world_size:
+    if parallelism != "ddp" and config.batch_size % processes.world_size:
         raise UserError(
-            f"batch_size {recipe.batch_size} is not a multiple of {processes.world_size} processes, and those that "
+            f"batch_size {config.batch_size} is not a multiple of {processes.world_size} processes, and those that "
             f"share weights ({parallelism}) must take equal steps: give a multiple, or start another number"
         )
 
 
-def synchronise(model: CoAtNet, recipe: TrainingConfig, processes: Processes) -> None:
-    """BatchNorm over the images of all GPUs, where one has few. What is frozen keeps BatchNorm's own class, which the
-    network knows how to freeze."""
-    at_once = min(recipe.micro_batch_size, recipe.batch_size // processes.world_size)
-    frozen = bool(recipe.freeze or recipe.head_first_epochs)
-    if torch.cuda.is_available() and at_once < SYNCHRONISED_BELOW and not frozen:
+def use_sync_batch_norm(model: CoAtNet, config: TrainingConfig, processes: Processes, device: torch.device) -> None:
+    """Take BatchNorm's statistics over the images of all GPUs, where each has few.
+
+    A network with frozen parts keeps the ordinary class, whose statistics it freezes with the weights.
+    """
+    images_per_pass = min(config.micro_batch_size, config.batch_size // processes.world_size)
+    freezes = bool(config.freeze or config.head_first_epochs)
+    if device.type == "cuda" and images_per_pass < MIN_IMAGES_FOR_LOCAL_STATISTICS and not freezes:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -1,7 +1,7 @@
-"""The processes of one run: which is the first, what they add up, what they tell each other.
+"""The processes of one run: ranks, collectives, and the part of each batch that a process takes.
 
-`torchrun` starts them and writes each one's place into its environment. Without it a run is one process, for which
-everything here is the identity and costs nothing.
+`torchrun` starts them and writes each one's rank into its environment. Without it a run is one process, for which
+every collective is the identity and costs nothing.
 """
 
 import os
@@ -9,18 +9,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
+from coatnet.data.loader import MAX_WORKERS
+from coatnet.data.mixing import Mixing
 from coatnet.errors import UserError
+from coatnet.system.hardware import num_cores
 
 Value = TypeVar("Value")
 
-PATIENCE = timedelta(minutes=10)  # with a process that neither answers nor ends
-LONG = timedelta(days=2)  # for what the first process does alone at the end of a run
-_SIGNS_OF_LOSS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # for a process that neither answers nor ends
+MAIN_ONLY_TIMEOUT = timedelta(days=2)  # for what rank 0 does while the others wait, at the end of a run
+_LOST_PROCESS_MESSAGES = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
 class ProcessLost(UserError):
@@ -29,30 +34,31 @@ class ProcessLost(UserError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run; by default there is no other.
+    """This process among those of the run; by default it is the only one.
 
     `rank` counts over all machines, `local_rank` on this one. Every method must be called by all processes, in the same
-    order, and raises ProcessLost when one of them is gone.
+    order, and raises ProcessLost if one of them is gone.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    patient_group: Any = field(default=None, repr=False, compare=False)
+    slow_group: Any = field(default=None, repr=False, compare=False)
 
     @property
-    def alone(self) -> bool:
-        return self.world_size == 1
+    def is_distributed(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world_size > 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that prints, logs and writes."""
+        """Whether this is rank 0, the process that prints, logs and writes."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of a few numbers, added over the processes. They go over the CPU, so no GPU is waited for."""
-        if self.alone:
+        if not self.is_distributed:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         with translate_errors():
@@ -62,79 +68,113 @@ class Processes:
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, by rank."""
         values: list[Any] = [value] * self.world_size
-        if not self.alone:
+        if self.is_distributed:
             with translate_errors():
                 dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """The first process's value."""
-        return self._from_first(value, None)
+        """The value of rank 0, on every process."""
+        return self._from_main(value, None)
 
-    def first_does(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives the first process, which may take it hours; the others wait."""
-        return self._from_first(work() if self.is_main else None, self.patient_group)
+    def run_on_main(self, work: Callable[[], Value]) -> Value:
+        """The result of `work`, done by rank 0 while the others wait, for hours if need be; on every process."""
+        return self._from_main(work() if self.is_main else None, self.slow_group)
 
-    def _from_first(self, value: Any, group: Any) -> Any:
+    def _from_main(self, value: Any, group: Any) -> Any:
         values = [value]
-        if not self.alone:
+        if self.is_distributed:
             with translate_errors():
                 dist.broadcast_object_list(values, group=group, device=torch.device("cpu"))
         return values[0]
 
     def error_on_main(self, error: UserError) -> BaseException:
-        """What to raise for an error that every process meets: the first says it, the others end quietly."""
+        """The exception for an error that every process meets: rank 0 reports it, the others end quietly."""
         return error if self.is_main else SystemExit(2)
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """A user's mistake that any process meets in the block ends all of them; the first to meet it says it."""
-        if self.alone:
+        """A UserError that any process meets in the block ends all of them; the lowest such rank reports it."""
+        if not self.is_distributed:
             yield
             return
         error = None
         try:
             yield
-        except UserError as met:
-            error = met
-        told = self.gather(error is not None)
-        if any(told):
-            raise error if error is not None and told.index(True) == self.rank else SystemExit(2)
+        except UserError as raised:
+            error = raised
+        failed = self.gather(error is not None)
+        if any(failed):
+            raise error if error is not None and failed.index(True) == self.rank else SystemExit(2)
 
 
 SINGLE_PROCESS = Processes()
 
 
-@contextmanager
-def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
-    """The processes that a launcher has started, connected while the block runs, if the program has not connected them.
+class BatchShare(NamedTuple):
+    """Positions in the batch, 0 to batch_size - 1, that a process takes. The first `num_extra` are only blended
+    with."""
 
-    Raises UserError if there are more of them on a machine than GPUs.
+    positions: NDArray[np.int64]
+    num_extra: int
+
+
+def batch_share(batch_size: int, mixing: Mixing, processes: Processes) -> BatchShare:
+    """Split a batch into equal runs, some longer by one if need be; the batch is the same for any number of processes.
+
+    Images are blended with their neighbor in the batch. So that this is the same however the batch is split, a share
+    begins with the last image of the one before.
+    """
+    rank, number = processes.rank, processes.world_size
+    positions = np.arange(rank * batch_size // number, (rank + 1) * batch_size // number)
+    blends = bool(mixing.mixup_alpha or mixing.cutmix_alpha)
+    if not processes.is_distributed or not blends:
+        return BatchShare(positions, 0)
+    return BatchShare(np.concatenate(([(positions[0] - 1) % batch_size], positions)), 1)
+
+
+def workers_per_process(num_workers: int | Literal["auto"], processes: Processes) -> int | None:
+    """Data loading workers of each process: as many as are asked for, or its part of the machine's cores.
+
+    None leaves the choice to the loader, where there is one process.
+    """
+    if num_workers != "auto":
+        return num_workers
+    if not processes.is_distributed:
+        return None
+    return max(1, min(MAX_WORKERS, num_cores() // processes.local_world_size))
+
+
+@contextmanager
+def distributed_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+    """The processes that a launcher has started; connects them for the block unless the program has connected them.
+
+    Raises UserError if a machine has more processes than GPUs.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in environment:
         yield Processes()
         return
     rank, local_rank = int(environment["RANK"]), int(environment.get("LOCAL_RANK", "0"))
-    ours = not dist.is_initialized()
-    if ours:
-        connect(environment)
-    patient_group = dist.new_group(backend="gloo", timeout=LONG)
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    connected_here = not dist.is_initialized()
+    if connected_here:
+        connect(environment)
+    slow_group = dist.new_group(backend="gloo", timeout=MAIN_ONLY_TIMEOUT)
     orderly = False
     try:
-        yield Processes(rank, world_size, local_rank, local_world_size, patient_group)
+        yield Processes(rank, world_size, local_rank, local_world_size, slow_group)
         orderly = True
     except SystemExit:  # all of them leave at the same point
         orderly = True
         raise
     finally:
-        if ours and orderly:  # else the others may be gone, and their answer would be waited for
+        if connected_here and orderly:  # else the others may be gone, and this would wait for them
             dist.destroy_process_group()
 
 
 def connect(environment: Mapping[str, str]) -> None:
-    """Meet the other processes: over gloo for what is on the CPU, over NCCL for what is on GPUs."""
+    """Connect to the other processes: over gloo for what is on the CPU, over NCCL for what is on GPUs."""
     local_rank, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.is_available()
     if gpus and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -143,24 +183,25 @@ def connect(environment: Mapping[str, str]) -> None:
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     if environment["WORLD_SIZE"] == environment.get("LOCAL_WORLD_SIZE"):
-        # After a restart torchrun hands out the same store, with the addresses of the dead still in it. On several
+        # After a restart torchrun reuses the store, with the addresses of the dead processes still in it. On several
         # machines their counts of restarts differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy.
         store = dist.PrefixStore(f"restart-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turns what the backends raise when a process is gone into ProcessLost."""
+    """Raise ProcessLost for what the backends raise when a process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS_OF_LOSS)):
+        lost = isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST_PROCESS_MESSAGES)
+        if not lost:
             raise
         raise ProcessLost(
-            "another process of this run has ended or does not answer; what it says itself is the reason. "
+            "another process of this run has ended or does not answer; its own output gives the reason. "
             "The same command resumes from the last checkpoint"
         ) from error

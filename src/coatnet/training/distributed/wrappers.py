@@ -39,7 +39,7 @@ class Replicated:
         assert self._copies is not None
         return self._copies.no_sync()
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = average(loss[None], self.model, self.processes)
         return loss, norm
 
@@ -101,7 +101,7 @@ class Sharded:
     def accumulating(self) -> AbstractContextManager[object]:
         return _Unreduced(self.model)
 
-    def agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         loss, squared = average(torch.stack((loss, norm.square())), self.model, self.processes)
         return loss, (squared * self.num_shards).sqrt()
 

@@ -54,8 +54,8 @@ def test_the_policy_follows_the_machine_or_the_user(
 
 def test_commands_that_compute_ask_before_torch_is_imported() -> None:
     program = (
-        "import sys; from coatnet.cli import main\n"
-        "main.sleep_while_waiting_if_busy = lambda: print('asked', 'torch' in sys.modules)\n"
+        "import sys; from coatnet.cli import main; from coatnet.system import hardware\n"
+        "hardware.sleep_while_waiting_if_busy = lambda: print('asked', 'torch' in sys.modules)\n"
         "main.main(['evaluate', 'none', '--data', 'none'])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
-from coatnet.system.cache import cache_folder
+from coatnet.system.files import cache_folder
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -7,8 +7,7 @@ from pathlib import Path
 from zlib import crc32
 
 from coatnet.errors import UserError
-from coatnet.system.cache import cache_folder
-from coatnet.system.files import atomic_files, file_lock, is_leftover
+from coatnet.system.files import atomic_files, cache_folder, file_lock, is_leftover
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
 _NUM_LOCKS = 256

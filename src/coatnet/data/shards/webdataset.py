@@ -38,8 +38,7 @@ from coatnet.data.shards.index import (
 )
 from coatnet.data.shards.storage import LocalStorage, Storage
 from coatnet.errors import UserError
-from coatnet.system.cache import cache_folder
-from coatnet.system.files import atomic_folder, file_lock
+from coatnet.system.files import atomic_folder, cache_folder, file_lock
 from coatnet.system.progress import ProgressBar
 
 Label = int | str | tuple[int | str, ...]

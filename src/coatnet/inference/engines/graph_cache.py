@@ -11,8 +11,7 @@ import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import config_json
-from coatnet.system.cache import cache_folder
-from coatnet.system.files import atomic_folder, remove_leftovers
+from coatnet.system.files import atomic_folder, cache_folder, remove_leftovers
 from coatnet.version import __version__
 
 MAX_CACHED_GRAPHS = 16  # chosen: a handful of models in several formats; 1.6 GB if all are coatnet-0

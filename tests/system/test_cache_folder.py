@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coatnet.errors import UserError
-from coatnet.system.cache import cache_folder
+from coatnet.system.files import cache_folder
 
 
 def test_the_variables_name_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 import coatnet
 from coatnet.data.datasets import Dataset
 from coatnet.evaluation.probe import probe
-from coatnet.training.recipes import named
+from coatnet.training.recipes import named_recipe
 
 KNOWN, NEW = range(0, 10, 2), range(1, 10, 2)
 IMAGES = (10, 50, 250)
@@ -59,7 +59,7 @@ def run(recipe: str, data: Path, out: Path, **changes: object) -> float:
     """Top-1 of one training, a fraction."""
     changes = {"data": str(data), "num_workers": 0, "evaluate_every": 1e9, **changes}
     changes["augmentation"] = {"flip_rate": 0.5}  # as in the recipe fashion-mnist: a mirrored garment is one
-    return coatnet.train(named(recipe, changes), out).figures["top1"]
+    return coatnet.train(named_recipe(recipe, changes), out).figures["top1"]
 
 
 def write_folder(splits: object, classes: range, number: int | None, draw: int, folder: Path) -> Path:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from coatnet.model.registry import find_variant as find_variant
     from coatnet.model.registry import list_variants as list_variants
     from coatnet.training.config import Recipe as Recipe
+    from coatnet.training.config import TrainingConfig as TrainingConfig
     from coatnet.training.interruption import Interrupted as Interrupted
+    from coatnet.training.recipes import named_recipe as named_recipe
     from coatnet.training.trainer import train as train
 
 __all__, __getattr__, __dir__ = lazy_exports(
@@ -41,6 +43,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Predictor": "coatnet.inference.predictor",
         "Recipe": "coatnet.training.config",
         "Report": "coatnet.evaluation.report",
+        "TrainingConfig": "coatnet.training.config",
         "UserError": "coatnet.errors",
         "complexity": "coatnet.model.complexity",
         "create_model": "coatnet.model.network",
@@ -52,6 +55,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "inspect": "coatnet.data.inspection",
         "list_variants": "coatnet.model.registry",
         "load": "coatnet.bundle.bundle",
+        "named_recipe": "coatnet.training.recipes",
         "open_dataset": "coatnet.data.open",
         "probe": "coatnet.evaluation.probe",
         "train": "coatnet.training.trainer",

@@ -13,7 +13,7 @@ from coatnet.errors import UserError
 from coatnet.system.validated import fields_of
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, options
 from coatnet.training.optimizer import Optimization
-from coatnet.training.recipes import RECIPES, named
+from coatnet.training.recipes import RECIPES, named_recipe
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_what_may_change_on_resumption_is_marked_at_its_field():
 
 def test_changes_of_a_named_recipe_are_checked():
     with pytest.raises(UserError, match=r"optimizer\.learning_rate must be above 0"):
-        named("imagenet-1k", {"optimizer": {"learning_rate": -1}})
+        named_recipe("imagenet-1k", {"optimizer": {"learning_rate": -1}})

@@ -27,7 +27,7 @@ from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.optimizer import Optimization, parameter_groups
-from coatnet.training.recipes import named
+from coatnet.training.recipes import named_recipe
 from coatnet.training.trainer import train
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -76,7 +76,7 @@ def letters(tmp_path_factory):
 
 
 def finetune(init, **changes):
-    return named("finetune", BRIEF | {"init": str(init)} | changes)
+    return named_recipe("finetune", BRIEF | {"init": str(init)} | changes)
 
 
 def splits_of(images, classes=DIGITS, name="pictures", *, multilabel=False):
@@ -189,7 +189,7 @@ def test_at_a_constant_rate_every_step_has_the_rate_of_the_recipe(letters, tmp_p
 
 def test_the_papers_recipes_for_a_higher_resolution_take_any_bundle():
     start = learned(variant="coatnet-femto", resolution=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    recipe = named("imagenet-1k-384", {"data": "digits", "init": "x", "resolution": 96, "batch_size": 8})
+    recipe = named_recipe("imagenet-1k-384", {"data": "digits", "init": "x", "resolution": 96, "batch_size": 8})
     trainer = trainer_for(recipe, init=start)
     config = trainer.config
     optimizer, schedule, preprocessing = config.optimizer, config.schedule, config.preprocessing

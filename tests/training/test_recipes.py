@@ -11,7 +11,7 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import DataFacts, choose, fit_epochs, fit_learning_rate, resolve, steps_of
-from coatnet.training.recipes import RECIPES, named
+from coatnet.training.recipes import RECIPES, named_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,11 +25,11 @@ def splits_of(side=28, channels=1, number=60, name="pictures", num_classes=3):
 
 
 def test_the_largest_models_of_a_column_have_their_own_values():
-    fitted = resolve(named("imagenet-1k", {"data": "x", "model": "coatnet-3"}), splits_of(32, 3))
+    fitted = resolve(named_recipe("imagenet-1k", {"data": "x", "model": "coatnet-3"}), splits_of(32, 3))
     assert fitted.stochastic_depth == 0.7
     by_model = RECIPES["imagenet-1k-384"].by_model["coatnet-3"]
     assert by_model["augmentation"] == {"rand_augment_magnitude": 20}
-    fitted = resolve(named("jft", {"data": "x", "model": "coatnet-5"}), splits_of(32, 3))
+    fitted = resolve(named_recipe("jft", {"data": "x", "model": "coatnet-5"}), splits_of(32, 3))
     assert (fitted.stochastic_depth, fitted.optimizer.learning_rate) == (0.0, 5e-4)
 
 
@@ -71,7 +71,7 @@ def test_the_recipe_fashion_mnist_is_the_stored_one_of_the_published_result():
     (mean,), (std,) = stored["preprocessing"]["mean"], stored["preprocessing"]["std"]
     garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, grey=True, mean=mean, std=std)
     asked = {name: stored[name] for name in ("data", "model", "max_minutes")}
-    config = choose(named("fashion-mnist", asked), garments)
+    config = choose(named_recipe("fashion-mnist", asked), garments)
     assert config == TrainingConfig.from_dict(stored | {"name": "fashion-mnist"})
 
 
@@ -103,9 +103,9 @@ def test_contradictions_are_refused():
     with pytest.raises(UserError, match="channels is 3, but preprocessing has 1"):
         resolve(Recipe(data="digits", channels=3, preprocessing={"mean": [0.5], "std": [0.5]}), splits_of())
     with pytest.raises(UserError, match="starts from a bundle"):
-        resolve(named("imagenet-1k-384", {"data": "digits"}), splits_of())
+        resolve(named_recipe("imagenet-1k-384", {"data": "digits"}), splits_of())
     with pytest.raises(UserError, match=r"scratsh.*did you mean 'scratch'"):
-        named("scratsh")
+        named_recipe("scratsh")
 
 
 def test_many_small_images_are_erased_in_part_and_few_are_not():
@@ -138,6 +138,6 @@ def test_the_rate_to_fine_tune_falls_with_the_width_of_what_has_learned():
 
 
 def test_changes_reach_into_the_parts_of_a_named_recipe():
-    recipe = named("imagenet-1k", {"mixing": {"mixup_alpha": 0.2}, "epochs": 10})
+    recipe = named_recipe("imagenet-1k", {"mixing": {"mixup_alpha": 0.2}, "epochs": 10})
     assert recipe.epochs == 10
     assert recipe.mixing == {"mixup_alpha": 0.2, "cutmix_alpha": 0.0, "label_smoothing": 0.1}

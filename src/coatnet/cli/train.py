@@ -33,7 +33,7 @@ MAIN_OPTIONS = (
 def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
     """The recipe that is asked for (a named one, --config over it, options over both), and the other arguments."""
     from coatnet.training.config import Recipe, merge, read_yaml
-    from coatnet.training.recipes import named
+    from coatnet.training.recipes import named_recipe
 
     parser = train_parser()
     for option in {argument.partition("=")[0] for argument in arguments if argument.startswith("--variations.")}:
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         Recipe.from_yaml(program.config)  # its errors name the file
         values = read_yaml(program.config)
     name = program.recipe or values.get("name", "scratch")
-    recipe = named(name, merge(values, asked) | {"name": name})
+    recipe = named_recipe(name, merge(values, asked) | {"name": name})
     for option, value in (("--data", recipe.data), ("--out", program.out)):
         if not value and not program.print_config:
             raise UserError(f"train needs {option}; `coatnet train --help` shows how")

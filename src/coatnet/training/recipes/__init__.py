@@ -33,6 +33,6 @@ def find_recipe(name: str) -> NamedRecipe:
     return RECIPES[name]
 
 
-def named(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+def named_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name with changes over it: values by name, sections as dicts of some of theirs."""
     return find_recipe(name).recipe.changed(changes or {})

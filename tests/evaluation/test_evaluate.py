@@ -1,4 +1,4 @@
-"""An evaluation equals a plain loop over the images, and matches classes by name."""
+"""`evaluate` equals a plain loop over the images, and matches classes by name."""
 
 import json
 from dataclasses import replace
@@ -68,14 +68,14 @@ def test_figures_equal_a_plain_loop(bundle: Bundle) -> None:
     assert np.array_equal(report.thumbnails[0][..., 1], dataset.images[wrong[0]])
 
 
-def test_batch_size_changes_nothing(bundle: Bundle) -> None:
+def test_figures_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
     reports = [evaluate(bundle, dataset_of(), batch_size=batch_size) for batch_size in (1, 5, 64)]
     for report in reports[1:]:
         assert report.confusion == reports[0].confusion
         assert report.figures == pytest.approx(reports[0].figures, rel=1e-4)
 
 
-def test_classes_are_matched_by_name_not_by_place(bundle: Bundle) -> None:
+def test_classes_are_matched_by_name(bundle: Bundle) -> None:
     dataset = dataset_of()
     turned = ArrayDataset("noise", CLASSES[::-1], dataset.images, 3 - dataset.labels)
     assert evaluate(bundle, turned) == evaluate(bundle, dataset)
@@ -88,7 +88,7 @@ def test_an_unknown_class_is_named(bundle: Bundle) -> None:
         evaluate(bundle, dataset_of(classes=("a", "zebra")))
 
 
-def test_splits_are_chosen_and_added_up(bundle: Bundle) -> None:
+def test_split_selects_one_or_all_splits(bundle: Bundle) -> None:
     splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
     counts = {split: evaluate(bundle, splits, split=split).figures["n"] for split in ("validation", "training", "all")}
     assert counts == {"validation": 7, "training": 10, "all": 17}
@@ -96,7 +96,7 @@ def test_splits_are_chosen_and_added_up(bundle: Bundle) -> None:
         evaluate(bundle, splits, split="test")
 
 
-def test_several_labels_are_judged_one_by_one() -> None:
+def test_multilabel_decisions_are_evaluated_label_by_label() -> None:
     bundle = bundle_of(multilabel=True)
     labels = (np.random.default_rng(0).random((20, 4)) < 0.4).astype(np.uint8)
     dataset = ArrayDataset("noise", CLASSES, dataset_of(20).images, labels)
@@ -110,13 +110,13 @@ def test_several_labels_are_judged_one_by_one() -> None:
         evaluate(bundle_of(), dataset)
 
 
-def test_one_label_a_image_is_a_case_of_several() -> None:
+def test_single_label_data_suits_a_multilabel_model() -> None:
     dataset = dataset_of(20)
     report = evaluate(bundle_of(multilabel=True), dataset)
     assert [row.support for row in report.per_class] == np.bincount(dataset.labels, minlength=4).tolist()
 
 
-def test_the_model_is_left_as_it_was(bundle: Bundle) -> None:
+def test_the_model_and_its_mode_do_not_change(bundle: Bundle) -> None:
     for training in (True, False):
         bundle.model.train(training)
         before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
@@ -125,23 +125,23 @@ def test_the_model_is_left_as_it_was(bundle: Bundle) -> None:
         assert all(torch.equal(before[name], tensor) for name, tensor in bundle.model.state_dict().items())
 
 
-def test_progress_counts_to_the_end(bundle: Bundle) -> None:
+def test_progress_reports_every_batch(bundle: Bundle) -> None:
     calls = []
     evaluate(bundle, dataset_of(10), batch_size=4, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_bad_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> None:
+def test_unreadable_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for name in CLASSES:
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(5):
             pixels = generator.integers(0, 255, (40, 400, 4), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
-    bad = tmp_path / "pictures" / "b" / "2.png"
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    bad = tmp_path / "images" / "b" / "2.png"
     bad.write_bytes(bad.read_bytes()[:200])
 
-    report = evaluate(bundle, tmp_path / "pictures", split="all", batch_size=3)
+    report = evaluate(bundle, tmp_path / "images", split="all", batch_size=3)
     assert report.figures["n"] == 19
     assert list(report.bad_images) == [str(bad)]
     assert str(bad) in to_markdown(report).replace("\\", "")
@@ -150,7 +150,7 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "report" / "report.json").read_text())["bad_images"] == dict(report.bad_images)
 
 
-def test_not_one_readable_image_is_a_mistake(bundle: Bundle, tmp_path: Path) -> None:
+def test_data_without_a_readable_image_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         for number in range(4):
@@ -167,7 +167,7 @@ def test_a_loaded_bundle_has_the_same_report(bundle: Bundle, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_bundle_may_be_given_by_its_folder(bundle: Bundle, tmp_path: Path, kind: type) -> None:
+def test_a_bundle_is_accepted_by_its_folder(bundle: Bundle, tmp_path: Path, kind: type) -> None:
     folder = bundle.save(tmp_path / "bundle")
     assert evaluate(kind(folder), dataset_of()).figures == pytest.approx(evaluate(bundle, dataset_of()).figures)
     with pytest.raises(UserError, match="nowhere is not a bundle: there is no such folder"):

@@ -1,4 +1,4 @@
-"""Features are what stands in front of the classifier, image by image, and a file holds exactly them."""
+"""Features are the input of the classifier, and files hold exactly them."""
 
 import csv
 import os
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def test_features_are_what_the_classifier_is_given(bundle: Bundle) -> None:
+def test_features_are_the_input_of_the_classifier(bundle: Bundle) -> None:
     dataset = dataset_of(5)
     features, labels, names = extract_features(bundle, dataset).gather()
     transform = EvaluationTransform(bundle.preprocessing)
@@ -58,15 +58,15 @@ def test_features_are_what_the_classifier_is_given(bundle: Bundle) -> None:
     for index in range(5):
         image = transform(dataset.read(index)[0])[None]
         with torch.no_grad():
-            alone = bundle.model.forward_head(bundle.model.forward_features(image), pre_logits=True)
+            expected_features = bundle.model.forward_head(bundle.model.forward_features(image), pre_logits=True)
             logits = bundle.model(image)
-        torch.testing.assert_close(features[index : index + 1], alone)
+        torch.testing.assert_close(features[index : index + 1], expected_features)
         torch.testing.assert_close(bundle.model.get_classifier()(features[index : index + 1]), logits)
     assert labels.tolist() == dataset.labels.tolist()
     assert names == tuple(f"noise[{index}]" for index in range(5))
 
 
-def test_the_batch_size_changes_nothing(bundle: Bundle) -> None:
+def test_features_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
     whole, labels, names = extract_features(bundle, dataset_of(), batch_size=64).gather()
     for batch_size in (1, 8):
         parts = list(extract_features(bundle, dataset_of(), batch_size=batch_size))
@@ -76,7 +76,7 @@ def test_the_batch_size_changes_nothing(bundle: Bundle) -> None:
         assert sum((part.names for part in parts), ()) == names
 
 
-def test_no_more_than_a_batch_is_read_ahead(bundle: Bundle, folder: Path) -> None:
+def test_images_are_read_one_batch_at_a_time(bundle: Bundle, folder: Path) -> None:
     class Counted(FileDataset):
         num_reads = 0
 
@@ -93,7 +93,7 @@ def test_no_more_than_a_batch_is_read_ahead(bundle: Bundle, folder: Path) -> Non
         assert dataset.num_reads == 3 * number
 
 
-def test_splits_follow_each_other(bundle: Bundle) -> None:
+def test_all_is_training_followed_by_validation(bundle: Bundle) -> None:
     splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
     parts = [extract_features(bundle, splits, split=split).gather()[0] for split in ("training", "validation")]
     torch.testing.assert_close(extract_features(bundle, splits).gather()[0], torch.cat(parts))
@@ -101,12 +101,12 @@ def test_splits_follow_each_other(bundle: Bundle) -> None:
         extract_features(bundle, splits, split="test")
 
 
-def test_the_classes_need_not_be_the_models(bundle: Bundle) -> None:
+def test_classes_unknown_to_the_model_are_accepted(bundle: Bundle) -> None:
     foreign = extract_features(bundle, dataset_of(classes=("zebra", "yak")))
     assert foreign.classes == ("zebra", "yak") and set(foreign.gather()[1].tolist()) == {0, 1}
 
 
-def test_the_model_is_in_evaluation_mode_and_left_as_it_was(bundle: Bundle) -> None:
+def test_evaluation_mode_is_used_and_the_old_mode_restored(bundle: Bundle) -> None:
     expected = extract_features(bundle, dataset_of(6)).gather()[0]
     before = {name: tensor.clone() for name, tensor in bundle.model.state_dict().items()}
     bundle.model.train()
@@ -126,7 +126,7 @@ def test_a_head_can_be_trained_on_features(bundle: Bundle) -> None:
     assert head.weight.grad.norm() > 0
 
 
-def test_only_the_public_contract_is_asked_of_a_model() -> None:
+def test_a_model_needs_only_the_public_methods() -> None:
     class Other(torch.nn.Module):
         num_classes, in_channels, num_features = 4, 1, 3
 
@@ -145,7 +145,7 @@ def test_only_the_public_contract_is_asked_of_a_model() -> None:
     assert extract_features(other, dataset_of(5)).gather()[0].shape == (5, 3)
 
 
-def test_bad_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
+def test_unreadable_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
     bad = folder / "b" / "4.png"
     bad.write_bytes(bad.read_bytes()[:60])
     features = extract_features(bundle, folder, batch_size=3)
@@ -154,7 +154,7 @@ def test_bad_files_are_left_out_and_named(bundle: Bundle, folder: Path) -> None:
     assert list(features.bad_images) == [str(bad)] and str(bad) not in names
 
 
-def test_nothing_to_extract_is_a_mistake(bundle: Bundle, folder: Path) -> None:
+def test_data_without_images_is_refused(bundle: Bundle, folder: Path) -> None:
     with pytest.raises(UserError, match="noise: the all split holds no images"):
         extract_features(bundle, dataset_of(0)).gather()
     with pytest.raises(UserError, match="batch_size is 0"):
@@ -165,14 +165,14 @@ def test_nothing_to_extract_is_a_mistake(bundle: Bundle, folder: Path) -> None:
         extract_features(bundle, folder).gather()
 
 
-def test_broken_weights_are_told(bundle: Bundle) -> None:
+def test_features_that_are_not_finite_are_an_error(bundle: Bundle) -> None:
     broken = create_model("coatnet-femto-16", num_classes=4, in_channels=1, resolution=8)
     torch.nn.init.constant_(broken.head.hidden.weight, torch.nan)
     with pytest.raises(UserError, match="not finite"):
         extract_features(Bundle(broken, CLASSES, bundle.preprocessing), dataset_of(3)).gather()
 
 
-def test_images_without_labels_come_in_the_order_asked(bundle: Bundle, folder: Path) -> None:
+def test_images_without_labels_are_in_the_order_of_the_paths(bundle: Bundle, folder: Path) -> None:
     single = folder / "b" / "7.png"
     features = extract_features(bundle, open_images([single, folder / "a"]))
     table, labels, names = features.gather()
@@ -183,7 +183,7 @@ def test_images_without_labels_come_in_the_order_asked(bundle: Bundle, folder: P
     torch.testing.assert_close(table, labelled[0][[place[name] for name in names]])
 
 
-def test_a_path_without_images_is_a_mistake(folder: Path, tmp_path: Path) -> None:
+def test_a_path_without_images_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"missing\.png: no such file"):
         open_images([folder, "missing.png"])
@@ -196,7 +196,7 @@ def rows_of(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_npy_and_csv_hold_what_was_extracted(bundle: Bundle, folder: Path) -> None:
+def test_npy_and_csv_equal_the_extracted_features(bundle: Bundle, folder: Path) -> None:
     (folder / "b" / "4.png").write_bytes(b"")
     features = extract_features(bundle, folder, batch_size=3)
     out = folder.parent / "found" / "all.npy"
@@ -217,7 +217,7 @@ def test_the_csv_is_a_manifest(bundle: Bundle, folder: Path) -> None:
     assert splits.classes == ("a", "b") and len(splits.training) + len(splits.validation) == 20
 
 
-def test_parquet_holds_what_was_extracted_in_groups(
+def test_parquet_equals_the_extracted_features_in_row_groups(
     bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow
@@ -237,7 +237,7 @@ def test_parquet_holds_what_was_extracted_in_groups(
     assert read["label"].to_pylist() == ["ab"[label] for label in labels.tolist()]
 
 
-def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle: Bundle, folder: Path) -> None:
+def test_multilabel_and_missing_labels_in_files(bundle: Bundle, folder: Path) -> None:
     from pyarrow import parquet
 
     images = dataset_of(3).images
@@ -251,7 +251,7 @@ def test_several_labels_are_written_as_in_a_manifest_and_no_label_as_none(bundle
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 @pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
-def test_a_name_that_is_not_text_is_written_as_reports_have_it(bundle: Bundle, folder: Path, name: str) -> None:
+def test_a_file_name_that_is_not_unicode_is_written_escaped(bundle: Bundle, folder: Path, name: str) -> None:
     strange = Path(os.fsdecode(os.fsencode(folder) + b'/\xff,"\n.png'))
     (folder / "a" / "1.png").rename(strange)
     assert write_features(extract_features(bundle, open_images([strange])), folder / name) == 1
@@ -260,7 +260,7 @@ def test_a_name_that_is_not_text_is_written_as_reports_have_it(bundle: Bundle, f
 
 
 @pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
-def test_what_cannot_be_finished_leaves_nothing(bundle: Bundle, folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_failure_leaves_no_files(bundle: Bundle, folder: Path, tmp_path: Path, name: str) -> None:
     for path in (folder / "a").iterdir():
         path.write_bytes(b"")
     for path in (folder / "b").iterdir():
@@ -271,7 +271,7 @@ def test_what_cannot_be_finished_leaves_nothing(bundle: Bundle, folder: Path, tm
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_file_in_the_way_is_left_alone(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_replaced(bundle: Bundle, tmp_path: Path) -> None:
     features = extract_features(bundle, dataset_of(2))
     for present, out in (("f.npy", "f.npy"), ("g.csv", "g.npy"), ("h.parquet", "h.parquet")):
         (tmp_path / present).write_text("mine")
@@ -281,7 +281,9 @@ def test_a_file_in_the_way_is_left_alone(bundle: Bundle, tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_an_impossible_place_is_one_line(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_output_path_is_a_one_line_error(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = extract_features(bundle, dataset_of(2))
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="could not be written"):

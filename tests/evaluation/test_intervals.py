@@ -1,4 +1,4 @@
-"""Intervals equal their formulas and hold the truth about 95 times in 100."""
+"""Intervals equal their formulas and cover the truth in about 95 % of cases."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ def test_wilson_solves_its_equation() -> None:
             assert distance == pytest.approx(1.95996, abs=1e-4)
 
 
-def test_wilson_is_sensible_at_the_ends() -> None:
+def test_wilson_interval_at_zero_and_one() -> None:
     assert wilson_interval(0, 20)[0] == 0.0 and 0 < wilson_interval(0, 20)[1] < 0.2
     assert wilson_interval(20, 20)[1] == 1.0 and 0.8 < wilson_interval(20, 20)[0] < 1
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
-def test_intervals_hold_the_truth_about_95_times_in_100() -> None:
+def test_intervals_cover_the_truth_in_about_95_percent() -> None:
     generator = np.random.default_rng(0)
     hits = dict.fromkeys(("wilson", "mean", "bootstrap"), 0)
     for _ in range(400):
@@ -36,6 +36,6 @@ def test_intervals_hold_the_truth_about_95_times_in_100() -> None:
     assert all(0.91 <= number / 400 <= 0.98 for number in hits.values()), hits
 
 
-def test_one_image_has_no_spread() -> None:
+def test_one_image_has_no_interval() -> None:
     assert mean_interval(np.array([1.0])) is None
     assert bootstrap_interval(lambda weights: 0.5, 1) is None

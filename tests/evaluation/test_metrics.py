@@ -1,4 +1,4 @@
-"""Every figure equals its definition, whatever the batches were."""
+"""Every figure equals its definition, for any batch size."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_multilabel_figures_equal_scikit_learn() -> None:
     assert metrics.confusion() is None and metrics.confused_pairs() == []
 
 
-def test_a_constant_answer_earns_its_share_and_no_more() -> None:
+def test_a_constant_output_has_chance_accuracy() -> None:
     labels = torch.arange(10).repeat(3)
     figures = count(torch.zeros(30, 10), labels, 7).compute()
     assert (figures["top1"], figures["top5"]) == (0.1, 0.5)
@@ -104,7 +104,7 @@ def test_a_constant_answer_earns_its_share_and_no_more() -> None:
     assert figures["calibration_error"] == pytest.approx(0)
 
 
-def test_top5_is_left_out_where_it_says_nothing() -> None:
+def test_top5_is_left_out_for_five_classes_or_fewer() -> None:
     assert "top5" not in count(*sample(num_classes=5), batch_size=64).compute()
 
 
@@ -132,7 +132,7 @@ def test_the_calibration_error_is_the_sum_over_its_bins() -> None:
     assert metrics.compute()["calibration_error"] == pytest.approx(total)
 
 
-def test_wrong_input_is_refused() -> None:
+def test_invalid_logits_and_labels_are_refused() -> None:
     metrics = Metrics(3)
     with pytest.raises(UserError, match="not finite"):
         metrics.update(torch.tensor([[0.0, float("nan"), 0.0]]), torch.tensor([0]))

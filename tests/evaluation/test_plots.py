@@ -1,4 +1,4 @@
-"""Plots are drawn for any data there is, and show it where it lies."""
+"""Plots are drawn for any data."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def write_metrics(path: Path, *, tail: str = "") -> Path:
     return path
 
 
-def test_a_torn_last_line_changes_nothing(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     draw_curves(write_metrics(tmp_path / "whole.jsonl"), tmp_path / "whole.png")
     draw_curves(write_metrics(tmp_path / "torn.jsonl", tail='\n{"step": 250, "epoch": 5, "to'), tmp_path / "torn.png")
     assert np.array_equal(pixels(tmp_path / "whole.png"), pixels(tmp_path / "torn.png"))
 
 
-def test_steps_written_twice_count_once(tmp_path: Path) -> None:
+def test_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
     again = "\n" + json.dumps({"step": 199, "epoch": 3.98, "loss": 2 / 199})
     draw_curves(write_metrics(tmp_path / "once.jsonl"), tmp_path / "once.png")
     draw_curves(write_metrics(tmp_path / "twice.jsonl", tail=again), tmp_path / "twice.png")
@@ -43,14 +43,14 @@ def test_steps_written_twice_count_once(tmp_path: Path) -> None:
         '{"step": 5, "epoch": 1, "mean_average_precision": 0.4}',
     ],
 )
-def test_curves_of_a_run_that_hardly_began(tmp_path: Path, text: str) -> None:
+def test_curves_of_a_run_without_values(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert pixels(tmp_path / "curves.png").shape == (510, 1350, 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 30, 41, 300])
-def test_mistakes_are_orange_and_right_answers_blue(tmp_path: Path, size: int) -> None:
+def test_correct_cells_are_blue_and_mistakes_orange(tmp_path: Path, size: int) -> None:
     matrix = 9 * np.eye(size, dtype=int)
     draw_confusion(matrix, [f"class {number}" for number in range(size)], tmp_path / "right.png")
     matrix[0, -1] += 9
@@ -69,6 +69,6 @@ def test_mistakes_are_orange_and_right_answers_blue(tmp_path: Path, size: int) -
     assert orange("wrong.png") > 0 or size == 1
 
 
-def test_a_matrix_without_images_is_drawn(tmp_path: Path) -> None:
+def test_a_confusion_matrix_without_images_is_drawn(tmp_path: Path) -> None:
     draw_confusion(np.zeros((3, 3), dtype=int), "abc", tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 1000

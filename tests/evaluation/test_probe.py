@@ -1,4 +1,4 @@
-"""A probe equals scikit-learn's regression and a plain loop over neighbours, and says what the features know."""
+"""A probe equals scikit-learn's logistic regression and a plain loop over neighbors."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def objective(features, labels, weight, bias, l2: float) -> float:
 
 
 @pytest.mark.parametrize("l2", [1e-1, 1e-3, 1e-5])
-def test_the_regression_finds_the_minimum_that_scikit_learn_finds(l2: float) -> None:
+def test_logistic_regression_equals_scikit_learn(l2: float) -> None:
     features, labels = clusters(400, spread=1.5)
     others, _ = clusters(300, spread=1.5, seed=1)
     weight, bias = fit_logistic(features, labels, 5, l2=l2)
@@ -56,7 +56,7 @@ def test_the_regression_finds_the_minimum_that_scikit_learn_finds(l2: float) -> 
     assert agreement >= 0.99
 
 
-def test_several_labels_are_one_regression_each() -> None:
+def test_multilabel_is_one_regression_per_label() -> None:
     features, labels = several(300)
     weight, bias = fit_logistic(features, labels, 3, l2=1e-2)
     for k in range(3):
@@ -65,7 +65,7 @@ def test_several_labels_are_one_regression_each() -> None:
         assert float(bias[k]) == pytest.approx(float(peer.intercept_[0]), abs=1e-3)
 
 
-def test_parts_at_once_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_rows_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(100, spread=1.5)
     others, _ = clusters(70, spread=1.5, seed=1)
     whole = *fit_logistic(features, labels, 5, l2=1e-2), knn_scores(features, labels, others, 5, k=9)
@@ -77,7 +77,7 @@ def test_parts_at_once_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def naive_votes(features: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, k: int) -> np.ndarray:
-    """The double loop: every other image, every neighbour."""
+    """The double loop: every other image, every neighbor."""
     rows = labels.numpy() if labels.ndim == 2 else np.eye(5)[labels]
     votes = np.zeros((len(others), rows.shape[1]))
     for row, other in enumerate(others.double().numpy()):
@@ -85,16 +85,16 @@ def naive_votes(features: torch.Tensor, labels: torch.Tensor, others: torch.Tens
         for feature in features.double().numpy():
             similarities.append(other @ feature / np.linalg.norm(other) / np.linalg.norm(feature))
         total = 0.0
-        for neighbour in sorted(range(len(features)), key=lambda index: -similarities[index])[:k]:
-            weight = math.exp(similarities[neighbour] / TEMPERATURE)
-            votes[row] += weight * rows[neighbour]
+        for neighbor in sorted(range(len(features)), key=lambda index: -similarities[index])[:k]:
+            weight = math.exp(similarities[neighbor] / TEMPERATURE)
+            votes[row] += weight * rows[neighbor]
             total += weight
         votes[row] /= total
     return votes
 
 
 @pytest.mark.parametrize("k", [1, 5, 60])
-def test_neighbours_vote_as_in_a_double_loop(k: int) -> None:
+def test_knn_votes_equal_a_plain_loop(k: int) -> None:
     for (features, labels), (others, _) in (
         (clusters(60, spread=1.5), clusters(25, spread=1.5, seed=1)),
         (several(60), several(25, seed=1)),
@@ -103,7 +103,7 @@ def test_neighbours_vote_as_in_a_double_loop(k: int) -> None:
         assert votes.numpy() == pytest.approx(naive_votes(features, labels, others, k), abs=1e-4)
 
 
-def test_separable_features_are_all_right_and_shuffled_labels_are_chance() -> None:
+def test_accuracy_of_separable_features_and_of_shuffled_labels() -> None:
     features, labels = clusters(300, spread=0.05)
     others, truth = clusters(400, spread=0.05, seed=1)
     shuffled = labels[torch.from_numpy(np.random.default_rng(2).permutation(300))]
@@ -112,11 +112,11 @@ def test_separable_features_are_all_right_and_shuffled_labels_are_chance() -> No
         lambda labels: linear_scores(features, labels, others, 5)[0],
     ):
         assert (scores_of(labels).argmax(1) == truth).all()
-        # The features of a class are alike, and so are its answers: chance is 1 class of 5, give or take one.
+        # The features of a class are alike, and so are their predictions: chance is 1 class of 5, give or take one.
         assert (scores_of(shuffled).argmax(1) == truth).float().mean() <= 0.45
 
 
-def test_noise_is_chance() -> None:
+def test_noise_has_chance_accuracy() -> None:
     generator = torch.Generator().manual_seed(0)
     features, others = (torch.randn(400, 12, generator=generator) for _ in range(2))
     labels, truth = (torch.randint(0, 5, (400,), generator=generator) for _ in range(2))
@@ -125,7 +125,7 @@ def test_noise_is_chance() -> None:
         assert low <= 0.2 <= high
 
 
-def test_the_linear_probe_does_not_see_the_scale_of_a_feature() -> None:
+def test_the_linear_probe_ignores_the_scale_of_features() -> None:
     features, labels = clusters(200, spread=1.0)
     others, _ = clusters(80, spread=1.0, seed=1)
     scores, l2 = linear_scores(features, labels, others, 5)
@@ -138,7 +138,7 @@ def test_the_linear_probe_does_not_see_the_scale_of_a_feature() -> None:
     torch.testing.assert_close(padded, scores, rtol=1e-2, atol=5e-2)
 
 
-def test_more_noise_is_answered_with_more_l2() -> None:
+def test_noisier_features_get_more_l2() -> None:
     few, labels = clusters(40, spread=3.0)
     noise = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
     strength = {}
@@ -169,7 +169,7 @@ def digits() -> Splits:
     )
 
 
-def test_a_probe_is_both_figures_of_extracted_features_twice_the_same(bundle: Bundle, digits: Splits) -> None:
+def test_a_probe_equals_its_parts_and_is_deterministic(bundle: Bundle, digits: Splits) -> None:
     report = probe(bundle, digits, k=7)
     features, labels, _ = extract_features(bundle, digits, split="training").gather()
     others, truth, _ = extract_features(bundle, digits, split="validation").gather()
@@ -188,7 +188,7 @@ def test_a_probe_is_both_figures_of_extracted_features_twice_the_same(bundle: Bu
     assert f"{100 * report.knn:.1f} %" in report.to_text() and "100 held-out images of digits" in report.to_text()
 
 
-def test_several_labels_have_a_mean_average_precision(bundle: Bundle, digits: Splits) -> None:
+def test_multilabel_probe_reports_mean_average_precision(bundle: Bundle, digits: Splits) -> None:
     def even_and_large(dataset: ArrayDataset) -> ArrayDataset:
         labels = np.stack([dataset.labels % 2 == 0, dataset.labels >= 5], axis=1)
         return ArrayDataset("digits", ("even", "large"), dataset.images, labels)
@@ -205,7 +205,7 @@ def test_several_labels_have_a_mean_average_precision(bundle: Bundle, digits: Sp
     assert "mean average precision" in report.to_text()
 
 
-def test_what_cannot_be_probed_is_told(bundle: Bundle, digits: Splits) -> None:
+def test_data_that_cannot_be_probed_is_refused(bundle: Bundle, digits: Splits) -> None:
     training, validation = digits.training, digits.validation
     for k in (0, 301):
         with pytest.raises(UserError, match=f"k is {k}; it must be 1 to 300, the training images of digits"):
@@ -223,7 +223,7 @@ def test_what_cannot_be_probed_is_told(bundle: Bundle, digits: Splits) -> None:
         probe(bundle, Splits("digits", one_of_each, validation), k=1)
 
 
-def test_a_class_without_training_images_is_never_right(bundle: Bundle, digits: Splits) -> None:
+def test_a_class_without_training_images_is_never_predicted(bundle: Bundle, digits: Splits) -> None:
     report = probe(bundle, Splits("digits", part(digits.training, digits.training.labels != 3), digits.validation))
     missing = (digits.validation.labels == 3).mean()
     assert 0.4 < report.linear <= 1 - missing and 0.4 < report.knn <= 1 - missing

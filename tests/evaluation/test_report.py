@@ -1,4 +1,4 @@
-"""A report says the same in words, in numbers and in images, whatever the classes are called."""
+"""Reports as Markdown, JSON and plots, for any class names."""
 
 import json
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_the_headline_is_percent_with_n_and_interval(report: Report) -> None:
     assert expected[1:] in to_markdown(report)
 
 
-def test_numbers_come_back_from_json_as_fractions(report: Report) -> None:
+def test_json_holds_fractions_and_all_fields(report: Report) -> None:
     plain = json.loads(report.to_json())
     assert plain == report.to_dict()
     assert plain["figures"] == report.figures
@@ -88,13 +88,13 @@ def test_numbers_come_back_from_json_as_fractions(report: Report) -> None:
     assert plain["bad_images"] == report.bad_images and "thumbnails" not in plain
 
 
-def test_classes_stand_weakest_first(report: Report) -> None:
+def test_classes_are_listed_weakest_first(report: Report) -> None:
     rows = rows_of(to_markdown(report), "Classes, weakest first")
     scores = [float(row.split(" | ")[-1].removesuffix(" % |")) for row in rows]
     assert len(scores) == 7 and scores == sorted(scores)
 
 
-def test_no_name_breaks_a_table(report: Report) -> None:
+def test_no_class_name_breaks_a_table(report: Report) -> None:
     for line in to_markdown(report, with_plots=True).splitlines():
         if line.startswith("|"):
             columns = line.replace("\\|", "").count("|") - 1
@@ -110,7 +110,7 @@ def test_long_tables_are_folded() -> None:
     assert "<details>" not in to_markdown(report_of(tuple(f"class {number}" for number in range(50))))
 
 
-def test_several_labels_have_average_precision_and_no_confusion(tmp_path: Path) -> None:
+def test_multilabel_reports_have_average_precision_and_no_confusion(tmp_path: Path) -> None:
     report = report_of(multilabel=True)
     page = to_markdown(report)
     assert page.count("mean average precision") and "average precision |" in page
@@ -119,12 +119,12 @@ def test_several_labels_have_average_precision_and_no_confusion(tmp_path: Path) 
     assert not (tmp_path / "confusion.png").exists() and (tmp_path / "mistakes.png").exists()
 
 
-def test_clock_and_thumbnails_do_not_make_reports_differ(report: Report) -> None:
+def test_equality_ignores_seconds_and_thumbnails(report: Report) -> None:
     assert report == replace(report, seconds=99.0, thumbnails=())
     assert report != replace(report, data="other images")
 
 
-def test_written_pages_show_only_images_that_are_there(report: Report, tmp_path: Path) -> None:
+def test_written_pages_show_only_existing_plots(report: Report, tmp_path: Path) -> None:
     for number, each in enumerate((report, replace(report, thumbnails=(), mistakes=()))):
         folder = tmp_path / str(number)
         write_report(each, folder)
@@ -148,6 +148,6 @@ def test_one_image_has_a_report() -> None:
     assert "on 1 image of 2 classes" in page and "unknown" in page
 
 
-def test_nan_is_never_written(report: Report) -> None:
+def test_nan_is_refused(report: Report) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(report, figures={**report.figures, "nll": float("nan")}).to_json()

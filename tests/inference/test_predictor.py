@@ -1,4 +1,4 @@
-"""A predictor says the same of an image in any form, through any engine."""
+"""`Predictor`: the same predictions for an image in any form and with any engine."""
 
 import io
 import sys
@@ -49,7 +49,7 @@ def expected(bundle: Bundle, pixels: np.ndarray) -> torch.Tensor:
         return bundle.model(EvaluationTransform(bundle.preprocessing)(pixels)[None])[0].softmax(0)
 
 
-def test_every_form_of_a_image_has_the_same_answer(pixels: np.ndarray, tmp_path: Path) -> None:
+def test_every_form_of_an_image_has_the_same_prediction(pixels: np.ndarray, tmp_path: Path) -> None:
     predictor, encoded = Predictor(make_bundle(), "torch", "fp32"), io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG")
     (tmp_path / "a.png").write_bytes(encoded.getvalue())
@@ -63,43 +63,45 @@ def test_every_form_of_a_image_has_the_same_answer(pixels: np.ndarray, tmp_path:
     together = predictor(forms, top_k=5, batch_size=2)
     probabilities = expected(predictor.bundle, pixels)
     order = probabilities.argsort(descending=True)
-    for answer in (*together, *(predictor(form)[0] for form in forms)):
-        assert answer.error is None
-        assert answer.classes == tuple(CLASSES[index] for index in order)
-        assert answer.probabilities == pytest.approx(probabilities[order].tolist(), abs=1e-5)
-    assert [answer.name for answer in together] == [str(tmp_path / "a.png")] * 2 + [
+    for prediction in (*together, *(predictor(form)[0] for form in forms)):
+        assert prediction.error is None
+        assert prediction.classes == tuple(CLASSES[index] for index in order)
+        assert prediction.probabilities == pytest.approx(probabilities[order].tolist(), abs=1e-5)
+    assert [prediction.name for prediction in together] == [str(tmp_path / "a.png")] * 2 + [
         "image 2",
         "image 3",
         "image 4",
     ]
 
 
-def test_grey_and_colour_meet(pixels: np.ndarray) -> None:
-    grey = pixels[..., 0]
-    colour = Predictor(make_bundle(), "torch", "fp32")
-    assert colour(grey)[0].probabilities == colour(np.stack([grey] * 3, axis=-1))[0].probabilities
-    of_grey = Predictor(make_bundle(channels=1), "torch", "fp32")
-    assert of_grey(pixels)[0].probabilities[0] == pytest.approx(expected(of_grey.bundle, pixels).max().item(), abs=1e-5)
+def test_grayscale_and_color_images_are_converted_for_the_model(pixels: np.ndarray) -> None:
+    gray = pixels[..., 0]
+    color_predictor = Predictor(make_bundle(), "torch", "fp32")
+    assert color_predictor(gray)[0].probabilities == color_predictor(np.stack([gray] * 3, axis=-1))[0].probabilities
+    gray_predictor = Predictor(make_bundle(channels=1), "torch", "fp32")
+    assert gray_predictor(pixels)[0].probabilities[0] == pytest.approx(
+        expected(gray_predictor.bundle, pixels).max().item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch-compiled"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_engines_agree(engine: str, channels: int, pixels: np.ndarray) -> None:
+def test_engines_compute_the_same_probabilities(engine: str, channels: int, pixels: np.ndarray) -> None:
     bundle = make_bundle(channels)
     try:
         predictor = Predictor(bundle, engine, "fp32")
     except UserError as error:
         pytest.skip(str(error))
     assert (predictor.engine.name, predictor.engine.precision) == (engine, "fp32")
-    for count in (1, 2, 5):  # none of which the graph was made of alone
+    for count in (1, 2, 5):  # the graph was exported with two
         images = [np.roll(pixels, 7 * shift, axis=1) for shift in range(count)]
-        for answer, image in zip(predictor(images, top_k=5), images, strict=True):
+        for prediction, image in zip(predictor(images, top_k=5), images, strict=True):
             wanted = expected(bundle, image).sort(descending=True).values
-            assert answer.probabilities == pytest.approx(wanted.tolist(), abs=2e-5)
+            assert prediction.probabilities == pytest.approx(wanted.tolist(), abs=2e-5)
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_half_precision_is_near_and_not_the_same(engine: str, pixels: np.ndarray) -> None:
+def test_bf16_is_close_to_fp32_and_not_equal(engine: str, pixels: np.ndarray) -> None:
     bundle = make_bundle()
     try:
         predictor = Predictor(bundle, engine, "bf16")
@@ -112,7 +114,7 @@ def test_half_precision_is_near_and_not_the_same(engine: str, pixels: np.ndarray
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(pixels: np.ndarray) -> None:
+def test_compiled_engine_equals_eager_engine(pixels: np.ndarray) -> None:
     bundle = make_bundle()
     eager, compiled = (Predictor(bundle, engine, "fp32") for engine in ("torch", "torch-compiled"))
     for count in (1, 3):
@@ -121,14 +123,14 @@ def test_compiled_equals_eager(pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 16, 23, 40])
-def test_batches_are_split_into_few_sizes_and_nothing_is_added(count: int) -> None:
+def test_batches_are_split_into_powers_of_two_without_padding(count: int) -> None:
     images = np.arange(count, dtype=np.uint8)[:, None]
     parts = split_batch(images)
     assert {len(part) for part in parts} <= {1, 2, 4, 8, 16}
     np.testing.assert_array_equal(np.concatenate(parts), images)
 
 
-def test_views_are_averaged(pixels: np.ndarray) -> None:
+def test_probabilities_of_views_are_averaged(pixels: np.ndarray) -> None:
     bundle = make_bundle()
     plain, flipped = Predictor(bundle, "torch", "fp32"), Predictor(bundle, "torch", "fp32", views="flip")
     one, mirrored = (plain.probabilities(plain.prepare(each)[None])[0] for each in (pixels, pixels[:, ::-1].copy()))
@@ -142,18 +144,18 @@ def test_views_are_averaged(pixels: np.ndarray) -> None:
     assert len({view.tobytes() for view in ten}) == 10 and resized.image_shape == (1, 64, 64, 3)
 
 
-def test_several_labels_have_sigmoids(pixels: np.ndarray) -> None:
+def test_multilabel_probabilities_are_sigmoids(pixels: np.ndarray) -> None:
     predictor = Predictor(make_bundle(multilabel=True), "torch", "fp32")
     found = predictor.probabilities(predictor.prepare(pixels)[None])[0]
     assert not np.isclose(found.sum(), 1) and ((found > 0) & (found < 1)).all()
 
 
-def test_bad_images_keep_their_place(pixels: np.ndarray) -> None:
+def test_unreadable_images_keep_their_place_and_have_an_error(pixels: np.ndarray) -> None:
     predictor = Predictor(make_bundle(), "torch", "fp32")
-    answers = predictor([pixels, b"", "nowhere.png", pixels])
-    assert [answer.error is None for answer in answers] == [True, False, False, True]
-    assert answers[1].error and answers[1].error.startswith("empty")
-    assert answers[2].error and answers[2].error.startswith("unreadable")
+    predictions = predictor([pixels, b"", "nowhere.png", pixels])
+    assert [prediction.error is None for prediction in predictions] == [True, False, False, True]
+    assert predictions[1].error and predictions[1].error.startswith("empty")
+    assert predictions[2].error and predictions[2].error.startswith("unreadable")
     with pytest.raises(BadImage, match="mine: format"):
         predictor.prepare(b"<html>", "mine")
 
@@ -166,32 +168,42 @@ def test_bad_images_keep_their_place(pixels: np.ndarray) -> None:
         (7, "is a int: give a path"),
     ],
 )
-def test_what_is_no_image_is_refused(given: object, message: str) -> None:
+def test_values_that_are_not_images_are_refused(given: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Predictor(make_bundle(), "torch", "fp32")([given])  # type: ignore[list-item]
 
 
-def test_unknown_choices_are_answered_with_the_known_ones() -> None:
+def test_errors_about_unknown_options_list_the_known_ones() -> None:
     for choice, right in (({"engine": "tpu"}, "openvino"), ({"precision": "fp8"}, "bf16"), ({"views": "two"}, "flip")):
         with pytest.raises(UserError, match=right):
             Predictor(make_bundle(), **choice)
 
 
-def test_an_engine_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_torch_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    assert Predictor(make_bundle(), "torch", "fp32", device="cpu").engine.name == "torch"
+    with pytest.raises(UserError, match="device 'tpu' is unknown"):
+        Predictor(make_bundle(), device="tpu")
+    monkeypatch.setattr("coatnet.inference.engines.choose_device", torch.device)
+    with pytest.raises(UserError, match="engine onnxruntime runs on the CPU, not on cuda"):
+        Predictor(make_bundle(), "onnxruntime", device="cuda")
+
+
+def test_error_about_a_missing_engine_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coatnet.inference.engines.find_spec", lambda name: None if name == "openvino" else sys)
     with pytest.raises(UserError, match=r"pip install 'coatnet\[openvino\]'"):
         open_engine(make_bundle(), "openvino")
 
 
-def test_a_graph_is_kept_for_the_same_weights_alone(own_cache: Path, pixels: np.ndarray) -> None:
+def test_a_cached_graph_is_used_for_equal_weights_only(own_cache: Path, pixels: np.ndarray) -> None:
     pytest.importorskip("openvino")
     bundle = make_bundle()
     first = Predictor(bundle, "openvino", "fp32")(pixels)
-    (kept,) = (own_cache / "graphs").iterdir()
-    (kept / "model.xml").touch()
-    before = (kept / "model.bin").stat().st_mtime_ns
+    (cached,) = (own_cache / "graphs").iterdir()
+    (cached / "model.xml").touch()
+    before = (cached / "model.bin").stat().st_mtime_ns
     assert Predictor(bundle, "openvino", "fp32")(pixels) == first
-    assert (kept / "model.bin").stat().st_mtime_ns == before and len(list((own_cache / "graphs").iterdir())) == 1
+    assert (cached / "model.bin").stat().st_mtime_ns == before and len(list((own_cache / "graphs").iterdir())) == 1
     with torch.no_grad():
         bundle.model.get_classifier().bias.add_(torch.arange(5.0))
     changed = Predictor(bundle, "openvino", "fp32")(pixels)
@@ -200,19 +212,19 @@ def test_a_graph_is_kept_for_the_same_weights_alone(own_cache: Path, pixels: np.
 
 
 @pytest.mark.slow
-def test_a_kept_graph_may_have_its_weights_beside_it(
+def test_a_cached_graph_may_have_its_weights_in_another_file(
     own_cache: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100_000)
     bundle = make_bundle()
-    (answer,) = Predictor(bundle, "onnxruntime")(pixels)
-    (kept,) = (own_cache / "graphs").iterdir()
-    assert sorted(path.name for path in kept.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert answer.probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
+    (prediction,) = Predictor(bundle, "onnxruntime")(pixels)
+    (cached,) = (own_cache / "graphs").iterdir()
+    assert sorted(path.name for path in cached.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert prediction.probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
 
 
-def test_no_more_than_a_handful_of_graphs_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_graph_is_removed(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coatnet.inference.engines.graph_cache.MAX_CACHED_GRAPHS", 2)
     bundle = make_bundle()
     written = [cached_graph(bundle, "graph", str(version), Path.touch) for version in (1, 2)]

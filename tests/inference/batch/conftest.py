@@ -1,4 +1,4 @@
-"""A small model on disk, and images for it."""
+"""A small model on disk, and images."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def predictor(bundle: Path) -> Predictor:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 of them, in two folders and beside them; one is cut off and one is none."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for number in range(150):
         path = root / ("", "bee", "cat")[number % 3] / f"{number}.png"

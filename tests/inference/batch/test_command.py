@@ -1,4 +1,4 @@
-"""`coatnet predict --out`: what it prints, and its exit codes."""
+"""`coatnet predict --out`: output and exit codes."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,12 @@ parquet = pytest.importorskip("pyarrow.parquet")
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "batch.md"
 
 
-def test_bad_files_are_named_and_the_exit_code_tells(
+def test_unreadable_files_are_named_and_set_the_exit_code(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.parquet"
     arguments = ["predict", str(bundle), str(images), "--out", str(out), "--engine", "torch", "--top-k", "2"]
-    for _ in range(2):  # the second time it is only told again
+    for _ in range(2):  # the second time the file is only reported
         assert main(arguments) == 1
         printed = capsys.readouterr()
         assert printed.out == f"{out}: 151 images, 2 of which could not be used\n"
@@ -24,7 +24,7 @@ def test_bad_files_are_named_and_the_exit_code_tells(
     assert len(parquet.read_table(out)["classes"][0]) == 2
 
 
-def test_good_files_alone_are_a_success(
+def test_exit_code_is_zero_if_all_files_are_readable(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.parquet"
@@ -42,7 +42,7 @@ def test_good_files_alone_are_a_success(
         (["--out", "x.parquet", "--views", "all"], "views"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
+def test_errors_are_one_line_and_leave_no_files(
     bundle: Path,
     images: Path,
     tmp_path: Path,
@@ -58,7 +58,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_guide_names_the_columns_that_the_file_has() -> None:
+def test_the_guide_lists_the_columns_of_the_file() -> None:
     from coatnet.inference.batch.parts import schema
 
     named = re.findall(r"^\| `(\w+)` \|", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Whatever kills or stops a prediction, the same command finishes it: no image twice, none left out."""
+"""Batch prediction resumes after a kill or a signal: no image twice, none left out."""
 
 import json
 import os
@@ -14,13 +14,13 @@ import pytest
 from coatnet.cli.main import main
 
 parquet = pytest.importorskip("pyarrow.parquet")
-LIVES = Path(__file__).with_name("lives.py")
+KILLED_PREDICTIONS = Path(__file__).with_name("killed_predictions.py")
 ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def live(bundle: Path, images: Path, folder: Path, *how: str) -> dict:
-    """What lives.py prints."""
-    command = [sys.executable, str(LIVES), str(bundle), str(images), str(folder), *how]
+def run_killed(bundle: Path, images: Path, folder: Path, *how: str) -> dict:
+    """The result that killed_predictions.py prints."""
+    command = [sys.executable, str(KILLED_PREDICTIONS), str(bundle), str(images), str(folder), *how]
     run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -28,18 +28,18 @@ def live(bundle: Path, images: Path, folder: Path, *how: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_killed_before_any_step_on_the_disk_it_goes_on(bundle: Path, images: Path, tmp_path: Path) -> None:
-    found = live(bundle, images, tmp_path, "every")
+def test_resumes_after_a_kill_before_any_write(bundle: Path, images: Path, tmp_path: Path) -> None:
+    found = run_killed(bundle, images, tmp_path, "every")
     assert found["same"] and found["rows"] == 151 and found["left"] == []
     assert found["killed"] == found["files"] - 1 >= 15  # plan, three parts and the file: three steps each
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize("kills", [8, pytest.param(150, marks=pytest.mark.slow)])
-def test_killed_at_random_with_any_number_of_processes_it_goes_on(
+def test_resumes_after_random_kills_with_any_number_of_processes(
     bundle: Path, images: Path, tmp_path: Path, kills: int
 ) -> None:
-    found = live(bundle, images, tmp_path, "random", str(kills))
+    found = run_killed(bundle, images, tmp_path, "random", str(kills))
     assert found["same"] and found["rows"] == 151 and found["left"] == [] and found["killed"] >= kills
 
 
@@ -60,7 +60,7 @@ def many(images: Path, tmp_path: Path) -> Callable[[int], Path]:
     return many
 
 
-def test_torchrun_gives_every_process_its_part(bundle: Path, many: Callable[[int], Path], tmp_path: Path) -> None:
+def test_torchrun_shares_the_parts_among_processes(bundle: Path, many: Callable[[int], Path], tmp_path: Path) -> None:
     both, alone, source = tmp_path / "both.parquet", tmp_path / "alone.parquet", many(300)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatnet"]
     arguments = [sys.executable, *torchrun, *command(bundle, source, out=both)]
@@ -74,7 +74,7 @@ def test_torchrun_gives_every_process_its_part(bundle: Path, many: Callable[[int
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_it_and_the_same_command_goes_on(
+def test_a_signal_stops_it_and_the_same_command_resumes(
     bundle: Path, many: Callable[[int], Path], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out, staged = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
@@ -91,7 +91,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     assert not out.exists() and list(staged.glob("part-*"))
 
 
-def test_a_damaged_part_is_made_again(
+def test_a_damaged_part_is_computed_again(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tmp_path / ".out.parquet.parts" / "part-000001.parquet"

@@ -1,4 +1,4 @@
-"""Every image has one row, in order, with what the predictor says of it, wherever the images lie."""
+"""Batch prediction writes one row per image, in order, from every kind of source."""
 
 import json
 import shutil
@@ -31,23 +31,23 @@ def predicted(predictor: Predictor, source: Path | str, out: Path, **settings) -
     return rows
 
 
-def test_rows_are_what_the_predictor_says_in_the_order_of_the_folder(
-    predictor: Predictor, images: Path, tmp_path: Path
-) -> None:
+def test_rows_equal_predictions_in_the_order_of_the_folder(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     rows = predicted(predictor, images, tmp_path / "new" / "out.parquet", top_k=3)
     paths = [str(path) for path, _ in expand_paths([images])]
     assert len(paths) == 151 and [row["path"] for row in rows] == paths
-    for row, answer in zip(rows, predictor(paths, top_k=3), strict=True):
-        assert row["error"] == answer.error and row["label"] is None
-        assert tuple(row["classes"]) == answer.classes and row["top1"] == next(iter(answer.classes), None)
-        assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+    for row, prediction in zip(rows, predictor(paths, top_k=3), strict=True):
+        assert row["error"] == prediction.error and row["label"] is None
+        assert tuple(row["classes"]) == prediction.classes and row["top1"] == next(iter(prediction.classes), None)
+        assert row["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
         assert row["probability"] == (row["probabilities"] or [None])[0]
     reasons = {Path(row["path"]).name: row["error"].partition(":")[0] for row in rows if row["error"]}
     assert reasons == {"70.png": "truncated", "page.jpg": "format"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 500])
-def test_batches_change_nothing(predictor: Predictor, images: Path, tmp_path: Path, batch_size: int) -> None:
+def test_rows_do_not_depend_on_the_batch_size(
+    predictor: Predictor, images: Path, tmp_path: Path, batch_size: int
+) -> None:
     rows = predicted(predictor, images, tmp_path / "a.parquet")
     others = predicted(predictor, images, tmp_path / "b.parquet", batch_size=batch_size)
     for row, other in zip(rows, others, strict=True):
@@ -57,7 +57,7 @@ def test_batches_change_nothing(predictor: Predictor, images: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_manifest_is_followed_row_by_row_with_its_labels(
+def test_rows_follow_a_manifest_and_carry_its_labels(
     predictor: Predictor, images: Path, tmp_path: Path, suffix: str
 ) -> None:
     shutil.copytree(images, tmp_path / "in")
@@ -92,7 +92,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_shards_are_read_in_their_order_from_here_and_from_a_url(
+def test_shards_are_read_in_order_from_disk_and_from_a_url(
     predictor: Predictor, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("aiohttp", reason="fsspec needs it for http://")
@@ -112,7 +112,7 @@ def test_shards_are_read_in_their_order_from_here_and_from_a_url(
         assert other == row
 
 
-def test_named_images_and_several_folders_go_too(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+def test_builtin_data_and_several_paths_are_accepted(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     assert len(predicted(predictor, "digits", tmp_path / "digits.parquet")) == 1797
     both = open_samples([str(images / "bee"), str(images / "0.png")])
     assert len(both) == 51 and both.read(50).name == str(images / "0.png")
@@ -121,13 +121,13 @@ def test_named_images_and_several_folders_go_too(predictor: Predictor, images: P
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "empty"])
-def test_data_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+def test_missing_data_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=name):
         open_samples([str(tmp_path / name)])
 
 
-def test_a_finished_file_is_kept_and_told_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+def test_a_complete_file_is_kept_and_reported_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     predicted(predictor, images, out)
     before = out.stat()
@@ -136,7 +136,7 @@ def test_a_finished_file_is_kept_and_told_again(predictor: Predictor, images: Pa
     assert out.stat() == before
 
 
-def test_another_file_in_the_way_is_refused_and_kept(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+def test_an_existing_other_file_is_kept_and_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     data = open_samples([str(images)])
     out.write_text("mine")
@@ -155,7 +155,7 @@ def test_another_file_in_the_way_is_refused_and_kept(predictor: Predictor, image
         predict_to_file(predictor, data, tmp_path / "out.csv")
 
 
-def test_an_unfinished_run_with_another_plan_is_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+def test_parts_of_another_plan_are_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     staged = tmp_path / ".out.parquet.parts"
     staged.mkdir()
     plan = {"model": "another"}
@@ -165,7 +165,7 @@ def test_an_unfinished_run_with_another_plan_is_refused(predictor: Predictor, im
     assert json.loads((staged / "plan.json").read_text()) == plan
 
 
-def test_no_more_images_are_held_than_asked_for(predictor: Predictor) -> None:
+def test_prepared_images_in_memory_are_limited(predictor: Predictor) -> None:
     pixels = np.zeros((500, 8, 8), np.uint8)
     samples = SampleSource([ArrayDataset("black", ("a", "b"), pixels, np.zeros(500, int))])
     taken: list[int] = []

@@ -1,4 +1,4 @@
-"""Parts cover every image once, and so do the shares of any number of processes."""
+"""Parts of a batch prediction cover every image once, for any number of processes."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +15,7 @@ PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
 
 
 @given(st.integers(1, 10**10))
-def test_parts_are_few_and_of_a_size_that_can_be_held(num_images: int) -> None:
+def test_number_and_size_of_parts_are_bounded(num_images: int) -> None:
     plan = replace(PLAN, num_images=num_images)
     assert plan.part(0).start == 0 and plan.part(plan.num_parts - 1).stop == num_images
     assert 64 <= plan.part_size <= 4096
@@ -24,13 +24,13 @@ def test_parts_are_few_and_of_a_size_that_can_be_held(num_images: int) -> None:
 
 
 @given(st.integers(1, 20_000))
-def test_parts_follow_each_other_without_gap(num_images: int) -> None:
+def test_parts_are_contiguous(num_images: int) -> None:
     plan = replace(PLAN, num_images=num_images)
     covered = [plan.part(number) for number in range(plan.num_parts)]
     assert all(before.stop == after.start for before, after in pairwise(covered))
 
 
-def test_a_plan_says_what_another_has_otherwise() -> None:
+def test_plans_describe_their_difference() -> None:
     assert PLAN.difference(PLAN.to_json()) is None
     assert PLAN.difference(replace(PLAN, model="c").to_json()) == "another model"
     assert PLAN.difference(replace(PLAN, num_images=9).to_json()) == "other images"
@@ -38,7 +38,7 @@ def test_a_plan_says_what_another_has_otherwise() -> None:
     assert PLAN.difference("[]") == PLAN.difference("{") == "an unreadable plan"
 
 
-def test_a_process_is_alone_unless_torchrun_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert rank_and_world_size() == (0, 1)
@@ -48,7 +48,7 @@ def test_a_process_is_alone_unless_torchrun_says_otherwise(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("3", "3"), ("-1", "2"), ("one", "2"), ("0", "")])
-def test_numbers_that_can_not_be_are_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
+def test_invalid_rank_or_world_size_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(UserError, match="RANK must be a number"):

@@ -1,10 +1,10 @@
-"""Predicts in forked children that are killed, until a file is complete, and compares it with an undisturbed one.
+"""Predict in forked child processes that are killed, until a file is complete; compare it with an undisturbed one.
 
-    python lives.py BUNDLE IMAGES FOLDER random NUMBER     # each life ends at a random moment
-    python lives.py BUNDLE IMAGES FOLDER every             # at each step of writing, one after the other
+    python killed_predictions.py BUNDLE IMAGES FOLDER random NUMBER     # killed at random moments
+    python killed_predictions.py BUNDLE IMAGES FOLDER every             # killed before each step of writing
 
-A life has one to three processes, each of which may be killed, so that the next goes on with another number of them.
-Prints, as JSON, how many were killed, and whether the two files are the same to the byte of every row.
+A run has one to three processes, each of which may be killed; the next run resumes with another number of them.
+Prints, as JSON, the number of killed processes, and whether all rows of the two files are equal.
 """
 
 import json
@@ -25,7 +25,7 @@ from coatnet.inference.predictor import Predictor
 
 
 def child(predictor: Predictor, images: str, out: Path, rank: int, world_size: int, last_step: int) -> int:
-    """Its number; `last_step` is the one before which it kills itself, of all that touch the disk."""
+    """Start a child, which kills itself before write operation `last_step`; return its process id."""
     number = os.fork()
     if number:
         return number
@@ -51,20 +51,20 @@ def child(predictor: Predictor, images: str, out: Path, rank: int, world_size: i
         os._exit(1)
 
 
-def life(predictor: Predictor, images: str, out: Path, world_size: int, seconds: float, last_step: int) -> int:
-    """How many of its processes were killed; raises if one fails otherwise."""
-    living = [child(predictor, images, out, rank, world_size, last_step) for rank in range(world_size)]
+def run_children(predictor: Predictor, images: str, out: Path, world_size: int, seconds: float, last_step: int) -> int:
+    """Run and kill processes; return how many were killed. Raises if one fails otherwise."""
+    running = [child(predictor, images, out, rank, world_size, last_step) for rank in range(world_size)]
     deadline = time.monotonic() + seconds
     killed = 0
-    while living:
-        for number in list(living):
+    while running:
+        for number in list(running):
             ended, status = os.waitpid(number, os.WNOHANG)
             if ended:
-                living.remove(number)
+                running.remove(number)
                 killed += os.WIFSIGNALED(status)
                 assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"a child failed with {status}"
-        if time.monotonic() > deadline and living:
-            os.kill(living[-1], signal.SIGKILL)
+        if time.monotonic() > deadline and running:
+            os.kill(running[-1], signal.SIGKILL)
             deadline += random.uniform(0, 0.05)
         time.sleep(0.002)
     return killed
@@ -75,7 +75,7 @@ def main(bundle: str, images: str, folder: Path, how: str, number: int) -> None:
     predictor = Predictor(bundle, "torch", "fp32")
     runs = disturbed(predictor, images, folder, how, number)
     undisturbed = folder / "undisturbed.parquet"
-    life(predictor, images, undisturbed, 1, 1e9, -1)
+    run_children(predictor, images, undisturbed, 1, 1e9, -1)
 
     expected = parquet.read_table(undisturbed)
     killed, same, left = 0, True, []
@@ -87,23 +87,25 @@ def main(bundle: str, images: str, folder: Path, how: str, number: int) -> None:
 
 
 def disturbed(predictor: Predictor, images: str, folder: Path, how: str, number: int) -> list[tuple[Path, int]]:
-    """Complete files, and how many processes were killed over each."""
+    """Complete files, each with the number of processes killed while it was written."""
     if how == "every":
         out, step, killed = folder / "every" / "out.parquet", 0, 1
         runs = []
-        while killed:  # at last a life ends before its step comes
+        while killed:  # until a run completes before that step
             shutil.rmtree(out.parent, ignore_errors=True)
-            killed = life(predictor, images, out, 1, 1e9, step)
-            life(predictor, images, out, 1, 1e9, -1)
+            killed = run_children(predictor, images, out, 1, 1e9, step)
+            run_children(predictor, images, out, 1, 1e9, -1)
             runs.append((Path(shutil.copytree(out.parent, folder / f"every-{step}")) / out.name, killed))
             step += 1
         return runs
-    chance, killed, runs = random.Random(number), 0, []
+    generator, killed, runs = random.Random(number), 0, []
     while killed < number:
         out, killed_here, seconds = folder / f"random-{len(runs)}" / "out.parquet", 0, 0.4
         while not out.exists() or (out.parent / f".{out.name}.parts").exists():
-            killed_here += life(predictor, images, out, chance.randint(1, 3), chance.uniform(0, seconds), -1)
-            seconds *= 1.05  # so that it ends at all
+            killed_here += run_children(
+                predictor, images, out, generator.randint(1, 3), generator.uniform(0, seconds), -1
+            )
+            seconds *= 1.05  # so that the loop ends
         runs.append((out, killed_here))
         killed += killed_here
     return runs

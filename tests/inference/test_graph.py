@@ -1,4 +1,4 @@
-"""A folded network is the network, with nothing left to normalise by batches."""
+"""Folding: the outputs of the network do not change, and its BatchNorms are gone."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_folded_equals_unfolded(name: str, variations: dict[str, object]) -> Non
 
 
 @pytest.mark.parametrize("name", ["coatnet-femto", "coatnet_0_224"])
-def test_no_batch_norm_and_no_bias_table_is_left(name: str) -> None:
+def test_folding_leaves_no_batch_norm_and_no_bias_table(name: str) -> None:
     left = {type(module) for module in fold(used(name)).modules()}
     assert nn.BatchNorm2d not in left and ConstantBias in left
     assert not any(issubclass(kind, GlobalBias) for kind in left)
@@ -68,14 +68,14 @@ def test_a_batch_norm_between_activation_and_gate_stays() -> None:
 
 
 @torch.no_grad()
-def test_for_any_size_the_biases_stay_tables() -> None:
+def test_bias_tables_stay_when_any_size_is_accepted() -> None:
     model, images = used("coatnet-femto"), torch.randn(1, 3, 96, 64)
     torch.testing.assert_close(fold(model, any_size=True)(images), model(images), rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
         fold(model)(images)
 
 
-def test_the_model_itself_is_left_alone() -> None:
+def test_folding_does_not_change_the_model() -> None:
     model = used("coatnet-femto").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fold(model)

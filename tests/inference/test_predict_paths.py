@@ -1,4 +1,4 @@
-"""A prediction is what the model says of the file, in the order asked; a bad file spoils only its own."""
+"""`Predictor.predict_paths`: predictions equal the model's output, in the order of the paths, with errors in place."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_a_prediction_is_the_softmax_of_the_model(predictor: Predictor, folder: 
         assert prediction.probabilities == pytest.approx(sorted(probabilities.tolist())[:0:-1], abs=1e-5)
 
 
-def test_several_labels_have_sigmoids(bundle: Bundle, folder: Path) -> None:
+def test_multilabel_probabilities_are_sigmoids(bundle: Bundle, folder: Path) -> None:
     path = folder / "img2.png"
     several = Bundle(bundle.model, CLASSES, bundle.preprocessing, multilabel=True)
     (prediction,) = Predictor(several, "torch", "fp32").predict_paths([path])
@@ -72,36 +72,38 @@ def test_several_labels_have_sigmoids(bundle: Bundle, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
-def test_folders_come_in_natural_order_whatever_the_batches(
+def test_folders_are_read_in_natural_order_for_any_batch_size(
     predictor: Predictor, folder: Path, batch_size: int
 ) -> None:
-    answers = predictor.predict_paths([folder], batch_size=batch_size)
-    names = [str(Path(answer.name).relative_to(folder)) for answer in answers]
+    predictions = predictor.predict_paths([folder], batch_size=batch_size)
+    names = [str(Path(prediction.name).relative_to(folder)) for prediction in predictions]
     assert names == ["img2.png", "img10.png", "ü \N{GRINNING FACE}.png", "deep/er/3.PNG"]
 
 
-def test_bad_files_keep_their_place_and_say_why(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
+def test_unreadable_files_keep_their_place_and_have_an_error(
+    predictor: Predictor, folder: Path, tmp_path: Path
+) -> None:
     whole = folder / "img2.png"
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:300])
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "empty").mkdir()
     names = ("cut.png", "page.jpg", "nowhere.jpg", "empty")
     paths = [whole, *(tmp_path / name for name in names), whole]
-    answers = list(predictor.predict_paths(paths, batch_size=2))
-    assert [answer.name for answer in answers] == [str(path) for path in paths]
-    assert [answer.error is None for answer in answers] == [True, False, False, False, False, True]
-    assert answers[3].error == "no such file" and answers[4].error == "no images in this folder"
-    assert all("\n" not in answer.error for answer in answers[1:5] if answer.error)
-    assert answers[0] == answers[5]
+    predictions = list(predictor.predict_paths(paths, batch_size=2))
+    assert [prediction.name for prediction in predictions] == [str(path) for path in paths]
+    assert [prediction.error is None for prediction in predictions] == [True, False, False, False, False, True]
+    assert predictions[3].error == "no such file" and predictions[4].error == "no images in this folder"
+    assert all("\n" not in prediction.error for prediction in predictions[1:5] if prediction.error)
+    assert predictions[0] == predictions[5]
 
 
 def test_a_named_file_needs_no_suffix(predictor: Predictor, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "picture").write_bytes((folder / "img2.png").read_bytes())
-    (answer,) = predictor.predict_paths([tmp_path / "picture"], top_k=99)
-    assert answer.error is None and len(answer.classes) == 4
+    (tmp_path / "image").write_bytes((folder / "img2.png").read_bytes())
+    (prediction,) = predictor.predict_paths([tmp_path / "image"], top_k=99)
+    assert prediction.error is None and len(prediction.classes) == 4
 
 
-def test_numbers_below_one_are_refused_at_the_call(predictor: Predictor) -> None:
+def test_numbers_below_one_are_refused_before_iteration(predictor: Predictor) -> None:
     for numbers in ({"top_k": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="both must be at least 1"):
             predictor.predict_paths([], **numbers)

@@ -149,7 +149,7 @@ def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
         model: Annotated[str, Query(description="a name of GET /models; the first one if it is left out")] = "",
         top_k: Annotated[int, Query(ge=1, description="how many of the likeliest classes")] = 5,
     ) -> Response:
-        """The likeliest classes of one image."""
+        """The classes of one image with their probabilities, likeliest first."""
         return json_response(await service.predict(request, model, top_k))
 
     @app.get("/metrics", dependencies=secured, response_class=Response)

@@ -59,7 +59,7 @@ def test_images_wait_for_a_server_that_is_gone(visit: Open, server: Server, imag
     server.kill()
     seen.drop(images[0])
     expect(seen.see("#banner")).to_be_visible()
-    expect(seen.see("#headline")).to_have_text("QueuedImage")
+    expect(seen.see("#headline")).to_have_text("Waiting")
     server.start()
     expect(seen.see("#headline")).to_have_text(best, timeout=15_000)
     expect(seen.see("#banner")).to_be_hidden()

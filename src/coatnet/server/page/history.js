@@ -13,9 +13,9 @@ const tiles = new Map(); // image -> its item; in the order of their arrival
 
 /** @param {(image: Image) => void} select called when the person wants to see an image again */
 export function addTile(image, select) {
-  const image = element("img");
-  image.alt = "";
-  const frame = element("span", "thumbnail", image);
+  const img = element("img");
+  img.alt = "";
+  const frame = element("span", "thumbnail", img);
   showImage(frame, image);
   const label = element("span", "label");
   label.dir = "auto";

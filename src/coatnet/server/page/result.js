@@ -11,7 +11,7 @@ const WAITING = {
 };
 
 const result = document.getElementById("result");
-const image = document.getElementById("image");
+const img = document.getElementById("image");
 const frame = document.getElementById("frame");
 const headline = document.getElementById("headline");
 const detail = document.getElementById("detail");
@@ -32,12 +32,12 @@ export function showResult(image) {
   result.hidden = !image;
   document.body.classList.toggle("empty", !image);
   if (!image) {
-    image.removeAttribute("src");
+    img.removeAttribute("src");
     return;
   }
-  if (image.src !== image.url) {
+  if (img.src !== image.url) {
     showImage(frame, image);
-    image.alt = image.name;
+    img.alt = image.name;
     document.getElementById("file-name").textContent = image.name;
   }
   result.dataset.state = image.state;

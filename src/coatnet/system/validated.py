@@ -107,7 +107,7 @@ def _sparse(kind: type) -> Any:
         for constraint in field.metadata:
             kind_of_value = Annotated[kind_of_value, constraint]
         fields[name] = (kind_of_value, None)
-    return create_model(kind.__name__, __config__=CHECKED, **fields)
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid"), **fields)
 
 
 def _as_dict(value: Any) -> Any:

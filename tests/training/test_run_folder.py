@@ -1,0 +1,81 @@
+"""The folder of a run: what a recipe leaves open is as in the run, and what may not change is refused by name."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from tests.training.configs import SMALL_COLOR_IMAGES, config_of
+
+from coatnet.errors import UserError
+from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
+from coatnet.training.defaults import choose
+from coatnet.training.run_folder import RunFolder
+
+CLASSES = ("ant", "bee")
+# Where nothing was asked for, earlier releases wrote null; they had no device.
+NULLS = ("init", "micro_batch_size", "patience", "max_minutes", "num_workers", "keep_every_hours")
+ASKED = {"epochs": 3, "seed": 5, "augmentation": {"flip_rate": 0.25}}
+
+
+def stored_by_an_earlier_release(folder, **asked):
+    values = config_of(**asked).to_dict() | dict.fromkeys(name for name in NULLS if name not in asked)
+    del values["device"]
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "classes.json").write_text(json.dumps(CLASSES))
+    return folder
+
+
+def resumed(folder, classes=CLASSES, **asked):
+    run = RunFolder(folder, Recipe(data="digits", **asked))
+    run.settle(choose(run.given, SMALL_COLOR_IMAGES), classes)
+    return run
+
+
+def test_a_run_of_an_earlier_release_resumes_with_its_own_values(tmp_path):
+    stored_by_an_earlier_release(tmp_path, **ASKED, num_workers=2, keep_checkpoints=7)
+    run = resumed(tmp_path)
+    assert run.config == config_of(**ASKED)  # what may change is as by default again
+    assert not run.finished
+    (tmp_path / "report.json").touch()
+    (tmp_path / "bundle").mkdir()
+    assert resumed(tmp_path, num_workers=2, keep_checkpoints=7).finished and not resumed(tmp_path).finished
+    run.start()
+    assert TrainingConfig.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == run.config
+    assert None not in yaml.safe_load((tmp_path / "recipe.yaml").read_text()).values()
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"seed": 6}, "seed 5, not 6"),
+        ({"augmentation": {"flip_rate": 0.5}}, "augmentation.flip_rate 0.25, not 0.5"),
+        ({"micro_batch_size": 1}, "micro_batch_size 32, not 1"),
+        ({"init": "timm/x"}, "init none, not timm/x"),
+        ({"epochs": 2}, "of 3.0 epochs, which can only be extended"),
+        ({"classes": ("ant",)}, "but digits is now without bee"),
+    ],
+)
+def test_a_resumed_run_refuses_another_value_by_name(tmp_path, asked, answer):
+    stored_by_an_earlier_release(tmp_path, **ASKED)
+    with pytest.raises(UserError, match=answer):
+        resumed(tmp_path, **asked)
+
+
+def test_what_may_change_changes(tmp_path):
+    stored_by_an_earlier_release(tmp_path, **ASKED)
+    changes = {
+        "epochs": 4,
+        "device": "cpu",
+        "patience": 2,
+        "max_minutes": 5,
+        "num_workers": 0,
+        "loggers": "tensorboard",
+    }
+    changes |= {"parallelism": "fsdp", "activation_checkpointing": "all", "evaluate_every": 2, "non_finite_budget": 1}
+    changes |= {"checkpoint_every_minutes": 1, "keep_checkpoints": 3, "keep_every_hours": 1, "bad_image_budget": 0.5}
+    assert changes.keys() == set(MAY_CHANGE)
+    before, now = config_of(**ASKED), resumed(tmp_path, **changes).config
+    assert now == replace(before, **changes)  # the schedule stays, although it was chosen for fewer epochs
+    assert all(getattr(now, name) != getattr(before, name) for name in changes)

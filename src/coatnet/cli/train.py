@@ -104,7 +104,7 @@ def describe_option(field: "FieldInfo") -> str:
     sentences = [" ".join((field.description or "").split())]
     if typing.get_origin(field.annotation) is Literal:
         sentences.append(f"{describe(field.annotation).capitalize()}.")
-    default = field.get_default(call_default_factory=True)
+    default = "" if field.is_required() else field.get_default(call_default_factory=True)
     if "default" not in sentences[0] and default not in ((), {}, ""):
         sentences.append(f"Default: {_as_option(default)}.")
     return " ".join(sentences)

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coatnet.system.validated import BelowOne, NumberFromZero, validated
+from coatnet.system.validated import FractionBelowOne, NonNegativeFloat, validated
 
 
 @validated
 class Mixing:
     """How strongly images are blended; with both MixUp and CutMix, a coin chooses for each batch."""
 
-    mixup_alpha: NumberFromZero = 0.0
+    mixup_alpha: NonNegativeFloat = 0.0
     """MixUp draws the weight of one of two blended images from Beta(alpha, alpha), 0 for none; by default
     0.2 for photographs without `init`, else 0."""
-    cutmix_alpha: NumberFromZero = 0.0
+    cutmix_alpha: NonNegativeFloat = 0.0
     """CutMix draws the area that stays of an image from Beta(alpha, alpha), 0 for none."""
-    label_smoothing: BelowOne = 0.0
+    label_smoothing: FractionBelowOne = 0.0
     """Part of each target spread evenly over the classes; by default 0.1, and 0 for several labels an image."""
 
 

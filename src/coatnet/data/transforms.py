@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from coatnet.data import augmentation as augment
 from coatnet.data.sampler import Words
 from coatnet.errors import UserError
-from coatnet.system.validated import FractionAboveZero, Number, NumberAboveZero, Rate, Whole, validated
+from coatnet.system.validated import Integer, Number, PositiveFloat, PositiveFraction, Probability, validated
 
 Image = Tensor | NDArray[np.uint8]
 
@@ -25,7 +25,7 @@ Image = Tensor | NDArray[np.uint8]
 class Preprocessing:
     """What the model sees at evaluation; it is stored with the weights."""
 
-    resolution: Annotated[Whole, Field(ge=1, le=8192)] = 224
+    resolution: Annotated[Integer, Field(ge=1, le=8192)] = 224
     """Side of the square image that the model sees, pixels, 1 to 8192; by default 224, in a run as `resolution`."""
     crop: Literal["center", "squash"] = "center"
     """`center` resizes the shorter side to `resolution / crop_fraction`, `squash` both; the middle is cut out."""
@@ -36,7 +36,7 @@ class Preprocessing:
     mean: tuple[Number, ...] = (0.5, 0.5, 0.5)
     """Subtracted from each channel, of pixels from 0 to 1; one number means a grey model, three a color
     model. By default 0.5, and the mean of the data for small images."""
-    std: tuple[NumberAboveZero, ...] = (0.5, 0.5, 0.5)
+    std: tuple[PositiveFloat, ...] = (0.5, 0.5, 0.5)
     """What each channel is divided by after that; by default 0.5, and the deviation of the data for small images."""
 
     def __post_init__(self) -> None:
@@ -67,19 +67,19 @@ class Augmentation:
     placement: Literal["crop", "shift", "none"] = "crop"
     """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black;
     by default shift up to 64 pixels, else crop."""
-    crop_scale: Annotated[tuple[FractionAboveZero, FractionAboveZero], _ASCENDING] = (0.08, 1.0)
+    crop_scale: Annotated[tuple[PositiveFraction, PositiveFraction], _ASCENDING] = (0.08, 1.0)
     """For `crop`: least and greatest area of the part, as a fraction of the image; by default [0.35,1]."""
-    crop_ratio: Annotated[tuple[NumberAboveZero, NumberAboveZero], _ASCENDING] = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[tuple[PositiveFloat, PositiveFloat], _ASCENDING] = (3 / 4, 4 / 3)
     """For `crop`: least and greatest width over height of the part."""
-    shift: Annotated[Whole, Field(ge=0, le=1024)] = 2
+    shift: Annotated[Integer, Field(ge=0, le=1024)] = 2
     """For `shift`: the most that an image moves, pixels in each direction; by default 1 for every 28 of its side."""
-    flip_rate: Rate = 0.5
+    flip_rate: Probability = 0.5
     """Probability that an image is mirrored left to right; by default 0.5, and 0 for small grey images (signs)."""
-    rand_augment_layers: Annotated[Whole, Field(ge=0, le=16)] = 0
+    rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
     """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
-    rand_augment_magnitude: Annotated[Whole, Field(ge=0, le=30)] = 15
+    rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
     """Strength of these operations, 0 to 30, as in the paper's "2, 15" (layers, magnitude)."""
-    erasing_rate: Rate = 0.0
+    erasing_rate: Probability = 0.0
     """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
 
 

@@ -42,18 +42,18 @@ def _names(value: Any) -> Any:
     return tuple(name for part in value.split(",") if (name := part.strip())) if isinstance(value, str) else value
 
 
-Flag = Annotated[bool, Strict()]
-Whole = Annotated[int, BeforeValidator(_number)]
+Boolean = Annotated[bool, Strict()]
+Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, AllowInfNan(False), BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-NumberAboveZero = Annotated[Number, Field(gt=0)]
-NumberFromZero = Annotated[Number, Field(ge=0)]
-WholeAboveZero = Annotated[Whole, Field(gt=0)]
-WholeFromZero = Annotated[Whole, Field(ge=0)]
-FractionAboveZero = Annotated[Number, Field(gt=0, le=1)]
-Rate = Annotated[Number, Field(ge=0, le=1)]
-BelowOne = Annotated[Number, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+NonNegativeFloat = Annotated[Number, Field(ge=0)]
+PositiveInt = Annotated[Integer, Field(gt=0)]
+NonNegativeInt = Annotated[Integer, Field(ge=0)]
+PositiveFraction = Annotated[Number, Field(gt=0, le=1)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[Number, Field(ge=0, lt=1)]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -84,16 +84,16 @@ def is_validated(kind: Any) -> bool:
     return isinstance(kind, type) and "__pydantic_fields__" in vars(kind)
 
 
-def check_some(kind: type, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def check_some(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of some fields of a validated class, converted and checked one by one; of nested ones too, as dicts.
 
     Raises:
-        UserError: names the first wrong field after `where`, such as "optimizer.".
+        UserError: names the first wrong field, such as optimizer.learning_rate.
     """
     try:
         return _sparse(kind).model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise UserError(explain(error, kind, values, where)) from None
+        raise UserError(explain(error, kind, values)) from None
 
 
 @functools.cache
@@ -115,10 +115,10 @@ def _as_dict(value: Any) -> Any:
     return dataclasses.asdict(value) if is_validated(type(value)) else value
 
 
-def explain(error: ValidationError, kind: Any, values: Any, where: str = "") -> str:
+def explain(error: ValidationError, kind: Any, values: Any) -> str:
     """The first mistake of a validation in a line: the field, what would be right, what was given."""
     first = error.errors(include_url=False)[0]
-    whole, field, path, given, rest = kind.__name__, None, where, values, [str(part) for part in first["loc"]]
+    whole, field, path, given, rest = kind.__name__, None, "", values, [str(part) for part in first["loc"]]
     while rest and is_validated(kind) and rest[0] in fields_of(kind):
         name = rest.pop(0)
         field, path = fields_of(kind)[name], f"{path}{name}."
@@ -146,7 +146,7 @@ def _what_is_wrong(first: Any, field: FieldInfo | None, rest: list[str]) -> str:
     return f"must be {describe(field.annotation)}"
 
 
-def unknown_field(name: str, kind: Any, where: str = "") -> str:
+def unknown_field(name: str, kind: Any, where: str) -> str:
     """`optimizer.learning_rat is unknown (did you mean 'learning_rate'?); optimizer has learning_rate, ...`."""
     known, owner = fields_of(kind), where.removesuffix(".") or kind.__name__
     return f"{where}{name} is unknown{nearest_option(name, known)}; {owner} has {', '.join(known)}"

@@ -17,15 +17,15 @@ from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import UserError, nearest_option
 from coatnet.system.validated import (
-    BelowOne,
-    Flag,
+    Boolean,
+    FractionBelowOne,
+    Integer,
     Names,
-    NumberAboveZero,
-    NumberFromZero,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     Text,
-    Whole,
-    WholeAboveZero,
-    WholeFromZero,
     check_some,
     fields_of,
     is_validated,
@@ -61,34 +61,34 @@ class TrainingConfig:
     """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; by default none."""
     freeze: Names = ()
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
-    head_first_epochs: NumberFromZero = 0.0
+    head_first_epochs: NonNegativeFloat = 0.0
     """With `init`: epochs at the start in which only the classifier learns; by default 0."""
-    resolution: WholeAboveZero
+    resolution: PositiveInt
     """Side of the square images that the model sees, pixels; by default that of small images, else 128 or 224."""
     channels: Literal[1, 3]
     """Channels of these images: 1 (grey) or 3 (color); by default those of the data."""
-    epochs: Annotated[NumberAboveZero, CHANGEABLE]
+    epochs: Annotated[PositiveFloat, CHANGEABLE]
     """Passes over the training images; by default 20 to 100, more for fewer images, a third of that with `init`."""
-    batch_size: WholeAboveZero
+    batch_size: PositiveInt
     """Images of one optimizer step, over all processes; by default 16 to 64, about 30 steps an epoch."""
-    micro_batch_size: WholeAboveZero
+    micro_batch_size: PositiveInt
     """Images of one forward and backward pass of a process; by default its whole share of the batch."""
-    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[Integer, Field(ge=0, le=2**63 - 1)] = 0
     """Start of all random numbers, 0 to 2^63 - 1; another seed is another run."""
     device: Annotated[Text, CHANGEABLE] = "auto"
     """Where to compute: cpu, cuda, or one GPU such as cuda:1; auto: the first GPU, or the CPU without one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the matrix products; weights are fp32 always. auto: bf16 where the hardware multiplies it."""
-    compile: Flag = False
+    compile: Boolean = False
     """Whether to compile the blocks by torch.compile."""
     parallelism: Annotated[Literal[Parallelism, "auto"], CHANGEABLE] = "auto"
     """With several processes: a copy of the weights on each (ddp), shards over all (fsdp) or over each machine (hsdp);
     auto: copies up to 10^9 parameters."""
     activation_checkpointing: Annotated[Recomputed, CHANGEABLE] = "none"
     """Blocks that are computed again in the backward pass to save memory."""
-    stochastic_depth: BelowOne
+    stochastic_depth: FractionBelowOne
     """Rate of stochastic depth at the last block, growing from 0 in a line; by default 0 up to 64 pixels, else 0.1."""
-    ema_decay: BelowOne
+    ema_decay: FractionBelowOne
     """Decay of the exponential average of the weights for each step, 0 for none; by default over 3 % of the run."""
     loss: Literal["softmax", "sigmoid"]
     """Cross-entropy over classes, or for each class; by default sigmoid for several labels an image."""
@@ -104,25 +104,25 @@ class TrainingConfig:
     """How images and labels are blended."""
     preprocessing: Preprocessing
     """What the model sees of an image; it is stored with the weights. With `init`, by default that of the bundle."""
-    patience: Annotated[WholeFromZero, CHANGEABLE] = 0
+    patience: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
-    max_minutes: Annotated[NumberFromZero, CHANGEABLE] = 0.0
+    max_minutes: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
     """Time limit in minutes, over all resumptions; the schedule is planned to end there; by default none (0)."""
-    evaluate_every: Annotated[NumberAboveZero, CHANGEABLE]
+    evaluate_every: Annotated[PositiveFloat, CHANGEABLE]
     """Epochs between evaluations on held-out images; by default a twelfth of the run, at least 1."""
-    checkpoint_every_minutes: Annotated[NumberAboveZero, CHANGEABLE] = 10.0
+    checkpoint_every_minutes: Annotated[PositiveFloat, CHANGEABLE] = 10.0
     """Minutes between checkpoints."""
-    keep_checkpoints: Annotated[WholeAboveZero, CHANGEABLE] = 2
+    keep_checkpoints: Annotated[PositiveInt, CHANGEABLE] = 2
     """How many of the last checkpoints stay."""
-    keep_every_hours: Annotated[NumberFromZero, CHANGEABLE] = 0.0
+    keep_every_hours: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
     """Hours of training for each of which one more checkpoint stays; by default none (0)."""
-    validation_fraction: BelowOne = 0.1
+    validation_fraction: FractionBelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
-    num_workers: Annotated[WholeFromZero | Literal["auto"], CHANGEABLE] = "auto"
+    num_workers: Annotated[NonNegativeInt | Literal["auto"], CHANGEABLE] = "auto"
     """Processes that read images; 0: the training process reads them; auto: as many as the cores, up to 8."""
-    bad_image_budget: Annotated[BelowOne, CHANGEABLE] = 0.001
+    bad_image_budget: Annotated[FractionBelowOne, CHANGEABLE] = 0.001
     """Fraction of the images that may be unreadable before the run stops."""
-    non_finite_budget: Annotated[WholeFromZero, CHANGEABLE] = 0
+    non_finite_budget: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Steps that may be left out because their loss or gradient is not finite."""
     loggers: Annotated[Names, CHANGEABLE] = ()
     """Where figures go beside the run folder: tensorboard,wandb,mlflow; by default nowhere."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from coatnet.model.freeze import layer_groups
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.system.validated import (
-    BelowOne,
-    FractionAboveZero,
-    NumberAboveZero,
-    NumberFromZero,
-    WholeFromZero,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
     validated,
 )
 from coatnet.training.distributed.shards import full_tensor, local_tensor
@@ -33,15 +33,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Optimization:
     """AdamW with decoupled weight decay."""
 
-    learning_rate: NumberAboveZero = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate, reached after the warm-up; by default 2e-3 for 128 images a step, less to fine-tune."""
-    weight_decay: NumberFromZero = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay; biases, normalization weights and relative bias tables are exempt."""
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
-    grad_clip_norm: NumberAboveZero = 1.0
+    grad_clip_norm: PositiveFloat = 1.0
     """Largest Euclidean norm of all gradients together; larger ones are scaled down to it."""
-    layer_decay: FractionAboveZero = 1.0
+    layer_decay: PositiveFraction = 1.0
     """Factor on the learning rate for every block between a parameter and the head; by default 0.8 with `init`."""
 
 
@@ -51,9 +51,9 @@ class Schedule:
 
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: WholeFromZero = 0
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of the warm-up, at most a fifth of the run; by default a twentieth of it."""
-    minimum_learning_rate: NumberFromZero = 0.0
+    minimum_learning_rate: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay; by default 1e-5."""
 
 

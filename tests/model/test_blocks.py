@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from coatnet.model.attention import RelativeAttention
+from coatnet.model.layers import fold_batch_norm
 from coatnet.model.mbconv import MBConv
 from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.transformer import Transformer
@@ -77,6 +78,16 @@ def test_a_folded_batch_norm_changes_nothing_and_follows_its_statistics(stride):
         with torch.no_grad():
             torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
             assert not torch.equal(block(x), expected)  # it is another way to compute the same
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("product", [torch.nn.Conv2d(6, 8, 1), torch.nn.Conv2d(6, 8, 1, bias=False)])
+def test_a_folded_product_equals_product_and_norm(product, norm_first):
+    norm = strong(torch.nn.BatchNorm2d(6 if norm_first else 8))
+    product, x = product.double(), torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    expected = product(norm(x)) if norm_first else norm(product(x))
+    weight, bias = fold_batch_norm(product, norm, norm_first=norm_first)
+    torch.testing.assert_close(F.conv2d(x, weight, bias), expected)
 
 
 def test_a_copied_block_has_its_own_cache():

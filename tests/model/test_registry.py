@@ -48,8 +48,8 @@ def test_coatnet_6_as_printed_misses_its_published_size():
 @pytest.mark.parametrize("downsample", ["expand", "depthwise"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_macs_are_at_most_four_percent_below_the_published_flops(name, downsample):
-    row = PUBLISHED[name]
-    for resolution, macs in (row.macs if downsample == "expand" else row.macs_depthwise).items():
+    published = PUBLISHED[name]
+    for resolution, macs in (published.macs if downsample == "expand" else published.macs_depthwise).items():
         counted = complexity(name, resolution, downsample=downsample).macs
         assert 1.0 <= macs / counted <= 1.04, resolution
 
@@ -62,7 +62,7 @@ def test_both_strides_have_equal_parameters_and_differ_by_the_published_macs():
 
 
 def test_counts_of_a_tiny_network_equal_the_arithmetic():
-    row = Variant("tiny", 8, VARIANTS["coatnet-0"].stages[:1])
+    variant = Variant("tiny", 8, VARIANTS["coatnet-0"].stages[:1])
     width, hidden, squeezed = 96, 384, 24
     blocks = 0
     macs = 112 * 112 * (27 * 8 + 72 * 8)
@@ -74,21 +74,21 @@ def test_counts_of_a_tiny_network_equal_the_arithmetic():
     shortcut = 8 * width + width
     head = 2 * width + width * width + width + width * 10 + 10
     macs += 56 * 56 * 8 * width + width * width + width * 10
-    counted = complexity(row, 224, num_classes=10)
+    counted = complexity(variant, 224, num_classes=10)
     assert counted.parameters == 27 * 8 + 16 + 72 * 8 + 8 + blocks + shortcut + head
     assert counted.macs == macs
 
 
 def test_activation_bytes_are_what_an_mbconv_keeps():
     """Of one block in a stage of its own, on a 56 x 56 grid behind a stem on 112 x 112, in units of 4 bytes."""
-    row = Variant("tiny", 8, (Stage("mbconv", 1, 16),))
+    variant = Variant("tiny", 8, (Stage("mbconv", 1, 16),))
     stem, grid, hidden = 112 * 112, 56 * 56, 64
     kept = 3 * 224 * 224 + 8 * stem + 8 * stem + 8 * stem  # image; before and behind BatchNorm; behind GELU
     kept += 8 * stem + 8 * stem  # the map behind the stem, behind the first norm
     kept += hidden * grid * 3 * 2  # before BatchNorm, behind it, behind GELU: twice
     kept += hidden * grid  # gated
     kept += 8 * grid + 2 * 8 * grid  # pooled, and where each maximum stood (8 bytes)
-    counted = complexity(row, 224, num_classes=10).activation_bytes
+    counted = complexity(variant, 224, num_classes=10).activation_bytes
     assert counted == pytest.approx(4 * kept, rel=0.01)  # vectors of a few hundred bytes are left out here
 
 
@@ -100,8 +100,8 @@ def test_vit_rel_has_the_size_of_its_variant():
 
 @pytest.mark.parametrize(("counts", "depths"), [("V0", (2, 6, 14, 2)), ("V1", (2, 2, 18, 2)), ("V2", (2, 8, 12, 2))])
 def test_block_counts_are_those_of_table_7(counts, depths):
-    row = VARIANTS["coatnet-2"].vary(block_counts=counts)
-    assert tuple(stage.depth for stage in row.stages) == depths
+    variant = VARIANTS["coatnet-2"].vary(block_counts=counts)
+    assert tuple(stage.depth for stage in variant.stages) == depths
 
 
 @pytest.mark.parametrize("layout", ["C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T"])
@@ -111,8 +111,8 @@ def test_a_layout_names_the_kind_of_each_stage(layout):
 
 
 def test_variants_survive_a_round_trip_through_plain_values():
-    for row in VARIANTS.values():
-        assert Variant.from_dict(row.to_dict()) == row
+    for variant in VARIANTS.values():
+        assert Variant.from_dict(variant.to_dict()) == variant
 
 
 def test_default_variants_leave_cells_for_attention_on_small_images():
@@ -163,9 +163,9 @@ def test_an_unknown_name_suggests_the_nearest():
 
 
 def test_out_of_bounds_variants_are_refused_before_anything_is_allocated():
-    row = VARIANTS["coatnet-0"].to_dict()
+    variant = VARIANTS["coatnet-0"].to_dict()
     for changes in ({"depth": 10**6}, {"width": 10**9}, {"kind": "_target_"}, {"stride": 3}):
         with pytest.raises(UserError):
-            create_model({**row, "stages": [{**row["stages"][0], **changes}]})
+            create_model({**variant, "stages": [{**variant["stages"][0], **changes}]})
     with pytest.raises(UserError, match="not a variant"):
-        create_model({**row, "_target_": "os.system"})
+        create_model({**variant, "_target_": "os.system"})

@@ -42,7 +42,7 @@ def assert_completed(ended, whole):
 @pytest.mark.fault(
     "B7", "the disk full from step 4 to 7 (tmpfs of 48 MB)", "told with what is needed; training goes on"
 )
-def test_a_full_disk_is_told_and_the_run_completes(disk, whole, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_completes(disk, whole, tmp_path):
     ended = run(tmp_path, event("step", 4, "fill_disk"), event("step", 7, "empty_disk"), out=disk / "run")
     assert_completed(ended, whole)
     assert "disk full, it needs" in ended.output or "No space left on device" in ended.output
@@ -62,7 +62,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(disk, tmp_path)
 @pytest.mark.fault(
     "B7", "files limited to 300 kB from step 4 to 7 (EFBIG)", "told; training goes on, nothing is left over"
 )
-def test_a_limit_on_files_is_told_and_the_run_completes(whole, tmp_path):
+def test_a_limit_on_file_sizes_is_reported_and_the_run_completes(whole, tmp_path):
     limited = event("step", 4, "limit_files", num_bytes=300_000)
     ended = run(tmp_path, limited, event("step", 7, "free_files"))
     assert_completed(ended, whole)
@@ -71,7 +71,7 @@ def test_a_limit_on_files_is_told_and_the_run_completes(whole, tmp_path):
 @pytest.mark.fault(
     "B7", "fsync fails from step 4 to 7 (EIO)", "told; training goes on, nothing half-written gets a name"
 )
-def test_a_disk_with_errors_is_told_and_the_run_completes(whole, tmp_path):
+def test_a_disk_with_errors_is_reported_and_the_run_completes(whole, tmp_path):
     ended = run(tmp_path, event("step", 4, "break_fsync"), event("step", 7, "mend_fsync"))
     assert_completed(ended, whole)
     assert "Input/output error" in ended.output
@@ -79,7 +79,7 @@ def test_a_disk_with_errors_is_told_and_the_run_completes(whole, tmp_path):
 
 @needs_mounts
 @pytest.mark.fault("B7", "the disk read-only from step 4 to 7", "told; training goes on")
-def test_a_disk_that_becomes_read_only_is_told_and_the_run_completes(disk, tmp_path):
+def test_a_disk_that_becomes_read_only_is_reported_and_the_run_completes(disk, tmp_path):
     ended = run(
         tmp_path,
         event("step", 4, "remount", how="ro"),
@@ -93,7 +93,7 @@ def test_a_disk_that_becomes_read_only_is_told_and_the_run_completes(disk, tmp_p
 
 @needs_mounts
 @pytest.mark.fault("B7", "a read-only folder from the start", "one line, exit 2, before any training")
-def test_a_read_only_folder_is_told_before_the_training(disk, tmp_path):
+def test_a_read_only_folder_is_reported_before_the_training(disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     ended = run(tmp_path, out=disk / "run")
     assert ended.code == 2 and "can not be written (Read-only file system)" in ended.output

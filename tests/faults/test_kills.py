@@ -16,7 +16,7 @@ KILLS = 60
 
 @pytest.mark.fault("B6", f"kill -9 at {KILLS} random moments, in mid-save and mid-removal too", "resumes bit for bit")
 @pytest.mark.timeout(1000)
-def test_a_run_killed_at_random_moments_equals_the_one_never_killed(tmp_path):
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_run(tmp_path):
     program = [sys.executable, str(Path(__file__).parent / "nursery.py"), str(tmp_path), str(KILLS)]
     ended = subprocess.run(program, env=launching.environment(), capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr
@@ -48,7 +48,7 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
 
 @pytest.mark.fault("B10", "one of two processes killed, no restarts", "the other ends at once, says why; resumable")
 @pytest.mark.timeout(120)
-def test_a_process_that_is_gone_ends_the_others_with_one_line(tmp_path):
+def test_a_lost_process_ends_the_others_with_one_line(tmp_path):
     recipe = replace(RECIPE, parallelism="fsdp")
     ended = run(tmp_path, event("forward", 5, "send", rank=1, name="SIGKILL"), recipe=recipe, processes=2, seconds=60)
     assert ended.code != 0

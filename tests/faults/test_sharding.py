@@ -18,7 +18,7 @@ def losses(out):
 
 @pytest.mark.fault("B9", "two processes, then four, then one (FSDP2)", "loads; the same images; losses within 10 %")
 @pytest.mark.timeout(300)
-def test_a_sharded_run_goes_on_with_four_processes_and_with_one(tmp_path):
+def test_a_sharded_run_resumes_with_four_processes_and_with_one(tmp_path):
     whole = run(tmp_path, recipe=SHARDED, processes=2, out=tmp_path / "whole")
     run(tmp_path, event("forward", 3, "send", name="SIGTERM"), recipe=SHARDED, processes=2)
     run(tmp_path, event("forward", 6, "send", name="SIGTERM"), recipe=SHARDED, processes=4)
@@ -31,7 +31,7 @@ def test_a_sharded_run_goes_on_with_four_processes_and_with_one(tmp_path):
     "B8", "HSDP on two machines of two processes, stopped and resumed", "bit for bit the run never stopped"
 )
 @pytest.mark.timeout(300)
-def test_copies_of_shards_on_two_machines_resume_to_the_bit(tmp_path):
+def test_replicated_shards_on_two_machines_resume_bit_for_bit(tmp_path):
     recipe = replace(RECIPE, parallelism="hsdp")
     for name, events in (("whole", ()), ("cut", (event("forward", 4, "send", name="SIGTERM"),)), ("cut", ())):
         two_machines(tmp_path, recipe, tmp_path / name, events)

@@ -44,7 +44,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(moment, target, name, par
     "B4", "SIGTERM in an evaluation of one process", "given up, made after resuming; the log is the same"
 )
 @pytest.mark.timeout(120)
-def test_an_evaluation_that_was_given_up_is_made_after_resuming(tmp_path):
+def test_an_interrupted_evaluation_is_made_after_resuming(tmp_path):
     whole = run(tmp_path, out=tmp_path / "whole")
     ended = run(tmp_path, event("evaluation", 4, "send", name="SIGTERM"))
     assert ended.code == 143
@@ -58,7 +58,7 @@ def test_an_evaluation_that_was_given_up_is_made_after_resuming(tmp_path):
 @pytest.mark.fault("B5", "a second {name} during the save", "the save is whole or absent, the run resumes")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_second_signal_never_corrupts(name, code, tmp_path):
+def test_a_second_signal_never_corrupts_a_checkpoint(name, code, tmp_path):
     first = event("backward", 5, "send", name="SIGINT" if name == "SIGINT" else "SIGTERM")
     ended = run(tmp_path, first, event("writing", 5, "slow_save_with", name=name))
     assert ended.code == code, ended.output

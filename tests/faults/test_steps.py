@@ -17,7 +17,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_finite_weights(tmp_path):
     "B3", "a NaN image at step 4 on one of two processes", "both stop, exit 2, its batch in the log; resumable"
 )
 @pytest.mark.timeout(120)
-def test_a_image_of_nan_is_traced_to_its_batch(tmp_path):
+def test_an_image_of_nan_is_traced_to_its_batch(tmp_path):
     ended = run(tmp_path, event("step", 4, "spoil_image", rank=1), processes=2)
     assert ended.codes == [2, 2] and ended.output.count("nothing was updated") == 1, ended.output
     assert last_step(ended.out) <= 3
@@ -29,7 +29,7 @@ def test_a_image_of_nan_is_traced_to_its_batch(tmp_path):
 
 @pytest.mark.fault("B3", "the same with a budget of one such step", "told, left out by both, and the run completes")
 @pytest.mark.timeout(120)
-def test_a_step_that_is_not_finite_is_left_out_within_the_budget(tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_within_the_budget(tmp_path):
     recipe = replace(RECIPE, non_finite_budget=1)
     ended = run(tmp_path, event("step", 4, "spoil_image", rank=1), recipe=recipe, processes=2)
     assert ended.code == 0 and ended.output.count("the step is left out") == 1, ended.output
@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_is_left_out_within_the_budget(tmp_path):
 
 
 @pytest.mark.fault("B14", "out of memory at step 5, in one process", "one line of advice, exit 2, checkpoint whole")
-def test_exhausted_memory_is_told_with_what_would_need_less(tmp_path):
+def test_exhausted_memory_is_reported_with_advice(tmp_path):
     ended = run(tmp_path, event("forward", 5, "exhaust_memory"))
     assert ended.code == 2 and "Traceback" not in ended.output
     assert "out of memory with 32 images of 8 pixels at once. Give micro_batch_size 16" in ended.output
@@ -56,14 +56,14 @@ def test_exhausted_memory_of_one_process_ends_both(tmp_path):
 
 @pytest.mark.fault("B13", "the clock turned {hours} hours", "nothing changes")
 @pytest.mark.parametrize("hours", [-10, 10])
-def test_a_clock_that_jumps_changes_nothing(hours, tmp_path):
+def test_a_jump_of_the_clock_changes_nothing(hours, tmp_path):
     whole = run(tmp_path, out=tmp_path / "whole")
     ended = run(tmp_path, event("step", 4, "turn_clock", hours=hours))
     assert ended.code == 0 and log(ended.out) == log(whole.out)
 
 
 @pytest.mark.fault("B13", "the run's folder removed while it trains", "training goes on; the bundle is written")
-def test_a_folder_that_is_removed_does_not_end_the_training(tmp_path):
+def test_removing_the_run_folder_does_not_end_the_training(tmp_path):
     ended = run(tmp_path, event("step", 5, "remove_run"))
     assert ended.code == 0, ended.output
     assert (ended.out / "bundle" / "model.safetensors").exists()

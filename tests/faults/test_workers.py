@@ -68,7 +68,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(images, tmp_path):
 
 
 @pytest.mark.fault("B1", "a worker hangs (every file a pipe nobody writes into)", "one line that names the image")
-def test_a_worker_that_hangs_ends_the_run_after_a_while(images, monkeypatch):
+def test_a_hanging_worker_ends_the_run_after_a_timeout(images, monkeypatch):
     monkeypatch.setattr(loader, "BATCH_TIMEOUT_SECONDS", 3.0)
     dataset = open_folder(images, 0.1).training
     for path in images.rglob("*.png"):
@@ -90,7 +90,7 @@ def test_a_signal_to_the_whole_group_does_not_end_the_workers_first(images, tmp_
 
 @pytest.mark.fault("B2", "/dev/shm of 1 MB", "one line with the remedy, exit 2, instead of SIGBUS")
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounting needs root and unshare")
-def test_a_shared_memory_too_small_is_told_before_the_training(images, tmp_path):
+def test_too_little_shared_memory_is_reported_before_the_training(images, tmp_path):
     recipe = replace(ON_FILES, data=str(images), resolution=160)
     small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     ended = run(tmp_path, recipe=recipe, prefix=("unshare", "--mount", "sh", "-c", small, "sh"))

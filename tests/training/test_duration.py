@@ -24,11 +24,11 @@ def run(plan, seconds_a_step, seconds_an_evaluation=0.0, slow_start=0.0):
     return step, seconds
 
 
-def test_without_a_limit_the_recipe_decides():
+def test_without_a_limit_the_epochs_give_the_last_step():
     assert run(plan(), 1.0) == (10_000, 10_000.0)
 
 
-def test_a_limit_that_is_far_away_changes_nothing():
+def test_a_distant_limit_changes_nothing():
     assert run(plan(1e6), 0.01)[0] == 10_000
 
 
@@ -39,7 +39,7 @@ def test_the_run_ends_within_its_limit_and_uses_most_of_it(evaluation):
     assert step < 1200
 
 
-def test_the_plan_settles_early_so_that_the_learning_rate_can_follow():
+def test_the_estimate_converges_early():
     planned = plan(600.0)
     totals = []
     for step in range(1, 200):
@@ -49,7 +49,7 @@ def test_the_plan_settles_early_so_that_the_learning_rate_can_follow():
     assert max(totals[20:]) - min(totals[20:]) < 0.05 * min(totals[20:])
 
 
-def test_time_that_is_over_ends_the_run_at_once():
+def test_a_run_ends_at_once_when_its_time_is_over():
     planned = plan(60.0)
     planned.update(17, 59.0)
     assert planned.total_steps == 17
@@ -74,7 +74,7 @@ def test_slow_steps_at_the_start_do_not_end_the_run(slow):
     assert 100 < seconds < 120 - 8
 
 
-def test_steps_that_wait_for_their_workers_by_turns_are_foreseen():
+def test_the_estimate_includes_steps_that_wait_for_their_workers():
     planned, seconds = plan(600.0, num_validation_images=0), 0.0
     for step in range(200):
         took = 1.0 if step % 4 == 0 else 0.2
@@ -88,7 +88,7 @@ def test_a_limit_shorter_than_the_reserve_still_trains():
     assert run(plan(6.0), 0.05)[0] > 30
 
 
-def test_a_resumed_run_knows_its_speed_at_once():
+def test_a_resumed_run_has_an_estimate_at_once():
     planned = plan(600.0)
     planned.resume(step=1_000, seconds=500.0)
     planned.update(1_000, 505.0)
@@ -96,7 +96,7 @@ def test_a_resumed_run_knows_its_speed_at_once():
     assert not planned.evaluation_due(1_000, 505.0)
 
 
-def test_the_time_left_is_what_the_run_then_takes():
+def test_the_time_left_is_close_to_what_the_run_takes():
     planned, seconds, guessed = plan(recipe_steps=1000), 0.0, {}
     for step in range(1, 1001):
         seconds += 0.5
@@ -112,7 +112,7 @@ def test_the_time_left_is_what_the_run_then_takes():
         assert at + left == pytest.approx(whole, abs=20)
 
 
-def test_with_a_limit_no_more_time_is_left_than_it_leaves():
+def test_the_time_left_is_never_beyond_the_limit():
     planned = plan(60.0)
     for _ in range(20):
         planned.add_step(1.0)

@@ -105,7 +105,7 @@ def bits(tensors):
         (LETTERS[:4], False, ", a new classifier for 10 classes"),
     ],
 )
-def test_the_classifier_is_kept_for_the_same_classes_in_the_same_order_alone(classes, kept, told):
+def test_the_classifier_is_kept_only_for_the_same_classes_in_the_same_order(classes, kept, told):
     start = learned(classes)
     trainer = trainer_for(finetune("digits/bundle"), init=start)
     assert trainer.describe().startswith(f"coatnet-femto-16 from digits/bundle{told}, ")
@@ -121,7 +121,7 @@ def test_the_average_starts_from_the_weights_of_the_bundle():
     assert bits(trainer.average.model.state_dict()) == bits(start.model.state_dict())
 
 
-def test_the_preprocessing_is_the_bundles_unless_the_recipe_gives_one():
+def test_the_preprocessing_is_that_of_the_bundle_unless_the_recipe_gives_one():
     start = learned(crop="squash", crop_fraction=0.8, interpolation="bilinear", resolution=12)
     splits = coatnet.open_dataset("digits")
     assert resolve(finetune("x"), splits, start).preprocessing == start.preprocessing
@@ -158,13 +158,13 @@ def test_small_grey_images_are_enlarged_and_shifted_for_a_color_model_of_224_pix
     assert np.isfinite(loss)
 
 
-def test_photographs_for_a_small_model_are_still_shifted_and_mirrored():
+def test_photographs_for_a_small_model_are_shifted_and_mirrored():
     fitted = resolve(finetune("x"), splits_of(noise(40, 100, 100)), learned())
     assert (fitted.augmentation.placement, fitted.augmentation.flip_rate) == ("shift", 0.5)
 
 
 @pytest.mark.parametrize("variant", ["coatnet-femto", "test_coatnet"])
-def test_at_a_higher_resolution_the_biases_are_resampled_once_and_the_logits_are_the_bundles(variant):
+def test_at_a_higher_resolution_the_biases_are_resampled_and_the_logits_equal_those_of_the_bundle(variant):
     start = learned(DIGITS, variant=variant, resolution=64, mean=(0.5,) * 3, std=(0.5,) * 3)
     trainer = trainer_for(finetune("x", resolution=96), init=start)
     tables = {name: value for name, value in trainer.model.named_parameters() if name.endswith("relative_bias.table")}
@@ -242,7 +242,7 @@ def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(letters, tmp_
 
 
 @pytest.mark.parametrize(("variant", "resolution"), [("coatnet-femto-16", 8), ("test_coatnet", 64)])
-def test_in_the_first_phase_only_the_classifier_moves_and_then_everything(variant, resolution):
+def test_in_the_head_first_phase_only_the_classifier_changes_and_then_everything(variant, resolution):
     start = learned(variant=variant, resolution=resolution)
     trainer = trainer_for(finetune("x", head_first_epochs=HEAD_FIRST), init=start)
     assert f"for {BORDER} steps only the classifier learns" in trainer.describe()
@@ -272,7 +272,9 @@ def head_first(letters):
 
 
 @pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
-def test_a_run_interrupted_around_the_border_equals_the_uninterrupted_one(step, uninterrupted, letters, tmp_path):
+def test_a_run_interrupted_around_the_end_of_head_first_equals_the_uninterrupted_one(
+    step, uninterrupted, letters, tmp_path
+):
     out, report = uninterrupted
     with pytest.raises(Interrupted):
         train(head_first(letters), tmp_path / "cut", console=Listener(interrupt_at=step))
@@ -305,21 +307,21 @@ def test_a_run_interrupted_around_the_border_equals_the_uninterrupted_one(step, 
         ({"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}}, "the bundle takes 1 channels, got channels 3"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(changes, named_in_it, letters, tmp_path):
+def test_a_user_error_is_one_line_and_leaves_nothing(changes, named_in_it, letters, tmp_path):
     with pytest.raises(UserError, match=named_in_it) as error:
         train(Recipe.from_dict(finetune(letters).to_dict() | changes), tmp_path / "run", console=Listener())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_can_not_take_the_folder_of_the_bundle_it_starts_from(letters):
+def test_a_run_cannot_use_the_folder_of_the_bundle_it_starts_from(letters):
     before = {path: path.read_bytes() for path in letters.iterdir()}
     with pytest.raises(UserError, match="is not the folder of a run"):
         train(finetune(letters), letters, console=Listener())
     assert {path: path.read_bytes() for path in letters.iterdir()} == before
 
 
-def test_a_frozen_classifier_can_not_learn_first():
+def test_a_frozen_classifier_cannot_learn_first():
     with pytest.raises(UserError, match="head_first_epochs is for a classifier that learns"):
         trainer_for(finetune("x", freeze="head", head_first_epochs=HEAD_FIRST), init=learned(DIGITS))
 

@@ -113,7 +113,7 @@ def test_balanced_by_sampling_every_class_is_shown_equally_often(folder, tmp_pat
         assert (shown.count(0) == shown.count(1)) == (balance == "sampler")
 
 
-def test_balanced_by_weights_a_rare_class_counts_as_much_more_as_it_is_rare(folder):
+def test_balanced_by_weights_a_class_counts_inversely_to_its_frequency(folder):
     splits = coatnet.open_dataset(folder)
     images, rare = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
     assert splits.classes[0] == "green"
@@ -157,7 +157,7 @@ def test_images_with_several_labels_go_from_a_table_to_a_bundle(tagged, tmp_path
         ({"loss": "softmax"}, r"loss softmax is for one label .* has several: give loss sigmoid"),
     ],
 )
-def test_what_needs_one_label_a_image_is_refused_for_several(changes, told, tagged, tmp_path):
+def test_options_for_single_labels_are_refused_for_several_labels_an_image(changes, told, tagged, tmp_path):
     with pytest.raises(UserError, match=told):
         train(replace(BRIEF, data=str(tagged), **changes), tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()

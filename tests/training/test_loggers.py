@@ -50,7 +50,7 @@ def logged(opener):
     return said
 
 
-def test_a_logger_gets_the_config_and_every_record_in_order():
+def test_a_logger_receives_the_configuration_and_every_record_in_order():
     notebook = Notebook()
     assert logged(lambda: notebook) == []
     assert notebook.entries == [
@@ -63,7 +63,7 @@ def test_a_logger_gets_the_config_and_every_record_in_order():
 
 
 @pytest.mark.parametrize("call", ["open", "config", "metrics", "close"])
-def test_a_logger_that_fails_is_one_line_and_the_others_go_on(call):
+def test_a_failing_logger_gives_one_warning_and_the_others_continue(call):
     said, notebook = [], Notebook()
     together = Loggers({"broken": lambda: Notebook(raises=call), "whole": lambda: notebook}, said.append)
     together.log_config(CONFIG)
@@ -76,9 +76,9 @@ def test_a_logger_that_fails_is_one_line_and_the_others_go_on(call):
     assert len(notebook.entries) == 23
 
 
-def test_a_logger_that_hangs_delays_nothing_and_holds_a_bounded_number_of_records(monkeypatch):
-    monkeypatch.setattr(loggers, "CLOSING_SECONDS", 0.2)
-    monkeypatch.setattr(loggers, "WAITING", 10)
+def test_a_hanging_logger_delays_nothing_and_holds_a_bounded_number_of_records(monkeypatch):
+    monkeypatch.setattr(loggers, "CLOSE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(loggers, "MAX_WAITING_RECORDS", 10)
     said, release = [], threading.Event()
     together = Loggers({"hung": lambda: (release.wait(), Notebook())[1]}, said.append)
     began = time.monotonic()
@@ -87,21 +87,21 @@ def test_a_logger_that_hangs_delays_nothing_and_holds_a_bounded_number_of_record
     assert time.monotonic() - began < 1.0
     together.close()
     assert time.monotonic() - began < 3.0
-    assert said == ["warning: logger hung does not come to an end; metrics.jsonl has everything"]
+    assert said == ["warning: logger hung does not finish; metrics.jsonl has all records"]
     release.set()
 
 
-def test_a_logger_that_hangs_does_not_hold_the_process():
+def test_a_hanging_logger_does_not_keep_the_process_alive():
     program = (
-        "import threading\nfrom coatnet.training import loggers\nloggers.CLOSING_SECONDS = 0.1\n"
+        "import threading\nfrom coatnet.training import loggers\nloggers.CLOSE_TIMEOUT_SECONDS = 0.1\n"
         "together = loggers.Loggers({'hung': threading.Event().wait}, print)\ntogether.close()\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0 and "does not come to an end" in run.stdout, run.stderr
+    assert run.returncode == 0 and "does not finish" in run.stdout, run.stderr
 
 
-def test_what_was_missed_by_a_slow_logger_is_counted(monkeypatch):
-    monkeypatch.setattr(loggers, "WAITING", 5)
+def test_records_dropped_by_a_slow_logger_are_counted(monkeypatch):
+    monkeypatch.setattr(loggers, "MAX_WAITING_RECORDS", 5)
     said, release = [], threading.Event()
     together = Loggers({"slow": lambda: (release.wait(), Notebook())[1]}, said.append)
     for step in range(12):
@@ -111,7 +111,7 @@ def test_what_was_missed_by_a_slow_logger_is_counted(monkeypatch):
     assert said == ["warning: logger slow was too slow for 7 records; metrics.jsonl has them"]
 
 
-def test_a_mistake_is_told_before_a_run_begins(monkeypatch):
+def test_an_unknown_logger_is_reported_before_a_run_begins(monkeypatch):
     with pytest.raises(UserError, match=r"'tensorbord' is unknown \(did you mean 'tensorboard'\?\)"):
         check_loggers(["tensorbord"])
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
@@ -130,7 +130,7 @@ def write(name, folder, first_step, records):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_over_what_it_repeats(tmp_path):
+def test_tensorboard_reads_the_records_and_a_resumed_run_replaces_those_it_repeats(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -146,7 +146,7 @@ def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_over_what_it_r
 def test_wandb_keeps_one_run_over_a_resumption(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(loggers, "CLOSING_SECONDS", 60.0)
+    monkeypatch.setattr(loggers, "CLOSE_TIMEOUT_SECONDS", 60.0)
     write("wandb", tmp_path, 0, [(1, 2.0)])
     time.sleep(1.1)  # it names its folders by the second
     write("wandb", tmp_path, 2, [(3, 2.0)])
@@ -160,7 +160,7 @@ def test_mlflow_keeps_one_run_over_a_resumption(tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(loggers, "CLOSING_SECONDS", 120.0)
+    monkeypatch.setattr(loggers, "CLOSE_TIMEOUT_SECONDS", 120.0)
     write("mlflow", tmp_path, 0, [(1, 2.0), (2, 1.5)])
     write("mlflow", tmp_path, 2, [(3, 1.25)])
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -169,7 +169,7 @@ def test_mlflow_keeps_one_run_over_a_resumption(tmp_path, monkeypatch):
     assert client.get_run(number).info.status == "FINISHED"
 
 
-def test_a_run_tells_its_loggers_what_it_writes_into_its_log(tmp_path, monkeypatch):
+def test_loggers_receive_what_a_run_writes_into_its_log(tmp_path, monkeypatch):
     opened = []
 
     def opener(folder, first_step):

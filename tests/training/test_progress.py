@@ -50,7 +50,7 @@ def test_a_bar_shows_step_loss_rate_speed_and_time_left(tmp_path):
     assert max(map(len, bars)) <= 100
 
 
-def test_off_a_terminal_there_are_lines_with_the_same_figures(tmp_path, monkeypatch):
+def test_without_a_terminal_lines_show_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(file=io.StringIO(), force_terminal=False, soft_wrap=True)
     train(Recipe(data="digits", epochs=0.5), tmp_path / "run", console=console)

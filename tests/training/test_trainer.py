@@ -93,7 +93,7 @@ def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypat
     assert_same_run(out, tmp_path / "cut")
 
 
-def test_a_run_interrupted_between_two_log_lines_logs_the_same(tmp_path, monkeypatch):
+def test_a_run_interrupted_between_two_log_lines_writes_the_same_log(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "LOGS_PER_RUN", 2)
     train(EVERYTHING, tmp_path / "whole", console=Told())
     with pytest.raises(Interrupted):
@@ -108,7 +108,7 @@ def test_the_recipe_of_a_run_repeats_it(whole, tmp_path):
     assert_same_run(out, tmp_path / "again")
 
 
-def test_a_run_killed_at_any_moment_resumes_to_the_same_end(whole, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_result(whole, tmp_path):
     """`kill -9` twice, with a checkpoint after every step, so that many kills fall into a save."""
     out, _ = whole
     recipe = replace(EVERYTHING, checkpoint_every_minutes=1e-9)
@@ -179,7 +179,7 @@ def test_another_recipe_in_the_same_folder_is_refused(changes, named, tmp_path):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_foreign_recipe_in_the_folder_is_named(tmp_path):
+def test_an_invalid_recipe_in_the_folder_is_reported(tmp_path):
     (tmp_path / "recipe.yaml").write_text("flour: 500 g")
     with pytest.raises(UserError, match=r"recipe\.yaml: flour is unknown"):
         train(BRIEF, tmp_path, console=Told())
@@ -203,13 +203,13 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
         {"name": "no-such-recipe"},
     ],
 )
-def test_a_mistake_leaves_nothing_behind(changes, tmp_path):
+def test_a_user_error_leaves_no_folder(changes, tmp_path):
     with pytest.raises(UserError):
         train(replace(BRIEF, **changes), tmp_path / "run", console=Told())
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_holds_what_is_promised(whole):
+def test_a_run_folder_holds_the_documented_files(whole):
     out, report = whole
     for name in ("recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "report.json"):
         assert (out / name).stat().st_size > 0, name
@@ -231,7 +231,7 @@ def images_with_bad_ones(root):
     return root
 
 
-def test_a_run_with_too_many_bad_images_says_so_and_goes_on_with_a_larger_budget(tmp_path):
+def test_a_run_with_too_many_bad_images_stops_and_resumes_with_a_larger_budget(tmp_path):
     recipe = Recipe(data=str(images_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
     with pytest.raises(UserError, match=r"of 18 images cannot be used, 1 may be \(bad_image_budget 0.001"):
         train(recipe, tmp_path / "run", console=Told())
@@ -243,7 +243,7 @@ def test_a_run_with_too_many_bad_images_says_so_and_goes_on_with_a_larger_budget
     assert "8 images could not be used" in console.text
 
 
-def test_a_limit_in_minutes_ends_with_a_measured_bundle(tmp_path):
+def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
     console = Told()
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
     assert coatnet.evaluate(coatnet.load(tmp_path / "run" / "bundle"), "digits") == report
@@ -275,7 +275,7 @@ def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(wh
         assert torch.equal(value, start.model.state_dict()[name]), name  # the same classes keep their classifier
 
 
-def test_a_checkpoint_that_can_not_be_written_does_not_end_the_training(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch):
     from coatnet.training import checkpoint
 
     written, save_file = [], checkpoint.save_file

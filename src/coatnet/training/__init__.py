@@ -1,1 +1,1 @@
-"""How a model learns: recipe (the type), recipes (the values), trainer, optimization, checkpoint."""
+"""How a model learns: recipes and configurations, the trainer, the optimizer, checkpoints, loggers."""

@@ -1,8 +1,8 @@
-"""Checkpoints as folders that are either whole or absent: staged, flushed to disk, then renamed into place.
+"""Checkpoints: folders that are complete or absent, since they are written under a temporary name and then renamed.
 
 A checkpoint is `step-000000123/` with `tensors.safetensors` (or, of a sharded run, `tensors-00000-of-00008.safetensors`
 and so on), `state.json` and `manifest.json` (size and CRC-32 of the others). There is no pointer to the latest one: it
-is found by looking for the highest step that is whole. Nothing in it is executed when it is read.
+is the complete one with the highest step. Reading a checkpoint executes nothing.
 """
 
 import json
@@ -24,7 +24,7 @@ from coatnet.errors import UserError
 from coatnet.system.files import commit_folder, fsync_path, remove_folder, remove_leftovers, temporary_path
 from coatnet.training.distributed.shards import Rows
 
-FORMAT = 1
+FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{9})$")
 _PART = re.compile(r"tensors(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -73,12 +73,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class CorruptCheckpoint(Exception):
-    """A folder that is not a whole checkpoint; the text says why."""
+    """A folder is not a complete checkpoint; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training needs to go on: tensors by name, and plain values."""
+    """What a run resumes from: tensors by name, and plain values."""
 
     tensors: StoredTensors
     state: Mapping[str, Any]
@@ -96,7 +96,7 @@ def stage(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Path:
 
 
 def part_name(part: int, num_parts: int) -> str:
-    """The file of tensors that one of several processes writes."""
+    """Name of the file that one of several processes writes its tensors to."""
     return "tensors.safetensors" if num_parts == 1 else f"tensors-{part:05d}-of-{num_parts:05d}.safetensors"
 
 
@@ -111,25 +111,25 @@ def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state:
     """Complete a staged checkpoint, whose parts are on the disk, and rename it to its place. Raises OSError."""
     (staged / "state.json").write_text(json.dumps(state))
     files = {**parts, "state.json": _fingerprint(staged / "state.json")}
-    (staged / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
+    (staged / "manifest.json").write_text(json.dumps({"format": FORMAT_VERSION, "files": files}))
     for name in ("state.json", "manifest.json"):
         fsync_path(staged / name)
     commit_folder(staged, target, replace=True)
 
 
 def not_written(target: Path, reason: object) -> UserError:
-    """What to say of a checkpoint that could not be written."""
+    """The error for a checkpoint that could not be written."""
     return UserError(f"the checkpoint {target} was not written: {reason}; free some space there")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises CorruptCheckpoint, before reading any tensor, if it is not whole."""
+    """The checkpoint at `path`. Raises CorruptCheckpoint, before reading any tensor, if it is incomplete."""
     verify(path)
     return open_checkpoint(path)
 
 
 def verify(path: Path) -> None:
-    """Raises CorruptCheckpoint unless every file is there as it was written."""
+    """Raises CorruptCheckpoint unless every file has the size and checksum with which it was written."""
     try:
         files = _read_manifest(path)
         with ThreadPoolExecutor(8) as threads:
@@ -141,7 +141,7 @@ def verify(path: Path) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint that is known to be whole; its tensors are read when they are asked for."""
+    """A checkpoint that is known to be complete; its tensors are read when they are used."""
     try:
         parts = [path / name for name in _read_manifest(path) if name != "state.json"]
         return Checkpoint(StoredTensors(parts), json.loads((path / "state.json").read_text()), path)
@@ -150,7 +150,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The whole checkpoint with the highest step, or None; each broken one met is told to `warn`."""
+    """The complete checkpoint with the highest step, or None; `warn` gets a line for each damaged one."""
     for path in reversed(published(folder)):
         try:
             return load_checkpoint(path)
@@ -160,7 +160,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint |
 
 
 def published(folder: Path) -> list[Path]:
-    """The checkpoints `step-*` of a folder, oldest first, whole or not."""
+    """The checkpoints `step-*` of a folder, oldest first, complete or not."""
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir())
 
 
@@ -183,16 +183,16 @@ def milestones(steps: list[Path], hours: float) -> set[Path]:
             seconds = json.loads((path / "state.json").read_text())["position"]["seconds"]
             found.setdefault(int(seconds / 3600 / hours), path)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one is no milestone
+            continue  # damaged
     found.pop(0, None)
     return set(found.values())
 
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
-    """The files of a checkpoint and what they should be."""
+    """Sizes and checksums of the files of a checkpoint."""
     manifest = json.loads((path / "manifest.json").read_text())
-    if manifest["format"] != FORMAT:
-        raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT} of this version")
+    if manifest["format"] != FORMAT_VERSION:
+        raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT_VERSION} of this version")
     files = manifest["files"]
     parts = [name for name in files if _PART.fullmatch(name)]
     if not parts or {*parts, "state.json"} != set(files):

@@ -1,4 +1,4 @@
-"""Where a run's figures go beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow. None can stop a run."""
+"""Loggers beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow. A logger that fails never stops a run."""
 
 import logging
 import os
@@ -15,25 +15,25 @@ from typing import Any, Protocol
 
 from coatnet.errors import UserError, nearest
 
-WAITING = 1_000  # records that may wait for a logger; those beyond are left out, so that a hung one costs no memory
-CLOSING_SECONDS = 10.0  # that the end of a run waits for a logger to write what it has
+MAX_WAITING_RECORDS = 1_000  # for a logger; those beyond are dropped, so that a hung logger takes no memory
+CLOSE_TIMEOUT_SECONDS = 10.0  # for a logger to write its waiting records at the end of a run
 
 
 class Logger(Protocol):
-    """What a logger is; its methods may raise whatever they like, and may take as long as they like."""
+    """Interface of a logger; its methods may raise anything and take any time."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Take in the recipe, once, before any figures."""
+        """Record the configuration of the run, once, before any metrics."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in figures after optimizer step `step`."""
+        """Record metrics after optimizer step `step`."""
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write the remaining records."""
 
 
 class TensorBoardLogger:
-    """Event files in RUN/tensorboard; on resumption, what was logged after the step it resumes at is hidden."""
+    """Event files in RUN/tensorboard; on resumption, records after the step of the checkpoint are hidden."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -54,16 +54,16 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases, named as the folder; project and entity come from its own WANDB_ variables."""
+    """A run of Weights & Biases with the name of the folder; project and entity come from WANDB_ variables."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "coatnet")
-        number = _kept(folder / "wandb-run-id", lambda: secrets.token_hex(4))
+        run_id = _stored_id(folder / "wandb-run-id", lambda: secrets.token_hex(4))
         settings = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(
-            project=project, id=number, name=folder.resolve().name, dir=folder, resume="allow", settings=settings
+            project=project, id=run_id, name=folder.resolve().name, dir=folder, resume="allow", settings=settings
         )
         # Steps as a figure like any other: its own counter refuses to go back where a run resumes.
         self._run.define_metric("*", step_metric="step")
@@ -79,37 +79,37 @@ class WandbLogger:
 
 
 class MLflowLogger:
-    """A run of MLflow, named as the folder; in RUN/mlflow(.db) unless MLFLOW_TRACKING_URI names a server."""
+    """A run of MLflow with the name of the folder; in RUN/mlflow(.db) unless MLFLOW_TRACKING_URI names a server."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells that it makes its tables
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports the creation of its tables
         folder, server = folder.resolve(), os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(tracking_uri=server or f"sqlite:///{folder}/mlflow.db")
         # Without a server MLflow would put files into a folder of the current one.
-        place = None if server else (folder / "mlflow").as_uri()
-        self._number = _kept(folder / "mlflow-run-id", lambda: self._create(folder.name, place))
-        self._client.update_run(self._number, status="RUNNING")
+        artifacts = None if server else (folder / "mlflow").as_uri()
+        self._run_id = _stored_id(folder / "mlflow-run-id", lambda: self._create(folder.name, artifacts))
+        self._client.update_run(self._run_id, status="RUNNING")
 
-    def _create(self, name: str, place: str | None) -> str:
+    def _create(self, name: str, artifacts: str | None) -> str:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "coatnet")
         found = self._client.get_experiment_by_name(title)
-        experiment = self._client.create_experiment(title, place) if found is None else found.experiment_id
+        experiment = self._client.create_experiment(title, artifacts) if found is None else found.experiment_id
         return self._client.create_run(experiment, run_name=name).info.run_id
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._client.log_dict(self._number, dict(config), "recipe.yaml")
+        self._client.log_dict(self._run_id, dict(config), "recipe.yaml")
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        # One message: one for each figure took a tenth of a second each, and the end of a short run waited in vain.
+        # One message: one for each metric takes a tenth of a second each, too long at the end of a short run.
         now = int(1000 * time.time())
-        self._client.log_batch(self._number, [Metric(name, value, now, step) for name, value in metrics.items()])
+        self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
     def close(self) -> None:
-        self._client.set_terminated(self._number)
+        self._client.set_terminated(self._run_id)
 
 
 KINDS: dict[str, Callable[[Path, int], Logger]] = {
@@ -120,23 +120,23 @@ KINDS: dict[str, Callable[[Path, int], Logger]] = {
 
 
 class Loggers:
-    """The loggers of a run, each in a thread of its own: one that fails or hangs loses its records, never the run."""
+    """The loggers of a run, each in its own thread: one that fails or hangs loses its records only."""
 
     def __init__(self, openers: Mapping[str, Callable[[], Logger]], say: Callable[[str], None]) -> None:
-        """`openers` give the loggers by name, `say` tells the person at the keyboard what went wrong."""
+        """`openers` create the loggers by name; `say` prints a warning."""
         self._workers = [_Worker(name, opener, say) for name, opener in openers.items()]
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Hand the recipe to every logger; returns at once."""
+        """Pass the configuration to every logger, without waiting for them."""
         self._put(lambda logger: logger.log_config(config))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand figures to every logger; returns at once."""
+        """Pass metrics to every logger, without waiting for them."""
         values = dict(metrics)
         self._put(lambda logger: logger.log_metrics(step, values))
 
     def close(self) -> None:
-        """Wait for what is not written yet, ten seconds for each at most."""
+        """Wait for the remaining records, at most ten seconds for each logger."""
         for worker in self._workers:
             worker.close()
 
@@ -146,13 +146,13 @@ class Loggers:
 
 
 class _Worker:
-    """One logger, opened and used in one thread only; what it raises is said once and ends it."""
+    """One logger, created and used in one thread; an error is reported once and ends it."""
 
     def __init__(self, name: str, opener: Callable[[], Logger], say: Callable[[str], None]) -> None:
         self._name, self._opener, self._say = name, opener, say
-        self._tasks: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(WAITING)
-        self._missed = 0
-        # A daemon: a logger that hangs for ever does not hold the process either.
+        self._tasks: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(MAX_WAITING_RECORDS)
+        self._dropped = 0
+        # A daemon: a logger that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"logger {name}", daemon=True)
         self._thread.start()
 
@@ -160,17 +160,17 @@ class _Worker:
         try:
             self._tasks.put_nowait(task)
         except queue.Full:
-            self._missed += self._thread.is_alive()  # of one that has ended, that is known already
+            self._dropped += self._thread.is_alive()  # that of an ended thread is reported already
 
     def close(self) -> None:
         with suppress(queue.Full):
             if self._thread.is_alive():
-                self._tasks.put(None, timeout=CLOSING_SECONDS / 2)
-        self._thread.join(CLOSING_SECONDS / 2)
+                self._tasks.put(None, timeout=CLOSE_TIMEOUT_SECONDS / 2)
+        self._thread.join(CLOSE_TIMEOUT_SECONDS / 2)
         if self._thread.is_alive():
-            self._say(f"warning: logger {self._name} does not come to an end; metrics.jsonl has everything")
-        elif self._missed:
-            self._say(f"warning: logger {self._name} was too slow for {self._missed} records; metrics.jsonl has them")
+            self._say(f"warning: logger {self._name} does not finish; metrics.jsonl has all records")
+        elif self._dropped:
+            self._say(f"warning: logger {self._name} was too slow for {self._dropped} records; metrics.jsonl has them")
 
     def _work(self) -> None:
         try:
@@ -184,7 +184,7 @@ class _Worker:
 
 
 def open_loggers(names: Iterable[str], folder: Path, first_step: int, say: Callable[[str], None]) -> Loggers:
-    """The loggers of a run that goes on after `first_step` steps; `say` gets a line when one fails.
+    """The loggers of a run that starts after `first_step` steps; `say` prints a warning when one fails.
 
     Raises UserError if a name is unknown, or the package behind it is not installed.
     """
@@ -202,8 +202,8 @@ def check_loggers(names: Iterable[str]) -> None:
             raise UserError(f"logger {name} needs the package {name}: pip install 'coatnet[{name}]', or leave it out")
 
 
-def _kept(path: Path, make: Callable[[], str]) -> str:
-    """The text of a file, made the first time: a resumed run goes on under its old id."""
+def _stored_id(path: Path, make: Callable[[], str]) -> str:
+    """The text of a file, made the first time: a resumed run keeps its id."""
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
     return path.read_text(encoding="utf-8")

@@ -124,7 +124,7 @@ class Trainer:
         """Raises UserError if the configuration, the bundle to start from and the processes do not fit together."""
         self.config, self.splits, self.folder, self.processes = config, splits, folder, processes
         self.progress = progress or TrainingProgress(Console(quiet=True))
-        self.device = choose_device(config.device)
+        self.device = device_of(config, processes)
         self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
         self.share = batch_share(config.batch_size, config.mixing, processes)
 
@@ -560,7 +560,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             progress.say(f"{folder.path} is finished; its bundle is measured again (more epochs would extend the run)")
             return processes.run_on_main(lambda: evaluate(load(folder.bundle), splits))
 
-        with deterministic_on_cpu():
+        with deterministic_on_cpu(config.device):
             with processes.collective():
                 trainer = Trainer(config, splits, folder, init=init, processes=processes, progress=progress)
                 if processes.is_main:
@@ -576,6 +576,16 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 return processes.run_on_main(lambda: trainer.finish(bundle))
             finally:
                 trainer.loggers.close()
+
+
+def device_of(config: TrainingConfig, processes: Processes) -> torch.device:
+    """The device of this process. Raises UserError if it is not there, or is one GPU for several processes."""
+    device = choose_device(config.device)
+    if device.index is not None:
+        if processes.is_distributed:
+            raise UserError(f"device {config.device} is one GPU, and each process takes its own: give device cuda")
+        torch.cuda.set_device(device)
+    return device
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -608,11 +618,11 @@ def explain_out_of_memory(step: int, images_per_pass: int, resolution: int) -> I
 
 
 @contextmanager
-def deterministic_on_cpu() -> Iterator[None]:
-    """Without a GPU, use algorithms of torch whose sums do not depend on the timing of threads."""
+def deterministic_on_cpu(device: str) -> Iterator[None]:
+    """On a CPU, use algorithms of torch whose sums do not depend on the timing of threads."""
     before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # pyrefly: ignore[missing-attribute]
-    if not torch.cuda.is_available():
+    if choose_device(device).type == "cpu":
         torch.use_deterministic_algorithms(True)
         # It costs time, and nothing here reads such memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]

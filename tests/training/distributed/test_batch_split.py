@@ -31,7 +31,7 @@ def batch(dataset, number, places):
 
 @pytest.mark.parametrize("mixing", [Mixing(), Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=0.8)])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
-def test_the_shares_of_a_batch_are_the_batch(world_size, mixing):
+def test_the_shares_of_a_batch_together_equal_the_batch(world_size, mixing):
     dataset = coatnet.open_dataset("digits").training
     whole = mix(*batch(dataset, 90, None), num_classes=10, mixing=mixing, seed=5)
     images, targets, sizes = [], [], []
@@ -47,7 +47,7 @@ def test_the_shares_of_a_batch_are_the_batch(world_size, mixing):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 40])
-def test_evaluation_shows_every_image_to_one_process(world_size):
+def test_evaluation_gives_every_image_to_one_process(world_size):
     dataset = coatnet.open_dataset("digits").validation
     seen = [
         indices

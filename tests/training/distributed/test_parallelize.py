@@ -37,7 +37,7 @@ def gradients(model, images):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "all"])
-def test_recomputed_blocks_give_the_same_gradients_and_count_batch_norm_once(kind):
+def test_activation_checkpointing_gives_the_same_gradients_and_counts_batch_norm_once(kind):
     plain = network(stochastic_depth=0.5)
     recomputed = copy.deepcopy(plain)
     compile_and_checkpoint(recomputed, config_of(activation_checkpointing=kind), CPU)
@@ -50,7 +50,7 @@ def test_recomputed_blocks_give_the_same_gradients_and_count_batch_norm_once(kin
         torch.testing.assert_close(recomputed.eval()(images), plain.eval()(images), rtol=0, atol=0)
 
 
-def test_recomputation_keeps_less_for_the_backward_pass():
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
     kept = {}
     for kind in ("none", "transformer", "all"):
         model, kept[kind] = network(), 0
@@ -75,7 +75,7 @@ def test_compiled_blocks_learn_as_plain_ones():
     torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_from_the_meta_device_are_spread_as_those_of_an_ordinary_network():
+def test_weights_from_the_meta_device_are_distributed_as_those_of_an_ordinary_network():
     ordinary = network()
     with torch.device("meta"):
         model = network()
@@ -90,7 +90,7 @@ def test_weights_from_the_meta_device_are_spread_as_those_of_an_ordinary_network
     assert not torch.equal(model.stages[1][0].expand[0].weight, model.stages[1][1].expand[0].weight)
 
 
-def test_every_part_of_the_family_knows_how_to_begin():
+def test_every_layer_of_the_family_has_reset_parameters():
     for name in VARIANTS:
         with torch.device("meta"):
             model = create_model(name)
@@ -120,11 +120,11 @@ def test_weights_are_a_function_of_seed_and_name():
         (config_of(model="coatnet-0", parallelism="fsdp"), SINGLE_PROCESS, "fsdp"),
     ],
 )
-def test_above_a_thousand_million_parameters_a_run_is_sharded(config, processes, parallelism):
+def test_a_run_is_sharded_above_a_billion_parameters(config, processes, parallelism):
     assert choose_parallelism(config, None, processes) == parallelism
 
 
-def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():
+def test_a_sharded_run_on_one_process_starts_with_the_same_weights_every_time():
     recipe = Recipe(data="digits", parallelism="fsdp")
     one, other = (trainer_for(recipe) for _ in range(2))
     torch.testing.assert_close(one.tensors(), other.tensors(), rtol=0, atol=0)
@@ -132,6 +132,6 @@ def test_a_sharded_run_on_one_process_begins_with_the_same_weights_every_time():
     assert not torch.equal(one.tensors()["model.stem.0.0.weight"], fresh.tensors()["model.stem.0.0.weight"])
 
 
-def test_blocks_with_and_without_batch_norm_are_told_apart():
+def test_blocks_with_batch_norm_are_recognized():
     model = network()
     assert [has_batch_norm(stage[0]) for stage in model.stages] == [True, True, False]

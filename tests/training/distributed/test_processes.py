@@ -110,7 +110,7 @@ def test_nan_on_one_process_stops_both_before_the_update(parallelism, found):
     assert first["same"] and second["same"]
 
 
-def test_evaluation_on_the_way_counts_every_image_once_whatever_the_processes(runs, single):
+def test_evaluation_during_training_counts_every_image_once_on_any_number_of_processes(runs, single):
     """The first evaluation of the run that one process began is its own; the later ones are of two processes."""
     held_out = len(coatnet.open_dataset("digits").validation)
     for out in (single[0], runs / "grown", runs / "ddp" / "whole", runs / "fsdp" / "whole"):
@@ -118,7 +118,7 @@ def test_evaluation_on_the_way_counts_every_image_once_whatever_the_processes(ru
 
 
 @pytest.mark.parametrize(("name", "kind"), [("shrinking", "ddp"), ("shrinking-fsdp", "fsdp")])
-def test_a_run_of_two_processes_goes_on_with_one(name, kind, runs):
+def test_a_run_of_two_processes_resumes_with_one(name, kind, runs):
     before = losses(runs / name)
     assert max(before) == STOPPED_AFTER
     train(RECIPES[kind], runs / name)
@@ -128,7 +128,7 @@ def test_a_run_of_two_processes_goes_on_with_one(name, kind, runs):
     assert after == pytest.approx(whole, rel=0.1)
 
 
-def test_a_run_of_one_process_goes_on_with_two(runs, single):
+def test_a_run_of_one_process_resumes_with_two(runs, single):
     after, whole = losses(runs / "grown"), losses(single[0])
     assert {step: after[step] for step in range(1, STOPPED_AFTER + 1)} == {
         step: whole[step] for step in range(1, STOPPED_AFTER + 1)
@@ -136,7 +136,7 @@ def test_a_run_of_one_process_goes_on_with_two(runs, single):
     assert after == pytest.approx(whole, rel=0.1)
 
 
-def test_sharded_and_copied_runs_differ_only_in_how_weights_begin(runs):
+def test_sharded_and_replicated_runs_differ_only_in_their_initial_weights(runs):
     """DDP draws them as one process does; what is sharded from (seed, name), so that no process needs them all."""
     ddp, fsdp = (last(runs / name / "whole") for name in ("ddp", "fsdp"))
     assert set(ddp.tensors) == set(fsdp.tensors)
@@ -156,7 +156,7 @@ def test_only_the_first_process_writes(runs):
     ("batch_size", "parallelism", "message"),
     [(3, "ddp", "batch_size 3 leaves nothing to do for some of 4"), (6, "fsdp", "6 is not a multiple of 4 processes")],
 )
-def test_a_batch_that_can_not_be_shared_is_told(batch_size, parallelism, message):
+def test_a_batch_that_cannot_be_shared_is_refused(batch_size, parallelism, message):
     recipe = coatnet.Recipe(data="digits", batch_size=batch_size)
     with pytest.raises(UserError, match=message):
         check_batch_size(recipe, Processes(0, 4), parallelism)

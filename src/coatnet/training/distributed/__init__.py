@@ -1,1 +1,1 @@
-"""Several processes as one training: who they are, what each takes and holds, what they agree on."""
+"""Several processes as one training: ranks and collectives, shards, and the network applied to them from outside."""

@@ -1,8 +1,7 @@
-"""A network as the processes of a run compute it together: as copies (DDP), or in shards (FSDP2, HSDP).
+"""The network replicated on the processes of a run (DDP), or sharded over them (FSDP2, HSDP).
 
-Both leave on every process the gradient of the *mean over processes* of what they called `backward` on. So each
-divides the summed loss of its images by the mean number of images a process, and the gradient is that of the mean
-loss over the whole batch, whatever the shares.
+Both average the gradients over the processes. Each process divides the summed loss of its images by the mean number of
+images of a process, so that the average is the gradient of the mean loss over the whole batch, whatever the shares.
 """
 
 from contextlib import AbstractContextManager
@@ -20,15 +19,15 @@ from coatnet.training.distributed.processes import Processes
 
 
 class Replicated:
-    """A copy on every process, gradients averaged while the backward pass goes on (DistributedDataParallel).
+    """A copy on every process; gradients are averaged during the backward pass (DistributedDataParallel).
 
-    BatchNorm normalises with the images of its process; its running statistics become their average at every step,
-    so that they are the same everywhere and no checkpoint depends on whose they are.
+    BatchNorm normalizes with the images of its process. Its running statistics are averaged at every step, so that they
+    are the same on all processes and in any checkpoint.
     """
 
     def __init__(self, model: CoAtNet, processes: Processes, device: torch.device) -> None:
         self.model, self.processes, self.device = model, processes, device
-        self._learning: list[bool] = []
+        self._trainable: list[bool] = []
         self._copies: DistributedDataParallel | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -44,19 +43,19 @@ class Replicated:
         return loss, norm
 
     def prepare(self) -> None:
-        learning = [parameter.requires_grad for parameter in self.model.parameters()]
-        if learning == self._learning:
+        trainable = [parameter.requires_grad for parameter in self.model.parameters()]
+        if trainable == self._trainable:
             return
-        # DDP is told once what learns. The old one's hooks go with it.
-        self._learning, self._copies = learning, None
+        # DDP reads once which parameters learn. The hooks of the old one go with it.
+        self._trainable, self._copies = trainable, None
         gpus = [self.processes.local_rank] if self.device.type == "cuda" else None
         self._copies = DistributedDataParallel(self.model, device_ids=gpus, gradient_as_bucket_view=True)
         self._copies.broadcast_buffers = False  # as an argument it has another name from one release to the next
-        self._settle_buckets()
+        self._build_buckets()
 
-    def _settle_buckets(self) -> None:
-        """One pass that counts for nothing: DDP adds up gradients in one order in its first pass and in another from
-        the second on, so with three processes or more a resumed run would differ in the last bit."""
+    def _build_buckets(self) -> None:
+        """Make a pass whose gradients are discarded: DDP adds gradients in one order in its first pass and in another
+        from the second on, so with three processes or more a resumed run would differ in the last bit."""
         model, training = self.model, self.model.training
         model.eval()  # or BatchNorm would count it
         images = torch.zeros(2, model.in_channels, model.resolution, model.resolution, device=self.device)
@@ -66,14 +65,14 @@ class Replicated:
 
 
 class Sharded:
-    """Every process holds some rows of each parameter and gathers a block when it is computed (fully_shard).
+    """Some rows of each parameter on every process, which gather a block when it is computed (fully_shard).
 
     On a mesh of two dimensions the first holds copies, the second shards (HSDP). BatchNorm as in `Replicated`; its
     weights stay in fp32, as its buffers must.
     """
 
     def __init__(self, model: CoAtNet, processes: Processes, mesh: DeviceMesh, *, bf16: bool) -> None:
-        """In place. What lies on the meta device stays there, to be materialised.
+        """Shard in place. Parameters on the meta device stay there until `materialize`.
 
         Raises:
             UserError: the mesh is one of CPUs, and torch is older than 2.7.
@@ -85,15 +84,15 @@ class Sharded:
         self.model, self.processes = model, processes
         self.num_shards = mesh.size(mesh.ndim - 1)
         model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other; the maps stay channels-last
-        # Autocast would keep a bf16 copy of every weight for the backward pass, which is what sharding is to spare.
-        halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        whole = MixedPrecisionPolicy()
+        # Autocast would keep a bf16 copy of every weight for the backward pass, which sharding is meant to save.
+        reduced = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        full = MixedPrecisionPolicy()
         for number, stage in enumerate(model.stages, start=1):
             for block in stage.children():
-                policy = halved if bf16 and not batch_norms(block) else whole
-                # The backward pass begins with the last stage: to gather it twice would be in vain.
+                policy = reduced if bf16 and not batch_norms(block) else full
+                # The backward pass begins with the last stage, which therefore stays gathered.
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=number < len(model.stages))
-        fully_shard(model, mesh=mesh, mp_policy=whole)
+        fully_shard(model, mesh=mesh, mp_policy=full)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -106,11 +105,11 @@ class Sharded:
         return loss, (squared * self.num_shards).sqrt()
 
     def prepare(self) -> None:
-        """Nothing: shards follow by themselves what learns."""
+        """Do nothing: FSDP2 follows which parameters learn by itself."""
 
 
 class _Unreduced:
-    """While entered, FSDP2 keeps the gradients of a backward pass to itself."""
+    """While entered, FSDP2 does not reduce gradients over the processes."""
 
     def __init__(self, model: nn.Module) -> None:
         assert isinstance(model, FSDPModule)
@@ -124,7 +123,7 @@ class _Unreduced:
 
 
 def mesh_for(kind: str, processes: Processes, device: torch.device) -> DeviceMesh:
-    """All processes in a row for "fsdp"; for "hsdp" a row for each machine.
+    """The mesh of all processes: one dimension for "fsdp"; machines by processes for "hsdp".
 
     Raises UserError if the machines have different numbers of processes.
     """
@@ -141,16 +140,16 @@ def mesh_for(kind: str, processes: Processes, device: torch.device) -> DeviceMes
 
 
 def batch_norms(module: nn.Module) -> list[nn.BatchNorm2d]:
-    """The BatchNorms whose statistics are those of one process (SyncBatchNorm is of another class)."""
+    """The BatchNorms that take statistics over the images of one process; SyncBatchNorm is another class."""
     return [each for each in module.modules() if isinstance(each, nn.BatchNorm2d)]
 
 
 @torch.no_grad()
 def average(values: Tensor, model: nn.Module, processes: Processes) -> Tensor:
     """The mean over the processes of `values` (N,) and, in place and in the same message, of the running statistics of
-    every BatchNorm that takes them at present."""
-    learning = [norm for norm in batch_norms(model) if norm.training]
-    statistics = [each for norm in learning for each in (norm.running_mean, norm.running_var) if each is not None]
+    every BatchNorm in training mode."""
+    training = [norm for norm in batch_norms(model) if norm.training]
+    statistics = [each for norm in training for each in (norm.running_mean, norm.running_var) if each is not None]
     message = torch.cat([values, *(each.flatten() for each in statistics)])
     dist.all_reduce(message)
     message /= processes.world_size

@@ -20,6 +20,7 @@ from rich.table import Table
 import coatnet
 from coatnet.data.datasets import Dataset
 from coatnet.evaluation.probe import probe
+from coatnet.system.files import atomic_folder
 from coatnet.training.recipes import named_recipe
 
 KNOWN, NEW = range(0, 10, 2), range(1, 10, 2)
@@ -70,12 +71,10 @@ def write_folder(splits: object, classes: range, number: int | None, draw: int, 
             target = folder / split / dataset.classes[label].replace("/", "-")
             if target.is_dir():
                 continue
-            staged = target.with_name(f".{target.name}")
-            staged.mkdir(parents=True, exist_ok=True)
             found = np.flatnonzero(dataset.labels == label)
-            for index in np.random.default_rng(draw).permutation(found)[:most].tolist():
-                Image.fromarray(dataset.read(index)[0]).save(staged / f"{index:05d}.png")
-            staged.rename(target)
+            with atomic_folder(target) as staged:
+                for index in np.random.default_rng(draw).permutation(found)[:most].tolist():
+                    Image.fromarray(dataset.read(index)[0]).save(staged / f"{index:05d}.png")
     return folder
 
 

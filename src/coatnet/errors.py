@@ -85,16 +85,16 @@ def nearest_option(given: str, known: Iterable[str]) -> str:
     not among the known ones leads nowhere, however similar its letters are to another one's.
     """
     names = sorted(known, key=lambda name: name.count("."))
-    plain = same_spelling(given)
+    plain = _plain_name(given)
     for wanted in (plain, *USUAL_NAMES.get(plain, ())):
         for name in names:
-            if wanted in (same_spelling(name), same_spelling(name).rpartition(".")[2]):
+            if wanted in (_plain_name(name), _plain_name(name).rpartition(".")[2]):
                 return f" (did you mean {name!r}?)"
     return "" if plain in USUAL_NAMES else nearest(given, names)
 
 
-def same_spelling(option: str) -> str:
-    """The name of an option without its dashes and with underscores: `--top-k` and `--top_k` are both `top_k`."""
+def _plain_name(option: str) -> str:
+    """The name of an option without its hyphens: `--top-k` and `--top_k` are both `top_k`."""
     return option.lstrip("-").replace("-", "_")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from coatnet.deprecation import renamed_message
-from coatnet.errors import UserError, nearest_option, same_spelling
+from coatnet.errors import UserError, nearest_option
 
 DATA_HELP = """\
 DATA is one of:
@@ -75,22 +75,18 @@ def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str]) -> 
     Raises:
         UserError: if an option is unknown; the message names the nearest one, or all of its group.
     """
-    spellings = {_dashes(option) + same_spelling(option): option for option in known}
+    spellings = {option.replace("_", "-"): option for option in known}
     spelled = []
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == "--":
             return [*spelled, *arguments[index:]]
         if option.startswith("--") or re.match("-[a-zA-Z]", option):
-            if (key := _dashes(option) + same_spelling(option)) not in spellings:
+            if (key := option.replace("_", "-")) not in spellings:
                 raise UserError(f"{prog} has no option {option}{_hint(option, spellings.values())}")
             option = spellings[key]
         spelled.append(option + equals + value)
     return spelled
-
-
-def _dashes(option: str) -> str:
-    return "--" if option.startswith("--") else "-"
 
 
 def _hint(option: str, known: Iterable[str]) -> str:

@@ -94,11 +94,6 @@ def choose_device(device: str = "auto") -> "torch.device":
     return torch.device(device)
 
 
-def best_device() -> "torch.device":
-    """The first GPU, or the CPU where there is none."""
-    return choose_device()
-
-
 def multiplies_bf16(device: "torch.device") -> bool:
     """Whether the hardware multiplies matrices in bf16, rather than converting them."""
     import torch

@@ -53,7 +53,7 @@ class Features:
         split: validation, training or all.
         datasets: whose images are read.
         batch_size: images per batch.
-        num_workers: processes that decode, as in `extract`.
+        num_workers: processes that decode, as in `extract_features`.
         bad_images: why each unreadable image was left out, by its name; complete after the last batch.
     """
 

@@ -1,6 +1,20 @@
 """Finished models at work: the inference loop, engines that compute logits, the predictor, batch prediction."""
 
-from coatnet.inference.predictor import Prediction as Prediction
-from coatnet.inference.predictor import Predictor as Predictor
+from typing import TYPE_CHECKING
 
-__all__ = ["Prediction", "Predictor"]
+from coatnet.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from coatnet.inference.logits import infer as infer
+    from coatnet.inference.predictor import Prediction as Prediction
+    from coatnet.inference.predictor import Predictor as Predictor
+
+# Imported when used: training needs the inference loop without the engines.
+__all__, __getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Prediction": "coatnet.inference.predictor",
+        "Predictor": "coatnet.inference.predictor",
+        "infer": "coatnet.inference.logits",
+    },
+)

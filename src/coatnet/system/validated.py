@@ -118,7 +118,7 @@ def _as_dict(value: Any) -> Any:
 def explain(error: ValidationError, kind: Any, values: Any) -> str:
     """The first mistake of a validation in a line: the field, what would be right, what was given."""
     first = error.errors(include_url=False)[0]
-    whole, field, path, given, rest = kind.__name__, None, "", values, [str(part) for part in first["loc"]]
+    name_of_all, field, path, given, rest = kind.__name__, None, "", values, [str(part) for part in first["loc"]]
     while rest and is_validated(kind) and rest[0] in fields_of(kind):
         name = rest.pop(0)
         field, path = fields_of(kind)[name], f"{path}{name}."
@@ -131,7 +131,7 @@ def explain(error: ValidationError, kind: Any, values: Any) -> str:
         return unknown_field(rest[0], kind, path)
     if first["type"] == "missing" and not rest:
         return f"{path.removesuffix('.')} is missing"
-    return f"{path.removesuffix('.') or whole} {_what_is_wrong(first, field, rest)}, got {given!r:.80}"
+    return f"{path.removesuffix('.') or name_of_all} {_what_is_wrong(first, field, rest)}, got {given!r:.80}"
 
 
 def _what_is_wrong(first: Any, field: FieldInfo | None, rest: list[str]) -> str:

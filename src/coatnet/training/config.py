@@ -134,7 +134,9 @@ class TrainingConfig:
         These held null where no limit and no pre-trained model was asked for.
         """
         given = {name: value for name, value in values.items() if value is not None}
-        return cls(**{"micro_batch_size": given["batch_size"]} | given) if "batch_size" in given else cls(**given)
+        if "batch_size" in given:
+            given.setdefault("micro_batch_size", given["batch_size"])
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or YAML; `from_dict` gives the same configuration back."""

@@ -24,7 +24,7 @@ from coatnet.data.splits import Splits
 from coatnet.planning.memory import Memory, simulate_step
 from coatnet.planning.memory_tracker import MemoryTracker
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import DataFacts, choose
+from coatnet.training.defaults import DataFacts, resolve_for
 from coatnet.training.distributed.processes import Processes, distributed_processes
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer
@@ -52,7 +52,7 @@ def recipe_of(model: str, resolution: int, batch_size: int, **changes: object) -
     given |= {"precision": "fp32", "ema_decay": 0.99, "stochastic_depth": 0.1, "parallelism": "fsdp", "channels": 3}
     given |= {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "mixing": asdict(Mixing())}
     facts = DataFacts(batch_size, side=resolution, shorter_side=resolution, largest_side=resolution)
-    return choose(Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes}), facts)
+    return resolve_for(Recipe.from_dict({"data": "digits", "loss": "softmax", **given, **changes}), facts)
 
 
 # As many images as make a step take some hundred megabytes.

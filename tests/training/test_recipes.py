@@ -10,7 +10,7 @@ from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import DataFacts, choose, fit_epochs, fit_learning_rate, resolve, steps_of
+from coatnet.training.defaults import DataFacts, default_epochs, default_learning_rate, num_steps, resolve, resolve_for
 from coatnet.training.recipes import RECIPES, named_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def test_the_recipe_fashion_mnist_is_the_stored_one_of_the_published_result():
     (mean,), (std,) = stored["preprocessing"]["mean"], stored["preprocessing"]["std"]
     garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, grey=True, mean=mean, std=std)
     asked = {name: stored[name] for name in ("data", "model", "max_minutes")}
-    config = choose(named_recipe("fashion-mnist", asked), garments)
+    config = resolve_for(named_recipe("fashion-mnist", asked), garments)
     assert config == TrainingConfig.from_dict(stored | {"name": "fashion-mnist"})
 
 
@@ -118,23 +118,23 @@ def test_many_small_images_are_erased_in_part_and_few_are_not():
 
 def test_fewer_images_are_seen_more_often_but_fewer_steps_are_made():
     numbers = (100, 1_600, 10_000, 60_000, 1_281_167)
-    epochs = [fit_epochs(number, 64, finetune=False) for number in numbers]
+    epochs = [default_epochs(number, 64, finetune=False) for number in numbers]
     assert epochs == sorted(epochs, reverse=True)
-    steps = [steps_of(e, n, 64) for e, n in zip(epochs, numbers, strict=True)]
+    steps = [num_steps(e, n, 64) for e, n in zip(epochs, numbers, strict=True)]
     assert steps == sorted(steps)
 
 
 def test_fine_tuning_takes_a_third_of_the_epochs_but_enough_steps():
-    assert fit_epochs(60_000, 64, finetune=True) == 10
-    assert fit_epochs(1_600, 32, finetune=True) == 33
-    assert steps_of(fit_epochs(100, 16, finetune=True), 100, 16) == 300
-    assert fit_epochs(20, 16, finetune=True) == fit_epochs(20, 16, finetune=False) == 100
+    assert default_epochs(60_000, 64, finetune=True) == 10
+    assert default_epochs(1_600, 32, finetune=True) == 33
+    assert num_steps(default_epochs(100, 16, finetune=True), 100, 16) == 300
+    assert default_epochs(20, 16, finetune=True) == default_epochs(20, 16, finetune=False) == 100
 
 
 def test_the_rate_to_fine_tune_falls_with_the_width_of_what_has_learned():
-    assert fit_learning_rate(128, None) == fit_learning_rate(128, 128) == 2e-3
-    assert fit_learning_rate(128, 1024) == 2.5e-4
-    assert fit_learning_rate(32, 1024) == 1.25e-4
+    assert default_learning_rate(128, None) == default_learning_rate(128, 128) == 2e-3
+    assert default_learning_rate(128, 1024) == 2.5e-4
+    assert default_learning_rate(32, 1024) == 1.25e-4
 
 
 def test_changes_reach_into_the_parts_of_a_named_recipe():

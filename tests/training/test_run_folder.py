@@ -9,7 +9,7 @@ from tests.training.configs import SMALL_COLOR_IMAGES, config_of
 
 from coatnet.errors import UserError
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
-from coatnet.training.defaults import choose
+from coatnet.training.defaults import resolve_for
 from coatnet.training.run_folder import RunFolder
 
 CLASSES = ("ant", "bee")
@@ -29,7 +29,7 @@ def stored_by_an_earlier_release(folder, **asked):
 
 def resumed(folder, classes=CLASSES, **asked):
     run = RunFolder(folder, Recipe(data="digits", **asked))
-    run.settle(choose(run.given, SMALL_COLOR_IMAGES), classes)
+    run.settle(resolve_for(run.given, SMALL_COLOR_IMAGES), classes)
     return run
 
 

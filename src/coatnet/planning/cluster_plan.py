@@ -10,7 +10,7 @@ from coatnet.model.registry import find_variant
 from coatnet.planning.launchers import LAUNCHERS, Launch
 from coatnet.planning.layout_search import Layout, LayoutSearch, describe_layout, why_not_sharded
 from coatnet.training.config import TrainingConfig
-from coatnet.training.defaults import DataFacts, choose
+from coatnet.training.defaults import DataFacts, resolve_for
 from coatnet.training.distributed.parallelize import MAX_REPLICATED_PARAMETERS
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.recipes import RECIPES, NamedRecipe, find_recipe
@@ -235,7 +235,7 @@ def resolve_config(
     if not num_images:
         raise UserError(f"recipe {recipe.name!r} has no number of images: give data, the number of images")
     side = recipe.resolution or 0
-    config = choose(recipe, DataFacts(num_images, side, shorter_side=side, largest_side=side))
+    config = resolve_for(recipe, DataFacts(num_images, side, shorter_side=side, largest_side=side))
     if config.batch_size < gpus:
         raise UserError(f"batch-size {config.batch_size} is below the number of GPUs, {gpus}: give a larger one")
     return config

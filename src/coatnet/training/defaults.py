@@ -22,7 +22,7 @@ from coatnet.training.config import Recipe, TrainingConfig, merge
 from coatnet.training.recipes import find_recipe
 
 SMALL_IMAGE_PIXELS = 64  # up to this side an image keeps its own size, if it may, and is shifted, not cropped
-MANY_IMAGES = 20_000  # below this number a network for small images is likely to overfit rather than to underfit
+MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
 
 
@@ -92,25 +92,25 @@ def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Train
     """
     check_start(recipe, splits, init)
     check_labels(recipe, splits)
-    return choose(recipe, DataFacts.of(splits), init)
+    return resolve_for(recipe, DataFacts.of(splits), init)
 
 
-def choose(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> TrainingConfig:
+def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> TrainingConfig:
     """Choose everything that a recipe leaves open.
 
     Values asked for go over those that the named recipe has for the model's size, and these over the general choice.
     """
-    row, number, asked = find_recipe(recipe.name), facts.num_images, recipe.to_dict()
+    named, num_images, asked = find_recipe(recipe.name), facts.num_images, recipe.to_dict()
     preprocessing = choose_preprocessing(recipe, facts, init)
     if init is not None:
         model = init.model.variant.name
     else:
         model = default_variant(preprocessing.resolution) if recipe.model in (None, "auto") else recipe.model
 
-    batch_size = asked.get("batch_size", fit_batch_size(number))
-    epochs = asked.get("epochs", fit_epochs(number, batch_size, finetune=init is not None))
-    total_steps = steps_of(epochs, number, batch_size)
-    if recipe.head_first_epochs and steps_of(recipe.head_first_epochs, number, batch_size) >= total_steps:
+    batch_size = asked.get("batch_size", default_batch_size(num_images))
+    epochs = asked.get("epochs", default_epochs(num_images, batch_size, finetune=init is not None))
+    total_steps = num_steps(epochs, num_images, batch_size)
+    if recipe.head_first_epochs and num_steps(recipe.head_first_epochs, num_images, batch_size) >= total_steps:
         raise UserError(
             f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs:g} epochs for the rest of the "
             "network: give less, or freeze the rest"
@@ -121,7 +121,7 @@ def choose(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> Trai
         "micro_batch_size": batch_size,
         # The few blocks of the variants for small images underfit rather than overfit.
         "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS else 0.1,
-        "ema_decay": fit_ema_decay(total_steps),
+        "ema_decay": default_ema_decay(total_steps),
         "loss": "sigmoid" if facts.multilabel else "softmax",
         # At most a dozen evaluations: on small images one costs as much as a sixth of an epoch.
         "evaluate_every": 1.0 if recipe.max_minutes else max(1.0, round(epochs / 12)),
@@ -130,25 +130,25 @@ def choose(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> Trai
         "augmentation": {},
         "mixing": {},
     }
-    if row.data is None:  # the paper's recipes leave nothing of this open
+    if named.data is None:  # the paper's recipes leave nothing of this open
         chosen |= choose_optimization(facts, batch_size, total_steps, init)
         chosen |= choose_regularization(facts, preprocessing.resolution, finetune=init is not None)
     settled: dict[str, Any] = {
-        "data": recipe.data if recipe.data in NAMES else lasting(recipe.data),
+        "data": recipe.data if recipe.data in NAMES else absolute_path_or_name(recipe.data),
         "model": model,
-        "init": lasting(recipe.init) if recipe.init else "",
+        "init": absolute_path_or_name(recipe.init) if recipe.init else "",
         "resolution": preprocessing.resolution,
         "channels": preprocessing.channels,
         "preprocessing": preprocessing,
     }
-    return TrainingConfig(**merge(merge(chosen, row.by_model.get(model, {})), asked) | settled)
+    return TrainingConfig(**merge(merge(chosen, named.by_model.get(model, {})), asked) | settled)
 
 
 def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
     """Raises UserError if recipe, data and the bundle to start from contradict each other."""
-    row = find_recipe(recipe.name)
+    named = find_recipe(recipe.name)
     if init is None:
-        if row.needs_init:
+        if named.needs_init:
             raise UserError(
                 f"recipe {recipe.name!r} starts from a bundle: give init, "
                 "a folder such as RUN/bundle or an id of the hub"
@@ -157,7 +157,7 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
             if getattr(recipe, name):
                 raise UserError(f"{name} is for a network that has learned already: give init as well, or leave it out")
         return
-    if recipe.model not in (None, "auto", row.recipe.model, init.model.variant.name):
+    if recipe.model not in (None, "auto", named.recipe.model, init.model.variant.name):
         raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
     if init.classes == splits.classes and init.multilabel != splits.multilabel:
         # More often a stray separator in a table than intended.
@@ -179,7 +179,7 @@ def check_labels(recipe: Recipe, splits: Splits) -> None:
             )
 
 
-def lasting(source: str) -> str:
+def absolute_path_or_name(source: str) -> str:
     """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source and path.exists() else source
@@ -214,7 +214,7 @@ def choose_optimization(
 ) -> dict[str, dict[str, Any]]:
     """Learning rate and schedule; with a network that has learned, lower rates for the blocks far from its head."""
     width = init.model.variant.stages[-1].width if init else None
-    rates = {"learning_rate": fit_learning_rate(batch_size, width), **({"layer_decay": 0.8} if init else {})}
+    rates = {"learning_rate": default_learning_rate(batch_size, width), **({"layer_decay": 0.8} if init else {})}
     return {
         "optimizer": rates,
         "schedule": {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5},
@@ -254,38 +254,38 @@ def choose_regularization(facts: DataFacts, resolution: int, *, finetune: bool) 
     }
 
 
-def fit_batch_size(number: int) -> int:
-    """Some thirty steps an epoch, but 16 images at least for BatchNorm, and 64 at most: more are no faster."""
-    return int(min(max(16, 2 ** round(math.log2(max(1, number) / 32))), 64, max(1, number)))
+def default_batch_size(num_images: int) -> int:
+    """About 30 steps an epoch, but at least 16 images for BatchNorm, and at most 64: on a CPU more are no faster."""
+    return int(min(max(16, 2 ** round(math.log2(max(1, num_images) / 32))), 64, max(1, num_images)))
 
 
-def fit_epochs(number: int, batch_size: int, *, finetune: bool) -> float:
+def default_epochs(num_images: int, batch_size: int, *, finetune: bool) -> float:
     """Fewer images are seen more often: 32 epochs of 60,000, 100 of 6,000; to fine-tune a third, but 300 steps."""
-    epochs = min(100, max(20, round(32 * math.sqrt(60_000 / number))))
-    return float(min(epochs, max(8, epochs // 3, 300 * batch_size // number)) if finetune else epochs)
+    epochs = min(100, max(20, round(32 * math.sqrt(60_000 / num_images))))
+    return float(min(epochs, max(8, epochs // 3, 300 * batch_size // num_images)) if finetune else epochs)
 
 
-def fit_learning_rate(batch_size: int, learned_width: int | None) -> float:
-    """2e-3 at 128 images a step, with the square root of the batch size.
+def default_learning_rate(batch_size: int, learned_width: int | None) -> float:
+    """2e-3 for 128 images a step, times the square root of the batch size over 128.
 
-    To fine-tune a network whose last stage is of some width it falls as 1 / width from 128 channels on, the law of
-    Adam's rate in networks that have learned (Yang et al. 2022, "Tensor Programs V"): 2.5e-4 for coatnet-2. With 2e-4
-    for all, coatnet-pico-64 had 56 % top-1 on 50 garments, where 2e-3 brought 77 and untrained weights 77.
+    For fine-tuning it is divided by the width of the last stage over 128, the rule for Adam in Yang et al. 2022,
+    "Tensor Programs V": 2.5e-4 for coatnet-2. With 2e-4 for every width, coatnet-pico-64 had 56 % top-1 on 50
+    garments, where 2e-3 gave 77 %, as did untrained weights.
     """
     narrowness = min(1.0, 128 / learned_width) if learned_width else 1.0
     return round(2e-3 * narrowness * math.sqrt(batch_size / 128), 6)
 
 
-def fit_ema_decay(total_steps: int) -> float:
-    """An average over some 3 % of the run."""
+def default_ema_decay(total_steps: int) -> float:
+    """An average over about 3 % of the run."""
     return round(min(0.9998, max(0.9, 1 - 30 / total_steps)), 5)
 
 
-def steps_of(epochs: float, number: int, batch_size: int) -> int:
-    """Optimizer steps that show each of `number` images `epochs` times."""
-    return max(1, math.ceil(epochs * number / batch_size))
+def num_steps(epochs: float, num_images: int, batch_size: int) -> int:
+    """Optimizer steps that show each of `num_images` images `epochs` times."""
+    return max(1, math.ceil(epochs * num_images / batch_size))
 
 
-def head_first_steps(config: TrainingConfig, number: int) -> int:
+def head_first_steps(config: TrainingConfig, num_images: int) -> int:
     """Optimizer steps in which the classifier learns alone."""
-    return steps_of(config.head_first_epochs, number, config.batch_size) if config.head_first_epochs else 0
+    return num_steps(config.head_first_epochs, num_images, config.batch_size) if config.head_first_epochs else 0

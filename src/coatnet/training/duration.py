@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from coatnet.training.config import TrainingConfig
-from coatnet.training.defaults import steps_of
+from coatnet.training.defaults import num_steps
 
 RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
 WARMUP_STEPS = 10  # compilation and first touches of memory say nothing about the speed to come
@@ -52,8 +52,8 @@ class Duration:
     def of(cls, config: TrainingConfig, num_images: int, num_validation_images: int) -> "Duration":
         """The length of a run over `num_images` training images."""
         return cls(
-            recipe_steps=steps_of(config.epochs, num_images, config.batch_size),
-            evaluate_steps=steps_of(config.evaluate_every, num_images, config.batch_size),
+            recipe_steps=num_steps(config.epochs, num_images, config.batch_size),
+            evaluate_steps=num_steps(config.evaluate_every, num_images, config.batch_size),
             limit_seconds=60 * config.max_minutes if config.max_minutes else None,
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,

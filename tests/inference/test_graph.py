@@ -6,7 +6,7 @@ from torch import nn
 
 from coatnet.inference.graph import ConstantBias, fold
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.model.relative_bias import GlobalBias
+from coatnet.model.relative_bias import GlobalRelativeBias
 
 # Every kind of block: ours with both places of the stride and LayerNorm; timm's with early and late gates, a pool in
 # front of the expansion, BatchNorm in front of attention, ConvNeXt blocks and relative biases made by a network.
@@ -35,7 +35,7 @@ def used(name: str, **variations: object) -> CoAtNet:
                 nn.init.uniform_(tensor, 0.5, 1.5)
             for tensor in (module.bias, module.running_mean):
                 nn.init.normal_(tensor, std=0.2)
-        if isinstance(module, GlobalBias):
+        if isinstance(module, GlobalRelativeBias):
             for parameter in module.parameters():
                 nn.init.normal_(parameter)
     return model.eval()
@@ -53,7 +53,7 @@ def test_folded_equals_unfolded(name: str, variations: dict[str, object]) -> Non
 def test_folding_leaves_no_batch_norm_and_no_bias_table(name: str) -> None:
     left = {type(module) for module in fold(used(name)).modules()}
     assert nn.BatchNorm2d not in left and ConstantBias in left
-    assert not any(issubclass(kind, GlobalBias) for kind in left)
+    assert not any(issubclass(kind, GlobalRelativeBias) for kind in left)
 
 
 def test_a_batch_norm_between_activation_and_gate_stays() -> None:

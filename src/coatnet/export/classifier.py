@@ -13,7 +13,7 @@ from coatnet.export.resizing import Fit, match_colour
 from coatnet.inference.graph import NormalizedNetwork, fold, replace_modules, to_probabilities
 from coatnet.model.layers import Pool
 from coatnet.model.network import CoAtNet
-from coatnet.model.relative_bias import GlobalBias, RelativeBias
+from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
 
 
 class Classifier(nn.Module):
@@ -62,7 +62,7 @@ class MatchChannels(nn.Module):
 class DynamicBias(nn.Module):
     """The relative bias of any grid, for a graph with dynamic height and width: no branch depends on them."""
 
-    def __init__(self, bias: GlobalBias) -> None:
+    def __init__(self, bias: GlobalRelativeBias) -> None:
         super().__init__()
         self.bias = bias
 
@@ -101,5 +101,5 @@ def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
 
 def allow_dynamic_sizes(network: CoAtNet) -> None:
     """Replace, in place, the biases and poolings by those that follow a dynamic image size."""
-    replace_modules(network, GlobalBias, DynamicBias)
+    replace_modules(network, GlobalRelativeBias, DynamicBias)
     replace_modules(network, Pool, lambda _: DynamicPool())

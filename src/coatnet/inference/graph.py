@@ -22,7 +22,7 @@ from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import fold_batch_norm
 from coatnet.model.mbconv import ConvNormGELU, MBConv
 from coatnet.model.network import CoAtNet
-from coatnet.model.relative_bias import GlobalBias
+from coatnet.model.relative_bias import GlobalRelativeBias
 from coatnet.model.timm.blocks import MeanHead
 from coatnet.model.transformer import FeedForward
 
@@ -153,13 +153,13 @@ def _precompute_biases(model: CoAtNet) -> None:
     def record_grid(module: nn.Module, inputs: tuple[tuple[int, int], torch.dtype]) -> None:
         grids[module] = inputs[0]
 
-    biases = [module for module in model.modules() if isinstance(module, GlobalBias)]
+    biases = [module for module in model.modules() if isinstance(module, GlobalRelativeBias)]
     hooks = [module.register_forward_pre_hook(record_grid) for module in biases]
     parameter = next(model.parameters())
     model(parameter.new_zeros(1, model.in_channels, model.resolution, model.resolution))
     for hook in hooks:
         hook.remove()
-    replace_modules(model, GlobalBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))
+    replace_modules(model, GlobalRelativeBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))
 
 
 def replace_modules(model: nn.Module, kind: type[Module], make: Callable[[Module], nn.Module]) -> None:

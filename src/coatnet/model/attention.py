@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coatnet.model.layers import compiled_for_inference, grid_of, to_map, to_tokens
-from coatnet.model.relative_bias import GlobalBias, LocalRelativeBias
+from coatnet.model.relative_bias import GlobalRelativeBias, LocalRelativeBias
 
 
 class MultiHeadProjection(nn.Module):
@@ -82,7 +82,7 @@ class RelativeAttention(MultiHeadProjection):
         relative_bias: computes w for width / head_dim heads.
     """
 
-    def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalBias) -> None:
+    def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalRelativeBias) -> None:
         super().__init__(in_width, width, head_dim)
         self.relative_bias = relative_bias
 

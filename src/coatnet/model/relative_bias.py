@@ -14,7 +14,7 @@ from coatnet.model.inference_cache import InferenceCache
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
 
-class GlobalBias(nn.Module):
+class GlobalRelativeBias(nn.Module):
     """Base class of relative biases over a whole grid: a table of offsets, expanded to all pairs of cells.
 
     In evaluation the last matrix is cached until grid, dtype, device or weights change (appendix A.1).
@@ -45,7 +45,7 @@ class GlobalBias(nn.Module):
         return expand_table(self.table_for(grid), *grid)
 
 
-class RelativeBias(GlobalBias):
+class RelativeBias(GlobalRelativeBias):
     """The paper's relative bias: one parameter per head and offset.
 
     The table `(A, 2H-1, 2W-1)` belongs to one grid; for any other grid it is resampled bilinearly (appendix A.1).

@@ -14,7 +14,7 @@ from coatnet.model.attention import RelativeAttention
 from coatnet.model.config import Stage
 from coatnet.model.layers import Head, MapLayerNorm, StochasticDepth, build_classifier, mean_over_cells
 from coatnet.model.mbconv import EXPANSION, SqueezeExcite
-from coatnet.model.relative_bias import GlobalBias, RelativeBias
+from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
 from coatnet.model.timm.config import TimmVariant
 from coatnet.model.transformer import FeedForward
 
@@ -60,12 +60,12 @@ class LayerScale(nn.Module):
 class NarrowRelativeAttention(RelativeAttention):
     """Relative attention at the input width; the output projection changes to the output width."""
 
-    def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalBias) -> None:
+    def __init__(self, in_width: int, width: int, head_dim: int, relative_bias: GlobalRelativeBias) -> None:
         super().__init__(in_width, in_width, head_dim, relative_bias)
         self.output = nn.Conv2d(in_width, width, kernel_size=1)
 
 
-class LogOffsetBias(GlobalBias):
+class LogOffsetBias(GlobalRelativeBias):
     """Relative bias as an MLP of the offset in log-coordinates (Swin V2), for any grid.
 
     The coordinates of offset d in cells are sign(d) ln(1 + |d|), rows before columns.
@@ -199,7 +199,7 @@ def build_attention(variant: TimmVariant, in_width: int, width: int, side: int) 
     """Build relative attention at the output or the input width, for a grid of side x side cells."""
     kind = NarrowRelativeAttention if variant.attention_width == "input" else RelativeAttention
     num_heads = (in_width if variant.attention_width == "input" else width) // variant.head_dim
-    bias: GlobalBias = RelativeBias(num_heads, (side, side))
+    bias: GlobalRelativeBias = RelativeBias(num_heads, (side, side))
     if variant.relative_bias == "mlp":
         bias = LogOffsetBias(num_heads, variant.mlp_width)
     return kind(in_width, width, variant.head_dim, bias)

@@ -59,11 +59,10 @@ def _open(files: Storage, validation_fraction: float) -> Splits:
         index_files = index_foreign(files, validation_fraction)
         data = read_whole(index_files, HEAD)
         assert data is not None
-    if isinstance(files, RemoteStorage):
-        files.version = digest(data)[:16]
+    files.version = digest(data)[:16]
     head = parse_head(data, f"{index_files}/{HEAD}")
     training, validation = (_open_split(head, name, files, index_files) for name in (TRAINING, VALIDATION))
-    if isinstance(files, LocalStorage) and index_files is files:
+    if files.is_local and index_files is files:
         known = {name.decode() for part in (training, validation) for name in part.table["name"].tolist()}
         if unknown := sorted({name for name in files.names() if name.endswith(".tar")} - known):
             raise UserError(f"{files}/{unknown[0]}: not in the index {HEAD}; remove it, or pack the images again")
@@ -82,6 +81,6 @@ def _open_split(head: Head, name: str, files: Storage, index_files: Storage) -> 
         raise UserError(f"{where}: {table['num_samples'].sum():,} samples where {HEAD} says {split.num_samples:,}")
     dataset = ShardDataset(head, split, table, files, index_files)
     dataset.check()
-    if isinstance(index_files, LocalStorage):  # remote ones are checked when they are fetched
+    if index_files.is_local:  # remote ones are checked when they are fetched
         dataset.check_indexes()
     return dataset

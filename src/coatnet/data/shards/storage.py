@@ -27,15 +27,30 @@ class Storage(Protocol):
     """Files by name; names may hold slashes. `str(storage)` names the place in messages.
 
     All methods raise UserError if a file is missing or cannot be read.
+
+    Attributes:
+        is_local: whether the files are on this machine.
+        version: a checksum of the head, so that cached blocks of another version are never used.
     """
+
+    is_local: bool
+    version: str = ""
 
     def names(self, folder: str = "") -> list[str]:
         """The files of a folder, sorted."""
         ...
 
+    def folders(self) -> list[str]:
+        """The folders of local storage, sorted; none of remote storage."""
+        return []
+
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """The size of each file in bytes; None if it does not exist."""
         ...
+
+    def modified(self, names: Sequence[str]) -> list[int]:
+        """When each file of local storage was modified, in nanoseconds; empty for remote storage."""
+        return []
 
     def open(self, name: str, num_bytes: int, checksum: str) -> int:
         """A file descriptor of a whole file with this size and SHA-256, for the caller to close."""
@@ -50,8 +65,10 @@ class Storage(Protocol):
         ...
 
 
-class LocalStorage:
+class LocalStorage(Storage):
     """Files below a folder."""
+
+    is_local = True
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,6 +86,12 @@ class LocalStorage:
 
     def names(self, folder: str = "") -> list[str]:
         return sorted(os.path.join(folder, entry.name) for entry in os.scandir(self.root / folder) if entry.is_file())
+
+    def folders(self) -> list[str]:
+        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+
+    def modified(self, names: Sequence[str]) -> list[int]:
+        return [(self.root / name).stat().st_mtime_ns for name in names]
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         return [path.stat().st_size if (path := self.root / name).is_file() else None for name in names]
@@ -118,16 +141,17 @@ def chunks(files: Storage, name: str) -> Iterator[bytes]:
             yield chunk
 
 
-class RemoteStorage:
+class RemoteStorage(Storage):
     """Files behind a URL that fsspec opens, fetched in blocks that a cache on this machine keeps.
 
     A file that cannot be fetched is tried several times.
     """
 
+    is_local = False
+
     def __init__(self, url: str, cache: BlockCache) -> None:
         self.url = url.rstrip("/")
         self.cache = cache
-        self.version = ""  # a checksum of the head, so that cached blocks of another version are never used
         self._system: Any = None
 
     def __str__(self) -> str:

@@ -8,7 +8,6 @@ file name, the key, are one sample; the rest of the name says what a member is.
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,8 +71,7 @@ def index_foreign(files: Storage, validation_fraction: float) -> LocalStorage:
     parts = _split(files, validation_fraction)
     names = [name for part in parts.values() for name in part]
     sizes = files.sizes(names)
-    times = [(files.root / name).stat().st_mtime_ns for name in names] if isinstance(files, LocalStorage) else []
-    mark = sha256(repr((str(files), parts, sizes, times)).encode()).hexdigest()[:32]
+    mark = sha256(repr((str(files), parts, sizes, files.modified(names))).encode()).hexdigest()[:32]
     folder = cache_folder() / "indexes" / mark
     folder.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(folder.with_suffix(".lock")):
@@ -93,9 +91,7 @@ def split_of(name: str) -> str | None:
 
 def _split(files: Storage, fraction: float) -> dict[str, list[str]]:
     """The tars of each split, by the names of files and folders; else some tars are held out by hash."""
-    folders = [""]
-    if isinstance(files, LocalStorage):
-        folders += sorted(entry.name for entry in os.scandir(files.root) if entry.is_dir() and split_of(entry.name))
+    folders = ["", *filter(split_of, files.folders())]
     names = [name for folder in folders for name in files.names(folder) if name.endswith(".tar")]
     if not names:
         raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")

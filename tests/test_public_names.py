@@ -13,7 +13,10 @@ import pytest
 import coatnet
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ["coatnet", *(f"coatnet.{name}" for name in ("bundle", "data", "evaluation", "export", "model", "planning"))]
+PACKAGES = [
+    "coatnet",
+    *(f"coatnet.{name}" for name in ("bundle", "data", "evaluation", "export", "inference", "model", "planning")),
+]
 PUBLIC = [
     "Bundle",
     "Interrupted",

@@ -151,3 +151,9 @@ def test_one_image_has_a_report() -> None:
 def test_nan_is_refused(report: Report) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(report, figures={**report.figures, "nll": float("nan")}).to_json()
+
+
+def test_the_old_name_of_write_report_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"coatnet\.write_report"):
+        from coatnet.evaluation.report import write  # pyrefly: ignore[missing-module-attribute]
+    assert write is write_report

@@ -166,7 +166,7 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
         known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
         raise UserError(
             f"{dataset.name}: {len(unknown)} of {len(dataset.classes)} classes are unknown to the model, "
-            f"first {unknown[0]!r}; it knows {known}"
+            f"first {unknown[0]!r}; its classes are {known}"
         )
     if dataset.multilabel and not bundle.multilabel:
         raise UserError(f"{dataset.name} has several labels per image, the model gives only one")

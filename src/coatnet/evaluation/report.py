@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from coatnet.bundle.config import readable_json
+from coatnet.deprecation import warn_renamed
 from coatnet.evaluation.calibration import CalibrationBin
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import FIGURES, ClassFigures
@@ -115,3 +117,10 @@ class Report:
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
         return readable_json(self.to_dict())
+
+
+def __getattr__(name: str) -> object:
+    if name != "write":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"{__name__}.write", "coatnet.write_report", since="0.2", removed_in="0.3")
+    return import_module("coatnet.evaluation.report_markdown").write_report

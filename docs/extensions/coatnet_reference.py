@@ -150,6 +150,13 @@ def plain_to_restructured(app: Sphinx, what: str, name: str, found: object, opti
         lines[number] = "".join(pieces)
 
 
+def readable_signature(
+    app: Sphinx, what: str, name: str, found: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write the default of a dataclass field that a function makes as `...`, which Sphinx can parse."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", PublicNames)
     app.add_directive("command-help", CommandHelp)
@@ -157,4 +164,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("source-tree", SourceTree)
     app.add_directive("may-change-on-resume", MayChangeOnResume)
     app.connect("autodoc-process-docstring", plain_to_restructured, priority=400)  # before napoleon, at 500
+    app.connect("autodoc-process-signature", readable_signature)
     return {"parallel_read_safe": True}

@@ -53,7 +53,7 @@ def images(folder: Path, classes: tuple[str, ...] = ("dark", "light"), number: i
     return folder
 
 
-def test_predict_by_id_says_what_timm_says_in_words(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+def test_predict_by_hub_id_gives_the_top_class_of_timm_in_words(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     theirs = publish(hub, ID, tmp_path / "nano")
     image = next(images(tmp_path / "pictures").rglob("*.jpg"))
     done = coatnet("predict", ID, image, "--json", "--top-k", "1000")
@@ -73,7 +73,7 @@ def test_predict_by_id_says_what_timm_says_in_words(hub: Hub, coatnet: Run, tmp_
     assert json.loads(again.stdout)["probabilities"] == found
 
 
-def test_finetune_by_id_learns_the_images_of_a_folder(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+def test_finetuning_from_a_hub_id_learns_a_folder_of_images(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     publish(hub, SMALL_ID, tmp_path / "small", num_classes=5, img_size=64)
     folder, run = images(tmp_path / "pictures"), tmp_path / "run"
     options = ("--epochs", "6", "--optimizer.learning_rate", "0.003", "--freeze", "stem")
@@ -84,13 +84,13 @@ def test_finetune_by_id_learns_the_images_of_a_folder(hub: Hub, coatnet: Run, tm
     assert f"init: {SMALL_ID}\n" in (run / "recipe.yaml").read_text()
 
 
-def test_a_wrong_id_names_the_nearest_right_one(coatnet: Run, tmp_path: Path) -> None:
+def test_a_wrong_hub_id_suggests_the_nearest(coatnet: Run, tmp_path: Path) -> None:
     done = coatnet("predict", "timm/coatnet_0_rw_224.sw_in1", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "did you mean 'timm/coatnet_0_rw_224.sw_in1k'" in done.stderr
 
 
-def test_push_and_predict_is_the_same_model(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
+def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     publish(hub, SMALL_ID, tmp_path / "small", num_classes=2, img_size=64)
     folder, run = images(tmp_path / "pictures", number=4), tmp_path / "run"
     options = ("--epochs", "1", "--data", folder, "--out", run)

@@ -52,7 +52,8 @@ class MapLayerNorm(nn.LayerNorm):
         super().__init__(width, eps=epsilon)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = super().forward(input.permute(0, 2, 3, 1))  # (B, H, W, C)
+        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 class Pool(nn.MaxPool2d):

@@ -6,7 +6,7 @@ not import torch.
 
 from typing import TYPE_CHECKING
 
-from coatnet.lazy_exports import lazy_exports
+from coatnet.public_names import lazy_exports
 from coatnet.version import __version__ as __version__
 
 if TYPE_CHECKING:

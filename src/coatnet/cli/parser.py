@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from coatnet.deprecation import renamed_message
 from coatnet.errors import UserError, nearest_option
+from coatnet.public_names import renamed_message
 
 DATA_HELP = """\
 DATA is one of:

@@ -8,7 +8,7 @@ processes if that is faster. `inspection` checks a source before training.
 
 from typing import TYPE_CHECKING
 
-from coatnet.lazy_exports import lazy_exports
+from coatnet.public_names import lazy_exports
 
 if TYPE_CHECKING:
     from coatnet.data.datasets import ArrayDataset as ArrayDataset

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coatnet.lazy_exports import lazy_exports
+from coatnet.public_names import lazy_exports
 
 if TYPE_CHECKING:
     from coatnet.export.export import ExportResult as ExportResult

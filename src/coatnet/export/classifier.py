@@ -3,17 +3,117 @@
 Shapes: B batch, H W pixels, N cells, R resolution, C channels, A heads, K classes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
-from coatnet.export.resizing import Fit, match_colour
 from coatnet.inference.graph import NormalizedNetwork, fold, replace_modules, to_probabilities
 from coatnet.model.layers import Pool
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
+
+
+class Fit(nn.Module):
+    """Images uint8 `(B, H, W, 3)` of any size to uint8 `(B, R, R, C)`: resized, then center-cropped.
+
+    This is `data.transforms.fit` as two products with matrices that follow from height and width by arithmetic alone,
+    so one graph takes images of any size in every format, also where the format has no antialiasing. As in torch's
+    kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole grey levels.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, columns = self.matrices(images)
+        planes = match_colour(images, self.preprocessing).permute(0, 3, 1, 2).float()
+        planes = to_levels(planes @ columns.mT)  # (B, C, H, R): rows first, as the kernel does
+        planes = to_levels(rows @ planes)  # (B, C, R, R)
+        return planes.permute(0, 2, 3, 1).to(torch.uint8)
+
+    def matrices(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices that resize H rows and W columns to R: `(R, H)` and `(R, W)`."""
+        seen = self.preprocessing
+        height, width = (length_of(images, axis) for axis in (1, 2))
+        side = torch.full_like(height, math.floor(seen.resolution / seen.crop_fraction))
+        if seen.crop == "squash":
+            return self.matrix(images, 1, height, side), self.matrix(images, 2, width, side)
+        # As `data.transforms.scale` has it, in whole numbers.
+        short = torch.minimum(height, width)
+        height, width = torch.minimum(height, 4 * short), torch.minimum(width, 4 * short)
+        rows = torch.maximum(side, quotient(side * height, width))
+        columns = torch.maximum(side, quotient(side * width, height))
+        return self.matrix(images, 1, height, rows), self.matrix(images, 2, width, columns)
+
+    def matrix(self, images: Tensor, axis: int, length: Tensor, size: Tensor) -> Tensor:
+        """Resampling weights of one axis `(R, side)`: crop to `length`, resize to `size`, crop to R."""
+        index = torch.arange(images.shape[axis]) - half(length_of(images, axis) - length)
+        place = torch.arange(self.preprocessing.resolution)[:, None]
+        weights = self.weights(index, place + half(size - self.preprocessing.resolution), length, size)
+        # The kernel rounds by the largest weight of all places, which is often one at the border.
+        border = self.weights(index, place, length, size)
+        return to_16_bits(weights, torch.maximum(weights.amax((0, 1)), border.amax((0, 1))))
+
+    def weights(self, index: Tensor, place: Tensor, length: Tensor, size: Tensor) -> Tensor:
+        """Weights of the pixels `index (side,)` at the places `(R, 1)`."""
+        # Distance between the centers of pixel and place, in units of the filter: whole numbers, so without rounding.
+        distance = (2 * index + 1) * size - (2 * place + 1) * length
+        weights = FILTERS[self.preprocessing.interpolation](distance.float() / (2 * torch.maximum(size, length)))
+        weights = torch.where((index >= 0) & (index < length), weights, 0.0)
+        return weights / weights.sum(1, keepdim=True)
+
+
+def linear(distance: Tensor) -> Tensor:
+    """The triangle filter of width 2."""
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution with a = -1/2, as in Pillow and torch where they antialias."""
+    x = distance.abs().clamp(max=2)
+    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+
+
+FILTERS = {"bilinear": linear, "bicubic": cubic}
+
+
+def match_colour(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a grey model the mean over colours."""
+    if preprocessing.channels == 3:
+        return images
+    return images.float().mean(-1, keepdim=True).round().to(torch.uint8)
+
+
+def to_16_bits(weights: Tensor, largest: Tensor) -> Tensor:
+    """Round to multiples of 2^-p, with the largest p up to 22 for which `largest` is below 2^15 of them."""
+    one = 2.0 ** (32767.5 / largest).log2().floor().clamp(max=22)  # OpenVINO has pow, not exp2
+    return (weights * one).round() / one
+
+
+def to_levels(values: Tensor) -> Tensor:
+    """Round to whole grey levels, as the kernel does after each of its two passes."""
+    return (values + 0.5).floor().clamp(0, 255)
+
+
+def length_of(images: Tensor, axis: int) -> Tensor:
+    """A dynamic size as a tensor (1,): every format has arithmetic on tensors, few have it on sizes."""
+    return torch.full((1,), images.shape[axis], dtype=torch.int64)
+
+
+def half(margin: Tensor) -> Tensor:
+    """The offset of a center crop: half of `margin`, rounded half to even as Python does."""
+    return (margin / 2).round().to(torch.int64)
+
+
+def quotient(number: Tensor, divisor: Tensor) -> Tensor:
+    """number // divisor. ONNX divides integers as float32, which can round up to the next integer."""
+    found = torch.div(number, divisor, rounding_mode="floor")
+    return found - (found * divisor > number).to(torch.int64)
 
 
 class Classifier(nn.Module):

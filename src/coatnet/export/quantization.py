@@ -24,9 +24,8 @@ from coatnet.evaluation.evaluate import label_translation
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import Metrics
 from coatnet.export import openvino as files
-from coatnet.export.classifier import ImageProbabilities
+from coatnet.export.classifier import Fit, ImageProbabilities
 from coatnet.export.parity import median_milliseconds, spread_images
-from coatnet.export.resizing import Fit
 from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import (
     disable_openvino_telemetry,

@@ -18,11 +18,11 @@ from coatnet.bundle import Bundle, load
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import as_images, match_channels
-from coatnet.deprecation import renamed_attribute
 from coatnet.errors import UserError
 from coatnet.inference.engines import open_engine
 from coatnet.inference.graph import to_probabilities
 from coatnet.inference.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
+from coatnet.public_names import renamed_attribute
 from coatnet.system.hardware import num_cores
 
 Image = str | Path | bytes | NDArray[np.uint8] | Tensor

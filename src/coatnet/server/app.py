@@ -7,6 +7,8 @@ as the body, without a form. Where a token is set, `/models`, `/predict`, `/metr
 Nothing is fetched from elsewhere, no model is loaded or unloaded, and no upload is written to a disk.
 """
 
+import asyncio
+import contextlib
 import hmac
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -21,16 +23,73 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
-from coatnet.server.middleware import Middleware
 from coatnet.server.protocol import add_protocol
 from coatnet.server.service import Service
 from coatnet.server.settings import Settings
 from coatnet.version import __version__
+
+# The page shows images that were dropped on it from blob URLs.
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+# Swagger UI writes style elements and has its icons in data URLs.
+DOCS_POLICY = PAGE_POLICY.replace("img-src 'self' blob:", "img-src 'self' data:; style-src 'self' 'unsafe-inline'")
+DRAIN_SECONDS = 2.0
+
+
+class Middleware:
+    """The outermost layer of the application.
+
+    If an answer is sent before the client has sent its whole body, the rest is read and discarded for up to
+    `DRAIN_SECONDS`: closing at once would reset the connection, and the client would lose the answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+        async def listen() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = _headers(scope["path"]) + [(b"connection", b"close")] * unread
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN_SECONDS):
+                        while unread:
+                            await listen()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self.app(scope, listen, answer)
+
+
+def _headers(path: str) -> list[tuple[bytes, bytes]]:
+    policy = DOCS_POLICY if path.startswith("/docs") else PAGE_POLICY
+    return [
+        (b"content-security-policy", policy.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
+
 
 PAGE = Path(__file__).with_name("page")
 SWAGGER_PAGE = """<!doctype html>

@@ -17,8 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
-from coatnet.server.app import create_app
-from coatnet.server.middleware import Middleware
+from coatnet.server.app import Middleware, create_app
 from coatnet.server.service import Service
 from coatnet.server.settings import Settings
 

@@ -5,7 +5,7 @@ import torch
 
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.transforms import Preprocessing, match_channels, resize_and_crop
-from coatnet.export.resizing import Fit
+from coatnet.export.classifier import Fit
 
 SIZES = ((28, 28), (375, 500), (500, 333), (40, 300), (224, 224), (1, 90), (101, 77), (33, 32))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coatnet.deprecation import renamed_arguments, renamed_attribute, warn_renamed
+from coatnet.public_names import renamed_arguments, renamed_attribute, warn_renamed
 from coatnet.version import __version__
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "coatnet"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from coatnet.lazy_exports import lazy_exports
+from coatnet.public_names import lazy_exports
 
 if TYPE_CHECKING:
     from coatnet.inference.logits import infer as infer

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.deprecation import warn_renamed
 from coatnet.evaluation.calibration import CalibrationBin
 from coatnet.evaluation.intervals import Interval
 from coatnet.evaluation.metrics import FIGURES, ClassFigures
+from coatnet.public_names import warn_renamed
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+from tests.training.launching import needs_shards_on_cpus
 
 from coatnet.cli.main import main
 from coatnet.cli.train import parse_arguments
@@ -11,6 +12,7 @@ from coatnet.errors import UserError
 from coatnet.planning.cluster_plan import plan_training, recipe_for
 
 
+@needs_shards_on_cpus
 def test_coatnet_7_fits_on_256_gpus_of_80_gb():
     plan = plan_training("coatnet-7", gpus=256, gpu_memory=80, num_images=3_000_000_000, resolution=512)
     recipe, memory, size = plan.layout.config, plan.layout.cost.memory, plan.layout.cost.num_parameters
@@ -44,6 +46,7 @@ def test_the_networks_of_the_jft_results_are_distinguished():
 
 
 @pytest.mark.slow
+@needs_shards_on_cpus
 def test_a_batch_size_that_cannot_be_sharded_comes_with_one_that_can():
     given = {"gpus": 3, "gpus_per_node": 3, "gpu_memory": 200, "resolution": 64, "recipe": "jft-3b"}
     unsharded = plan_training("coatnet-6", batch_size=64, **given)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import plan_memory
+from tests.training.launching import needs_shards_on_cpus
 
 from coatnet.model.complexity import complexity
 from coatnet.planning.memory import simulate_step
@@ -31,6 +32,7 @@ def test_simulated_memory_equals_that_of_a_real_step(recipe):
         assert planned == pytest.approx(getattr(found.counted, kind), rel=0.005), kind
 
 
+@needs_shards_on_cpus
 @pytest.mark.slow
 def test_simulated_memory_of_shards_equals_that_of_a_real_process_of_two():
     program = [str(Path(plan_memory.__file__)), "coatnet-femto-64", "coatnet-femto"]
@@ -50,6 +52,7 @@ def test_a_replica_holds_four_numbers_per_parameter():
         assert held == pytest.approx(times * size, rel=0.02)
 
 
+@needs_shards_on_cpus
 @pytest.mark.parametrize(("parallelism", "shards"), [("fsdp", 16), ("hsdp", 8)])
 def test_a_shard_holds_its_part_of_the_state(parallelism, shards):
     recipe = recipe_of("coatnet-femto", 64, 32, parallelism=parallelism, micro_batch_size=2)

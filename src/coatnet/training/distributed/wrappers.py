@@ -78,9 +78,7 @@ class Sharded:
             UserError: the mesh is one of CPUs, and torch is older than 2.7.
         """
         if mesh.device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-            raise UserError(
-                f"shards on CPUs need torch 2.7 or newer, this is {torch.__version__}: give parallelism ddp"
-            )
+            raise UserError(f"shards on CPUs, or plans of them, need torch 2.7 or newer, this is {torch.__version__}")
         self.model, self.processes = model, processes
         self.num_shards = mesh.size(mesh.ndim - 1)
         model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other; the maps stay channels-last

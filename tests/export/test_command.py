@@ -1,4 +1,4 @@
-"""`coatnet export`: what can not be done is one line that says what can, before anything is written."""
+"""`coatnet export`: options, and errors of one line before anything is written."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ from coatnet.cli.main import main
 from coatnet.export import FORMATS
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line that answers a user's mistake."""
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The line that the program prints about a user's error."""
     assert main(["export", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("coatnet: error: ") and printed.err.count("\n") == 1
@@ -35,19 +35,19 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_can_not_be_done_is_one_line(
+def test_an_error_is_one_line_that_says_what_would_be_right(
     clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    assert said in mistake(capsys, clothes_folder, "--out", tmp_path / "out", *options)
+    assert said in error_line(capsys, clothes_folder, "--out", tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_left_alone(
+def test_an_existing_folder_is_not_overwritten(
     clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in clothes_folder.iterdir()}
     for out in (clothes_folder, tmp_path):
-        assert "give a new folder" in mistake(capsys, clothes_folder, "--format", "onnx", "--out", out)
+        assert "give a new folder" in error_line(capsys, clothes_folder, "--format", "onnx", "--out", out)
     assert {path: path.read_bytes() for path in clothes_folder.iterdir()} == before
 
 
@@ -55,7 +55,7 @@ def test_a_folder_that_is_there_is_left_alone(
     ("format", "missing", "extra"),
     [("onnx", "onnxscript", "onnx"), ("openvino", "openvino", "openvino"), ("triton", "onnxruntime", "onnx")],
 )
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+def test_a_missing_package_is_named_with_its_extra(
     clothes_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -65,15 +65,15 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     extra: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)  # as where it is not installed
-    said = mistake(capsys, clothes_folder, "--format", format, "--out", tmp_path / "out")
+    said = error_line(capsys, clothes_folder, "--format", format, "--out", tmp_path / "out")
     assert f"pip install 'coatnet[{extra}]'" in said and list(tmp_path.iterdir()) == []
 
 
-def test_without_a_compiler_aoti_says_what_it_needs(
+def test_aoti_without_a_compiler_is_an_error(
     clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    said = mistake(capsys, clothes_folder, "--format", "aoti", "--out", tmp_path / "out")
+    said = error_line(capsys, clothes_folder, "--format", "aoti", "--out", tmp_path / "out")
     assert "there is no C++ compiler" in said and list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""What `coatnet serve` understands, and its one line for what it does not."""
+"""`coatnet serve`: names of models, the token, and errors of one line."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from coatnet.cli.serve import named_bundles, read_token
 from coatnet.errors import UserError
 
 
-def test_models_have_the_names_that_they_are_given_or_bring() -> None:
+def test_a_model_is_called_as_given_or_by_its_path() -> None:
     given = ["runs/mine/bundle", "b=runs/mine/bundle", "timm/coatnet_0_rw_224.sw_in1k@main", "some/folder/"]
     assert named_bundles(given) == {
         "mine": "runs/mine/bundle",
@@ -19,7 +19,7 @@ def test_models_have_the_names_that_they_are_given_or_bring() -> None:
     }
 
 
-def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "lr=1").mkdir()
     assert named_bundles([str(tmp_path / "lr=1")]) == {"lr-1": str(tmp_path / "lr=1")}
 
@@ -28,12 +28,12 @@ def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
     ("given", "message"),
     [(["a/b", "c/b"], "two models are called 'b'"), (["x y=a"], "no name for a model"), (["a="], "names no bundle")],
 )
-def test_names_that_do_not_work_are_refused(given: list[str], message: str) -> None:
+def test_wrong_names_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         named_bundles(given)
 
 
-def test_a_token_is_of_some_length_and_fits_a_header(tmp_path: Path) -> None:
+def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:
     assert read_token(None, {}) is None
     assert read_token(None, {"COATNET_TOKEN": " long-enough\n"}) == "long-enough"
     (tmp_path / "token").write_text("from-a-file\n")
@@ -55,7 +55,7 @@ def test_a_token_is_of_some_length_and_fits_a_header(tmp_path: Path) -> None:
         (("a", "--token", "x"), "--token-file"),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

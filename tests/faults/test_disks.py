@@ -96,7 +96,7 @@ def test_a_disk_that_becomes_read_only_is_reported_and_the_run_completes(disk, t
 def test_a_read_only_folder_is_reported_before_the_training(disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     ended = run(tmp_path, out=disk / "run")
-    assert ended.code == 2 and "can not be written (Read-only file system)" in ended.output
+    assert ended.code == 2 and "cannot be written (Read-only file system)" in ended.output
     assert "Traceback" not in ended.output
 
 

@@ -557,7 +557,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             config = folder.settle(resolve(folder.given, splits, init), splits.classes)
             check_loggers(config.loggers)
         if folder.finished:
-            progress.say(f"{folder.path} is finished; its bundle is measured again (more epochs would extend the run)")
+            progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")
             return processes.run_on_main(lambda: evaluate(load(folder.bundle), splits))
 
         with deterministic_on_cpu(config.device):

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.training.configs import config_of
 from tests.training.trainers import trainer_for
 from torch import nn
 
+from coatnet.errors import UserError
 from coatnet.model.network import create_model, has_batch_norm
 from coatnet.model.registry import VARIANTS
 from coatnet.training.config import Recipe
@@ -20,6 +22,7 @@ from coatnet.training.distributed.parallelize import (
     untrained,
 )
 from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
+from coatnet.training.distributed.wrappers import Sharded
 
 CPU = torch.device("cpu")
 
@@ -135,3 +138,9 @@ def test_a_sharded_run_on_one_process_starts_with_the_same_weights_every_time():
 def test_blocks_with_batch_norm_are_recognized():
     model = network()
     assert [has_batch_norm(stage[0]) for stage in model.stages] == [True, True, False]
+
+
+def test_a_torch_that_cannot_shard_on_cpus_is_an_error_that_names_the_version_needed(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(UserError, match=r"^shards on CPUs, or plans of them, need torch 2.7 or newer, this is \d"):
+        Sharded(network(), SINGLE_PROCESS, SimpleNamespace(device_type="cpu"), bf16=False)

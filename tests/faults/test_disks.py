@@ -40,7 +40,7 @@ def assert_completed(ended, whole):
 
 @needs_mounts
 @pytest.mark.fault(
-    "B7", "the disk full from step 4 to 7 (tmpfs of 48 MB)", "told with what is needed; training goes on"
+    "B7", "the disk full from step 4 to 7 (tmpfs of 48 MB)", "a warning with the space needed; training goes on"
 )
 def test_a_full_disk_is_reported_and_the_run_completes(disk, whole, tmp_path):
     ended = run(tmp_path, event("step", 4, "fill_disk"), event("step", 7, "empty_disk"), out=disk / "run")
@@ -60,7 +60,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(disk, tmp_path)
 
 
 @pytest.mark.fault(
-    "B7", "files limited to 300 kB from step 4 to 7 (EFBIG)", "told; training goes on, nothing is left over"
+    "B7", "files limited to 300 kB from step 4 to 7 (EFBIG)", "a warning; training goes on, nothing is left over"
 )
 def test_a_limit_on_file_sizes_is_reported_and_the_run_completes(whole, tmp_path):
     limited = event("step", 4, "limit_files", num_bytes=300_000)
@@ -69,7 +69,7 @@ def test_a_limit_on_file_sizes_is_reported_and_the_run_completes(whole, tmp_path
 
 
 @pytest.mark.fault(
-    "B7", "fsync fails from step 4 to 7 (EIO)", "told; training goes on, nothing half-written gets a name"
+    "B7", "fsync fails from step 4 to 7 (EIO)", "a warning; training goes on, nothing half-written gets a name"
 )
 def test_a_disk_with_errors_is_reported_and_the_run_completes(whole, tmp_path):
     ended = run(tmp_path, event("step", 4, "break_fsync"), event("step", 7, "mend_fsync"))
@@ -78,7 +78,7 @@ def test_a_disk_with_errors_is_reported_and_the_run_completes(whole, tmp_path):
 
 
 @needs_mounts
-@pytest.mark.fault("B7", "the disk read-only from step 4 to 7", "told; training goes on")
+@pytest.mark.fault("B7", "the disk read-only from step 4 to 7", "a warning; training goes on")
 def test_a_disk_that_becomes_read_only_is_reported_and_the_run_completes(disk, tmp_path):
     ended = run(
         tmp_path,
@@ -101,7 +101,7 @@ def test_a_read_only_folder_is_reported_before_the_training(disk, tmp_path):
 
 
 @needs_mounts
-@pytest.mark.fault("B7", "two processes, the disk full from step 4 to 7", "told once; both go on and complete")
+@pytest.mark.fault("B7", "two processes, the disk full from step 4 to 7", "one warning; both go on and complete")
 @pytest.mark.timeout(150)
 def test_a_full_disk_does_not_stop_two_processes(disk, tmp_path):
     recipe = replace(RECIPE, parallelism="fsdp")

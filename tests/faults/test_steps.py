@@ -27,7 +27,7 @@ def test_an_image_of_nan_is_traced_to_its_batch(tmp_path):
     assert again.code == 0 and last_step(again.out) == LAST_STEP, again.output
 
 
-@pytest.mark.fault("B3", "the same with a budget of one such step", "told, left out by both, and the run completes")
+@pytest.mark.fault("B3", "the same with a budget of one such step", "a warning, skipped by both, and the run completes")
 @pytest.mark.timeout(120)
 def test_a_step_that_is_not_finite_is_skipped_within_the_budget(tmp_path):
     recipe = replace(RECIPE, non_finite_budget=1)

@@ -38,7 +38,7 @@ HEAD_FIRST, BORDER = 0.05, 3
 
 
 class Listener(Console):
-    """Keeps what it is told; interrupts this process when it is told of the evaluation after a step."""
+    """Records its output; interrupts this process when the evaluation after a step is printed."""
 
     def __init__(self, interrupt_at=None):
         super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
@@ -97,7 +97,7 @@ def bits(tensors):
 
 
 @pytest.mark.parametrize(
-    ("classes", "kept", "told"),
+    ("classes", "kept", "description"),
     [
         (DIGITS, True, ", its classifier kept"),
         (DIGITS[::-1], False, ", a new classifier for the same 10 classes in another order"),
@@ -105,10 +105,10 @@ def bits(tensors):
         (LETTERS[:4], False, ", a new classifier for 10 classes"),
     ],
 )
-def test_the_classifier_is_kept_only_for_the_same_classes_in_the_same_order(classes, kept, told):
+def test_the_classifier_is_kept_only_for_the_same_classes_in_the_same_order(classes, kept, description):
     start = learned(classes)
     trainer = trainer_for(finetune("digits/bundle"), init=start)
-    assert trainer.describe().startswith(f"coatnet-femto-16 from digits/bundle{told}, ")
+    assert trainer.describe().startswith(f"coatnet-femto-16 from digits/bundle{description}, ")
     before, after = start.model.state_dict(), trainer.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == (set() if kept else {"head.classifier.weight"} | ({"head.classifier.bias"} & changed))

@@ -55,18 +55,18 @@ def one_less_and_one_more(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (one_more, r"holds a run on 2 classes, but .*pictures is now with the new blue: undo that"),
         (one_less_and_one_more, r"is now without red and with the new crimson: undo that"),
     ],
 )
-def test_a_run_is_not_resumed_on_other_classes(change, told, folder, tmp_path):
+def test_a_run_is_not_resumed_on_other_classes(change, message, folder, tmp_path):
     recipe = replace(BRIEF, data=str(folder))
     train(recipe, tmp_path / "run", console=QUIET)
     before = content_of(tmp_path / "run")
     change(folder)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         train(replace(recipe, epochs=3), tmp_path / "run", console=QUIET)
     assert content_of(tmp_path / "run") == before
 
@@ -151,13 +151,13 @@ def test_images_with_several_labels_go_from_a_table_to_a_bundle(tagged, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"balance": "sampler"}, r"balance sampler is for one label .* has several: give balance weights"),
         ({"loss": "softmax"}, r"loss softmax is for one label .* has several: give loss sigmoid"),
     ],
 )
-def test_options_for_single_labels_are_refused_for_several_labels_an_image(changes, told, tagged, tmp_path):
-    with pytest.raises(UserError, match=told):
+def test_options_for_single_labels_are_refused_for_several_labels_an_image(changes, message, tagged, tmp_path):
+    with pytest.raises(UserError, match=message):
         train(replace(BRIEF, data=str(tagged), **changes), tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()

@@ -181,10 +181,10 @@ def test_loggers_receive_what_a_run_writes_into_its_log(tmp_path, monkeypatch):
     train(recipe, tmp_path / "run")
     ((folder, first_step, notebook),) = opened
     assert (folder, first_step) == (tmp_path / "run", 0)
-    config, *told = notebook.entries[1:-1]
+    config, *received = notebook.entries[1:-1]
     assert config[1]["data"] == "digits" and notebook.entries[-1] == ("close",)
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert told == [("metrics", record.pop("step"), record) for record in written]
+    assert received == [("metrics", record.pop("step"), record) for record in written]
     with pytest.raises(UserError, match=r"logger 'tensorbord' is unknown.*did you mean 'tensorboard'"):
         train(Recipe(data="digits", loggers=("tensorbord",)), tmp_path / "other")
     assert not (tmp_path / "other").exists()

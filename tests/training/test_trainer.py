@@ -40,8 +40,8 @@ EVERYTHING = Recipe(
 BRIEF = Recipe(data="digits", epochs=0.1, batch_size=32)
 
 
-class Told(Console):
-    """Keeps what it is told; sends this process a signal when it is told of the first evaluation."""
+class RecordingConsole(Console):
+    """Records its output; sends this process a signal when the first evaluation is printed."""
 
     def __init__(self, number=None):
         super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
@@ -77,13 +77,13 @@ def assert_same_run(one, other):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, train(EVERYTHING, out, console=Told())
+    return out, train(EVERYTHING, out, console=RecordingConsole())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypatch):
     out, report = whole
-    console = Told(number)
+    console = RecordingConsole(number)
     with pytest.raises(Interrupted) as stopped:
         train(EVERYTHING, tmp_path / "cut", console=console)
     assert stopped.value.code == 128 + number
@@ -95,16 +95,16 @@ def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypat
 
 def test_a_run_interrupted_between_two_log_lines_writes_the_same_log(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "LOGS_PER_RUN", 2)
-    train(EVERYTHING, tmp_path / "whole", console=Told())
+    train(EVERYTHING, tmp_path / "whole", console=RecordingConsole())
     with pytest.raises(Interrupted):
-        train(EVERYTHING, tmp_path / "cut", console=Told(signal.SIGINT))
-    train(EVERYTHING, tmp_path / "cut", console=Told())
+        train(EVERYTHING, tmp_path / "cut", console=RecordingConsole(signal.SIGINT))
+    train(EVERYTHING, tmp_path / "cut", console=RecordingConsole())
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_the_recipe_of_a_run_repeats_it(whole, tmp_path):
     out, report = whole
-    assert train(Recipe.from_yaml(out / "recipe.yaml"), tmp_path / "again", console=Told()) == report
+    assert train(Recipe.from_yaml(out / "recipe.yaml"), tmp_path / "again", console=RecordingConsole()) == report
     assert_same_run(out, tmp_path / "again")
 
 
@@ -129,7 +129,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_result(whole, tmp_path):
             time.sleep(0.003)
         process.kill()
         process.wait()
-    train(recipe, cut, console=Told())
+    train(recipe, cut, console=RecordingConsole())
     assert_same_run(out, cut)
     assert len(list((cut / "checkpoints").iterdir())) <= 2
 
@@ -140,22 +140,22 @@ def log_lines(out):
 
 
 def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
-    report = train(BRIEF, tmp_path / "run", console=Told())
-    console = Told()
+    report = train(BRIEF, tmp_path / "run", console=RecordingConsole())
+    console = RecordingConsole()
     assert train(BRIEF, tmp_path / "run", console=console) == report
     assert "is finished" in console.text
-    train(replace(BRIEF, epochs=0.2), tmp_path / "run", console=Told())
+    train(replace(BRIEF, epochs=0.2), tmp_path / "run", console=RecordingConsole())
     assert log(tmp_path / "run")[-1]["step"] == 11
 
 
 def test_a_run_killed_after_its_last_step_is_finished_and_leaves_nothing_behind(tmp_path):
-    train(BRIEF, tmp_path / "run", console=Told())
+    train(BRIEF, tmp_path / "run", console=RecordingConsole())
     shutil.rmtree(tmp_path / "run" / "bundle")  # as where death came before it
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = sorted(path.name for path in checkpoints.iterdir())
     for leftover in (".trash-0a1b2c3d", "step-000000006.tmp-0a1b2c3d"):
         shutil.copytree(checkpoints / whole[-1], checkpoints / leftover)
-    train(BRIEF, tmp_path / "run", console=Told())
+    train(BRIEF, tmp_path / "run", console=RecordingConsole())
     assert (tmp_path / "run" / "bundle").is_dir()
     assert sorted(path.name for path in checkpoints.iterdir()) == whole
 
@@ -172,23 +172,23 @@ def test_a_run_killed_after_its_last_step_is_finished_and_leaves_nothing_behind(
 def test_another_recipe_in_the_same_folder_is_refused(changes, named, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        train(replace(BRIEF, evaluate_every=0.02), out, console=Told(signal.SIGINT))
+        train(replace(BRIEF, evaluate_every=0.02), out, console=RecordingConsole(signal.SIGINT))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=named):
-        train(replace(BRIEF, evaluate_every=0.02, **changes), out, console=Told())
+        train(replace(BRIEF, evaluate_every=0.02, **changes), out, console=RecordingConsole())
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_an_invalid_recipe_in_the_folder_is_reported(tmp_path):
     (tmp_path / "recipe.yaml").write_text("flour: 500 g")
     with pytest.raises(UserError, match=r"recipe\.yaml: flour is unknown"):
-        train(BRIEF, tmp_path, console=Told())
+        train(BRIEF, tmp_path, console=RecordingConsole())
 
 
 def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("ten years of work")
     with pytest.raises(UserError, match="not the folder of a run"):
-        train(BRIEF, tmp_path, console=Told())
+        train(BRIEF, tmp_path, console=RecordingConsole())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -205,7 +205,7 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
 )
 def test_a_user_error_leaves_no_folder(changes, tmp_path):
     with pytest.raises(UserError):
-        train(replace(BRIEF, **changes), tmp_path / "run", console=Told())
+        train(replace(BRIEF, **changes), tmp_path / "run", console=RecordingConsole())
     assert not (tmp_path / "run").exists()
 
 
@@ -234,8 +234,8 @@ def images_with_bad_ones(root):
 def test_a_run_with_too_many_bad_images_stops_and_resumes_with_a_larger_budget(tmp_path):
     recipe = Recipe(data=str(images_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
     with pytest.raises(UserError, match=r"of 18 images cannot be used, 1 may be \(bad_image_budget 0.001"):
-        train(recipe, tmp_path / "run", console=Told())
-    console = Told()
+        train(recipe, tmp_path / "run", console=RecordingConsole())
+    console = RecordingConsole()
     report = train(replace(recipe, bad_image_budget=0.5), tmp_path / "run", console=console)
     assert len(report.bad_images) == 8
     counts = [record["bad_images"] for record in log(tmp_path / "run") if "top1" in record]
@@ -244,7 +244,7 @@ def test_a_run_with_too_many_bad_images_stops_and_resumes_with_a_larger_budget(t
 
 
 def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
-    console = Told()
+    console = RecordingConsole()
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
     assert coatnet.evaluate(coatnet.load(tmp_path / "run" / "bundle"), "digits") == report
     assert log(tmp_path / "run")[-1]["epoch"] < 100
@@ -252,7 +252,7 @@ def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
 
 def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path):
     recipe = replace(BRIEF, epochs=40, evaluate_every=0.02, patience=1, optimizer={"learning_rate": 1e-9})
-    report = train(recipe, tmp_path / "run", console=Told())
+    report = train(recipe, tmp_path / "run", console=RecordingConsole())
     evaluations = [record for record in log(tmp_path / "run") if "top1" in record]
     assert evaluations[-1]["top1"] == report.figures["top1"] == max(e["top1"] for e in evaluations)
     assert evaluations[-1]["step"] < 100
@@ -261,14 +261,14 @@ def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path)
 def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(whole, tmp_path):
     out, _ = whole
     recipe = Recipe(name="finetune", data="digits", init=str(out / "bundle"), epochs=0.05)
-    train(recipe, tmp_path / "run", console=Told())
+    train(recipe, tmp_path / "run", console=RecordingConsole())
     start, end = coatnet.load(out / "bundle"), coatnet.load(tmp_path / "run" / "bundle")
     assert end.preprocessing == start.preprocessing
     assert end.model.variant == start.model.variant
     settled = Recipe.from_yaml(tmp_path / "run" / "recipe.yaml")
     assert settled.optimizer["layer_decay"] == 0.8
     with pytest.raises(UserError, match=f"model is 'coatnet-0', but init holds a {start.model.variant.name}"):
-        train(replace(recipe, model="coatnet-0"), tmp_path / "other", console=Told())
+        train(replace(recipe, model="coatnet-0"), tmp_path / "other", console=RecordingConsole())
     assert not (tmp_path / "other").exists()
     fresh = trainer_for(recipe, init=start)
     for name, value in fresh.model.state_dict().items():
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path,
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk_once)
-    console = Told()
+    console = RecordingConsole()
     train(replace(BRIEF, checkpoint_every_minutes=1e-9), tmp_path / "run", console=console)
     assert "No space left on device" in console.text and "training goes on" in console.text
     assert (tmp_path / "run" / "bundle").exists()

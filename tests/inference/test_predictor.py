@@ -14,7 +14,7 @@ from coatnet.data.decode import BadImage
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.inference.engines import ENGINES, open_engine, split_batch
-from coatnet.inference.engines.graph_cache import cached_graph
+from coatnet.inference.graph_cache import cached_graph
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
@@ -225,7 +225,7 @@ def test_a_cached_graph_may_have_its_weights_in_another_file(
 
 
 def test_the_least_recently_used_graph_is_removed(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatnet.inference.engines.graph_cache.MAX_CACHED_GRAPHS", 2)
+    monkeypatch.setattr("coatnet.inference.graph_cache.MAX_CACHED_GRAPHS", 2)
     bundle = make_bundle()
     written = [cached_graph(bundle, "graph", str(version), Path.touch) for version in (1, 2)]
     cached_graph(bundle, "graph", "1", Path.unlink)  # used again, and not made again

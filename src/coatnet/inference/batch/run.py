@@ -12,7 +12,7 @@ from types import FrameType
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_parquet
 from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
-from coatnet.inference.engines.graph_cache import fingerprint
+from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.predictor import Predictor, check_at_least_one
 from coatnet.system.files import file_lock
 from coatnet.system.progress import ProgressBar

@@ -21,8 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.mixing import Mixing
 from coatnet.data.splits import Splits
-from coatnet.planning.memory import Memory, simulate_step
-from coatnet.planning.memory_tracker import MemoryTracker
+from coatnet.planning.memory import Memory, MemoryTracker, simulate_step
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import DataFacts, resolve_for
 from coatnet.training.distributed.processes import Processes, distributed_processes

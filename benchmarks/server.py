@@ -42,7 +42,7 @@ from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
-from coatnet.server.settings import Settings
+from coatnet.server import Settings
 
 FLOOD, SOAK = 500, 10_000
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from coatnet.evaluation.intervals import bootstrap_interval, mean_interval, wilson_interval
+from coatnet.evaluation.metrics import bootstrap_interval, mean_interval, wilson_interval
 
 
 def test_wilson_solves_its_equation() -> None:

@@ -16,8 +16,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation.features import extract_features
-from coatnet.evaluation.intervals import wilson_interval
-from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.metrics import Metrics, wilson_interval
 from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
 from coatnet.model.network import create_model
 

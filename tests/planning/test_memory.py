@@ -11,8 +11,7 @@ from benchmarks import plan_memory
 from tests.training.launching import needs_shards_on_cpus
 
 from coatnet.model.complexity import complexity
-from coatnet.planning.memory import simulate_step
-from coatnet.planning.memory_tracker import MemoryTracker
+from coatnet.planning.memory import MemoryTracker, simulate_step
 from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
 

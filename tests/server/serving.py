@@ -24,10 +24,10 @@ from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
+from coatnet.server import Settings
 from coatnet.server.app import create_app
 from coatnet.server.main import uvicorn_config
 from coatnet.server.service import Service
-from coatnet.server.settings import Settings
 
 HOSTILE = ("<script>alert(1)</script>", "a\u2028b", "\udc80", "quote\"'", "\x00", "é", "dog", "cat", "elk", "gnu")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.server.serving import FailingEngine, eventually, image, make_predictor, running
 
-from coatnet.server.settings import Settings
+from coatnet.server import Settings
 
 
 def test_an_idle_engine_does_not_wait_and_a_busy_one_runs_full_batches() -> None:

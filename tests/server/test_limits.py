@@ -20,7 +20,7 @@ from tests.server.serving import (
 )
 
 from coatnet.errors import UserError
-from coatnet.server.settings import Settings
+from coatnet.server import Settings
 
 CAP = 100_000
 

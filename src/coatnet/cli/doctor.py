@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from coatnet.cli.exit_codes import FAILED
-from coatnet.cli.parser import DATA_HELP, Parser
+from coatnet.cli.parser import DATA_HELP, FAILED, Parser
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

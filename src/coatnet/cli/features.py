@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from coatnet.cli.exit_codes import print_unreadable
-from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser, print_unreadable
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

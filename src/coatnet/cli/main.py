@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from coatnet.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
+from coatnet.cli.parser import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.version import __version__
 

@@ -3,9 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from coatnet.cli.exit_codes import print_unreadable
-from coatnet.cli.parser import DATA_HELP, Parser
-from coatnet.data.shards.block_cache import parse_bytes
+from coatnet.cli.parser import DATA_HELP, Parser, print_unreadable
+from coatnet.data.shards.storage import parse_bytes
 from coatnet.errors import UserError
 
 

@@ -1,13 +1,27 @@
-"""The argument parser of the commands: argparse with examples in its help, and errors of one line."""
+"""What the commands share: the argument parser with examples in its help, exit codes, errors of one line."""
 
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from coatnet.errors import UserError, nearest_option
+from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.public_names import renamed_message
+
+FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
+USER_ERROR = 2  # a wrong argument or value; nothing was done
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+TERMINATED = 143  # 128 + SIGTERM
+
+
+def print_unreadable(reasons: Mapping[str, str]) -> int:
+    """Print one error line for each image that was left out, by its name; return the exit code, FAILED if any."""
+    for name, reason in reasons.items():
+        print(one_line(f"coatnet: error: {name}: {reason}"), file=sys.stderr)
+    return FAILED if reasons else 0
+
 
 DATA_HELP = """\
 DATA is one of:

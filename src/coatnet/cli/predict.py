@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from coatnet.cli.exit_codes import FAILED, INTERRUPTED, TERMINATED, print_unreadable
-from coatnet.cli.parser import BUNDLE_HELP, Parser
+from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
 from coatnet.errors import one_line
 
 if TYPE_CHECKING:

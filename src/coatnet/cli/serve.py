@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coatnet.cli.exit_codes import FAILED
-from coatnet.cli.parser import BUNDLE_HELP, Parser
+from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
 from coatnet.errors import UserError
 
 NAME = re.compile(r"[\w.-]{1,100}")
@@ -100,8 +99,8 @@ def run(arguments: Sequence[str]) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'coatnet[serve]'") from None
+    from coatnet.server import Settings
     from coatnet.server.main import serve
-    from coatnet.server.settings import Settings
 
     limits = {
         "batch_size": given.batch_size,

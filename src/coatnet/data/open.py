@@ -12,7 +12,7 @@ from coatnet.data.builtin import (
 from coatnet.data.folder import open_folder
 from coatnet.data.hugging_face import SCHEME, is_saved_folder, open_hugging_face
 from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
-from coatnet.data.shards.open import is_shard_folder, open_remote_shards, open_shard_folder
+from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, open_shard_folder
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
 

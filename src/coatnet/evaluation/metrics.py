@@ -1,9 +1,15 @@
-"""Exact figures of a classifier, collected batch by batch.
+"""Exact figures of a classifier, their 95 % confidence intervals and calibration, collected batch by batch.
 
 A few numbers are stored for every image, and the figures are computed from all of them at the end, so that not even
 their last bit depends on the batch size. Shapes: B batch, N images, K classes.
+
+Intervals: Wilson for fractions (E. B. Wilson, 1927, "Probable inference, the law of succession, and statistical
+inference"), normal for means, bootstrap standard errors for all others. Calibration: reliability diagram and expected
+error (Guo et al., 2017, arXiv:1706.04599).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,8 +18,114 @@ import numpy as np
 from torch import Tensor
 
 from coatnet.errors import UserError
-from coatnet.evaluation.calibration import CalibrationBin, calibration_bins, calibration_error
-from coatnet.evaluation.intervals import Interval, bootstrap_interval, mean_interval, wilson_interval
+
+Interval = tuple[float, float]
+
+_Z = 1.959963984540054  # the 97.5 % point of the standard normal distribution
+
+
+def wilson_interval(successes: int, total: int) -> Interval:
+    """The interval of a fraction; unlike the normal one it stays valid at 0, at 1 and for few images."""
+    if total == 0:
+        return (0.0, 1.0)
+    fraction = successes / total
+    spread = _Z**2 / total
+    center = (fraction + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(fraction * (1 - fraction) / total + spread / (4 * total)) / (1 + spread)
+    # At 0 and 1, rounding could put a bound on the wrong side of the fraction.
+    return (max(0.0, min(fraction, center - half)), min(1.0, max(fraction, center + half)))
+
+
+def mean_interval(values: np.ndarray) -> Interval | None:
+    """The interval of the mean of independent values >= 0, (N,); None for a single value."""
+    if len(values) < 2:
+        return None
+    mean = float(values.mean())
+    half = _Z * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return (max(0.0, mean - half), mean + half)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100
+) -> Interval | None:
+    """The interval of a statistic in 0..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
+
+    Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
+    interval may exclude the value itself.
+
+    Args:
+        statistic: computes it from how often each image was drawn, integers (size,).
+        size: number of images.
+        replicates: number of resamples.
+    """
+    if size < 2:
+        return None
+    generator = np.random.Generator(np.random.PCG64(0))
+    value = statistic(np.ones(size, dtype=np.int64))
+    drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(replicates)]
+    half = _Z * float(np.std(drawn, ddof=1))
+    return (max(0.0, value - half), min(1.0, value + half))
+
+
+NUM_BINS = 15
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Predictions whose probability lies in (low, high].
+
+    Attributes:
+        low: lower end of the bin.
+        high: upper end of the bin.
+        count: number of predictions.
+        confidence: their mean probability; None in an empty bin.
+        accuracy: the fraction of them that is right; None in an empty bin.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def _bin_of(confidences: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(confidences * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+
+
+def calibration_error(confidences: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Expected calibration error: sum over bins of fraction * |mean confidence - accuracy| (Guo et al., eq. 3).
+
+    Args:
+        confidences: probabilities of N predictions, (N,).
+        correct: whether they are right, (N,).
+        weights: how often each counts, (N,); by default once.
+    """
+    gaps = confidences - correct
+    total = float(len(gaps)) if weights is None else float(weights.sum())
+    if weights is not None:
+        gaps = gaps * weights
+    # fraction * |mean of the gaps| = |sum of the gaps| / N: no division by the size of a bin.
+    return float(np.abs(np.bincount(_bin_of(confidences), weights=gaps, minlength=NUM_BINS)).sum() / total)
+
+
+def calibration_bins(confidences: np.ndarray, correct: np.ndarray) -> tuple[CalibrationBin, ...]:
+    """Bins of the reliability diagram of N predictions: confidences (N,), correct (N,)."""
+    bins = _bin_of(confidences)
+    counts = np.bincount(bins, minlength=NUM_BINS)
+    confidence_sums = np.bincount(bins, weights=confidences, minlength=NUM_BINS)
+    correct_sums = np.bincount(bins, weights=correct, minlength=NUM_BINS)
+    return tuple(
+        CalibrationBin(
+            low=index / NUM_BINS,
+            high=(index + 1) / NUM_BINS,
+            count=int(count),
+            confidence=float(confidence_sums[index] / count) if count else None,
+            accuracy=float(correct_sums[index] / count) if count else None,
+        )
+        for index, count in enumerate(counts)
+    )
+
 
 # chosen: a dense matrix of 1,000 classes is 8 MB; of 21,841 classes it would be 3.8 GB.
 MAX_CONFUSION_CLASSES = 1000

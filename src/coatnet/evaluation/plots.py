@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from coatnet.evaluation.calibration import CalibrationBin
+from coatnet.evaluation.metrics import CalibrationBin
 from coatnet.evaluation.report import Mistake
 
 _INK, _FAINT = "#24292f", "#8c959f"

@@ -18,8 +18,7 @@ from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.evaluation.features import extract_features
-from coatnet.evaluation.intervals import Interval
-from coatnet.evaluation.metrics import FIGURES, Metrics
+from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
 from coatnet.system.progress import track
 
 TEMPERATURE = 0.07  # of the votes of neighbors; as in DINO

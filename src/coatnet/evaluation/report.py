@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.evaluation.calibration import CalibrationBin
-from coatnet.evaluation.intervals import Interval
-from coatnet.evaluation.metrics import FIGURES, ClassFigures
+from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval
 from coatnet.public_names import warn_renamed
 
 

@@ -21,8 +21,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalise
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import label_translation
-from coatnet.evaluation.intervals import Interval
-from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.metrics import Interval, Metrics
 from coatnet.export import openvino as files
 from coatnet.export.classifier import Fit, ImageProbabilities
 from coatnet.export.parity import median_milliseconds, spread_images

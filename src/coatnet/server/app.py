@@ -27,11 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
+from coatnet.server import Settings
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
 from coatnet.server.protocol import add_protocol
 from coatnet.server.service import Service
-from coatnet.server.settings import Settings
 from coatnet.version import __version__
 
 # The page shows images that were dropped on it from blob URLs.

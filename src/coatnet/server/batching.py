@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.inference.predictor import Predictor
+from coatnet.server import Settings
 from coatnet.server.errors import RequestError
 from coatnet.server.metrics import ModelMetrics
-from coatnet.server.settings import Settings
 
 log = logging.getLogger("coatnet.serve")
 HEARTBEAT_SECONDS = 0.5

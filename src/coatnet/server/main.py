@@ -17,9 +17,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
+from coatnet.server import Settings
 from coatnet.server.app import Middleware, create_app
 from coatnet.server.service import Service
-from coatnet.server.settings import Settings
 
 HEADER_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 

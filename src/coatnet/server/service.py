@@ -10,10 +10,10 @@ from starlette.requests import Request
 
 from coatnet.errors import nearest
 from coatnet.inference.predictor import Predictor
+from coatnet.server import Settings
 from coatnet.server.batching import Answer, Batcher, Reservation
 from coatnet.server.errors import ClientDisconnected, RequestError
 from coatnet.server.metrics import Metrics, ModelMetrics
-from coatnet.server.settings import Settings
 from coatnet.server.uploads import DecodingPool, Uploads
 from coatnet.system.hardware import num_cores
 

@@ -13,8 +13,8 @@ from starlette.requests import Request
 
 from coatnet.data.decode import BadImage, image_size
 from coatnet.inference.predictor import Predictor
+from coatnet.server import Settings
 from coatnet.server.errors import ClientDisconnected, RequestError
-from coatnet.server.settings import Settings
 
 
 class Uploads:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import coatnet
-from coatnet.data.shards.block_cache import BlockCache, default_cache, parse_bytes
+from coatnet.data.shards.storage import BlockCache, default_cache, parse_bytes
 from coatnet.errors import UserError
 from coatnet.system.files import file_lock
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 READER = """
 import os, random, sys, time
 from pathlib import Path
-from coatnet.data.shards.block_cache import BlockCache
+from coatnet.data.shards.storage import BlockCache
 folder, log, limit, seed, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 cache = BlockCache(folder, limit)
 names = [f"block{number:03d}" for number in range(30)] * rounds
@@ -151,7 +151,7 @@ def test_a_small_cache_of_several_processes_stays_within_its_limit(tmp_path):
 
 def test_a_process_killed_while_it_fetches_does_not_stop_the_others(tmp_path):
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom coatnet.data.shards.block_cache import BlockCache\n"
+        "import sys, time\nfrom pathlib import Path\nfrom coatnet.data.shards.storage import BlockCache\n"
         "def fetch():\n    print('fetching', flush=True)\n    time.sleep(600)\n"
         "BlockCache(Path(sys.argv[1]), 1000).open('a', 100, fetch)"
     )

@@ -1,9 +1,11 @@
-"""The pretrained CoAtNets that timm publishes: hub ids, ImageNet-1k accuracies and preprocessing.
+"""The pretrained CoAtNets that timm publishes: hub ids, ImageNet-1k accuracies, preprocessing and class names.
 
 Source: timm 1.0.31 (`default_cfgs`) and its results on ImageNet-1k validation, at the resolution in the name.
+Class names are in the order of timm's outputs: ImageNet-1k in WordNet's words, ImageNet-12k by synset.
 """
 
 from dataclasses import dataclass, field
+from importlib.resources import files
 
 from coatnet.data.transforms import Preprocessing
 
@@ -64,3 +66,21 @@ PRETRAINED = {row.name: row for row in _CHECKPOINTS}
 def pretrained_of(architecture: str) -> list[Pretrained]:
     """The checkpoints of an architecture, the most accurate first."""
     return [row for row in _CHECKPOINTS if row.architecture == architecture]
+
+
+def imagenet_classes(num_classes: int) -> tuple[str, ...] | None:
+    """The names of ImageNet-1k for 1,000 classes and of ImageNet-12k for 11,821; None for any other number."""
+    if num_classes == 1_000:
+        return tuple(words for _, words in imagenet_1k())
+    if num_classes == 11_821:
+        return tuple(_lines("12k.txt"))
+    return None
+
+
+def imagenet_1k() -> list[tuple[str, str]]:
+    """Synset and words of each class of ImageNet-1k."""
+    return [(synset, words) for synset, _, words in (line.partition("\t") for line in _lines("1k.tsv"))]
+
+
+def _lines(name: str) -> list[str]:
+    return (files("coatnet.bundle") / "imagenet" / name).read_text(encoding="utf-8").splitlines()

@@ -15,8 +15,7 @@ from pydantic import BaseModel
 
 from coatnet.bundle.config import NumClasses, PreprocessingCfg, read_json_object, read_preprocessing, validate
 from coatnet.bundle.hub import CONFIG, PICKLE, WEIGHTS
-from coatnet.bundle.imagenet import imagenet_1k, imagenet_classes
-from coatnet.bundle.timm.catalog import PREPROCESSING_224, PRETRAINED, pretrained_of
+from coatnet.bundle.timm.catalog import PREPROCESSING_224, PRETRAINED, imagenet_1k, imagenet_classes, pretrained_of
 from coatnet.bundle.timm.names import counterparts, from_timm, to_timm
 from coatnet.bundle.weights import load_pickle, read_pickled_tensors, read_shapes, read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing

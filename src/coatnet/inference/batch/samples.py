@@ -24,7 +24,7 @@ from coatnet.data.folder import open_images
 from coatnet.data.hugging_face import is_saved_folder
 from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
 from coatnet.data.open import NAMES, open_dataset
-from coatnet.data.shards.open import is_shard_folder
+from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
 from coatnet.system.hardware import num_cores

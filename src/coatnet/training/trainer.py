@@ -251,8 +251,7 @@ class Trainer:
         config, state = self.config, self.state
         self.head_first.prepare(state.step)
         self.parallel.prepare()
-        buffers = list(self.model.buffers()) if config.non_finite_budget else []
-        buffers_before = [buffer.clone() for buffer in buffers]
+        buffers_before = [buffer.clone() for buffer in self.model.buffers()] if config.non_finite_budget else []
         parameters = list(self.parameters.values())
         images_per_pass = min(config.micro_batch_size, len(images) - self.share.num_extra)
         with translate_errors(), explain_out_of_memory(state.step, images_per_pass, config.resolution):
@@ -272,8 +271,8 @@ class Trainer:
             loss_value, norm_value = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(buffers, buffers_before, strict=True):  # BatchNorm has counted the batch already
-                buffer.copy_(before)
+            for buffer, before in zip(self.model.buffers(), buffers_before, strict=False):  # none without a budget
+                buffer.copy_(before)  # BatchNorm has counted the batch already
             raise NotFinite(
                 f"step {state.step}: loss {loss_value:.4g}, gradient norm {norm_value:.4g}; nothing was updated. "
                 "Lower optimizer.learning_rate, or use precision fp32"
@@ -329,10 +328,9 @@ class Trainer:
     # Evaluation
 
     def evaluate(self, sync: Synchronization) -> None:
-        """Evaluate the averaged weights on the validation images, and keep them if they are the best and there is
-        patience.
+        """Evaluate the averaged weights on the validation images; with patience, save them if they are the best so far.
 
-        A stop signal to any process interrupts it; it is made when the run is resumed.
+        A stop signal to any process interrupts the evaluation, which is then made when the run is resumed.
         """
         state, started = self.state, time.monotonic()
         figures = self.validation_figures(sync)

@@ -31,7 +31,8 @@ class TrainingProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # before version 14, rich ends a line for a bar that is not shown
+            self._bar.stop()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""

@@ -53,19 +53,21 @@ def test_the_notebook_has_the_code_of_the_tutorial() -> None:
     assert missing == ["!coatnet serve runs/clothes/bundle\n"]  # there as a process that is stopped again
 
 
-def test_the_notebook_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_the_notebook_runs(epochs: int, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     script = "\n".join(["import subprocess", *map(as_script, cells())]).replace("8080", port)
+    assert "--epochs 5" in script
     program = tmp_path / "bin/coatnet"  # this coatnet, wherever another one is installed
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m coatnet "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     path = f"{program.parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "COATNET_CACHE_DIR": str(tmp_path / "cache")}
-    (tmp_path / "tutorial.py").write_text(script, encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, "tutorial.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
-    )
+    (tmp_path / "tutorial.py").write_text(script.replace("--epochs 5", f"--epochs {epochs}"), encoding="utf-8")
+    run = subprocess.run([sys.executable, "tutorial.py"], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "healthy" in run.stdout and "000.png: Bag" in run.stdout and '"predictions"' in run.stdout
+    assert "healthy" in run.stdout and "000.png: " in run.stdout and '"predictions"' in run.stdout
+    if epochs == 5:
+        assert "000.png: Bag" in run.stdout

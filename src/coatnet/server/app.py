@@ -273,13 +273,13 @@ def _token_check(token: str) -> Any:
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
-    def refused(request: Request, refusal: RequestError) -> Response:
-        service.metrics.rejections.labels(refusal.code).inc()
-        return error_response(refusal, request.url.path)
+    def refused(request: Request, error: RequestError) -> Response:
+        service.metrics.rejections.labels(error.code).inc()
+        return error_response(error, request.url.path)
 
     @app.exception_handler(RequestError)
-    async def on_request_error(request: Request, refusal: RequestError) -> Response:
-        return refused(request, refusal)
+    async def on_request_error(request: Request, error: RequestError) -> Response:
+        return refused(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def on_parameters(request: Request, error: RequestValidationError) -> Response:

@@ -124,9 +124,9 @@ def explain(error: ValidationError, kind: Any, values: Any) -> str:
         field, path = fields_of(kind)[name], f"{path}{name}."
         given = given.get(name, first["input"]) if isinstance(given, Mapping) else first["input"]
         kind = field.annotation
-    if first["type"] == "value_error" and isinstance(told := first["ctx"]["error"], UserError):
+    if first["type"] == "value_error" and isinstance(cause := first["ctx"]["error"], UserError):
         of_several = field is None or is_validated(kind)  # fields, which the message names
-        return f"{path}{told}" if of_several else f"{path.removesuffix('.')} {told}, got {given!r:.80}"
+        return f"{path}{cause}" if of_several else f"{path.removesuffix('.')} {cause}, got {given!r:.80}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_field(rest[0], kind, path)
     if first["type"] == "missing" and not rest:

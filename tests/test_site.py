@@ -2,14 +2,13 @@
 
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 import coatnet
 
@@ -53,13 +52,8 @@ def test_every_page_is_complete_without_a_network(site: Path) -> None:
         assert not fetched, page.name
 
 
-def test_search_works_in_a_browser_without_a_server(site: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("needs a browser: apt-get install chromium (or Google Chrome)")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
-        page = chromium.new_page()
-        page.goto(f"{(site / 'search.html').as_uri()}?q=preemption")
-        page.locator("#search-results a[href*='guides/scale']").first.wait_for()
-        chromium.close()
+def test_search_works_in_a_browser_without_a_server(site: Path, chromium: Browser) -> None:
+    page = chromium.new_page()
+    page.goto(f"{(site / 'search.html').as_uri()}?q=preemption")
+    page.locator("#search-results a[href*='guides/scale']").first.wait_for()
+    page.close()

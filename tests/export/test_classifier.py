@@ -44,7 +44,7 @@ def test_images_become_the_probabilities_of_the_bundle(multilabel: bool) -> None
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (65, 130)], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_at_its_own_size_a_image_is_what_the_model_makes_of_it(name: str, size: tuple[int, int]) -> None:
+def test_at_its_own_size_an_image_is_what_the_model_makes_of_it(name: str, size: tuple[int, int]) -> None:
     bundle, pixels = bundle_of(name), noise(*size)
     images = normalise(pixels.permute(0, 3, 1, 2), bundle.preprocessing)
     logits = bundle.model(images)

@@ -24,8 +24,8 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> st
     [
         (["--format", "onnxx"], "invalid choice: 'onnxx'"),
         (["--format", "timm"], "timm has no such network"),
-        (["--format", "safetensors", "--dynamic-size"], "leave dynamic size out"),
-        (["--format", "onnx", "--int8", "--calibration", "digits"], "int8 is for format openvino"),
+        (["--format", "safetensors", "--dynamic-size"], "leave --dynamic-size out"),
+        (["--format", "onnx", "--int8", "--calibration", "digits"], "int8) is for format openvino"),
         (["--format", "openvino", "--int8"], "--int8 needs --calibration"),
         (["--format", "openvino", "--calibration", "digits"], "are for --int8"),
         (["--format", "openvino", "--int8", "--calibration", "digits", "--max-drop", "2"], "max_drop is 2.0"),
@@ -74,7 +74,7 @@ def test_aoti_without_a_compiler_is_an_error(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     said = error_line(capsys, clothes_folder, "--format", "aoti", "--out", tmp_path / "out")
-    assert "there is no C++ compiler" in said and list(tmp_path.iterdir()) == []
+    assert "needs a C++ compiler, and there is none" in said and list(tmp_path.iterdir()) == []
 
 
 def test_the_help_names_every_format_without_importing_torch() -> None:

@@ -124,19 +124,19 @@ def test_with_logits_it_is_the_bare_network(colourful: Path, tmp_path: Path, for
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("logits", [False, pytest.param(True, marks=SLOW)], ids=["pictures", "images"])
 @pytest.mark.parametrize("format", FEW)
-def test_with_dynamic_size_the_network_sees_a_image_at_its_own(
-    clothes_folder: Path, pixels: Images, tmp_path: Path, format: str, logits: bool
+def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
+    clothes_folder: Path, images: Images, tmp_path: Path, format: str, logits: bool
 ) -> None:
     out = tmp_path / "out"
     options = ["--dynamic-size", *(["--logits"] if logits else [])]
     assert main(["export", str(clothes_folder), "--format", format, "--out", str(out), *options]) == 0
-    run, _ = open_export(out, format, *(("images", "logits") if logits else ("pixels", "probabilities")))
+    run, _ = open_export(out, format, *(("images", "logits") if logits else ("pictures", "probabilities")))
     bundle = load(clothes_folder)
-    for batch in (pixels["five"], pixels["two"][..., :64, :96], pixels["tall"][..., :33, :32]):
-        images = normalise(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
+    for batch in (images["five"], images["two"][..., :64, :96], images["tall"][..., :33, :32]):
+        inputs = normalise(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
         with torch.no_grad():
-            expected = bundle.model(images)
-        found = run(images.contiguous().numpy() if logits else network_inputs(batch))
+            expected = bundle.model(inputs)
+        found = run(inputs.contiguous().numpy() if logits else network_inputs(batch))
         np.testing.assert_allclose(found, (expected if logits else expected.softmax(1)).numpy(), atol=2e-3)
 
 

@@ -132,7 +132,7 @@ def test_uploads_never_touch_a_disk(server: Address) -> None:
     assert written == []
 
 
-def test_a_form_is_told_how_to_send_a_image(server: Address) -> None:
+def test_a_form_is_told_how_to_send_an_image(server: Address) -> None:
     answer = server.predict(b"--x\r\n", **{"content-type": "multipart/form-data; boundary=x"})
     assert answer.status == 415 and "--data-binary" in answer.json["error"]["message"]
 

@@ -91,7 +91,7 @@ def test_what_is_given_is_kept():
     assert (preprocessing.resolution, preprocessing.mean, augmentation.placement) == (20, (0.25,), "shift")
 
 
-def test_several_labels_a_image_mean_the_sigmoid_loss_without_smoothing():
+def test_several_labels_an_image_mean_the_sigmoid_loss_without_smoothing():
     splits = splits_of()
     labels = np.eye(3, dtype=np.uint8)[splits.training.labels]
     training = ArrayDataset("tags", splits.classes, splits.training.images, labels)

@@ -1,11 +1,10 @@
 """The real server, the real page, and a Chromium that no request leaves."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from tests.server.page.serving import Server, draw, save_bundle
 from tests.server.page.visiting import Visit
 
@@ -18,20 +17,6 @@ HOSTILE = (
     "w" * 300,
 )
 TOKEN = "open-sesame"
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-QUIET += "--disable-component-update --disable-sync"
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("the tests of the page need a browser: apt-get install chromium (or Google Chrome)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=QUIET.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

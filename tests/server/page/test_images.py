@@ -40,13 +40,13 @@ def test_a_dropped_image_gets_the_answer_of_the_server(visit: Open, server: Serv
     assert seen.see("#image").evaluate("image => image.naturalWidth") == 200
 
 
-def test_a_image_can_be_pasted(visit: Open, server: Server, images: list[Path]) -> None:
+def test_an_image_can_be_pasted(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     seen.paste(images[1])
     expect_answer(seen, server, images[1])
 
 
-def test_a_image_can_be_picked_twice(visit: Open, server: Server, images: list[Path]) -> None:
+def test_an_image_can_be_picked_twice(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     for count in (1, 2):
         with seen.page.expect_file_chooser() as chooser:
@@ -103,7 +103,7 @@ def test_many_images_are_sent_three_at_a_time(visit: Open, server: Server, image
     expect(seen.see(".tile .name")).to_have_text([image.name for image in reversed(dropped)])
 
 
-def test_a_image_of_the_history_is_shown_again(visit: Open, server: Server, images: list[Path]) -> None:
+def test_an_image_of_the_history_is_shown_again(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     seen.drop(*images[:3])
     expect(seen.see(".tile[data-state=done]")).to_have_count(3)

@@ -65,7 +65,7 @@ def test_images_wait_for_a_server_that_is_gone(visit: Open, server: Server, imag
     expect(seen.see("#banner")).to_be_hidden()
 
 
-def test_a_image_that_never_gets_through_ends_in_words(visit: Open, server: Server, images: list[Path]) -> None:
+def test_an_image_that_never_gets_through_ends_in_words(visit: Open, server: Server, images: list[Path]) -> None:
     seen = visit(server)
     seen.expected = ("ERR_CONNECTION_RESET",)
     seen.on_predict(lambda route: route.abort("connectionreset"))

@@ -4,7 +4,7 @@
     python benchmarks/inference.py --engine openvino torch --batch-size 16
 
 timm's model runs eagerly in fp32, and as what OpenVINO makes of it in fp32 and bf16. It is given images that are
-normalised already, where ours takes uint8 images. Ours in int8 is calibrated on these images alone: its speed is
+normalized already, where ours takes uint8 images. Ours in int8 is calibrated on these images alone: its speed is
 that of `coatnet export --format openvino --int8`, its answers are not. The floor is the time that the multiply-
 accumulates would take at the rate of a large matrix product in the same precision (for int8, in bf16), measured in the
 same process: "of the rate" is that time over the contender's.
@@ -28,7 +28,7 @@ from rich.table import Table
 
 import coatnet
 from coatnet.data.builtin import open_fashion_mnist_small
-from coatnet.data.transforms import Preprocessing, normalise
+from coatnet.data.transforms import Preprocessing, normalize
 from coatnet.errors import UserError
 from coatnet.inference.engines import ENGINES, Engine, open_engine
 from coatnet.inference.graph import NormalizedNetwork, example_images, silence_exporters, to_openvino, to_program
@@ -140,7 +140,7 @@ def in_int8(bundle: coatnet.bundle.Bundle, images: NDArray[np.uint8]) -> Work:
 
 def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> dict[str, Work]:
     """timm's model as people run it: eager, and through OpenVINO where that is installed."""
-    images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), preprocessing)
+    images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), preprocessing)
 
     def eager() -> NDArray[np.float32]:
         with torch.inference_mode():

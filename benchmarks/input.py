@@ -4,7 +4,7 @@
     python benchmarks/input.py --size 2048x1536
 
 Every contender decodes the same JPEGs, cuts a random resized crop of 224 pixels (bicubic, antialiased), flips half of
-them, and gives normalised float32 batches; one process, one thread, the files in the page cache. The peers are
+them, and gives normalized float32 batches; one process, one thread, the files in the page cache. The peers are
 torchvision's ImageFolder with its transforms in a DataLoader, and timm's ImageDataset in timm's loader. The IDX rows
 are 28 x 28 images, shifted by up to 2 pixels, beside torchvision's FashionMNIST on the same files.
 

@@ -98,6 +98,6 @@ def _plain_name(option: str) -> str:
     return option.lstrip("-").replace("-", "_")
 
 
-def few(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     """The first five names and the number of the others: `cat, dog, fox, hen, owl and 7 more`."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -21,7 +21,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
-    """A smooth coloured image (40, 60, 3), different in every corner, so that JPEG hardly changes it."""
+    """A smooth colored image (40, 60, 3), different in every corner, so that JPEG hardly changes it."""
     down, right = np.mgrid[0:1:40j, 0:1:60j]
     return np.stack([255 * down, 255 * right, 255 * (1 - down) * right], axis=-1).astype(np.uint8)
 

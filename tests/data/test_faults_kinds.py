@@ -55,7 +55,7 @@ def test_broken_exif_data_leaves_the_image_as_it_is(photo, encode, kind, exif, d
     assert distance(decode(encode(photo, kind, exif=exif, quality=95), "broken exif"), photo) < 4
 
 
-# A5: colour models and alpha
+# A5: color models and alpha
 
 
 def cmyk(photo: np.ndarray) -> Image.Image:
@@ -138,7 +138,7 @@ def test_16_bit_grey_png_keeps_its_mean(encode):
 
 
 def png_of_16_bits(wide: np.ndarray) -> bytes:
-    """Pillow reads 16 bits in colour but does not write them."""
+    """Pillow reads 16 bits in color but does not write them."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -174,6 +174,6 @@ def test_float_and_32_bit_tiffs_are_refused_with_the_reason(encode, mode, dtype,
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_the_first_frame_or_page_is_decoded(encode, kind, distance):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert distance(decode(data, "moving"), np.array(frames[0])) == 0

@@ -17,9 +17,9 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, *, bits: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
+def png(width: int, height: int, *, bits: int, color: int, rows: bytes, extra: bytes = b"") -> bytes:
     """A PNG written by hand: the header may say anything."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)
@@ -63,19 +63,19 @@ def webp_header(width: int, height: int) -> bytes:
 
 
 BOMBS = {
-    "png of 65,000 x 65,000": png(65_000, 65_000, bits=8, colour=2, rows=b"\0" * 10_000),
-    "png of 12,000 x 12,000": png(12_000, 12_000, bits=1, colour=0, rows=b"\0" * (1501 * 12_000)),
+    "png of 65,000 x 65,000": png(65_000, 65_000, bits=8, color=2, rows=b"\0" * 10_000),
+    "png of 12,000 x 12,000": png(12_000, 12_000, bits=1, color=0, rows=b"\0" * (1501 * 12_000)),
     "gif of 65,000 x 65,000": gif_header(65_000, 65_000),
     "gif of 9,000 x 9,000": gif_header(9_000, 9_000),
     "webp of 16,000 x 16,000": webp_header(16_000, 16_000),
-    "side of 30,001": png(30_001, 1, bits=8, colour=0, rows=b"\0" * 30_002),
+    "side of 30,001": png(30_001, 1, bits=8, color=0, rows=b"\0" * 30_002),
     "bmp of 20,000 x 20,000": b"BM" + struct.pack("<IIIIiiHHIIiiII", 100, 0, 54, 40, 20_000, 20_000, 1, 24, *[0] * 6),
 }
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_decompression_bombs_are_refused_by_their_header_before_memory_is_allocated(bomb, memory_growth, refused):
-    decode(png(1, 1, bits=8, colour=0, rows=b"\0\0"), "first use")
+    decode(png(1, 1, bits=8, color=0, rows=b"\0\0"), "first use")
     growth = memory_growth(lambda: refused(BOMBS[bomb], "large"))
     assert growth < 50e6
 
@@ -103,7 +103,7 @@ def test_limits_can_be_set(photo, encode, refused):
 # A10: metadata
 
 
-def test_colour_profile_is_tolerated(photo, encode, distance):
+def test_color_profile_is_tolerated(photo, encode, distance):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
         assert distance(decode(encode(photo, kind, icc_profile=profile, quality=95), "icc"), photo) < 4
@@ -124,7 +124,7 @@ def test_100_000_text_chunks_are_decoded_or_refused_in_bounded_time_and_memory(c
         chunk = png_chunk(b"zTXt", b"key\0\0" + zlib.compress(b"x" * 100_000))
     else:
         chunk = png_chunk(b"tEXt", b"key\0" + b"x" * 20)
-    data = png(1, 1, bits=8, colour=0, rows=b"\0\0", extra=chunk * 100_000)
+    data = png(1, 1, bits=8, color=0, rows=b"\0\0", extra=chunk * 100_000)
 
     def attempt() -> None:
         try:

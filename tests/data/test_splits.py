@@ -94,7 +94,7 @@ def test_description_says_images_classes_sizes_balance_and_split():
 def test_description_names_the_smallest_and_largest_class():
     splits = Splits("some", arrays((8, 6, 3), np.array([0] * 9 + [1] * 4 + [2])), arrays((8, 6, 3), np.arange(6) % 3))
     assert "1 (class2) to 9 (class0) training images a class" in splits.describe()
-    assert "colour" in splits.describe()
+    assert "color" in splits.describe()
 
 
 def test_counts_of_several_labels_are_sums():

@@ -18,7 +18,7 @@ from coatnet.data.transforms import (
     TrainingTransform,
     as_images,
     match_channels,
-    normalise,
+    normalize,
     resize,
     resize_and_crop,
 )
@@ -49,7 +49,7 @@ def test_squash_equals_torchvision_resize_to_a_square_then_center_crop():
     assert torch.equal(resize_and_crop(image[None], Preprocessing(resolution=56, crop="squash"))[0], reference(image))
 
 
-def test_images_are_normalised_by_mean_and_std():
+def test_images_are_normalized_by_mean_and_std():
     image = noise(3, 8, 8)
     preprocessing = Preprocessing(8, crop_fraction=1.0, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
@@ -68,14 +68,14 @@ def test_images_are_normalised_by_mean_and_std():
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_normalising_equals_the_formula_to_the_bit(preprocessing, memory_format, num_channels):
+def test_normalizing_equals_the_formula_to_the_bit(preprocessing, memory_format, num_channels):
     channels = min(num_channels, preprocessing.channels)
     images = noise(5, channels, 9, 7).contiguous(memory_format=memory_format)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     expected = (images.float() * (1 / 255) - mean) / std
-    assert torch.equal(normalise(images, preprocessing), expected)
+    assert torch.equal(normalize(images, preprocessing), expected)
     given = torch.empty(6, 9, 7, preprocessing.channels).movedim(-1, 1)
-    assert normalise(images, preprocessing, given[1:]).data_ptr() == given[1:].data_ptr()
+    assert normalize(images, preprocessing, given[1:]).data_ptr() == given[1:].data_ptr()
     assert torch.equal(given[1:], expected)
 
 
@@ -94,19 +94,19 @@ def test_a_small_image_of_the_right_size_only_changes_its_scale():
     torch.testing.assert_close(EvaluationTransform(GREY)(array), expected)
 
 
-def test_colour_is_averaged_for_a_grey_model():
+def test_color_is_averaged_for_a_grey_model():
     image = noise(3, 28, 28)
     expected = (image.float().mean(0, keepdim=True).round() / 255 - 0.3) / 0.4
     torch.testing.assert_close(EvaluationTransform(GREY)(image), expected)
 
 
-def test_grey_is_repeated_for_a_colour_model():
+def test_grey_is_repeated_for_a_color_model():
     preprocessing = Preprocessing(resolution=28, crop_fraction=1.0)
     array = noise(28, 28).numpy()
-    colour = np.repeat(array[..., None], 3, axis=-1)
+    color = np.repeat(array[..., None], 3, axis=-1)
     image = EvaluationTransform(preprocessing)(array)
     assert image.shape == (3, 28, 28)
-    assert torch.equal(image, EvaluationTransform(preprocessing)(colour))
+    assert torch.equal(image, EvaluationTransform(preprocessing)(color))
 
 
 def test_images_are_channels_last():
@@ -235,8 +235,8 @@ def test_erasing_sets_one_box_to_the_mean():
 
 
 def test_arrays_become_channels_first():
-    colour = noise(5, 4, 3).numpy()
-    assert np.array_equal(as_images(colour).permute(1, 2, 0), colour)
+    color = noise(5, 4, 3).numpy()
+    assert np.array_equal(as_images(color).permute(1, 2, 0), color)
     assert as_images(noise(7, 5, 4).numpy()).shape == (7, 1, 5, 4)
     assert as_images(noise(7, 5, 4, 3).numpy()).shape == (7, 3, 5, 4)
 

@@ -27,15 +27,15 @@ def clothes(clothes_folder: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def colourful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of colour images, several labels each; its weights and statistics are such that all logits differ."""
+def colorful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of color images, several labels each; its weights and statistics are such that all logits differ."""
     torch.manual_seed(0)
     model = create_model("coatnet-femto-64", num_classes=3, resolution=64)
     torch.nn.init.normal_(model.get_classifier().weight)
     model.train()(torch.randn(8, 3, 64, 64))
     seen = Preprocessing(resolution=64, interpolation="bilinear", mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     return Bundle(model.eval(), ("é", "<b>", "c"), seen, multilabel=True).save(
-        tmp_path_factory.mktemp("colourful") / "bundle"
+        tmp_path_factory.mktemp("colorful") / "bundle"
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coatnet.bundle import Bundle
-from coatnet.data.transforms import EvaluationTransform, Preprocessing, normalise
+from coatnet.data.transforms import EvaluationTransform, Preprocessing, normalize
 from coatnet.export.classifier import Classifier, bare_network
 from coatnet.model.network import create_model
 
@@ -46,7 +46,7 @@ def test_images_become_the_probabilities_of_the_bundle(multilabel: bool) -> None
 @torch.no_grad()
 def test_at_its_own_size_an_image_is_what_the_model_makes_of_it(name: str, size: tuple[int, int]) -> None:
     bundle, pixels = bundle_of(name), noise(*size)
-    images = normalise(pixels.permute(0, 3, 1, 2), bundle.preprocessing)
+    images = normalize(pixels.permute(0, 3, 1, 2), bundle.preprocessing)
     logits = bundle.model(images)
     torch.testing.assert_close(bare_network(bundle, any_size=True)(images), logits, rtol=1e-3, atol=1e-4)
     probabilities = Classifier(bundle, any_size=True)(pixels)

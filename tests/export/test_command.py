@@ -22,7 +22,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> st
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "onnxx"], "invalid choice: 'onnxx'"),
+        (["--format", "onnxx"], "did you mean 'onnx'?"),
         (["--format", "timm"], "timm has no such network"),
         (["--format", "safetensors", "--dynamic-size"], "leave --dynamic-size out"),
         (["--format", "onnx", "--int8", "--calibration", "digits"], "int8) is for format openvino"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from coatnet.bundle import load
 from coatnet.cli.main import main
-from coatnet.data.transforms import EvaluationTransform, Preprocessing, match_channels, normalise
+from coatnet.data.transforms import EvaluationTransform, Preprocessing, match_channels, normalize
 
 Images = dict[str, torch.Tensor]
 Opened = tuple[Callable[[NDArray], NDArray], dict[str, str]]
@@ -94,12 +94,12 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["torch-export", "onnx", "openvino"])
 def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
-    colourful: Path, images: Images, tmp_path: Path, format: str
+    colorful: Path, images: Images, tmp_path: Path, format: str
 ) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(colourful), "--format", format, "--out", str(out)]) == 0
+    assert main(["export", str(colorful), "--format", format, "--out", str(out)]) == 0
     run, inside = open_export(out, format, "pictures", "probabilities")
-    bundle = load(colourful)
+    bundle = load(colorful)
     for batch in images.values():
         with torch.no_grad():
             expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).sigmoid()
@@ -109,11 +109,11 @@ def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("format", FEW)
-def test_with_logits_it_is_the_bare_network(colourful: Path, tmp_path: Path, format: str) -> None:
+def test_with_logits_it_is_the_bare_network(colorful: Path, tmp_path: Path, format: str) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(colourful), "--format", format, "--logits", "--out", str(out)]) == 0
+    assert main(["export", str(colorful), "--format", format, "--logits", "--out", str(out)]) == 0
     run, inside = open_export(out, format, "images", "logits")
-    bundle, images = load(colourful), torch.randn(7, 3, 64, 64)
+    bundle, images = load(colorful), torch.randn(7, 3, 64, 64)
     for number in (1, 2, 5, 7):
         with torch.no_grad():
             expected = bundle.model(images[:number])
@@ -133,7 +133,7 @@ def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
     run, _ = open_export(out, format, *(("images", "logits") if logits else ("pictures", "probabilities")))
     bundle = load(clothes_folder)
     for batch in (images["five"], images["two"][..., :64, :96], images["tall"][..., :33, :32]):
-        inputs = normalise(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
+        inputs = normalize(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
         with torch.no_grad():
             expected = bundle.model(inputs)
         found = run(inputs.contiguous().numpy() if logits else network_inputs(batch))

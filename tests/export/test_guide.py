@@ -38,7 +38,8 @@ def test_what_the_command_says_at_its_end_opens_the_export(
     _, _, script = capsys.readouterr().out.partition("Details are in parity.md.")
     lines = [line for line in script.splitlines() if line.startswith("  ")]
     given = np.asarray(Image.open("image.jpg").convert("RGB"))[None].copy()
-    names = {"pictures": given, "images": torch.zeros(1, coatnet.load("runs/mine/bundle").model.in_channels, 16, 16)}
+    normalized = torch.zeros(1, coatnet.load("runs/mine/bundle").model.in_channels, 16, 16)
+    names = {"images": normalized if format == "safetensors" else given}
     exec("\n".join(line[2:] for line in lines), names)
     made = names["logits" if format == "safetensors" else "probabilities"]
     assert tuple(made.shape) == (1, 10)

@@ -10,7 +10,7 @@ from tests.training import checkpoints
 from coatnet.errors import UserError
 from coatnet.training import async_checkpoint as module
 from coatnet.training.async_checkpoint import CheckpointWriter
-from coatnet.training.checkpoint import load_checkpoint, published, retain
+from coatnet.training.checkpoint import load_checkpoint, published, remove_old_checkpoints
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 
 
@@ -104,6 +104,6 @@ def test_retention_keeps_the_first_of_every_so_many_hours(tmp_path):
     hours = [0.1, 0.9, 2.1, 2.5, 3.9, 4.2, 6.5, 6.6, 6.7]
     for step, hour in enumerate(hours):
         checkpoints.save(tmp_path, f"step-{step:09d}", {}, {"position": {"seconds": 3600 * hour}})
-        retain(tmp_path, keep=2, keep_every_hours=2)
+        remove_old_checkpoints(tmp_path, keep=2, keep_every_hours=2)
     kept = [hours[int(path.name.removeprefix("step-"))] for path in published(tmp_path)]
     assert kept == [2.1, 4.2, 6.5, 6.6, 6.7]

@@ -15,7 +15,7 @@ from coatnet.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     published,
-    retain,
+    remove_old_checkpoints,
 )
 
 
@@ -95,7 +95,7 @@ def test_retention_keeps_the_last_two_and_the_best_and_removes_leftovers(tmp_pat
     (tmp_path / "step-000000003.tmp-0a1b2c3d").mkdir()
     (tmp_path / ".tmp-0a1b2c3d-step-000000003").mkdir()
     (tmp_path / ".trash-0a1b2c3d").mkdir()
-    retain(tmp_path, keep=2)
+    remove_old_checkpoints(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000000002", "step-000000010"]
 
 

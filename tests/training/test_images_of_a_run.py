@@ -24,11 +24,11 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
 def image(path, *names):
-    """Noise of 16 x 16 pixels with one stripe in each of the colours."""
+    """Noise of 16 x 16 pixels with one stripe in each of the colors."""
     pixels = np.random.default_rng(len(str(path))).integers(0, 60, (16, 16, 3), dtype=np.uint8)
-    for place, colour in enumerate(COLOURS):
-        if colour in names:
-            pixels[5 * place : 5 * place + 5] = COLOURS[colour]
+    for place, color in enumerate(COLOURS):
+        if color in names:
+            pixels[5 * place : 5 * place + 5] = COLOURS[color]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

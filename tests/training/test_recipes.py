@@ -41,7 +41,7 @@ def test_a_fitted_recipe_leaves_nothing_open_and_fits_to_itself():
     assert TrainingConfig.from_dict(fitted.to_dict()) == fitted
 
 
-def test_small_images_keep_their_size_and_colour_and_are_shifted():
+def test_small_images_keep_their_size_and_color_and_are_shifted():
     fitted = resolve(Recipe(data="digits"), splits_of(28, 1))
     preprocessing, augmentation = fitted.preprocessing, fitted.augmentation
     assert (preprocessing.resolution, preprocessing.channels, preprocessing.crop_fraction) == (28, 1, 1.0)

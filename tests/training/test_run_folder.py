@@ -29,7 +29,7 @@ def stored_by_an_earlier_release(folder, **asked):
 
 def resumed(folder, classes=CLASSES, **asked):
     run = RunFolder(folder, Recipe(data="digits", **asked))
-    run.settle(resolve_for(run.given, SMALL_COLOR_IMAGES), classes)
+    run.check_config(resolve_for(run.given, SMALL_COLOR_IMAGES), classes)
     return run
 
 

@@ -1,5 +1,6 @@
 """A trained model as a folder: weights, class names, preprocessing and record."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
 from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import UserError, few, nearest, one_line
+from coatnet.errors import UserError, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.files import atomic_folder, translate_write_errors
 
@@ -62,7 +63,7 @@ class Bundle:
         channels = f"{seen.channels} channel{'s' * (seen.channels != 1)}"
         return (
             f"Bundle of {one_line(self.model.variant.name)}, {num_parameters:,} parameters\n"
-            f"  classes: {len(self.classes):,}, {kind}: {one_line(few(self.classes))}\n"
+            f"  classes: {len(self.classes):,}, {kind}: {one_line(shorten(self.classes))}\n"
             f"  preprocessing: {seen.resolution} x {seen.resolution} pixels, {channels}, "
             f"{seen.crop} crop of {seen.crop_fraction:g}, {seen.interpolation}, mean {seen.mean}, std {seen.std}"
         )
@@ -102,6 +103,8 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
         UserError: there is no model, or a key or tensor of it is missing, unknown or out of bounds; the message
             names it. Shapes are checked before memory is taken.
     """
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise UserError(f"{source!r} is not a model: give the folder of a run or bundle, or an id of the hub")
     path = Path(source).expanduser()
     if path.is_file():
         if architecture is None:
@@ -156,3 +159,5 @@ def _download(source: str, allow_pickle: bool) -> Path:
         return download(repository, revision=revision, allow_pickle=allow_pickle)
     except UnknownRepository as error:
         raise UserError(f"{error}{nearest(repository, hub_ids, most=3)}; `coatnet models` lists timm's") from None
+    except UserError as error:
+        raise UserError(f"there is no folder {path}, and as a model of the hub: {error}") from None

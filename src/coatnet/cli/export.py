@@ -102,5 +102,5 @@ def print_export(exported: "ExportResult") -> None:
         )
     side = "H, W" if signature.any_size else "R, R"
     taken = f"float32 (B, C, {side}), normalized" if signature.logits else "uint8 (B, H, W, 3), RGB"
-    print(f"Details are in parity.md. With {signature.input} {taken}:")
+    print(f"Details are in parity.md. With images {taken}:")
     print(indent(exported.snippet, "  "))

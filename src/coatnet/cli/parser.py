@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from coatnet.errors import UserError, nearest_option, one_line
+from coatnet.errors import UserError, nearest, nearest_option, one_line
 from coatnet.public_names import renamed_message
 
 FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
@@ -76,6 +76,9 @@ class Parser(argparse.ArgumentParser):
         return new + equals + value
 
     def error(self, message: str) -> NoReturn:
+        if choice := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            option, given, known = choice[1], choice[2], choice[3].replace("'", "")
+            message = f"{option} {given!r} is unknown{nearest(given, known.split(', '))}; it is one of {known}"
         raise UserError(f"{message}; `{self.prog} --help` shows how")
 
 

@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     if program.config:
         Recipe.from_yaml(program.config)  # its errors name the file
         values = read_yaml(program.config)
-    name = program.recipe or values.get("name", "scratch")
+    name = program.recipe or values.get("name") or "scratch"
     recipe = named_recipe(name, merge(values, asked) | {"name": name})
     for option, value in (("--data", recipe.data), ("--out", program.out)):
         if not value and not program.print_config:

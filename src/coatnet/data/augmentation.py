@@ -70,7 +70,7 @@ def rand_augment(images: Tensor, seeds: Words, *, layers: int, magnitude: int, f
 
 
 def erase_(images: Tensor, seeds: Words, rate: float) -> Tensor:
-    """Random erasing: set a box of each normalised image of (B, C, H, W) to 0, with probability `rate`, in place."""
+    """Random erasing: set a box of each normalized image of (B, C, H, W) to 0, with probability `rate`, in place."""
     if rate == 0:
         return images
     height, width = images.shape[-2:]

@@ -1,7 +1,7 @@
 """Decode image files to RGB pixels: few formats, sizes checked before memory is allocated, one kind of error.
 
 JPEGs of one or three components are decoded by simplejpeg, which gives the pixels of Pillow in three quarters of the
-time; everything else, and what simplejpeg rejects, by Pillow with the list of formats. Colour profiles (ICC) are not
+time; everything else, and what simplejpeg rejects, by Pillow with the list of formats. Color profiles (ICC) are not
 applied. The frame header of a JPEG is read here without decoding (ITU-T T.81, annex B).
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from coatnet.data.datasets import FileDataset, printable
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError, few
+from coatnet.errors import UserError, shorten
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 TRAINING_NAMES = ("train", "training")
@@ -52,14 +52,14 @@ def _open_split_folders(root: Path, training_name: str, validation_name: str) ->
     if unknown := sorted(set(validation.class_names) - set(classes), key=natural_key):
         raise UserError(
             f"{root}: {validation_name}/ has the class {unknown[0]!r}, which {training_name}/ has not; "
-            f"it has {few(classes)}"
+            f"it has {shorten(classes)}"
         )
     if not validation.paths:
         raise UserError(f"{root}: {validation_name}/ holds no images; remove the folder to have some held out")
     notes = [f"split by the folders {training_name}/ and {validation_name}/"]
     notes += _notes(training, training_name) + _notes(validation, validation_name)
     if unseen := sorted(set(classes) - set(validation.class_names), key=natural_key):
-        notes.append(f"no images in {validation_name}/ for {few(unseen)}: nothing is measured for them")
+        notes.append(f"no images in {validation_name}/ for {shorten(unseen)}: nothing is measured for them")
     number = {name: index for index, name in enumerate(classes)}
     datasets = [
         FileDataset(
@@ -89,7 +89,7 @@ def _open_one_folder(root: Path, validation_fraction: float) -> Splits:
     notes = [f"held out {held_out.mean():.0%}, class by class, by the hash of the path; new files move no old ones"]
     notes += _notes(found, root.name)
     if single := [name for name, count in Counter(found.class_names).items() if count == 1]:
-        notes.append(f"only one image, used for training, in {few(single)}: nothing is measured for them")
+        notes.append(f"only one image, used for training, in {shorten(single)}: nothing is measured for them")
     return Splits(root.name, datasets[0], datasets[1], tuple(notes))
 
 
@@ -144,13 +144,13 @@ def _classes(found: _FoundImages, root: Path) -> tuple[str, ...]:
 def _notes(found: _FoundImages, where: str) -> list[str]:
     notes = []
     if found.empty_classes:
-        notes.append(f"no images in {where}/ for {few(found.empty_classes)}: left out")
+        notes.append(f"no images in {where}/ for {shorten(found.empty_classes)}: left out")
     if found.other_files:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in found.other_files.most_common(5))
         notes.append(f"files of other kinds in {where}/ left out: {kinds}")
     by_case = Counter(name.casefold() for name in set(found.class_names))
     if colliding := [name for name in sorted(set(found.class_names)) if by_case[name.casefold()] > 1]:
-        notes.append(f"classes that differ only in case: {few(colliding)}")
+        notes.append(f"classes that differ only in case: {shorten(colliding)}")
     return notes
 
 

@@ -27,7 +27,7 @@ class Mixing:
 
 
 def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, seed: int) -> tuple[Tensor, Tensor]:
-    """Mix each image and its target with its neighbour in the batch, by MixUp or CutMix.
+    """Mix each image and its target with its neighbor in the batch, by MixUp or CutMix.
 
     Args:
         images: (B, C, H, W).

@@ -25,7 +25,7 @@ class Summary:
         median: median height and median width, in pixels.
         smallest: (height, width) of the image with the smallest area.
         largest: (height, width) of the image with the largest area.
-        grey: whether every image is without colour.
+        grey: whether every image is without color.
         num_sampled: how many images were read.
     """
 
@@ -69,7 +69,7 @@ class Splits:
 
     @cached_property
     def summary(self) -> Summary:
-        """Sizes and colour of a sample of the training images, read when first used."""
+        """Sizes and color of a sample of the training images, read when first used."""
         return summarize(self.training)
 
     @property
@@ -79,7 +79,7 @@ class Splits:
 
     @property
     def grey(self) -> bool:
-        """Whether every sampled training image is without colour."""
+        """Whether every sampled training image is without color."""
         return self.summary.grey
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Splits:
         lines = [
             f"{self.name}: {num_images:,} images, {len(self.classes)} classes, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
-            f"  images   {_describe_sizes(self.summary)}, {'grey' if self.grey else 'colour'}",
+            f"  images   {_describe_sizes(self.summary)}, {'grey' if self.grey else 'color'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
@@ -104,7 +104,7 @@ class Splits:
 
 
 def summarize(dataset: Dataset) -> Summary:
-    """Read up to 200 images, evenly spread, and summarize their sizes and colour; unreadable ones are skipped.
+    """Read up to 200 images, evenly spread, and summarize their sizes and color; unreadable ones are skipped.
 
     Raises:
         UserError: none can be read; the message has the last reason.
@@ -118,7 +118,7 @@ def summarize(dataset: Dataset) -> Summary:
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
                 sizes.append(image_size(encoded, dataset.describe(index)))
-                # Only the images up to the first coloured one are decoded.
+                # Only the images up to the first colored one are decoded.
                 grey = grey and _is_grey(decode(encoded, dataset.describe(index)).numpy())
             else:
                 sizes.append((encoded.shape[0], encoded.shape[1]))

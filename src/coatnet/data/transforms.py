@@ -78,13 +78,13 @@ class Augmentation:
     rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
     """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
     rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
-    """Strength of these operations, 0 to 30, as in the paper's "2, 15" (layers, magnitude)."""
+    """Strength of these operations, 0 to 30; by default 9 for photographs (the paper: "2, 15")."""
     erasing_rate: Probability = 0.0
     """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
 
 
 class EvaluationTransform:
-    """Resizes, crops and normalises images for evaluation."""
+    """Resizes, crops and normalizes images for evaluation."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -95,15 +95,15 @@ class EvaluationTransform:
 
     def batch(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """uint8 (B, 1 or 3, H, W) to float32 (B, C, R, R), channels last; written to `out` if it is given."""
-        return normalise(self.resize(pixels), self.preprocessing, out)
+        return normalize(self.resize(pixels), self.preprocessing, out)
 
     def resize(self, images: Tensor) -> Tensor:
-        """Everything but normalising: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
+        """Everything but normalizing: uint8 (B, 1 or 3, H, W) to uint8 (B, 1 or C, R, R)."""
         return resize_and_crop(match_channels(images, self.preprocessing), self.preprocessing)
 
 
 class TrainingTransform:
-    """Crops, varies and normalises images for training: a pure function of each image and its seed."""
+    """Crops, varies and normalizes images for training: a pure function of each image and its seed."""
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
         self.preprocessing = preprocessing
@@ -124,7 +124,7 @@ class TrainingTransform:
                 self.augmentation.rand_augment_magnitude,
             )
             pixels = augment.rand_augment(pixels, seeds, layers=layers, magnitude=magnitude, fill=fill)
-        images = normalise(pixels, self.preprocessing, out)
+        images = normalize(pixels, self.preprocessing, out)
         return augment.erase_(images, seeds, self.augmentation.erasing_rate)
 
     def crop(self, images: Tensor, seeds: Words) -> Tensor:
@@ -157,12 +157,12 @@ def as_images(array: Image) -> Tensor:
     if isinstance(array, Tensor):
         return array
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    colour = array.ndim > 2 and array.shape[-1] == 3
-    return tensor.movedim(-1, -3) if colour else tensor.unsqueeze(-3)
+    color = array.ndim > 2 and array.shape[-1] == 3
+    return tensor.movedim(-1, -3) if color else tensor.unsqueeze(-3)
 
 
 def match_channels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Average the colours for a grey model; a grey image for a colour model keeps one channel until `normalise`."""
+    """Average the colors for a grey model; a grey image for a color model keeps one channel until `normalize`."""
     if preprocessing.channels == 1 and images.shape[-3] == 3:
         return images.float().mean(-3, keepdim=True).round_().to(torch.uint8)
     return images
@@ -196,7 +196,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return F.interpolate(images, size=size, mode=interpolation, antialias=True)
 
 
-def normalise(pixels: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
+def normalize(pixels: Tensor, preprocessing: Preprocessing, out: Tensor | None = None) -> Tensor:
     """uint8 (B, 1 or C, H, W) to float32 (B, C, H, W), channels last: (value / 255 - mean) / std.
 
     Whole rows of pixels are computed at once: a broadcast over three channels innermost takes six times as long (0.50

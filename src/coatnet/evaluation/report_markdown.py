@@ -20,6 +20,10 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     The plots are confusion.png (up to 1,000 classes, single-label), mistakes.png and calibration.png.
 
+    Args:
+        report: the evaluation.
+        folder: where the files go; files of these names are replaced.
+
     Raises:
         OSError: the disk refuses.
     """

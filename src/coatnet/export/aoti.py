@@ -43,5 +43,5 @@ def snippet(folder: Path, signature: Signature) -> str:
     return (
         "import torch\n"
         f'model = torch._inductor.aoti_load_package("{folder / FILE}")\n'
-        f"{signature.output} = model(torch.from_numpy({signature.input}))"
+        f"{signature.output} = model(torch.from_numpy(images))"
     )

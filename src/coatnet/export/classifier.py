@@ -31,7 +31,7 @@ class Fit(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = self.matrices(images)
-        planes = match_colour(images, self.preprocessing).permute(0, 3, 1, 2).float()
+        planes = match_color(images, self.preprocessing).permute(0, 3, 1, 2).float()
         planes = to_levels(planes @ columns.mT)  # (B, C, H, R): rows first, as the kernel does
         planes = to_levels(rows @ planes)  # (B, C, R, R)
         return planes.permute(0, 2, 3, 1).to(torch.uint8)
@@ -82,8 +82,8 @@ def cubic(distance: Tensor) -> Tensor:
 FILTERS = {"bilinear": linear, "bicubic": cubic}
 
 
-def match_colour(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a grey model the mean over colours."""
+def match_color(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a grey model the mean over colors."""
     if preprocessing.channels == 3:
         return images
     return images.float().mean(-1, keepdim=True).round().to(torch.uint8)
@@ -117,7 +117,7 @@ def quotient(number: Tensor, divisor: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Colour images uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`.
+    """Color images uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`.
 
     Args:
         bundle: the model.
@@ -156,7 +156,7 @@ class MatchChannels(nn.Module):
         self.preprocessing = preprocessing
 
     def forward(self, images: Tensor) -> Tensor:
-        return match_colour(images, self.preprocessing)
+        return match_color(images, self.preprocessing)
 
 
 class DynamicBias(nn.Module):
@@ -192,7 +192,7 @@ class DynamicPool(nn.Module):
 
 
 def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
-    """The network alone: normalised images float32 `(B, C, R, R)` to logits `(B, K)`."""
+    """The network alone: normalized images float32 `(B, C, R, R)` to logits `(B, K)`."""
     network = fold(bundle.model, any_size=any_size)
     if any_size:
         allow_dynamic_sizes(network)

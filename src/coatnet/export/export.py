@@ -47,7 +47,7 @@ def export_bundle(
         bundle: the model.
         format: a key of `FORMATS`.
         out: the folder, which must not exist.
-        logits: export the bare network, normalised images to logits, instead of images to probabilities.
+        logits: export the bare network, normalized images to logits, instead of images to probabilities.
         dynamic_size: run the network at the size of each image, with its relative biases resampled.
         data: a data source to check the export with; images of the package if None.
         calibration: a labelled data source; quantizes to int8 (format openvino).

@@ -58,5 +58,5 @@ def snippet(folder: Path, signature: Signature) -> str:
     return (
         "import onnxruntime\n"
         f'session = onnxruntime.InferenceSession("{folder / FILE}")\n'
-        f'{signature.output} = session.run(None, {{"{signature.input}": {signature.input}}})[0]'
+        f'{signature.output} = session.run(None, {{"{signature.input}": images}})[0]'
     )

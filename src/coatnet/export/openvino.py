@@ -54,5 +54,5 @@ def snippet(folder: Path, signature: Signature) -> str:
     return (
         "import openvino\n"
         f'model = openvino.compile_model("{folder / FILE}")\n'
-        f'{signature.output} = model({signature.input})["{signature.output}"]'
+        f'{signature.output} = model(images)["{signature.output}"]'
     )

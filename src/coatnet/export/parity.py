@@ -25,7 +25,7 @@ from coatnet.data.transforms import (
     as_images,
     center_crop,
     match_channels,
-    normalise,
+    normalize,
     resize,
 )
 from coatnet.errors import UserError, first_line
@@ -108,7 +108,7 @@ class Reference:
         """uint8 (B, 3, H, W) to the input of the network."""
         seen = self.bundle.preprocessing
         if self.signature.any_size:
-            return normalise(match_channels(images, seen), seen)
+            return normalize(match_channels(images, seen), seen)
         return EvaluationTransform(seen).batch(images)
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
-from coatnet.data.transforms import EvaluationTransform, normalise
+from coatnet.data.transforms import EvaluationTransform, normalize
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import label_translation
 from coatnet.evaluation.metrics import Interval, Metrics
@@ -220,9 +220,9 @@ def sample(dataset: Dataset, bundle: Bundle, signature: Signature, most: int, ba
 
 
 def network_inputs(images: torch.Tensor, bundle: Bundle, signature: Signature) -> NDArray:
-    """uint8 (B, 1 or C, R, R) to the input of the network: normalised (B, C, R, R), or uint8 (B, R, R, C)."""
+    """uint8 (B, 1 or C, R, R) to the input of the network: normalized (B, C, R, R), or uint8 (B, R, R, C)."""
     if signature.logits:
-        return np.ascontiguousarray(normalise(images, bundle.preprocessing).numpy())
+        return np.ascontiguousarray(normalize(images, bundle.preprocessing).numpy())
     channels = bundle.preprocessing.channels
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).expand(-1, -1, -1, channels).numpy())
 

@@ -25,10 +25,10 @@ Run = Callable[[NDArray], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Signature:
-    """uint8 images of any size to probabilities; or, with `logits`, the bare network: normalised float32 to logits.
+    """uint8 images of any size to probabilities; or, with `logits`, the bare network: normalized float32 to logits.
 
     With `any_size` the network runs at the size of its input. Without it, uint8 images are resized in the graph, and
-    normalised ones have the resolution of the bundle.
+    normalized ones have the resolution of the bundle.
     """
 
     logits: bool = False
@@ -111,7 +111,7 @@ def run_with_torch(module: nn.Module) -> Run:
 
 def _meaning(signature: Signature) -> str:
     if signature.logits:
-        return "resized, cut and normalised as the preprocessing says; channels first"
+        return "resized, cut and normalized as the preprocessing says; channels first"
     return "RGB, 0 to 255, height and width as they are; channels last"
 
 

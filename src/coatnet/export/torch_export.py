@@ -34,5 +34,5 @@ def snippet(folder: Path, signature: Signature) -> str:
     return (
         "import torch\n"
         f'model = torch.export.load("{folder / FILE}").module()\n'
-        f"{signature.output} = model(torch.from_numpy({signature.input}))"
+        f"{signature.output} = model(torch.from_numpy(images))"
     )

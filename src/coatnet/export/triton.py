@@ -59,8 +59,8 @@ def snippet(folder: Path, signature: Signature) -> str:
     return (
         f"# tritonserver --model-repository={folder}\n"
         "import tritonclient.http\n"
-        f'given = tritonclient.http.InferInput("{signature.input}", {signature.input}.shape, "{wire}")\n'
-        f"given.set_data_from_numpy({signature.input})\n"
+        f'given = tritonclient.http.InferInput("{signature.input}", images.shape, "{wire}")\n'
+        f"given.set_data_from_numpy(images)\n"
         f'answer = tritonclient.http.InferenceServerClient("localhost:8000").infer("{name}", [given])\n'
         f'{signature.output} = answer.as_numpy("{signature.output}")'
     )

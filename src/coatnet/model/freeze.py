@@ -10,6 +10,7 @@ def freeze(model: CoAtNet, prefixes: Iterable[str]) -> CoAtNet:
     """Exclude modules from training, including the statistics of their BatchNorms; in place.
 
     Args:
+        model: the network.
         prefixes: module names as in `named_modules`, such as "stem" or "stages.0".
 
     Returns:

@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from coatnet.errors import UserError
-from coatnet.training.checkpoint import Fingerprint, not_written, part_name, publish, retain, stage, write_part
+from coatnet.training.checkpoint import (
+    Fingerprint,
+    checkpoint_error,
+    part_name,
+    publish,
+    remove_old_checkpoints,
+    stage,
+    write_part,
+)
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import num_parts, tensors_to_write
 
@@ -75,7 +83,7 @@ class CheckpointWriter:
                 error = str(raised)
         staged, error = self.processes.broadcast((staged, error))
         if staged is None:
-            raise not_written(self.folder / name, error)
+            raise checkpoint_error(self.folder / name, error)
         file = part_name(self.processes.rank, num_parts(tensors.values()))
         own = tensors_to_write(tensors, is_main=self.processes.is_main)
         part = self._thread.submit(write_part, staged / file, own) if own else None
@@ -97,7 +105,7 @@ class CheckpointWriter:
             error = self._publish(current, results)
         error = self.processes.broadcast(error)
         if error is not None:
-            raise not_written(current.target, error)
+            raise checkpoint_error(current.target, error)
         self.last = (current.target.name, current.state)
 
     def finish_or_warn(self, warn: Callable[[str], None]) -> None:
@@ -115,7 +123,7 @@ class CheckpointWriter:
             if error is None:
                 publish(current.staged, current.target, parts, current.state)
                 with suppress(OSError):  # what cannot be removed now is tried again next time
-                    retain(self.folder, self.keep, self.keep_every_hours)
+                    remove_old_checkpoints(self.folder, self.keep, self.keep_every_hours)
         except OSError as raised:
             error = str(raised)
         finally:

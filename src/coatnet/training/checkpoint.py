@@ -117,7 +117,7 @@ def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state:
     commit_folder(staged, target, replace=True)
 
 
-def not_written(target: Path, reason: object) -> UserError:
+def checkpoint_error(target: Path, reason: object) -> UserError:
     """The error for a checkpoint that could not be written."""
     return UserError(f"the checkpoint {target} was not written: {reason}; free some space there")
 
@@ -164,7 +164,7 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir())
 
 
-def retain(folder: Path, keep: int, keep_every_hours: float = 0.0) -> None:
+def remove_old_checkpoints(folder: Path, keep: int, keep_every_hours: float = 0.0) -> None:
     """Remove all but the last `keep` checkpoints and the first of every so many hours of training (0: none), and what
     interrupted saves have left."""
     steps = published(folder)

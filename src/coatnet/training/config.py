@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -224,6 +224,10 @@ class Recipe:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.default is not None:  # null in a file: not asked
+                default = {} if each.default is MISSING else each.default
+                object.__setattr__(self, each.name, default)
         for name, value in check_some(TrainingConfig, self._asked()).items():
             object.__setattr__(self, name, value)
 
@@ -315,5 +319,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a recipe in YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of names to values, got {type(values).__name__}")
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")
     return values

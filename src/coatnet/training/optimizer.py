@@ -100,7 +100,7 @@ def balancing_weights(labels: np.ndarray, num_classes: int) -> Tensor:
 def parameter_groups(model: CoAtNet, optimization: Optimization) -> list[dict[str, Any]]:
     """Groups for AdamW, each with its names, weight decay and `scale` of the learning rate.
 
-    Not decayed, as in the paper's code: biases, normalisation weights (all 1-D) and the relative bias tables.
+    Not decayed, as in the paper's code: biases, normalization weights (all 1-D) and the relative bias tables.
     Frozen parameters are in no group.
     """
     exempt = model.no_weight_decay()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coatnet.errors import UserError, few
+from coatnet.errors import UserError, shorten
 from coatnet.system.files import atomic_write, remove_leftovers
 from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
 
@@ -33,10 +33,10 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end with the configuration that `settle` took."""
+        """Whether the run has come to its end with the configuration that `check_config` took."""
         return self._before == self.config and (self.path / "report.json").exists() and self.bundle.exists()
 
-    def settle(self, config: TrainingConfig, classes: Sequence[str]) -> TrainingConfig:
+    def check_config(self, config: TrainingConfig, classes: Sequence[str]) -> TrainingConfig:
         """Take the configuration and the classes.
 
         Raises UserError if the folder's run was started with others, or if it lies among its images.
@@ -69,7 +69,7 @@ class RunFolder:
             return
         now, then = set(self._classes), set(before)
         gone, new = [name for name in before if name not in now], [name for name in self._classes if name not in then]
-        found = [f"without {few(gone)}"] * bool(gone) + [f"with the new {few(new)}"] * bool(new)
+        found = [f"without {shorten(gone)}"] * bool(gone) + [f"with the new {shorten(new)}"] * bool(new)
         raise UserError(
             f"{self.path} holds a run on {len(before)} classes, but {self.config.data} is now "
             f"{' and '.join(found) or 'in another order'}: undo that to resume it, or give another folder for a new run"

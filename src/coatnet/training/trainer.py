@@ -524,7 +524,7 @@ class Trainer:
         report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images})
         if report.bad_images:
-            self.progress.say(f"{len(report.bad_images)} images could not be used; {folder.path}/report.md names them")
+            self.progress.say(f"unreadable images: {len(report.bad_images)}; {folder.path}/report.md names them")
         self.log({**report.figures, "bad_images": len(report.bad_images)})
         write_report(report, folder.path)
         draw_curves(folder.metrics, folder.path / "curves.png")
@@ -537,13 +537,23 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
 
     In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
     interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation if patience ended the
-    run. Progress goes to `console` (standard error if None). Started by `torchrun`, all processes share the work, the
-    first of them prints and writes, and each returns the report.
+    run. Started by `torchrun`, all processes share the work, the first of them prints and writes, and each returns the
+    report.
+
+    Args:
+        recipe: what is asked of the run.
+        out: the run folder, new or to be resumed.
+        console: where progress goes; standard error if None.
+
+    Returns:
+        The evaluation of the bundle on the validation images.
 
     Raises:
         UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
     """
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"recipe must be a coatnet.Recipe, such as Recipe(data='digits'), got {recipe!r:.80}")
     keep_freed_memory()
     started = time.monotonic()
     with distributed_processes() as processes:
@@ -552,7 +562,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             folder = RunFolder(out, recipe)
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
             init = load(folder.given.init) if folder.given.init else None
-            config = folder.settle(resolve(folder.given, splits, init), splits.classes)
+            config = folder.check_config(resolve(folder.given, splits, init), splits.classes)
             check_loggers(config.loggers)
         if folder.finished:
             progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")

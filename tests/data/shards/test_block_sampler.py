@@ -68,7 +68,7 @@ def test_a_short_last_block_moves_few_images_to_other_windows():
     assert np.bincount(home).max() == per_window
 
 
-def test_neighbours_share_a_block_as_often_as_by_chance():
+def test_neighbors_share_a_block_as_often_as_by_chance():
     indices = BlockSampler(10**6, 1, block_size=136).indices(np.arange(200_000))
     shared = (indices[1:] // 136 == indices[:-1] // 136).mean()
     assert shared == pytest.approx(1 / 128, rel=0.1)

@@ -66,7 +66,7 @@ def save_bundle(folder: Path, classes: tuple[str, ...], *, multilabel: bool = Fa
 
 
 def draw(path: Path, seed: int, side: int = 200) -> Path:
-    """An image of soft coloured spots; another seed is another image."""
+    """An image of soft colored spots; another seed is another image."""
     spots = np.random.default_rng(seed).integers(0, 255, (3 + seed % 4, 4, 3), dtype=np.uint8)
     Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC).save(path)
     return path

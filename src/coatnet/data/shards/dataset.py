@@ -38,7 +38,7 @@ from coatnet.errors import UserError
 
 # chosen: 8 MiB a request. Object stores answer in some 50 ms, so a connection gives about 100 MB/s.
 BLOCK_BYTES = 8 << 20
-# chosen: neighbours in the order then share a block in 1 of 128 cases.
+# chosen: neighbors in the order then share a block in 1 of 128 cases.
 BLOCKS_PER_WINDOW = 128
 _MAX_OPEN_INDEXES = 160  # as many as open shards
 _NUM_THREADS = 16
@@ -47,7 +47,7 @@ _NUM_THREADS = 16
 class BlockSampler(EpochSampler):
     """Samples every image once per epoch, shuffled in two levels, so that each block is read in one piece.
 
-    `block_size` neighbouring images are a block. The blocks of an epoch come in a random order, a window of them at a
+    `block_size` neighboring images are a block. The blocks of an epoch come in a random order, a window of them at a
     time, and the images of a window come in a random order: a reader needs the blocks of one window only. Like
     `EpochSampler` it is a pure function of (seed, epoch, position) in constant memory.
 

@@ -34,5 +34,13 @@ def find_recipe(name: str) -> NamedRecipe:
 
 
 def named_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of that name with changes over it: values by name, sections as dicts of some of theirs."""
+    """The recipe of that name with changes over it.
+
+    Args:
+        name: a key of `RECIPES`, such as "finetune" or "imagenet-1k".
+        changes: values by name; sections as dicts of some of their values.
+
+    Raises:
+        UserError: there is no such recipe, or a value is wrong.
+    """
     return find_recipe(name).recipe.changed(changes or {})

@@ -7,6 +7,7 @@ format 1.0; a billion samples are rows in many small files, never one object in 
 import io
 import json
 import mmap
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -21,6 +22,9 @@ HEAD = "coatnet-shards.json"
 TRAINING, VALIDATION = "train", "val"
 _FORMAT, _VERSION = "coatnet shards", 1
 _MAX_HEADER_BYTES = 65_536  # of an .npy file of format 1.0
+# numpy parses a header by `ast`, which fails at times in several threads at once before Python 3.11.8 and 3.12.1
+# (https://github.com/python/cpython/issues/106905).
+_HEADER_LOCK = threading.Lock()
 
 
 class Shard(NamedTuple):
@@ -136,7 +140,8 @@ def from_npy(data: bytes | mmap.mmap, columns: Sequence[str], num_rows: int, whe
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version of .npy")
-        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+        with _HEADER_LOCK:
+            shape, _, kind = np.lib.format.read_array_header_1_0(file)
         if kind.names != tuple(columns) or shape != (num_rows,):
             raise ValueError(f"{shape} rows of {kind.names}")
         if len(data) != file.tell() + num_rows * kind.itemsize:

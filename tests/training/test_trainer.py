@@ -240,7 +240,7 @@ def test_a_run_with_too_many_bad_images_stops_and_resumes_with_a_larger_budget(t
     assert len(report.bad_images) == 8
     counts = [record["bad_images"] for record in log(tmp_path / "run") if "top1" in record]
     assert counts == sorted(counts) and counts[-1] == 8
-    assert "8 images could not be used" in console.text
+    assert "unreadable images: 8" in console.text
 
 
 def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):

@@ -232,8 +232,9 @@ class Recipe:
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        untouched = {"validation_fraction": TrainingConfig.validation_fraction}
-        asked = {name: value for name, value in self._asked().items() if (name, value) not in untouched.items()}
+        asked = self._asked()
+        if self.validation_fraction == TrainingConfig.validation_fraction:
+            del asked["validation_fraction"]
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in asked.items())})"
 
     def _asked(self) -> dict[str, Any]:

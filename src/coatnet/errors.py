@@ -4,7 +4,11 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Control characters, line separators, and what turns the direction of writing or cannot be seen.
+UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_LONGEST_START, _LONGEST_END = 1_200, 400  # characters of an error: the longest of the package's own have a thousand
 
 # Names that other programs use for an option or a command, and the names that it may have here.
 USUAL_NAMES = {
@@ -58,8 +62,12 @@ USUAL_NAMES = {
 class UserError(ValueError):
     """An error that a user can correct. One line: what was given, what is wrong with it, what would be right.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Control characters of what it quotes are
+    escaped, and the middle of a text that no one would read is left out.
     """
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(cut(one_line(part)) if isinstance(part, str) else part for part in message))
 
 
 def first_line(message: object) -> str:
@@ -69,7 +77,15 @@ def first_line(message: object) -> str:
 
 def one_line(text: str) -> str:
     r"""The text with control characters escaped as \n, \x1b and the like, since they break lines and move cursors."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def cut(text: str) -> str:
+    """The text, or the beginning and the end of one that is too long for a line."""
+    left_out = len(text) - _LONGEST_START - _LONGEST_END
+    if left_out <= 0:
+        return text
+    return f"{text[:_LONGEST_START]} ... ({left_out:,} characters) ... {text[-_LONGEST_END:]}"
 
 
 def nearest(given: str, known: Iterable[str], most: int = 1) -> str:

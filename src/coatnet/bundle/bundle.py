@@ -16,7 +16,7 @@ from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
 from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import UserError, nearest, one_line, shorten
+from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.files import atomic_folder, translate_write_errors
 
@@ -63,7 +63,7 @@ class Bundle:
         channels = f"{seen.channels} channel{'s' * (seen.channels != 1)}"
         return (
             f"Bundle of {one_line(self.model.variant.name)}, {num_parameters:,} parameters\n"
-            f"  classes: {len(self.classes):,}, {kind}: {one_line(shorten(self.classes))}\n"
+            f"  classes: {len(self.classes):,}, {kind}: {cut(one_line(shorten(self.classes)))}\n"
             f"  preprocessing: {seen.resolution} x {seen.resolution} pixels, {channels}, "
             f"{seen.crop} crop of {seen.crop_fraction:g}, {seen.interpolation}, mean {seen.mean}, std {seen.std}"
         )

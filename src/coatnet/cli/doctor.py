@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coatnet.cli.parser import DATA_HELP, FAILED, Parser
+from coatnet.system.terminal import echo
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -25,5 +26,5 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.data.inspection import inspect
 
     inspection = inspect(given.data, strict=given.strict)
-    print(inspection.describe())
+    echo(inspection.describe())
     return 0 if inspection.healthy else FAILED

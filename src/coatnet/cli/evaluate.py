@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+from coatnet.system.terminal import echo
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,5 +40,5 @@ def run(arguments: Sequence[str]) -> int:
 
     with ProgressBar("evaluating") as bar:
         report = evaluate(given.bundle, given.data, split=given.split, device=given.device, progress=bar.update)
-    print(report.to_json() if given.json else to_markdown(report), end="")
+    echo(report.to_json() if given.json else to_markdown(report), end="", is_json=given.json)
     return 0

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from coatnet.cli.parser import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from coatnet.errors import UserError, nearest_option, one_line
+from coatnet.system.terminal import echo
 from coatnet.version import __version__
 
 # In the order of a person's work: what to give, and what it does.
@@ -56,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(one_line(f"coatnet: error: {error}"), file=sys.stderr)
+        echo(one_line(f"coatnet: error: {error}"), error=True)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("coatnet: interrupted", file=sys.stderr)
+        echo("coatnet: interrupted", error=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The interpreter flushes standard output at its exit, which would fail once more.
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission; without a file name it is a bug
         if error.filename is None:
             raise
-        print(one_line(f"coatnet: error: {error.filename}: {error.strerror}"), file=sys.stderr)
+        echo(one_line(f"coatnet: error: {error.filename}: {error.strerror}"), error=True)
         return FAILED
 
 
@@ -76,10 +77,10 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run the command that the arguments begin with and return its exit code."""
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(help_text())
+        echo(help_text())
         return 0
     if command in ("-V", "--version"):
-        print(f"coatnet {__version__}")
+        echo(f"coatnet {__version__}")
         return 0
     if command not in COMMANDS:
         raise UserError(

@@ -9,6 +9,7 @@ from coatnet.cli.parser import Parser
 from coatnet.model.config import Variant
 from coatnet.model.registry import PUBLISHED, find_variant, list_variants
 from coatnet.model.timm.config import TimmVariant
+from coatnet.system.terminal import echo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
     rows = measure_models(given.names)
     if given.json:
-        print(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1), is_json=True)
     else:
         print_models(rows, Console(highlight=False))
     return 0

@@ -2,12 +2,12 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from coatnet.errors import UserError, nearest, nearest_option, one_line
+from coatnet.errors import UserError, cut, nearest, nearest_option, one_line
 from coatnet.public_names import renamed_message
+from coatnet.system.terminal import echo
 
 FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
 USER_ERROR = 2  # a wrong argument or value; nothing was done
@@ -19,7 +19,7 @@ TERMINATED = 143  # 128 + SIGTERM
 def print_unreadable(reasons: Mapping[str, str]) -> int:
     """Print one error line for each image that was left out, by its name; return the exit code, FAILED if any."""
     for name, reason in reasons.items():
-        print(one_line(f"coatnet: error: {name}: {reason}"), file=sys.stderr)
+        echo(cut(one_line(f"coatnet: error: {name}: {reason}")), error=True)
     return FAILED if reasons else 0
 
 
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         if option not in self._renamed:
             return argument
         new, message = self._renamed[option]
-        print(f"coatnet: warning: {message}", file=sys.stderr)
+        echo(f"coatnet: warning: {message}", error=True)
         return new + equals + value
 
     def error(self, message: str) -> NoReturn:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from coatnet.cli.parser import Parser
+from coatnet.system.terminal import echo
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
         plan = plan_training(**wanted, num_images=given.data)
     command = plan.launch(given.launcher)
     if given.json:
-        print(json.dumps({**plan.to_dict(), "command": command}, indent=1))
+        echo(json.dumps({**plan.to_dict(), "command": command}, indent=1), is_json=True)
     else:
-        print(f"{plan.describe()}\n\n{command}", end="")
+        echo(f"{plan.describe()}\n\n{command}", end="")
     return 0

@@ -3,13 +3,13 @@
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
 from coatnet.errors import one_line
+from coatnet.system.terminal import echo
 
 if TYPE_CHECKING:
     from coatnet.inference import Prediction, Predictor
@@ -83,12 +83,12 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
     found = dict(zip(prediction.classes, prediction.probabilities, strict=True))
     if as_json:
         line = {"path": prediction.name, "error": prediction.error, "probabilities": found}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        echo(json.dumps(line, ensure_ascii=False), is_json=True)
     elif prediction.error is not None:
         print_unreadable({prediction.name: prediction.error})
     else:
         likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.items())
-        print(one_line(f"{prediction.name}: {likeliest}"), flush=True)
+        echo(one_line(f"{prediction.name}: {likeliest}"))
 
 
 def predict_to_parquet(given: argparse.Namespace) -> int:
@@ -106,16 +106,16 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
             predictor = open_predictor(given, given.engine)
             written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
     except KeyboardInterrupt as stop:
-        print(f"coatnet: {given.out}: stopped; the same command resumes", file=sys.stderr)
+        echo(one_line(f"coatnet: {given.out}: stopped; the same command resumes"), error=True)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     if written is None:
-        print(f"{given.out}: process {rank} of {world_size} has done its part; the last to finish joins them")
+        echo(f"{given.out}: process {rank} of {world_size} has done its part; the last to finish joins them")
         return 0
     print_unreadable(dict(written.bad))
     if more := written.num_bad - len(written.bad):
-        print(f"coatnet: error: and {more:,} more, in the column error", file=sys.stderr)
+        echo(f"coatnet: error: and {more:,} more, in the column error", error=True)
     left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
-    print(f"{given.out}: {written.num_images:,} images{left_out}")
+    echo(f"{given.out}: {written.num_images:,} images{left_out}")
     return FAILED if written.num_bad else 0
 
 

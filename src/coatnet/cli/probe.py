@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+from coatnet.system.terminal import echo
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -29,5 +30,5 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.evaluation import probe
 
     report = probe(given.bundle, given.data, k=given.k, device=given.device)
-    print(report.to_json() if given.json else report.to_text(), end="")
+    echo(report.to_json() if given.json else report.to_text(), end="", is_json=given.json)
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coatnet.cli.parser import Parser
+from coatnet.system.terminal import echo
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,5 +31,5 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = find_folder(Path(given.bundle))
     load(folder)  # a damaged bundle is not published
-    print(upload(folder, given.repository, private=given.private))
+    echo(upload(folder, given.repository, private=given.private))
     return 0

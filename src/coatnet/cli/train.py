@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from coatnet.cli.parser import DATA_HELP, Parser
 from coatnet.errors import UserError
+from coatnet.system.terminal import echo
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -127,12 +128,12 @@ def run(arguments: Sequence[str]) -> int:
     """Train, evaluate, and write the trained model."""
     recipe, program = parse_arguments(arguments)
     if program.print_config:
-        print(recipe.to_yaml(), end="")
+        echo(recipe.to_yaml(), end="")
         return 0
     from coatnet.training.trainer import train
 
     report = train(recipe, program.out)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
-        print(report.headline())
-        print(f"The whole report is {program.out}/report.md, the trained model {program.out}/bundle.")
+        echo(report.headline())
+        echo(f"The whole report is {program.out}/report.md, the trained model {program.out}/bundle.")
     return 0

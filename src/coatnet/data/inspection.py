@@ -13,7 +13,7 @@ from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError
+from coatnet.errors import UserError, cut, one_line
 
 MAX_LISTED = 20
 
@@ -51,7 +51,7 @@ class Inspection:
         try:
             lines = [self.splits.describe()]
         except UserError:  # not one image can be read: the list below says so
-            lines = [f"{self.splits.name}:"]
+            lines = [one_line(f"{self.splits.name}:")]
         lines += _section("images cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
         lines += _section("images decode with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
         lines += _section("images of validation are in training too", _equations(self.leaks))
@@ -119,4 +119,4 @@ def _section(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
     more = [f"  and {len(entries) - MAX_LISTED:,} more"] if len(entries) > MAX_LISTED else []
-    return [f"{len(entries):,} {title}", *(f"  {entry}" for entry in entries[:MAX_LISTED]), *more]
+    return [f"{len(entries):,} {title}", *(f"  {cut(one_line(entry))}" for entry in entries[:MAX_LISTED]), *more]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode, image_size
-from coatnet.errors import UserError
+from coatnet.errors import UserError, cut, one_line
 
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
 
@@ -100,7 +100,7 @@ class Splits:
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
-        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+        return "\n".join(cut(one_line(line)) for line in lines + [f"  note     {note}" for note in self.notes])
 
 
 def summarize(dataset: Dataset) -> Summary:

@@ -15,7 +15,7 @@ from torch import Tensor
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError
+from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
@@ -76,7 +76,7 @@ class ProbeReport:
             f"{self.num_classes:,} classes, {self.num_features:,} features at {self.resolution} pixels",
         ]
         lines += [f"left out: {name}: {reason}" for name, reason in self.bad_images.items()]
-        return "\n".join(lines) + "\n"
+        return "\n".join(cut(one_line(line)) for line in lines) + "\n"
 
     def to_json(self) -> str:
         """All fields as indented JSON."""

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ import numpy as np
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.app import Middleware, create_app
 from coatnet.server.service import Service
+from coatnet.system.terminal import echo
 
 HEADER_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -62,7 +62,7 @@ def serve(
         app, service = create_app(predictors, settings, token)
         config = uvicorn_config(app, settings)
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-            print(f"coatnet: warning: {host} without a token: no authentication", file=sys.stderr)
+            echo(f"coatnet: warning: {host} without a token: no authentication", error=True)
         shown = f"[{host}]" if ":" in host else host
         StoppableServer(config, service, f"http://{shown}:{listener.getsockname()[1]}").run([listener])
     return not any(served.batcher.alive for served in service.models.values())
@@ -153,10 +153,9 @@ class StoppableServer(uvicorn.Server):
         await super().startup(sockets)
         for served in self.service.models.values():
             variant, engine = served.predictor.bundle.model.variant.name, served.predictor.engine
-            print(
-                f"{served.name}: {variant}, {len(served.predictor.classes):,} classes, {engine.name} {engine.precision}"
-            )
-        print(f"listening at {self.address}", flush=True)
+            num_classes = len(served.predictor.classes)
+            echo(one_line(f"{served.name}: {variant}, {num_classes:,} classes, {engine.name} {engine.precision}"))
+        echo(f"listening at {self.address}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again at the end; a server that was asked to stop exits with 0.

@@ -6,6 +6,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from coatnet.system.terminal import escape_lines
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -35,8 +37,8 @@ class TrainingProgress:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text, markup=False)
+        """Print lines that stay."""
+        self.console.print(escape_lines(text), markup=False)
 
     def moved(self, step: int, total_steps: int, seconds_left: float | None) -> None:
         """Show that `step` of `total_steps` are done."""

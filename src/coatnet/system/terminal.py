@@ -1,0 +1,31 @@
+"""Text on the terminal: everything that the program prints goes through `echo`.
+
+Class names, notes and file names come from outside. `one_line` keeps them from moving the cursor, colouring the
+screen, hiding text or turning its direction.
+"""
+
+import json
+import sys
+
+from coatnet.errors import UNPRINTABLE, one_line
+
+
+def echo(text: str, *, error: bool = False, end: str = "\n", is_json: bool = False) -> None:
+    """Print lines, with control characters escaped.
+
+    Args:
+        text: lines; the caller has escaped line breaks within names (`one_line`).
+        error: print to standard error.
+        end: what follows the text.
+        is_json: the text is JSON and stays so: what is escaped is escaped as JSON does.
+    """
+    if is_json:
+        shown = UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
+    else:
+        shown = escape_lines(text)
+    print(shown, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def escape_lines(text: str) -> str:
+    """Lines of text as they can be shown: control characters are escaped, but not the line breaks."""
+    return "\n".join(map(one_line, text.split("\n")))

@@ -1,7 +1,15 @@
 """Atomic files and folders: whole or not there, whatever fails or whoever is killed."""
 
+import errno
+import fcntl
 import os
+import re
+import socket
+import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -12,6 +20,7 @@ from coatnet.system.files import (
     atomic_write,
     file_lock,
     is_leftover,
+    only_process,
     remove_folder,
     remove_leftovers,
     temporary_path,
@@ -144,3 +153,99 @@ def test_a_lock_is_exclusive(tmp_path: Path) -> None:
         pass
     with file_lock(tmp_path / "lock", wait=False):
         pass
+
+
+def test_the_holder_of_a_lock_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with only_process(lock, "training in runs/a"):
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        assert lock.read_text() == holder
+        with (
+            pytest.raises(UserError, match=f"^{re.escape(holder)} is training in runs/a; wait for it"),
+            only_process(lock, "training in runs/a"),
+        ):
+            pass
+    assert names(tmp_path) == []
+    lock.write_text("process 1 on elsewhere, killed in the middle of " + 300 * "x")  # no lock, whatever it says
+    with only_process(lock, "training"):
+        lock.write_text("\x1b[31m")
+        with pytest.raises(UserError, match=r"^another process is training"), only_process(lock, "training"):
+            pass
+
+
+def test_a_lock_whose_file_was_removed_is_taken_on_the_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, flock = tmp_path / "lock", fcntl.flock
+
+    def remove_and_lock(file: BinaryIO, how: int) -> None:
+        """What the last holder does between the opening of the file and the lock on it."""
+        monkeypatch.undo()
+        lock.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with file_lock(lock), pytest.raises(BlockingIOError), file_lock(lock, wait=False):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: BinaryIO, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="no lock .No locks available"), only_process(tmp_path / ".lock", "training"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    atomic_write(tmp_path / "a", "a")
+    with atomic_folder(tmp_path / "folder") as staged:
+        (staged / "b").write_text("b")
+    assert names(tmp_path) == ["a", "folder"]
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)  # files, too: nothing would be safe there
+    with pytest.raises(OSError, match=os.strerror(number)):
+        atomic_write(tmp_path / "c", "c")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    leave = (
+        "import os, sys; from pathlib import Path; from coatnet.system.files import *; here = Path(sys.argv[1])\n"
+        "temporary_path(here / 'x.parquet').write_text(''); temporary_path(here / 'export').mkdir(); "
+        "trash_path(here / 'y').mkdir(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", leave, str(tmp_path)], check=False)
+    dead = names(tmp_path)
+    assert len(dead) == 3
+    living = temporary_path(tmp_path / "z.parquet")
+    elsewhere = tmp_path / ".tmp-00000000-1-0a1b2c3d-x.parquet"  # of another machine, or of this one before a restart
+    old = tmp_path / ".tmp-00000000-1-0a1b2c3e-x.parquet"
+    others = tmp_path / ".tmp-0a1b2c3d-theirs"
+    for path in (living, elsewhere, old, others):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    with atomic_files(tmp_path / "x.parquet") as (staged,):
+        staged.write_text("")
+    assert names(tmp_path) == sorted([living.name, elsewhere.name, others.name, "x.parquet"])
+
+
+def test_names_as_long_as_the_system_allows_are_written(tmp_path: Path) -> None:
+    target = tmp_path / (123 * "ä" + ".parquet")
+    assert len(os.fsencode(target.name)) == 254
+    atomic_write(target, "")
+    assert names(tmp_path) == [target.name]

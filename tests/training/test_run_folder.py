@@ -1,6 +1,7 @@
 """The folder of a run: what a recipe leaves open is as in the run, and what may not change is refused by name."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -79,3 +80,34 @@ def test_what_may_change_changes(tmp_path):
     before, now = config_of(**ASKED), resumed(tmp_path, **changes).config
     assert now == replace(before, **changes)  # the schedule stays, although it was chosen for fewer epochs
     assert all(getattr(now, name) != getattr(before, name) for name in changes)
+
+
+def started(folder):
+    run = RunFolder(folder, Recipe(data="digits"))
+    run.check_config(config_of(), CLASSES)
+    run.start()
+    return run
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    first = started(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"^process {os.getpid()} on .* is training in .*run; wait"):
+        started(tmp_path / "run")
+    late = RunFolder(tmp_path / "late", Recipe(data="digits"))
+    late.check_config(config_of(), CLASSES)
+    started(tmp_path / "late").release()
+    with pytest.raises(UserError, match=r"another process has begun a run in .*late meanwhile"):
+        late.start()
+    first.release()
+    started(tmp_path / "run").release()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_start_that_was_killed_leaves_a_folder_that_can_be_started(tmp_path):
+    for name in (".lock", ".tmp-0a1b2c3d-1-0a1b2c3d-recipe.yaml", ".tmp-0a1b2c3d-recipe.yaml"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".bundle.0a1b2c3d.tmp").mkdir()
+    started(tmp_path).release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["classes.json", "recipe.yaml"]
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        RunFolder(tmp_path.parent, Recipe(data="digits"))

@@ -1,24 +1,39 @@
 """Files and folders that are written whole or not at all.
 
 What is written goes to a hidden temporary name beside its target, is flushed to the disk, and is then renamed: a reader
-never meets half of it, and a failure leaves nothing. A process that is killed may leave temporary files, which
-`remove_leftovers` removes. Files that can be made or fetched again (graphs, blocks of remote shards, indexes,
-downloads) are in one cache folder.
+never meets half of it, and a failure leaves nothing. A process that is killed may leave temporary files; their names
+hold its machine and number, and the next one that writes into the folder removes those of the dead. Files that can be
+made or fetched again (graphs, blocks of remote shards, indexes, downloads) are in one cache folder.
 """
 
+import errno
+import functools
 import os
 import re
 import shutil
+import socket
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from coatnet.errors import UserError
 
-# The last three are the temporary names of version 0.1.
-_LEFTOVER = re.compile(r"\.tmp-[0-9a-f]{8}-.+|\.trash-[0-9a-f]{8}|.*\.tmp|.+\.tmp-[0-9a-f]{8}|.+\.[0-9a-f]{8}\.old")
+# Machine, process, a random number, and the name of the target.
+_OWNED = re.compile(r"\.(?:tmp|trash)-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}(?:-.+)?", re.DOTALL)
+# The others are the temporary names of earlier versions.
+_LEFTOVER = re.compile(
+    _OWNED.pattern + r"|\.tmp-[0-9a-f]{8}-.+|\.trash-[0-9a-f]{8}|.*\.tmp|.+\.tmp-[0-9a-f]{8}|.+\.[0-9a-f]{8}\.old",
+    re.DOTALL,
+)
+# chosen: whether a process of another machine, or of this one before it was started again, lives cannot be asked; what
+# nobody has written to for a day is no one's.
+_ABANDONED_SECONDS = 86_400
+_LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name has 32 more than its target
 
 
 @contextmanager
@@ -39,6 +54,7 @@ def atomic_files(*paths: str | Path, durable: bool = True) -> Iterator[tuple[Pat
     try:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target.parent)
         yield staged
         commit_files(staged, targets, durable=durable)
     finally:
@@ -80,6 +96,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     staged = temporary_path(target)
     try:
         staged.mkdir(parents=True)
+        _remove_abandoned(target.parent)
         yield staged
         for entry in staged.rglob("*"):
             fsync_path(entry)
@@ -115,13 +132,50 @@ def remove_folder(path: Path) -> None:
 
 
 def temporary_path(target: Path) -> Path:
-    """A new hidden name beside `target`, with the same suffix, that `remove_leftovers` recognizes."""
-    return target.with_name(f".tmp-{uuid4().hex[:8]}-{target.name}")
+    """A new hidden name beside `target`, with the same suffix, that says whose it is."""
+    name = target.name if len(os.fsencode(target.name)) <= _LONGEST_NAME else target.name[-_LONGEST_NAME // 4 :]
+    return target.with_name(f".tmp-{_this_process()}-{uuid4().hex[:8]}-{name}")
 
 
 def trash_path(target: Path) -> Path:
-    """A new hidden name beside `target` for what is being removed, that `remove_leftovers` recognizes."""
-    return target.with_name(f".trash-{uuid4().hex[:8]}")
+    """A new hidden name beside `target` for what is being removed, that says whose it is."""
+    return target.with_name(f".trash-{_this_process()}-{uuid4().hex[:8]}")
+
+
+def _this_process() -> str:
+    return f"{_machine()}-{os.getpid()}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight hex digits for what the number of a process holds within: a machine since its start, or a container."""
+    place = [socket.gethostname()]
+    with suppress(OSError):
+        place += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return sha256("\n".join(place).encode()).hexdigest()[:8]
+
+
+@functools.lru_cache(maxsize=1024)
+def _remove_abandoned(folder: Path) -> None:
+    """Remove, once in a process, the temporary files and folders of processes that are dead."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if (owner := _OWNED.fullmatch(entry.name)) and _is_abandoned(entry, owner[1], int(owner[2])):
+                _remove(entry)
+
+
+def _is_abandoned(entry: os.DirEntry[str], machine: str, process: int) -> bool:
+    if machine != _machine():
+        return time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
+    if os.name != "posix":
+        return False  # there, asking ends the process
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
 
 
 def is_leftover(name: str) -> bool:
@@ -129,39 +183,107 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def remove_leftovers(folder: Path, min_age_seconds: float = 0) -> None:
-    """Remove temporary files and folders of writers that were killed.
+def remove_leftovers(folder: Path, min_age_seconds: float = 0, *, only_hidden: bool = False) -> None:
+    """Remove all temporary files and folders, where the caller is the only one that writes.
 
     Args:
         min_age_seconds: leave younger ones alone, where other processes may be writing into the same folder.
+        only_hidden: leave alone what a user could have named so.
     """
     for entry in list(os.scandir(folder)):
+        if only_hidden and not entry.name.startswith("."):
+            continue
         with suppress(FileNotFoundError):
             if is_leftover(entry.name) and time.time() - entry.stat().st_mtime >= min_age_seconds:
-                shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir() else os.unlink(entry.path)
+                _remove(entry)
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk. Raises OSError."""
+    """Flush a file, or the entries of a folder, to the disk. Raises OSError.
+
+    Some file systems (FUSE, 9p, SMB) cannot flush a folder and say so; there its entries are as safe as they get.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
 
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
+
+
 @contextmanager
-def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which the system releases when the process ends.
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
+    """Hold an exclusive lock on a file, which is made if need be, and give the open file.
+
+    It is `flock`: the system releases it when the process ends, even if it is killed, so none is ever stale. Linux
+    passes it on to the servers of NFS and SMB, so that it also holds between machines. A file system without locks is
+    used without one, with a warning.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is False.
+        OSError: the file cannot be made.
     """
     import fcntl
 
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+                warnings.warn(f"{path}: no lock ({error.strerror}); start nothing else there", stacklevel=4)
+            try:
+                still_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                still_there = False
+            if still_there:  # else its last holder has removed it meanwhile
+                yield file
+                return
+
+
+@contextmanager
+def only_process(lock: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file, which names this process and is removed at the end.
+
+    Args:
+        lock: the file; its folder is there.
+        doing: what is done under it, such as "training in runs/mine", for the error of another process.
+
+    Raises:
+        UserError: another process holds it; the message names it and its machine.
+        OSError: the file cannot be made.
+    """
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(file_lock(lock, wait=False))
+        except BlockingIOError:
+            raise UserError(f"{_holder(lock)} is {doing}; wait for it, or give another name") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> str:
+    """`process 123 on host`, as the holder of a lock has written into it."""
+    with suppress(OSError), lock.open("rb") as file:
+        if written := re.fullmatch(r"process \d{1,10} on [\w.-]{1,100}", file.read(200).decode(errors="replace")):
+            return written[0]
+    return "another process"
 
 
 @contextmanager

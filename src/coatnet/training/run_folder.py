@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError, shorten
-from coatnet.system.files import atomic_write, remove_leftovers
+from coatnet.system.files import atomic_write, is_leftover, only_process, remove_leftovers
 from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
+
+LOCK = ".lock"  # in the folder while a process trains in it
 
 
 class RunFolder:
@@ -25,11 +27,37 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.metrics = self.path / "metrics.jsonl"
-        recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
-        self.stored = Recipe.from_yaml(recipe_file) if recipe_file.exists() else None
-        if self.stored is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        self._recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
+        self._held: ExitStack | None = None
+        self.stored = Recipe.from_yaml(self._recipe_file) if self._recipe_file.exists() else None
+        if self.stored is None and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
         self.given = given if self.stored is None else fill_from(self.stored, given)
+
+    def _is_empty(self) -> bool:
+        """Whether nothing is in the folder but what a process left that was killed before it wrote the recipe."""
+        return all(
+            entry.name == LOCK or (entry.name.startswith(".") and is_leftover(entry.name))
+            for entry in self.path.iterdir()
+        )
+
+    def hold(self) -> None:
+        """Take the folder, which is there, for this process until `release`.
+
+        Raises:
+            UserError: another process is training in it.
+            OSError: the disk refuses.
+        """
+        if self._held is None:
+            held = ExitStack()
+            held.enter_context(only_process(self.path / LOCK, f"training in {self.path}"))
+            self._held = held
+
+    def release(self) -> None:
+        """Let other processes train in the folder."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     @property
     def finished(self) -> bool:
@@ -76,10 +104,16 @@ class RunFolder:
         )
 
     def start(self) -> None:
-        """Make the folder and write recipe and classes into it."""
+        """Make the folder, take it for this process, and write recipe and classes into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path / "recipe.yaml", self.config.to_yaml())
+            self.hold()
+            if self.stored is None and self._recipe_file.exists():
+                raise UserError(
+                    f"another process has begun a run in {self.path} meanwhile: give another folder for out"
+                )
+            remove_leftovers(self.path, only_hidden=True)
+            atomic_write(self._recipe_file, self.config.to_yaml())
             atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
         except OSError as error:
             raise UserError(

@@ -6,7 +6,7 @@ Shapes: B images of a batch on this process, C channels, R resolution, K classes
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -556,15 +556,20 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
         raise UserError(f"recipe must be a coatnet.Recipe, such as Recipe(data='digits'), got {recipe!r:.80}")
     keep_freed_memory()
     started = time.monotonic()
-    with distributed_processes() as processes:
+    with distributed_processes() as processes, ExitStack() as cleanup:
         progress = TrainingProgress(console if processes.is_main else Console(quiet=True))
         with processes.collective():
             folder = RunFolder(out, recipe)
+            cleanup.callback(folder.release)
+            if processes.is_main and folder.stored is not None:
+                with suppress(OSError):  # a finished run may lie where nothing can be written
+                    folder.hold()
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
             init = load(folder.given.init) if folder.given.init else None
             config = folder.check_config(resolve(folder.given, splits, init), splits.classes)
             check_loggers(config.loggers)
         if folder.finished:
+            folder.release()
             progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")
             return processes.run_on_main(lambda: evaluate(load(folder.bundle), splits))
 

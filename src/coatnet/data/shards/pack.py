@@ -20,7 +20,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from multiprocessing.connection import wait
@@ -58,7 +57,7 @@ from coatnet.system.files import (
     atomic_files,
     atomic_write,
     commit_folder,
-    file_lock,
+    only_process,
     remove_leftovers,
     translate_write_errors,
 )
@@ -279,7 +278,9 @@ def pack(
     ]
     staged = target.with_name(f".{target.name}.packing")
     advice = f"finished shards are kept in {staged}, and the same command continues"
-    with translate_write_errors(out, advice), _only_process(staged):
+    with translate_write_errors(out, advice):
+        (staged / WORK).mkdir(parents=True, exist_ok=True)
+    with translate_write_errors(out, advice), only_process(staged / WORK / "lock", f"packing into {target}"):
         _begin(staged, {"pieces": [len(pieces)], "splits": {k: _fingerprint(v) for k, v in datasets.items()}})
         _require_space(staged, sum(mean[name] * len(dataset) for name, dataset in datasets.items()), out)
         written = {}
@@ -309,18 +310,6 @@ def _pieces(split: str, num_images: int, images_per_shard: float) -> Iterator[Pi
     edges = [number * num_images // num_shards for number in range(num_shards + 1)]
     for number in range(num_shards):
         yield Piece(split, f"{split}-{number:06d}.tar", edges[number], edges[number + 1])
-
-
-@contextmanager
-def _only_process(staged: Path) -> Iterator[None]:
-    """Hold the lock of a packing, which is made if need be."""
-    work = staged / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(work / "lock", wait=False):
-            yield
-    except BlockingIOError as error:
-        raise UserError(f"another process is packing into {staged}; wait for it, or give another folder") from error
 
 
 def _fingerprint(dataset: Dataset) -> str:

@@ -14,7 +14,7 @@ from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_p
 from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
 from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.predictor import Predictor, check_at_least_one
-from coatnet.system.files import file_lock
+from coatnet.system.files import only_process
 from coatnet.system.progress import ProgressBar
 
 
@@ -65,7 +65,7 @@ def predict_to_file(
         return finished
     try:
         parts.begin()
-        with _process_lock(parts.folder, rank):
+        with only_process(parts.folder / f"process-{rank}", f"predicting into {target}"):
             share = range(rank, plan.num_parts, world_size)
             missing = parts.missing(share)
             # Checked again, now that the folder is there: another process may have joined and removed it meanwhile.
@@ -133,12 +133,3 @@ def rank_and_world_size() -> tuple[int, int]:
             f"RANK is {rank!r} and WORLD_SIZE {world_size!r}; RANK must be a number from 0 to WORLD_SIZE - 1"
         )
     return int(rank), int(world_size)
-
-
-@contextmanager
-def _process_lock(folder: Path, rank: int) -> Iterator[None]:
-    try:
-        with file_lock(folder / f"process-{rank}", wait=False):
-            yield
-    except BlockingIOError:
-        raise UserError(f"another process is predicting into {folder}; wait for it, or give another name") from None

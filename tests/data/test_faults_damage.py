@@ -136,11 +136,10 @@ FOREIGN = {
     "psd": b"8BPS\0\1" + b"\0" * 100,
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "fits": b"SIMPLE  =                    T" + b" " * 2850,
-    "jpeg 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 100,
-    "jpeg 2000 stream": b"\xff\x4f\xff\x51" + b"\0" * 100,
+    "jpeg xl": b"\xff\x0a" + b"\0" * 100,
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
     "pdf": b"%PDF-1.7\n",
-    "avif": b"\0\0\0\x20ftypavif" + b"\0" * 100,
+    "film": b"\0\0\0\x20ftypisom" + b"\0" * 100,
     "icon": b"\0\0\1\0\1\0" + b"\0" * 100,
     "riff that is no webp": b"RIFF\0\0\0\0WAVEfmt ",
 }

@@ -64,11 +64,11 @@ def webp_header(width: int, height: int) -> bytes:
 
 BOMBS = {
     "png of 65,000 x 65,000": png(65_000, 65_000, bits=8, color=2, rows=b"\0" * 10_000),
-    "png of 12,000 x 12,000": png(12_000, 12_000, bits=1, color=0, rows=b"\0" * (1501 * 12_000)),
+    "png of 15,000 x 15,000": png(15_000, 15_000, bits=1, color=0, rows=b"\0" * (1876 * 15_000)),
     "gif of 65,000 x 65,000": gif_header(65_000, 65_000),
-    "gif of 9,000 x 9,000": gif_header(9_000, 9_000),
+    "gif of 15,000 x 15,000": gif_header(15_000, 15_000),
     "webp of 16,000 x 16,000": webp_header(16_000, 16_000),
-    "side of 30,001": png(30_001, 1, bits=8, color=0, rows=b"\0" * 30_002),
+    "side of 65,536": png(65_536, 1, bits=8, color=0, rows=b"\0" * 65_537),
     "bmp of 20,000 x 20,000": b"BM" + struct.pack("<IIIIiiHHIIiiII", 100, 0, 54, 40, 20_000, 20_000, 1, 24, *[0] * 6),
 }
 

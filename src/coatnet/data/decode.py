@@ -1,38 +1,74 @@
-"""Decode image files to RGB pixels: few formats, sizes checked before memory is allocated, one kind of error.
+"""Decode image files to RGB pixels: sizes are checked before memory is allocated, and there is one kind of error.
 
 JPEGs of one or three components are decoded by simplejpeg, which gives the pixels of Pillow in three quarters of the
-time; everything else, and what simplejpeg rejects, by Pillow with the list of formats. Color profiles (ICC) are not
-applied. The frame header of a JPEG is read here without decoding (ITU-T T.81, annex B).
+time; everything else, and what simplejpeg rejects, by Pillow with the one format that the first bytes name. Color
+profiles (ICC) are not applied.
 """
 
 import io
+import math
+import re
+import threading
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
-from coatnet.errors import UserError
+from coatnet.data.image_headers import (
+    HEADER_ERRORS,
+    TIFF_EXIF,
+    JpegHeader,
+    Webp,
+    has_end_marker,
+    jpeg_without_metadata,
+    orientation,
+    png_without_metadata,
+    read_directory,
+    read_jpeg_header,
+    read_webp,
+)
+from coatnet.errors import UserError, one_line
 
-MAX_PIXELS = 50_000_000
-MAX_SIDE = 30_000
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
-_MAGIC = (
-    ("JPEG", 0, b"\xff\xd8\xff"),
-    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
-    ("WEBP", 8, b"WEBP"),
-    ("GIF", 0, b"GIF87a"),
-    ("GIF", 0, b"GIF89a"),
-    ("BMP", 0, b"BM"),
-    ("TIFF", 0, b"II*\0"),
-    ("TIFF", 0, b"MM\0*"),
+
+class ImageFormat(NamedTuple):
+    """A kind of image file that is read."""
+
+    name: str  # as Pillow has it
+    suffixes: tuple[str, ...]
+    start: bytes  # a regular expression for its first bytes
+    weight: int = 1  # memory that its decoder takes for a pixel, in units of about six bytes
+
+
+# The one list of what is read: of folders by the suffix, of any file by its first bytes.
+FORMATS = (
+    ImageFormat("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), rb"\xff\xd8\xff"),
+    ImageFormat("PNG", (".png", ".apng"), rb"\x89PNG\r\n\x1a\n"),
+    ImageFormat("WEBP", (".webp",), rb"RIFF.{4}WEBP", 3),
+    ImageFormat("GIF", (".gif",), rb"GIF8[79]a"),
+    ImageFormat("BMP", (".bmp", ".dib"), rb"BM"),
+    ImageFormat("TIFF", (".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]"),  # with "+" it is a BigTIFF
+    ImageFormat("AVIF", (".avif",), rb".{4}ftyp(?:avi[fs]|m(?:if|sf)1.{4}(?:.{4})*?avi[fs])", 3),
+    ImageFormat("HEIF", (".heic", ".heif", ".hif"), rb".{4}ftyp(?:he[iv][cxms]|m(?:if|sf)1)", 3),
+    ImageFormat("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), rb"P[1-6][\s#]"),
+    ImageFormat("JPEG2000", (".jp2", ".jpx", ".j2k", ".j2c"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", 3),
 )
-_ORIENTATION_TAG = 0x0112
+IMAGE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
+SNIFFED_BYTES = 32  # of a file, for `sniff`
+
+MAX_PIXELS = 200_000_000  # about 1.2 GB in the decoder; a third of it in formats of weight 3
+REDUCED_PIXELS = 50_000_000  # larger images are halved until they have no more
+MAX_SIDE = 65_535  # pixels, the most that JPEG allows
+_SCANNED = 10  # the scans of a JPEG may pass over this many times the pixels that an image may have
+_STRIP_PIXELS = 4_000_000  # converted to RGB at once
+
 # EXIF orientation: how to turn the stored pixels upright.
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda stored: stored[:, ::-1],
@@ -43,14 +79,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: np.rot90(stored),
 }
-
-
-_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 without DHT, JPG and DAC
-_JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0 to RST7, SOI
-_JPEG_SCAN = 0xDA
-_JPEG_APP1 = 0xE1
-_JPEG_EXIF = b"Exif\0\0"
-_JPEG_END = b"\xff\xd9"
+_one_above_pillows_limit = threading.Lock()
 
 
 class BadImage(UserError):
@@ -75,54 +104,70 @@ class BadImage(UserError):
         return f"{self.name}: {self.reason}"
 
 
-class JpegHeader(NamedTuple):
-    bits: int
-    height: int
-    width: int
-    components: int
-    scan: int  # byte offset of the first scan
-    exif: bytes  # the first Exif segment, from its "Exif" on; empty if there is none
+class _Limits(NamedTuple):
+    """What may be decoded of one image, and its name for errors."""
+
+    name: str
+    max_pixels: int = MAX_PIXELS
+    max_side: int = MAX_SIDE
+
+    def check(self, width: int, height: int, weight: int = 1, what: str = "") -> None:
+        """Raise BadImage if so many pixels are too many."""
+        most = self.max_pixels // weight
+        if max(width, height) > self.max_side:
+            raise BadImage(self.name, f"large: {what}{width} x {height} pixels, a side may have {self.max_side:,}")
+        if width * height > most:
+            allows = f"; --max-megapixels {math.ceil(width * height * weight / 1e6):,} admits it"
+            raise BadImage(self.name, f"large: {what}{width} x {height} pixels, it may have {most:,}{allows}")
+
+    def check_scans(self, scans: int, pixels: int) -> None:
+        """Raise BadImage if so many scans of a JPEG pass over too many pixels."""
+        if scans * pixels > _SCANNED * self.max_pixels:
+            raise BadImage(self.name, f"large: {scans:,} scans over {pixels:,} pixels would take too long to decode")
+
+
+def sniff(start: bytes) -> ImageFormat | None:
+    """The format of an image file by its first `SNIFFED_BYTES`; None if it is none that is read."""
+    return next((each for each in FORMATS if re.match(each.start, start[:SNIFFED_BYTES], re.DOTALL)), None)
 
 
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Tensor:
     """Decode an image file.
 
     It is turned upright as its EXIF data says; transparent parts become white; of an animation the first frame is
-    taken; 16-bit values are scaled to 8 bits.
+    taken; 16-bit values are scaled to 8 bits. An image of more than 50 million pixels is halved until it has no more.
 
     Args:
         data: the bytes of the file.
         name: of the image, for errors.
-        max_pixels: the most pixels that are decoded.
+        max_pixels: the most pixels that are decoded; a third of it in WebP, AVIF, HEIC and JPEG 2000,
+            whose decoders take three times the memory.
         max_side: the longest side that is decoded, in pixels.
 
     Returns:
         uint8 RGB (3, H, W), channels last in memory.
 
     Raises:
-        BadImage: the format is not JPEG, PNG, WebP, GIF, BMP or TIFF, the image exceeds the limits, the data is
+        BadImage: the format is none of `FORMATS` or needs a package, the image exceeds the limits, the data is
             truncated or corrupt, or the values have no agreed white (floating point, 32-bit integers).
     """
-    kind = _sniff(data, name)
-    if kind == "JPEG":
-        header = read_jpeg_header(data)
-        if header:
-            _check_size(header.width, header.height, name, max_pixels, max_side)
-        if not has_end_marker(data, header):
-            raise BadImage(name, f"truncated: no end-of-image marker in {len(data):,} bytes")
-        if header and (pixels := _decode_with_simplejpeg(data, header)) is not None:
-            return _as_tensor(pixels)
-    return _as_tensor(_decode_with_pillow(data, kind, name, max_pixels, max_side))
+    kind, limits = _kind(data, name), _Limits(name, max_pixels, max_side)
+    pixels = _decode_jpeg(data, limits) if kind.name == "JPEG" else _decode_with_pillow(data, kind, limits)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in pixels from the header, before turning upright. Raises BadImage as `decode` does."""
-    kind = _sniff(data, name)
-    if kind == "JPEG" and (header := read_jpeg_header(data)):
-        return header.height, header.width
-    with warnings.catch_warnings(action="ignore"):
-        width, height = _open(data, kind, name).size
-    return height, width
+    return _header(data, _kind(data, name), name)
+
+
+def decoding_pixels(data: bytes, name: str) -> int:
+    """The pixels of an image by its header, three times as many in formats whose decoder takes three times the memory.
+
+    Raises BadImage as `decode` does.
+    """
+    kind = _kind(data, name)
+    return math.prod(_header(data, kind, name)) * kind.weight
 
 
 def jpeg_warning(data: object) -> str:
@@ -133,24 +178,50 @@ def jpeg_warning(data: object) -> str:
         try:
             simplejpeg.decode_jpeg(data)
         except ValueError as error:
-            return _one_line(error)
+            return _message(error)
     return ""
 
 
-def _sniff(data: bytes, name: str) -> str:
+def _kind(data: bytes, name: str) -> ImageFormat:
     if not data:
         raise BadImage(name, "empty: the file has 0 bytes")
-    for kind, offset, magic in _MAGIC:
-        if data[offset : offset + len(magic)] == magic and (kind != "WEBP" or data[:4] == b"RIFF"):
-            return kind
-    raise BadImage(name, f"format: not a JPEG, PNG, WebP, GIF, BMP or TIFF; it begins with {data[:8]!r}")
+    if kind := sniff(data):
+        return kind
+    known = ", ".join(each.name for each in FORMATS)
+    raise BadImage(name, f"format: not one of {known}; it begins with {data[:8]!r}")
 
 
-def _check_size(width: int, height: int, name: str, max_pixels: int, max_side: int) -> None:
-    if max(width, height) > max_side:
-        raise BadImage(name, f"large: {width} x {height} pixels, a side may have {max_side:,}")
-    if width * height > max_pixels:
-        raise BadImage(name, f"large: {width} x {height} pixels, an image may have {max_pixels:,}")
+def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:
+    """(height, width) before turning upright."""
+    if kind.name == "JPEG":
+        if header := read_jpeg_header(data):
+            return header.height, header.width
+        raise BadImage(name, f"corrupt: its JPEG header cannot be read in {len(data):,} bytes")
+    if kind.name == "WEBP":
+        return _webp(data, name).canvas
+    if kind.name == "TIFF":
+        _check_tiff(data, _Limits(name, 2**63, 2**63))
+    with _above_pillows_limit(), _open(data, kind, name) as image:
+        return image.height, image.width
+
+
+# JPEG
+
+
+def _decode_jpeg(data: bytes, limits: _Limits) -> Pixels:
+    header = read_jpeg_header(data)
+    if header:
+        limits.check(header.width, header.height)
+        if header.several_scans:
+            limits.check_scans(data.count(b"\xff\xda", header.scan), header.width * header.height)
+    if not has_end_marker(data, header):
+        raise BadImage(limits.name, f"truncated: no end-of-image marker in {len(data):,} bytes")
+    if header is None:
+        raise BadImage(limits.name, f"corrupt: its JPEG header cannot be read in {len(data):,} bytes")
+    pixels = _decode_with_simplejpeg(data, header)
+    if pixels is None:
+        pixels = _decode_with_pillow(jpeg_without_metadata(data), FORMATS[0], limits)
+    return _turned(pixels, header.turn)
 
 
 def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
@@ -159,61 +230,116 @@ def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
         return None
     import simplejpeg
 
+    factor = _reduction(header.width, header.height)
+    least = {} if factor == 1 else {"min_height": header.height // factor, "min_width": header.width // factor}
     try:
-        pixels = simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data, **least)
     except ValueError:
         return None
-    return pixels if not header.exif else _upright(pixels, lambda: _loaded(header.exif))
 
 
-def _decode_with_pillow(data: bytes, kind: str, name: str, max_pixels: int, max_side: int) -> Pixels:
-    # Pillow warns about odd metadata, and about sizes, which are checked here.
-    with warnings.catch_warnings(action="ignore"):
-        image = _open(data, kind, name)
-        _check_size(*image.size, name, max_pixels, max_side)
+# Everything else
+
+
+def _decode_with_pillow(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
+    try:
+        return _attempt(data, kind, limits)
+    except Image.DecompressionBombError:  # above Pillow's limit, which is that of the process; ours is checked anyway
+        with _above_pillows_limit():
+            return _attempt(data, kind, limits)
+    except BadImage as error:
+        # Pillow refuses a PNG with more than 1 MB of text or color profile; neither is needed.
+        if kind.name == "PNG" and error.code == "corrupt" and len(bare := png_without_metadata(data)) < len(data):
+            return _attempt(bare, kind, limits)
+        raise
+
+
+@contextmanager
+def _above_pillows_limit() -> Iterator[None]:
+    """Images of any size can be opened in the block, by one thread at a time."""
+    with _one_above_pillows_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
+    webp = None
+    if kind.name == "WEBP":
+        webp = _webp(data, limits.name)
+        limits.check(*reversed(webp.canvas), kind.weight)
+        data = webp.first_frame
+    elif kind.name == "TIFF":
+        _check_tiff(data, limits)
+    # Pillow warns about odd metadata, and about sizes, which are checked here.
+    with warnings.catch_warnings(action="ignore"), _open(data, kind, limits.name) as image:
+        limits.check(*image.size, kind.weight)
+        try:
+            if kind.name == "JPEG" and (factor := _reduction(*image.size)) > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
             image.load()
-            return _upright(np.array(_to_rgb(image, name)), image.getexif)
-        except BadImage:
+            if webp:
+                return _turned(_on_canvas(webp, _to_rgb(image, limits.name)), orientation(webp.exif, webp.xmp))
+            return _turned(_to_rgb(image, limits.name), _orientation_of(image))
+        except (BadImage, Image.DecompressionBombError):
             raise
+        except MemoryError as error:
+            raise BadImage(limits.name, f"large: no memory for {image.width} x {image.height} pixels") from error
         except Exception as error:  # parsers of untrusted bytes raise almost anything
             code = "truncated" if "truncated" in str(error) else "corrupt"
-            raise BadImage(name, f"{code}: {_one_line(error)}") from error
+            raise BadImage(limits.name, f"{code}: {_message(error)}") from error
 
 
-def _open(data: bytes, kind: str, name: str) -> Image.Image:
+def _open(data: bytes, kind: ImageFormat, name: str) -> Image.Image:
     """Read the header only. Naming the format keeps all other parsers of Pillow from running."""
+    if kind.name == "AVIF" and not features.check("avif"):
+        raise BadImage(name, "format: AVIF is read by Pillow 11.3 or later: pip install --upgrade pillow")
+    open_heif: Any = _heif_opener(name) if kind.name == "HEIF" else None
     try:
-        return Image.open(io.BytesIO(data), formats=(kind,))
-    except Image.DecompressionBombError as error:
-        raise BadImage(name, f"large: {_one_line(error)}") from error
+        return open_heif(io.BytesIO(data)) if open_heif else Image.open(io.BytesIO(data), formats=(kind.name,))
+    except Image.DecompressionBombError:
+        raise
     except Exception as error:
-        raise BadImage(name, f"corrupt: its {kind} header cannot be read in {len(data):,} bytes") from error
+        raise BadImage(name, f"corrupt: its {kind.name} header cannot be read in {len(data):,} bytes") from error
 
 
-def _upright(pixels: Pixels, read_exif: Callable[[], Image.Exif]) -> Pixels:
+def _heif_opener(name: str) -> Any:
+    """Opens HEIC without changing what Pillow opens elsewhere in this process."""
     try:
-        turn = _TURNS.get(read_exif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # an image with broken EXIF data is used as it is
-        turn = None
-    return pixels if turn is None else turn(pixels)
+        from pi_heif import HeifImageFile  # pyrefly: ignore[missing-import]
+    except ImportError:
+        try:
+            from pillow_heif import HeifImageFile  # pyrefly: ignore[missing-import]
+        except ImportError:
+            raise BadImage(name, "format: HEIC is read with another package: pip install 'coatnet[heic]'") from None
+    return HeifImageFile
 
 
-def _loaded(segment: bytes) -> Image.Exif:
-    exif = Image.Exif()
-    with warnings.catch_warnings(action="ignore"):
-        exif.load(segment)
-    return exif
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips to white; dividing by 257 maps 65,535 to 255.
-        wide = np.array(image).astype(np.uint16)
-        return Image.fromarray(((wide + np.uint32(128)) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "I"):
-        held = "floating-point" if image.mode == "F" else "32-bit"
+def _to_rgb(image: Image.Image, name: str) -> Pixels:
+    """A loaded image to RGB (H, W, 3), in strips, so that little memory is needed beside the decoder's."""
+    if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
+        held = {"F": "floating-point", "I": "32-bit"}.get(image.mode, image.mode)
         raise BadImage(name, f"pixels: {held} values have no agreed white; save it with 8 or 16 bits")
+    if image.width * image.height <= _STRIP_PIXELS:
+        return np.array(_strip_to_rgb(image))
+    factor = _reduction(*image.size)
+    rows = max(1, _STRIP_PIXELS // image.width // factor) * factor
+    pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
+    for top in range(0, image.height, rows):
+        strip = _strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
+        pixels[top // factor : (top + rows) // factor] = strip.reduce(factor) if factor > 1 else strip
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits
+        # Pillow's own conversion clips to white; dividing by 257 maps 65,535 to 255.
+        wide = np.asarray(image).astype(np.uint32)
+        grey = ((wide + 128) // 257).astype(np.uint8)
+        grey[wide == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, "white")
@@ -222,39 +348,72 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _as_tensor(pixels: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+def _reduction(width: int, height: int) -> int:
+    """The power of two by which both sides are divided, so that no more than `REDUCED_PIXELS` remain."""
+    factor = 1
+    while -(-width // factor) * -(-height // factor) > REDUCED_PIXELS:
+        factor *= 2
+    return factor
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
 
 
-def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Read the frame header; None if the segments do not lead to a scan, so the file is truncated or corrupt."""
-    frame, exif = None, b""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-        elif marker in _JPEG_WITHOUT_LENGTH:
-            position += 2
-        elif marker == _JPEG_SCAN:
-            return JpegHeader(*frame, position, exif) if frame and all(frame) else None
-        else:
-            if marker in _JPEG_FRAMES and position + 10 <= len(data):
-                bits, components = data[position + 4], data[position + 9]
-                height = int.from_bytes(data[position + 5 : position + 7], "big")
-                width = int.from_bytes(data[position + 7 : position + 9], "big")
-                frame = (bits, height, width, components)
-            end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == _JPEG_APP1 and not exif and data.startswith(_JPEG_EXIF, position + 4):
-                exif = data[position + 4 : end]
-            position = end
-    return None
+def _orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded image, found where Pillow's `getexif` finds it."""
+    info = image.info
+    exif, raw, xmp = info.get("exif", b""), info.get("Raw profile type exif"), info.get("xmp", b"")
+    if image.format == "TIFF":  # turned by Pillow already
+        return 1
+    if not exif and isinstance(raw, str):
+        try:
+            exif = bytes.fromhex("".join(raw.split("\n")[3:]))
+        except ValueError:
+            exif = b""
+    if isinstance(text := info.get("XML:com.adobe.xmp"), str):
+        xmp = text.encode("utf-8", "replace")
+    return orientation(exif, xmp)
 
 
-def has_end_marker(data: bytes, header: JpegHeader | None) -> bool:
-    """Whether the scans end. Some decoders add a missing marker, and grey pixels for missing data."""
-    return data.rfind(_JPEG_END, header.scan if header else 0) >= 0  # searched from the end, where it usually is
+def _check_tiff(data: bytes, limits: _Limits) -> None:
+    """Raise BadImage if tags, tiles, strips or the scans within them would take far more than the image."""
+    try:
+        numbers, num_bytes = read_directory(data)
+    except HEADER_ERRORS:
+        raise BadImage(limits.name, f"corrupt: its TIFF header cannot be read in {len(data):,} bytes") from None
+    for tag in TIFF_EXIF & set(numbers):
+        with suppress(*HEADER_ERRORS):
+            num_bytes += read_directory(data, numbers[tag]).num_bytes
+    if num_bytes > 4 * len(data) + 2**20:  # Pillow copies the bytes of each tag, which may be the same ones
+        raise BadImage(limits.name, f"corrupt: TIFF tags name {num_bytes:,} bytes in a file of {len(data):,}")
+    width, height, rows = (max(0, numbers.get(tag, 0)) for tag in (256, 257, 278))
+    tile_width, tile_height = (max(0, numbers.get(tag, 0)) for tag in (322, 323))
+    limits.check(width, height)
+    if tile_width and tile_height:
+        limits.check(-(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height, what="tiles of ")
+    if numbers.get(259) in (6, 7):  # JPEG; each scan passes over one tile or strip
+        segment = tile_width * tile_height or width * min(rows or height, height)
+        limits.check_scans(data.count(b"\xff\xda"), segment)
+
+
+def _webp(data: bytes, name: str) -> Webp:
+    try:
+        return read_webp(data)
+    except HEADER_ERRORS:
+        raise BadImage(name, f"corrupt: its WEBP header cannot be read in {len(data):,} bytes") from None
+
+
+def _on_canvas(webp: Webp, frame: Pixels) -> Pixels:
+    """The pixels of the first frame of an animation on a white canvas."""
+    if webp.corner is None:
+        return frame
+    (height, width), (top, left) = webp.canvas, webp.corner
+    page = np.full((height, width, 3), 255, np.uint8)
+    page[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
+    factor = _reduction(width, height)
+    return page if factor == 1 else np.array(Image.fromarray(page).reduce(factor))
+
+
+def _message(error: Exception) -> str:
+    return one_line(" ".join(str(error).split())) or type(error).__name__

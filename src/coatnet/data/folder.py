@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from coatnet.data.datasets import FileDataset, printable
+from coatnet.data.decode import IMAGE_SUFFIXES
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, shorten
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
 TEST_NAMES = ("test", "testing")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from coatnet.data.decode import BadImage, image_size
+from coatnet.data.decode import BadImage, decoding_pixels
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.errors import ClientDisconnected, RequestError
@@ -108,9 +108,8 @@ class DecodingPool:
 
 
 def _num_pixels(encoded: bytes) -> int:
-    """By the header of the file; 0 without a readable header, which the decoder then reports."""
+    """What decoding takes, in pixels, by the header; 0 without a readable one, which the decoder then reports."""
     try:
-        height, width = image_size(encoded, "image")
+        return decoding_pixels(encoded, "image")
     except BadImage:
         return 0
-    return height * width

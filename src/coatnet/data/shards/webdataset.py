@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.datasets import printable
-from coatnet.data.folder import IMAGE_SUFFIXES, TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
+from coatnet.data.decode import IMAGE_SUFFIXES
+from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.shards.index import (
     HEAD,
     TRAINING,

@@ -231,9 +231,9 @@ def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
     import simplejpeg
 
     factor = _reduction(header.width, header.height)
-    least = {} if factor == 1 else {"min_height": header.height // factor, "min_width": header.width // factor}
+    height, width = (header.height // factor, header.width // factor) if factor > 1 else (0, 0)  # 0: as they are
     try:
-        return simplejpeg.decode_jpeg(data, **least)
+        return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
     except ValueError:
         return None
 
@@ -269,7 +269,8 @@ def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
     webp = None
     if kind.name == "WEBP":
         webp = _webp(data, limits.name)
-        limits.check(*reversed(webp.canvas), kind.weight)
+        height, width = webp.canvas
+        limits.check(width, height, kind.weight)
         data = webp.first_frame
     elif kind.name == "TIFF":
         _check_tiff(data, limits)
@@ -329,7 +330,7 @@ def _to_rgb(image: Image.Image, name: str) -> Pixels:
     pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
     for top in range(0, image.height, rows):
         strip = _strip_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
-        pixels[top // factor : (top + rows) // factor] = strip.reduce(factor) if factor > 1 else strip
+        pixels[top // factor : (top + rows) // factor] = np.asarray(strip.reduce(factor) if factor > 1 else strip)
     return pixels
 
 

@@ -43,19 +43,20 @@ class NormalizedNetwork(nn.Module):
         any_size: accept images of any size, not only (R, R).
     """
 
-    mean: Tensor
-    deviation: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
         super().__init__()
         self.network = fold(bundle.model, any_size=any_size).to(dtype)
         self.dtype = dtype
-        self.register_buffer("mean", 255 * torch.tensor(bundle.preprocessing.mean))
-        self.register_buffer("deviation", 255 * torch.tensor(bundle.preprocessing.std))
+        # Not "mean": torch 2.6 gives ONNX values the names of operations, and one is called mean.
+        self.register_buffer("pixel_mean", 255 * torch.tensor(bundle.preprocessing.mean))
+        self.register_buffer("pixel_std", 255 * torch.tensor(bundle.preprocessing.std))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (N, R, R, C) to float32 logits (N, K)."""
-        images = (pixels.float() - self.mean) / self.deviation
+        images = (pixels.float() - self.pixel_mean) / self.pixel_std
         images = images.to(self.dtype).permute(0, 3, 1, 2)  # (N, C, R, R)
         return self.network(images).float()
 

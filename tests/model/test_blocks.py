@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from coatnet.model.attention import RelativeAttention
-from coatnet.model.layers import fold_batch_norm
+from coatnet.model.layers import DepthwiseConv2d, StridedDepthwise, fold_batch_norm
 from coatnet.model.mbconv import MBConv
 from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.transformer import Transformer
@@ -64,6 +64,30 @@ def test_a_transformer_block_is_equation_4(stride):
     first, _, second = block.feed_forward
     hidden = F.gelu(F.conv2d(layer_norm(middle, block.feed_forward_norm), first.weight, first.bias))
     torch.testing.assert_close(block(x), middle + F.conv2d(hidden, second.weight, second.bias))
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (7, 5), (1, 2)])
+def test_the_gradients_of_a_strided_depthwise_convolution_are_exact(grid):
+    inputs = torch.randn(2, 3, *grid, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(StridedDepthwise.apply, (inputs, weight, (2, 2), (1, 1)))
+    output = StridedDepthwise.apply(inputs, weight, (2, 2), (1, 1))
+    torch.testing.assert_close(output, F.conv2d(inputs, weight, None, 2, 1, groups=3), rtol=0, atol=0)
+
+
+def test_autocast_trains_a_strided_depthwise_convolution_without_the_slow_kernel():
+    layer = DepthwiseConv2d(3, 3, 2)
+    inputs = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(inputs)
+    assert output.dtype == torch.bfloat16
+    assert "StridedDepthwise" in type(output.grad_fn).__name__
+    output.float().square().sum().backward()
+    gradients = [inputs.grad, layer.weight.grad]
+    expected = torch.autograd.grad(layer(inputs).square().sum(), [inputs, layer.weight])
+    for gradient, target in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, target, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -22,8 +22,8 @@ def build_stem(variant: Variant, in_channels: int) -> nn.Module:
     if variant.stem == "patch":
         return nn.Conv2d(in_channels, width, kernel_size=PATCH_STRIDE, stride=PATCH_STRIDE)
     # chosen: BatchNorm and GELU between the two and nothing after the second, from the authors' later code.
-    first = ConvNormGELU(in_channels, width, 3, norm="batch", stride=variant.stem_stride)
-    return nn.Sequential(first, nn.Conv2d(width, width, kernel_size=3, padding=1))
+    first = nn.Conv2d(in_channels, width, kernel_size=3, stride=variant.stem_stride, padding=1, bias=False)
+    return nn.Sequential(ConvNormGELU(first, norm="batch"), nn.Conv2d(width, width, kernel_size=3, padding=1))
 
 
 def build_block(

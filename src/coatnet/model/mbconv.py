@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coatnet.model.inference_cache import InferenceCache
-from coatnet.model.layers import MapLayerNorm, Shortcut, StochasticDepth, batch_norm, fold_batch_norm, mean_over_cells
+from coatnet.model.layers import (
+    DepthwiseConv2d,
+    MapLayerNorm,
+    Shortcut,
+    StochasticDepth,
+    batch_norm,
+    fold_batch_norm,
+    mean_over_cells,
+)
 
 EXPANSION = 4  # paper: Table 3, "always 4"; relative to the output width, as the published FLOPs show
 NORMS = {"batch": batch_norm, "layer": MapLayerNorm}
@@ -22,15 +30,9 @@ class ConvNormGELU(nn.Sequential):
     In evaluation, BatchNorm is folded into the convolution, which saves a pass over the widest feature maps.
     """
 
-    def __init__(
-        self, in_width: int, width: int, kernel_size: int, *, norm: str, stride: int = 1, groups: int = 1
-    ) -> None:
+    def __init__(self, convolution: nn.Conv2d, *, norm: str) -> None:
         # chosen: the exact GELU, faster on CPUs than the tanh approximation (24 ms against 29 ms for 19 M bf16 values).
-        # chosen: symmetric padding, so that a mirrored input gives a mirrored output.
-        convolution = nn.Conv2d(
-            in_width, width, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
-        )
-        super().__init__(convolution, NORMS[norm](width), nn.GELU())
+        super().__init__(convolution, NORMS[norm](convolution.out_channels), nn.GELU())
         self._folded: InferenceCache[tuple[Tensor, Tensor]] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:
@@ -87,8 +89,8 @@ class MBConv(nn.Module):
         expand_stride, depthwise_stride = (stride, 1) if downsample == "expand" else (1, stride)
         self.shortcut = Shortcut(in_width, width, stride)
         self.norm: nn.Module = NORMS[norm](in_width)
-        self.expand = ConvNormGELU(in_width, hidden, 1, norm=norm, stride=expand_stride)
-        self.depthwise = ConvNormGELU(hidden, hidden, 3, norm=norm, stride=depthwise_stride, groups=hidden)
+        self.expand = ConvNormGELU(nn.Conv2d(in_width, hidden, 1, expand_stride, bias=False), norm=norm)
+        self.depthwise = ConvNormGELU(DepthwiseConv2d(hidden, 3, depthwise_stride), norm=norm)
         # paper: squeeze ratio 0.25; relative to the output width, as the published parameter counts show.
         self.squeeze_excite = SqueezeExcite(hidden, max(1, width // 4))
         # chosen: a bias, no norm after the projection and no activation after the first norm, from the authors' later

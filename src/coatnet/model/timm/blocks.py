@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coatnet.model.attention import RelativeAttention
 from coatnet.model.config import Stage
-from coatnet.model.layers import Head, MapLayerNorm, StochasticDepth, build_classifier, mean_over_cells
+from coatnet.model.layers import DepthwiseConv2d, Head, MapLayerNorm, StochasticDepth, build_classifier, mean_over_cells
 from coatnet.model.mbconv import EXPANSION, SqueezeExcite
 from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
 from coatnet.model.timm.config import TimmVariant
@@ -149,9 +149,7 @@ def build_mbconv(variant: TimmVariant, in_width: int, width: int, stride: int) -
     branch.add_module("expand_norm", nn.BatchNorm2d(hidden))
     branch.add_module("expand_activation", activation())
     depthwise_stride = stride if variant.stride_in == "depthwise" else 1
-    branch.add_module(
-        "depthwise", nn.Conv2d(hidden, hidden, 3, stride=depthwise_stride, padding=1, groups=hidden, bias=False)
-    )
+    branch.add_module("depthwise", DepthwiseConv2d(hidden, 3, depthwise_stride))
     if variant.squeeze_excite == "early":
         branch.add_module("squeeze_excite", gate)
     branch.add_module("depthwise_norm", nn.BatchNorm2d(hidden))

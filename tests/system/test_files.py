@@ -21,6 +21,8 @@ from coatnet.system.files import (
     file_lock,
     is_leftover,
     only_process,
+    open_regular,
+    read_regular,
     remove_folder,
     remove_leftovers,
     temporary_path,
@@ -249,3 +251,39 @@ def test_names_as_long_as_the_system_allows_are_written(tmp_path: Path) -> None:
     assert len(os.fsencode(target.name)) == 254
     atomic_write(target, "")
     assert names(tmp_path) == [target.name]
+
+
+def test_only_regular_files_are_read_within_bounds_and_without_waiting(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "ten", b"0123456789")
+    (tmp_path / "link").symlink_to("ten")
+    assert read_regular(tmp_path / "ten", 10) == read_regular(tmp_path / "link") == b"0123456789"
+    assert read_regular("/proc/self/status").startswith(b"Name:")  # its size is 0
+
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no space
+    (tmp_path / "pipe-link").symlink_to("pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket"))
+    for name, problem in {
+        "pipe": "a named pipe, not a regular file",
+        "pipe-link": "a named pipe",
+        "zeros": "a device",
+        "socket": "a socket",
+        ".": "a folder",
+        "huge": "more than the 64,000,000 bytes",
+        "loop": "symbolic links",
+        "none": "No such file",
+        "a\0b": "no name of a file",
+        "\ud800": "no name of a file",
+    }.items():
+        with pytest.raises(OSError, match=problem):
+            read_regular(tmp_path / name)
+    with pytest.raises(OSError, match="more than the 9 bytes"):
+        read_regular(tmp_path / "ten", 9)
+    with pytest.raises(OSError, match="more than the 9 bytes"):
+        read_regular("/proc/self/status", 9)
+    with pytest.raises(OSError, match="No such device"), open(tmp_path / "pipe", "a", opener=open_regular):
+        pass  # as a log of a run would be, without a reader

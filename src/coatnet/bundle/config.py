@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.network import CoAtNet, create_model
+from coatnet.system.files import read_regular
 
 FORMAT = 1
 _MAX_STAGES = 16
-_MAX_FILE_BYTES = 64_000_000
 
 # Bounds for untrusted files: far above what is sensible, far below what exhausts memory.
 NumClasses = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -69,10 +69,10 @@ class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises UserError if there is none or the file is too large."""
-    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
-        raise UserError(f"{path}: {size:,} bytes; a config.json has at most {_MAX_FILE_BYTES:,}")
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
+        values = json.loads(read_regular(path).decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):

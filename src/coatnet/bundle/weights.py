@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatnet.errors import UserError, first_line
+from coatnet.system.files import check_regular
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -67,6 +68,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     the other one would have to lie at the same place, since there may be no holes.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
@@ -94,6 +96,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         UserError: the file is damaged or holds anything but tensors.
     """
     try:
+        check_regular(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a file of tensors: {(str(error) or 'it is cut short').splitlines()[0]}") from None

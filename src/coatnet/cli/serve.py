@@ -8,9 +8,11 @@ from pathlib import Path
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
 from coatnet.errors import UserError
+from coatnet.system.files import read_regular
 
 NAME = re.compile(r"[\w.-]{1,100}")
 TOKEN = re.compile(r"[\x21-\x7e]{8,}")  # the characters that a header can carry
+MAX_TOKEN_BYTES = 65_536
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +76,7 @@ def read_token(file: str | None, environment: Mapping[str, str] = os.environ) ->
     """The token of the file, else of COATNET_TOKEN; never of the command line, which all users of a machine see."""
     if file is not None:
         try:
-            token = Path(file).read_text(encoding="utf-8").strip()
+            token = read_regular(file, MAX_TOKEN_BYTES).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -4,11 +4,13 @@ IDX is the file format of MNIST: a magic number, the sizes of the axes as 32-bit
 """
 
 import gzip
+import math
 import os
 import socket
 import zlib
 from importlib.resources import files
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from PIL import Image
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
-from coatnet.system.files import cache_folder
+from coatnet.system.files import cache_folder, open_regular, read_regular
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -28,6 +30,7 @@ _SHEET_SIDE = 28  # pixels of an image
 _EMBEDDED = files("coatnet.data") / "embedded"
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _DOWNLOAD_TIMEOUT_SECONDS = 30  # without any data, not in all
+MAX_UNPACKED_BYTES = 1 << 30  # chosen: of a gzipped file, which may unpack to a thousand times its size
 _UNSIGNED_BYTES = 0x08  # IDX code of the data type
 
 
@@ -102,7 +105,7 @@ def open_idx_folder(folder: Path, name: str | None = None, classes: tuple[str, .
     validation, validation_labels = _read_pair(folder, "t10k")
     highest = int(max(training_labels.max(), validation_labels.max()))
     if classes is None and (folder / CLASS_NAMES_FILE).is_file():
-        lines = (folder / CLASS_NAMES_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_regular(folder / CLASS_NAMES_FILE).decode().splitlines()
         classes = tuple(line.strip() for line in lines if line.strip())
     elif classes is None:
         classes = tuple(str(number) for number in range(highest + 1))
@@ -126,20 +129,28 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         UserError: it is not such a file, or it is damaged.
     """
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with open(path, "rb", opener=open_regular) as plain:
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            return _read_idx(path, gzip.GzipFile(fileobj=plain) if packed else plain, packed)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a readable IDX file ({error}); fetch it again") from error
 
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTES or not 1 <= data[3] <= 4:
-        raise UserError(f"{path}: not an IDX file of bytes; it would begin with 00 00 08, got {data[:4].hex(' ')!r}")
-    num_axes = data[3]
-    header = 4 + 4 * num_axes
-    shape = tuple(int.from_bytes(data[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(num_axes))
-    if len(data) - header != int(np.prod(shape, dtype=object)):
-        raise UserError(f"{path}: {len(data) - header:,} bytes where its header says {shape}; fetch it again")
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+def _read_idx(path: Path, file: IO[bytes], packed: bool) -> NDArray[np.uint8]:
+    head = file.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] != _UNSIGNED_BYTES or not 1 <= head[3] <= 4:
+        raise UserError(f"{path}: not an IDX file of bytes; it would begin with 00 00 08, got {head.hex(' ')!r}")
+    sizes = file.read(4 * head[3])
+    shape = tuple(int.from_bytes(sizes[at : at + 4], "big") for at in range(0, len(sizes), 4))
+    size = math.prod(shape)
+    if packed and size > MAX_UNPACKED_BYTES:
+        raise UserError(f"{path}: {size:,} bytes when unpacked; above {MAX_UNPACKED_BYTES:,} unpack it yourself")
+    data = file.read(min(size, MAX_UNPACKED_BYTES if packed else path.stat().st_size) + 1)
+    if len(sizes) < 4 * head[3] or len(data) != size:
+        found = f"more than {size:,}" if len(data) > size else f"{len(data):,}"
+        raise UserError(f"{path}: {found} bytes where its header says {shape}; fetch it again")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:

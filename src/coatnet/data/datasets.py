@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from coatnet.data.decode import BadImage
 from coatnet.data.sampler import EpochSampler
 from coatnet.errors import one_line
+from coatnet.system.files import read_regular
 
 Encoded = bytes | NDArray[np.uint8]
+MAX_IMAGE_BYTES = 1 << 30  # chosen: 150 megapixels of three 16-bit values, not compressed
 
 
 class Dataset(Protocol):
@@ -157,13 +159,18 @@ class FileDataset(Dataset):
         return self.root / os.fsdecode(self._names[start : self._ends[index]])
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
-        try:
-            return self.path(index).read_bytes(), self.labels[index]
-        except OSError as error:
-            raise BadImage(self.describe(index), f"unreadable: {error.strerror}") from error
+        return read_image_file(self.path(index), self.describe(index)), self.labels[index]
 
     def describe(self, index: int) -> str:
         return printable(str(self.path(index)))
+
+
+def read_image_file(path: str | Path, name: str) -> bytes:
+    """The bytes of an image file. Raises BadImage, which names the image `name`, for what is no regular file too."""
+    try:
+        return read_regular(path, MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise BadImage(name, f"unreadable: {error.strerror or error}") from error
 
 
 def evenly_spaced(num_images: int, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import Dataset, as_labels, printable
+from coatnet.data.datasets import Dataset, as_labels, printable, read_image_file
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import Splits, choose_validation
@@ -52,10 +52,7 @@ class HuggingFaceDataset(Dataset):
             raise BadImage(self.describe(index), "empty: the row has no image")
         if cell["bytes"] is not None:
             return cell["bytes"], self.labels[index]
-        try:
-            return Path(cell["path"]).read_bytes(), self.labels[index]
-        except OSError as error:
-            raise BadImage(self.describe(index), f"unreadable: {cell['path']}: {error.strerror}") from error
+        return read_image_file(cell["path"], self.describe(index)), self.labels[index]
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{self._rows[index]}]"

@@ -11,6 +11,7 @@ import numpy as np
 
 from coatnet.evaluation.metrics import CalibrationBin
 from coatnet.evaluation.report import Mistake
+from coatnet.system.files import MAX_LOG_BYTES, read_regular
 
 _INK, _FAINT = "#24292f", "#8c959f"
 _RIGHT, _WRONG = "#1f6feb", "#d1480f"
@@ -101,7 +102,7 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
 def _series(metrics_path: str | Path, name: str) -> np.ndarray:
     """Epoch and value of the M lines that have the value, (M, 2)."""
     by_step = {}
-    for line in Path(metrics_path).read_text(encoding="utf-8").splitlines():
+    for line in read_regular(metrics_path, MAX_LOG_BYTES).decode().splitlines():
         try:
             record = json.loads(line)
         except ValueError:

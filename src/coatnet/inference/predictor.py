@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.data.datasets import read_image_file
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import as_images, match_channels
@@ -151,10 +152,7 @@ class Predictor:
             UserError: it is not an image in one of the forms.
         """
         if isinstance(image, str | Path):
-            try:
-                image = Path(image).read_bytes()
-            except OSError as error:
-                raise BadImage(name, f"unreadable: {error.strerror or error}") from error
+            image = read_image_file(image, name)
         pixels = decode(image, name) if isinstance(image, bytes) else _to_pixels(image, name)
         pixels = match_channels(pixels, self.bundle.preprocessing)
         views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)

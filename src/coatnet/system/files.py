@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all.
+"""Files that are read without waiting and within bounds; files and folders that are written whole or not at all.
 
 What is written goes to a hidden temporary name beside its target, is flushed to the disk, and is then renamed: a reader
 never meets half of it, and a failure leaves nothing. A process that is killed may leave temporary files; their names
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,69 @@ _LEFTOVER = re.compile(
 # nobody has written to for a day is no one's.
 _ABANDONED_SECONDS = 86_400
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name has 32 more than its target
+
+
+MAX_SMALL_FILE_BYTES = 64_000_000  # chosen: for settings, records and lists, which are read as a whole
+MAX_LOG_BYTES = 1 << 28  # chosen: a million lines
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file without ever waiting, and return its descriptor: `open(path, opener=open_regular)`.
+
+    Named pipes, sockets and devices, which may never end, are refused, also behind links.
+
+    Raises:
+        OSError: it is not there, not readable, or no regular file.
+    """
+    if not flags & os.O_CREAT:
+        check_regular(path)  # before opening, which alone makes some devices act
+    # Without blocking, as a pipe may take the file's place meanwhile.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0), 0o666)
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError unless a path leads to a regular file: for libraries that take the path, not a descriptor."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # NUL, or surrogates that stand for no byte
+        raise OSError(errno.EINVAL, f"no name of a file ({error})", str(path)) from None
+    _check_mode(mode, path)
+
+
+def _check_mode(mode: int, path: str | Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"{kind}, not a regular file", str(path))
+
+
+def read_regular(path: str | Path, max_bytes: int = MAX_SMALL_FILE_BYTES) -> bytes:
+    """Read a regular file as a whole.
+
+    Raises:
+        OSError: as `open_regular`; or the file has more than `max_bytes` bytes, which are then not read.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= max_bytes:
+            data = file.read(size + 1) or b""  # None from a file of the kernel that would make a reader wait
+            if len(data) > size:  # it grows, or it is one of the kernel's, whose size is 0
+                data += file.read(max_bytes + 1 - len(data)) or b""
+            if len(data) <= max_bytes:
+                return data
+    raise OSError(errno.EFBIG, f"more than the {max_bytes:,} bytes that are read", str(path))
 
 
 @contextmanager

@@ -21,7 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coatnet.errors import UserError
-from coatnet.system.files import commit_folder, fsync_path, remove_folder, remove_leftovers, temporary_path
+from coatnet.system.files import (
+    check_regular,
+    commit_folder,
+    fsync_path,
+    open_regular,
+    read_regular,
+    remove_folder,
+    remove_leftovers,
+    temporary_path,
+)
 from coatnet.training.distributed.shards import Rows
 
 FORMAT_VERSION = 1
@@ -41,6 +50,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """Raises SafetensorError or OSError if a file is not readable safetensors."""
         self._parts: dict[str, list[Any]] = {}
         for path in sorted(files):
+            check_regular(path)
             file = safe_open(path, framework="pt")
             for name in file.keys():  # noqa: SIM118  # no mapping: it cannot be iterated
                 self._parts.setdefault(name, []).append(file)
@@ -144,7 +154,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint that is known to be complete; its tensors are read when they are used."""
     try:
         parts = [path / name for name in _read_manifest(path) if name != "state.json"]
-        return Checkpoint(StoredTensors(parts), json.loads((path / "state.json").read_text()), path)
+        return Checkpoint(StoredTensors(parts), json.loads(read_regular(path / "state.json")), path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
 
@@ -180,7 +190,7 @@ def milestones(steps: list[Path], hours: float) -> set[Path]:
     found: dict[int, Path] = {}
     for path in steps:
         try:
-            seconds = json.loads((path / "state.json").read_text())["position"]["seconds"]
+            seconds = json.loads(read_regular(path / "state.json"))["position"]["seconds"]
             found.setdefault(int(seconds / 3600 / hours), path)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged
@@ -190,7 +200,7 @@ def milestones(steps: list[Path], hours: float) -> set[Path]:
 
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
     """Sizes and checksums of the files of a checkpoint."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads(read_regular(path / "manifest.json"))
     if manifest["format"] != FORMAT_VERSION:
         raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT_VERSION} of this version")
     files = manifest["files"]
@@ -203,7 +213,7 @@ def _read_manifest(path: Path) -> dict[str, Fingerprint]:
 def _fingerprint(path: Path) -> Fingerprint:
     """Size and CRC-32 of a file."""
     checksum = 0
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         while chunk := file.read(1 << 22):
             checksum = zlib.crc32(chunk, checksum)
     return [path.stat().st_size, checksum]

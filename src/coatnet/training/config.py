@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import UserError, nearest_option
+from coatnet.system.files import read_regular
 from coatnet.system.validated import (
     Boolean,
     FractionBelowOne,
@@ -311,9 +312,7 @@ def read_value(text: str) -> Any:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping, bounded in size, without aliases or tags: a file can name values, never code."""
     try:
-        text = Path(path).read_bytes()
-        if len(text) > MAX_YAML_BYTES:
-            raise UserError(f"{path} is {len(text)} bytes; a recipe has at most {MAX_YAML_BYTES}")
+        text = read_regular(path, MAX_YAML_BYTES)
         values = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a recipe in YAML") from None

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from coatnet.errors import UserError, shorten
-from coatnet.system.files import atomic_write, is_leftover, only_process, remove_leftovers
+from coatnet.system.files import (
+    MAX_LOG_BYTES,
+    atomic_write,
+    is_leftover,
+    only_process,
+    open_regular,
+    read_regular,
+    remove_leftovers,
+)
 from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
 
 LOCK = ".lock"  # in the folder while a process trains in it
@@ -88,7 +96,7 @@ class RunFolder:
         if config.epochs < before.epochs:
             raise UserError(f"{self.path} holds a run of {before.epochs} epochs, which can only be extended")
         if self._classes_file.exists():
-            self._compare_classes(json.loads(self._classes_file.read_text(encoding="utf-8")))
+            self._compare_classes(json.loads(read_regular(self._classes_file)))
         return config
 
     def _compare_classes(self, before: list[str]) -> None:
@@ -123,7 +131,7 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """One JSON line in metrics.jsonl; a log that cannot be written does not end a training."""
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with open(self.metrics, "a", encoding="utf-8", opener=open_regular) as file:
                 file.write(json.dumps(dict(record)) + "\n")
         except OSError:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -138,7 +146,7 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in read_regular(self.metrics, MAX_LOG_BYTES).decode().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

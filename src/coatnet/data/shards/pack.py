@@ -58,6 +58,8 @@ from coatnet.system.files import (
     atomic_write,
     commit_folder,
     only_process,
+    open_regular,
+    read_regular,
     remove_leftovers,
     translate_write_errors,
 )
@@ -187,7 +189,7 @@ def _count(labels: NDArray, num_classes: int) -> list[int]:
 
 
 def _check(path: Path, checksum: str) -> None:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         if hasattr(os, "posix_fadvise"):  # else the bytes would come from memory, not from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if _hash_of(file) != checksum:
@@ -204,9 +206,10 @@ def _hash_of(file: BinaryIO) -> str:
 def _read_record(path: Path, record: Path) -> Written | None:
     """The record of a finished shard; None if it is not finished or its files do not match."""
     try:
-        values = json.loads(record.read_bytes())
+        values = json.loads(read_regular(record))
         shard = Shard(*values["shard"])
-        with path.open("rb") as tar, path.with_name(index_name(path.name)).open("rb") as table:
+        table_path = path.with_name(index_name(path.name))
+        with open(path, "rb", opener=open_regular) as tar, open(table_path, "rb", opener=open_regular) as table:
             if _hash_of(tar) == shard.sha256 and _hash_of(table) == shard.index_sha256:
                 return Written(shard, values["class_counts"], values["left_out"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -326,7 +329,7 @@ def _begin(staged: Path, plan: dict) -> None:
     path, text = staged / WORK / "plan.json", json.dumps(plan)
     for folder in (staged, path.parent):
         remove_leftovers(folder)
-    if path.exists() and path.read_text() == text:
+    if path.exists() and read_regular(path) == text.encode():
         return
     for entry in [*staged.iterdir(), *(staged / WORK).iterdir()]:
         if entry.is_file() and entry.name != "lock":

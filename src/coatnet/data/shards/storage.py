@@ -17,7 +17,7 @@ from zlib import crc32
 
 from coatnet.data.datasets import printable
 from coatnet.errors import UserError
-from coatnet.system.files import atomic_files, cache_folder, file_lock, is_leftover
+from coatnet.system.files import atomic_files, cache_folder, file_lock, is_leftover, open_regular
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
 _NUM_LOCKS = 256
@@ -105,7 +105,7 @@ def parse_bytes(text: str) -> int:
 def _open_whole(path: Path, num_bytes: int) -> int | None:
     """Open a block; None if it is not there, or not whole, as after a power failure."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
     except FileNotFoundError:
         return None
     if os.fstat(descriptor).st_size != num_bytes:
@@ -126,6 +126,7 @@ T = TypeVar("T")
 _MAX_OPEN_FILES = 160  # a window of the sampler has 128 blocks, mostly of different shards; some systems allow 1024
 _MAX_ANNOUNCED = 1024  # blocks, several windows
 CHUNK_BYTES = 1 << 23  # 8 MiB
+MAX_INDEX_BYTES = 1 << 29  # chosen: the table of a split of two million shards
 _CONNECTIONS = 16
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 2.0  # seconds, doubled after each failure
 
@@ -205,7 +206,7 @@ class LocalStorage(Storage):
 
     def open(self, name: str, num_bytes: int = 0, checksum: str = "") -> int:
         try:
-            return os.open(self.root / name, os.O_RDONLY)
+            return open_regular(self.root / name)
         except OSError as error:
             raise UserError(f"{self}/{name}: {error.strerror}; fetch or pack it again") from error
 
@@ -226,7 +227,10 @@ class LocalStorage(Storage):
         return os.pread(descriptor, length, offset)
 
     def stream(self, name: str) -> BinaryIO:
-        return (self.root / name).open("rb", buffering=CHUNK_BYTES)
+        try:
+            return open(self.root / name, "rb", buffering=CHUNK_BYTES, opener=open_regular)
+        except OSError as error:
+            raise UserError(f"{self}/{name}: {error.strerror}; fetch or pack it again") from error
 
     def _forget(self) -> None:
         self._opened: OrderedDict[str, int] = OrderedDict()
@@ -235,8 +239,11 @@ class LocalStorage(Storage):
 
 def read_whole(files: Storage, name: str) -> bytes | None:
     """A small file, never from a cache; None if it does not exist."""
-    if files.sizes([name]) == [None]:
+    (size,) = files.sizes([name])
+    if size is None:
         return None
+    if size > MAX_INDEX_BYTES:
+        raise UserError(f"{files}/{name}: {size:,} bytes; it may have {MAX_INDEX_BYTES:,}")
     with files.stream(name) as file:
         return file.read()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from coatnet.errors import UserError
 from coatnet.inference.batch.samples import Row
-from coatnet.system.files import atomic_files, atomic_write, commit_files, file_lock
+from coatnet.system.files import atomic_files, atomic_write, check_regular, commit_files, file_lock, read_regular
 
 # chosen: a thousand parts, so that little is lost with a process and many processes share evenly, within bounds: a file
 # for fewer than 64 images costs more than it saves, and 4,096 rows are some MB to hold until they are written.
@@ -136,7 +136,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             atomic_write(path, self.plan.to_json())  # other processes of this run may do so too, with the same text
-        elif difference := self.plan.difference(path.read_text()):
+        elif difference := self.plan.difference(read_regular(path).decode(errors="replace")):
             raise UserError(
                 f"{self.out} was begun with {difference}: continue with the same command, or remove {self.folder}"
             )
@@ -177,6 +177,7 @@ class Parts:
             return None
         exists = f"{self.out} is there already"
         try:
+            check_regular(self.out)
             file = parquet.ParquetFile(self.out)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(

@@ -9,8 +9,8 @@ import os
 import socket
 import zlib
 from importlib.resources import files
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +137,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raise UserError(f"{path}: not a readable IDX file ({error}); fetch it again") from error
 
 
-def _read_idx(path: Path, file: IO[bytes], packed: bool) -> NDArray[np.uint8]:
+def _read_idx(path: Path, file: BufferedReader | gzip.GzipFile, packed: bool) -> NDArray[np.uint8]:
     head = file.read(4)
     if len(head) < 4 or head[:2] != b"\0\0" or head[2] != _UNSIGNED_BYTES or not 1 <= head[3] <= 4:
         raise UserError(f"{path}: not an IDX file of bytes; it would begin with 00 00 08, got {head.hex(' ')!r}")

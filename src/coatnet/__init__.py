@@ -7,6 +7,7 @@ not import torch.
 from typing import TYPE_CHECKING
 
 from coatnet.public_names import lazy_exports
+from coatnet.system.telemetry import switch_off_telemetry
 from coatnet.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from coatnet.training.interruption import Interrupted as Interrupted
     from coatnet.training.recipes import named_recipe as named_recipe
     from coatnet.training.trainer import train as train
+
+switch_off_telemetry()
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,

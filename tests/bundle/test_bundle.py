@@ -151,8 +151,11 @@ def test_a_misspelled_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypat
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("coatnet.bundle.bundle.download", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match=r"no such folder \(did you mean 'runs/mine'\?\); .* write runs/mien@main"):
+    with pytest.raises(UserError, match=r"no such folder \(did you mean 'runs/mine'\?\); .* write hf://runs/mien"):
         load("runs/mien")
+    for path in ("gone/mine", "runs/mine/x", "~/mine", "./mine", "mine", "runs\\mine", "/no/such", "https://h.co/a/b"):
+        with pytest.raises(UserError, match="there is no such folder"):
+            load(path)
 
 
 def test_repr_is_three_lines(bundle: Bundle) -> None:

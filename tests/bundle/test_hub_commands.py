@@ -99,5 +99,5 @@ def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path
     assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
     pushed = coatnet("push", run / "bundle", "ana/brightness", HF_TOKEN="hf_ana")
     assert pushed.returncode == 0 and "ana/brightness" in pushed.stdout, pushed.stderr
-    here, there = (coatnet("predict", source, folder, "--json") for source in (run / "bundle", "ana/brightness"))
+    here, there = (coatnet("predict", source, folder, "--json") for source in (run / "bundle", "hf://ana/brightness"))
     assert here.returncode == 0 and here.stdout == there.stdout

@@ -18,10 +18,12 @@ from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
-from coatnet.system.files import atomic_folder, translate_write_errors
+from coatnet.system.files import atomic_folder, translate_write_errors, user_path
 
 FILES = {WEIGHTS, CONFIG, CARD}
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
+# A path is never looked up on the hub because it is misspelled: an id says that it is one, by hf:// (timm: hf-hub:),
+# by a revision, or by timm as its owner.
+HUB_ID = re.compile(r"(hf://|hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,8 +96,8 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
 
     Args:
         source: the folder of a bundle; the folder of a run, for its bundle; a folder that timm wrote for the hub; a
-            file of timm's weights; or the id of a model on the Hugging Face hub, such as
-            "timm/coatnet_0_rw_224.sw_in1k", with "@" and a revision after it if wanted.
+            file of timm's weights; or the id of a model on the Hugging Face hub: "timm/coatnet_0_rw_224.sw_in1k", or
+            "hf://owner/name" for other owners, with "@" and a revision after it if wanted.
         architecture: timm's name of the network, such as "coatnet_0_rw_224", if `source` is a file of weights.
         allow_pickle: also read weights of `torch.save` (only tensors) if there is no safetensors file.
 
@@ -105,7 +107,7 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
         raise UserError(f"{source!r} is not a model: give the folder of a run or bundle, or an id of the hub")
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         if architecture is None:
             raise UserError(
@@ -144,20 +146,25 @@ def find_folder(path: Path) -> Path:
 
 def _download(source: str, allow_pickle: bool) -> Path:
     """Return the local folder of a model on the hub."""
-    path, hub_ids = Path(source).expanduser(), [row.hub_id for row in PRETRAINED.values()]
+    path, hub_ids = Path(source), [row.hub_id for row in PRETRAINED.values()]
     match = HUB_ID.fullmatch(source)
-    if match is None:
-        raise UserError(f"{path} is not a bundle: there is no such folder")
-    repository, revision = match.groups()
-    if path.parent.is_dir() and revision is None and repository not in hub_ids:
-        siblings = [str(folder) for folder in path.parent.iterdir() if folder.is_dir()]
-        raise UserError(
-            f"{path} is not a bundle: there is no such folder{nearest(source, siblings)}; "
-            f"for a model on the Hugging Face hub, write {source}@main"
-        )
+    prefix, repository, revision = match.groups() if match else (None, "", None)
+    folder_of_that_name = path.parent.is_dir() and repository not in hub_ids
+    if not (prefix or revision or (repository.startswith("timm/") and not folder_of_that_name)):
+        similar = nearest(source, _folders_beside(path))
+        hint = f"; for a model on the Hugging Face hub, write hf://{source}" if match else ""
+        raise UserError(f"{path} is not a bundle: there is no such folder{similar}{hint}")
     try:
         return download(repository, revision=revision, allow_pickle=allow_pickle)
     except UnknownRepository as error:
         raise UserError(f"{error}{nearest(repository, hub_ids, most=3)}; `coatnet models` lists timm's") from None
     except UserError as error:
-        raise UserError(f"there is no folder {path}, and as a model of the hub: {error}") from None
+        where = "" if prefix else f"there is no folder {path}, and as a model of the hub: "
+        raise UserError(f"{where}{error}") from None
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [str(folder) for folder in path.parent.iterdir() if folder.is_dir()]
+    except OSError:
+        return []

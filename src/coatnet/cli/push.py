@@ -15,7 +15,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "Log in first (`hf auth login`) or set HF_TOKEN.",
         "examples:\n"
         "  coatnet push runs/mine/bundle my-name/garments\n"
-        "  coatnet predict my-name/garments image.jpg           # then works for anyone, anywhere",
+        "  coatnet predict hf://my-name/garments image.jpg      # then works for anyone, anywhere",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of a trained model: RUN/bundle, or its run folder RUN")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")

@@ -6,8 +6,10 @@ IDX is the file format of MNIST: a magic number, the sizes of the axes as 32-bit
 import gzip
 import math
 import os
+import shutil
 import socket
 import zlib
+from contextlib import suppress
 from importlib.resources import files
 from io import BufferedReader
 from pathlib import Path
@@ -19,7 +21,8 @@ from PIL import Image
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError
-from coatnet.system.files import cache_folder, open_regular, read_regular
+from coatnet.system.cache import cache_folder, cached_folder
+from coatnet.system.files import open_regular, read_regular
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -44,13 +47,11 @@ def open_fashion_mnist() -> Splits:
         UserError: they are not on this machine and cannot be downloaded.
     """
     own = os.environ.get("COATNET_DATA_DIR")
-    cache = cache_folder()
-    downloaded = cache / "FashionMNIST" / "raw"
     folders = [Path(own) / "fashion-mnist"] if own else []
-    found = next((folder for folder in (*folders, _DEBIAN, downloaded) if is_idx_folder(folder)), None)
+    found = next((folder for folder in (*folders, _DEBIAN) if is_idx_folder(folder)), None)
     if found is None:
-        _download_fashion_mnist(cache)
-    return open_idx_folder(found or downloaded, "fashion-mnist", FASHION_CLASSES)
+        found = cached_folder("downloads", "fashion-mnist", _download_fashion_mnist) / "FashionMNIST" / "raw"
+    return open_idx_folder(found, "fashion-mnist", FASHION_CLASSES)
 
 
 def open_fashion_mnist_small() -> Splits:
@@ -178,13 +179,19 @@ def _read_sheet(file_name: str) -> NDArray[np.uint8]:
     return images.reshape(-1, _SHEET_SIDE, _SHEET_SIDE)  # (N, 28, 28)
 
 
-def _download_fashion_mnist(cache: Path) -> None:
+def _download_fashion_mnist(folder: Path) -> None:
+    """Download the four files below a folder, or copy what version 0.1 kept, if that is whole."""
+    with suppress(OSError, UserError):
+        old = cache_folder() / "FashionMNIST"
+        open_idx_folder(old / "raw")
+        shutil.copytree(old, folder / "FashionMNIST")
+        return
     from torchvision.datasets import FashionMNIST
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        FashionMNIST(str(cache), download=True)
+        FashionMNIST(str(folder), download=True)
     except Exception as error:
         raise UserError(
             "fashion-mnist is not on this machine and the download failed "

@@ -15,6 +15,7 @@ from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
 from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, open_shard_folder
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
+from coatnet.system.files import user_path
 
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
@@ -58,7 +59,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
         return open_hugging_face(str(source), validation_fraction)
     if "://" in str(source):
         return open_remote_shards(str(source), validation_fraction)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists():
         raise UserError(
             f"no dataset at {str(source)!r}{nearest(str(source), NAMES)}: "

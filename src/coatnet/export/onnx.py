@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle import Bundle
-from coatnet.errors import UserError
 from coatnet.export.signature import Run, Signature, string_metadata
 from coatnet.inference.graph import to_onnx
+from coatnet.system.telemetry import import_onnxruntime
 
 FILE = "model.onnx"
 
@@ -24,7 +24,7 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
 
 
 def write_file(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], path: Path) -> None:
-    import_runtime()
+    import_onnxruntime()  # before the work, so that its absence is told at once
     program = to_onnx(signature.program(bundle), inputs=signature.input, outputs=signature.output)
     import onnx
 
@@ -40,17 +40,8 @@ def reopen(folder: Path, signature: Signature) -> Run:
 
 def open_file(path: Path, signature: Signature) -> Run:
     """Open a file in ONNX Runtime. Raises UserError if it is not installed."""
-    session = import_runtime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda given: np.asarray(session.run(None, {signature.input: given})[0])
-
-
-def import_runtime() -> Any:
-    """The module onnxruntime. Raises UserError if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("an ONNX model is checked with ONNX Runtime: pip install 'coatnet[onnx]'") from None
-    return onnxruntime
 
 
 def snippet(folder: Path, signature: Signature) -> str:

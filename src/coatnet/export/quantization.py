@@ -27,7 +27,6 @@ from coatnet.export.classifier import Fit, ImageProbabilities
 from coatnet.export.parity import median_milliseconds, spread_images
 from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import (
-    disable_openvino_telemetry,
     example_images,
     silence_exporters,
     to_openvino,
@@ -198,7 +197,6 @@ def open_calibration(bundle: Bundle, data: str) -> Splits:
 
 def import_nncf() -> Any:
     """The module. Raises UserError if it is not installed."""
-    disable_openvino_telemetry()
     try:
         with silence_exporters():
             import nncf

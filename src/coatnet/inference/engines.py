@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line, warn
 from coatnet.inference.graph import NormalizedNetwork, example_images, to_onnx, to_openvino, to_program
 from coatnet.inference.graph_cache import cached_graph
+from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, multiplies_bf16, num_cores
+from coatnet.system.telemetry import import_onnxruntime
 
 if TYPE_CHECKING:
     import openvino
@@ -115,7 +117,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
 
     def __init__(self, bundle: Bundle, precision: str, device: torch.device) -> None:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         def write(path: Path) -> None:
             to_onnx(to_program(NormalizedNetwork(bundle), example_images(bundle))).save(path)
@@ -178,9 +180,14 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
     if precision not in ("auto", *PRECISIONS):
         raise UserError(f"precision is {precision!r}; it is one of auto, {', '.join(PRECISIONS)}")
     place = choose_device(device)
+    if engine == "auto" and place.type != "cpu":
+        engine = "torch"
     if engine == "auto":
-        on_gpu = place.type != "cpu"
-        engine = "torch" if on_gpu else next(name for name, entry in REGISTRY.items() if entry.is_installed)
+        for name in (name for name, entry in REGISTRY.items() if entry.is_installed):  # torch needs no graph
+            try:
+                return open_engine(bundle, name, precision, device)
+            except (CacheUnusable, ImportError) as error:
+                warn(f"engine {name} is left out: {first_line(error)}")
     entry = REGISTRY[engine]
     if not entry.is_installed:
         raise UserError(f"engine {engine} needs {entry.package}: pip install 'coatnet[{entry.extra}]'")

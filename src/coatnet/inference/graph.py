@@ -6,7 +6,6 @@ rounding; the result cannot be trained. Shapes: N images, R resolution, C channe
 
 import copy
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,7 +185,6 @@ def to_program(module: nn.Module, example: Tensor, *, free: tuple[int, ...] = ()
 
 def to_openvino(program: ExportedProgram) -> "openvino.Model":
     """Convert a graph to OpenVINO. Raises UserError if OpenVINO is not installed."""
-    disable_openvino_telemetry()
     try:
         import openvino
     except ImportError:
@@ -214,11 +212,6 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
         )
     assert converted is not None
     return converted
-
-
-def disable_openvino_telemetry() -> None:
-    """Keep OpenVINO and NNCF from reporting every use to Intel: without this package they use their own stub."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -1,26 +1,21 @@
 """Exported graphs in the cache folder: exporting takes some ten seconds, reading a fraction of one."""
 
 import hashlib
-import os
-import shutil
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import config_json
-from coatnet.system.files import atomic_folder, cache_folder, remove_leftovers
+from coatnet.system.cache import cached_folder
 from coatnet.version import __version__
 
 MAX_CACHED_GRAPHS = 16  # chosen: a handful of models in several formats; 1.6 GB if all are coatnet-0
-LEFTOVER_SECONDS = 86_400  # chosen: no export takes a day, so an older temporary folder has no writer
 
 
 def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path], None]) -> Path:
-    """Return the path of a graph of the bundle, exporting it if it is not in the cache.
+    """Return the path of a graph of the bundle, exporting it if it is not in the cache or damaged there.
 
     The key of a graph is a hash of all it depends on: weights, config, and the versions of this package, torch and the
     engine. Beyond 16 graphs, the least recently used is removed.
@@ -31,19 +26,8 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
         version: of the engine's package.
         write: exports the graph to a path.
     """
-    home = cache_folder() / "graphs"
-    entry = home / fingerprint(bundle, file, version)
-    if not entry.exists():
-        # Another process may be faster; its graph is the same.
-        with suppress(FileExistsError), atomic_folder(entry) as staged:
-            write(staged / file)
-        remove_leftovers(home, LEFTOVER_SECONDS)
-    now = time.time_ns()  # the clock that os.utime takes by itself stands still for up to 10 ms
-    os.utime(entry, ns=(now, now))
-    kept = sorted(home.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)
-    for path in kept[:-MAX_CACHED_GRAPHS]:
-        shutil.rmtree(path, ignore_errors=True)
-    return entry / file
+    key = fingerprint(bundle, file, version)
+    return cached_folder("graphs", key, lambda staged: write(staged / file), most=MAX_CACHED_GRAPHS) / file
 
 
 def fingerprint(bundle: Bundle, *more: str) -> str:

@@ -2,8 +2,7 @@
 
 What is written goes to a hidden temporary name beside its target, is flushed to the disk, and is then renamed: a reader
 never meets half of it, and a failure leaves nothing. A process that is killed may leave temporary files; their names
-hold its machine and number, and the next one that writes into the folder removes those of the dead. Files that can be
-made or fetched again (graphs, blocks of remote shards, indexes, downloads) are in one cache folder.
+hold its machine and number, and the next one that writes into the folder removes those of the dead.
 """
 
 import errno
@@ -360,17 +359,9 @@ def translate_write_errors(path: str | Path, advice: str = "") -> Iterator[None]
         raise UserError(f"{path} could not be written: {error.strerror or error}{advice}") from error
 
 
-def cache_folder() -> Path:
-    """The folder that COATNET_CACHE_DIR names, else `$XDG_CACHE_HOME/coatnet`, else `~/.cache/coatnet`.
-
-    Raises:
-        UserError: neither variable is set and the user has no home folder.
-    """
-    if own := os.environ.get("COATNET_CACHE_DIR"):
-        return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "coatnet"
+def user_path(path: str | Path) -> Path:
+    """The path with the user's home in place of a leading `~`. Raises UserError if there is no such home."""
     try:
-        return Path.home() / ".cache" / "coatnet"
-    except RuntimeError as error:
-        raise UserError("there is no home folder for cached files; set COATNET_CACHE_DIR to a folder") from error
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no home folder for ~; write the whole path") from None

@@ -5,7 +5,6 @@ Every figure here is `chosen`: the paper trains on ImageNet and larger only.
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
+from coatnet.system.files import user_path
 from coatnet.training.config import Recipe, TrainingConfig, merge
 from coatnet.training.recipes import find_recipe
 
@@ -181,7 +181,7 @@ def check_labels(recipe: Recipe, splits: Splits) -> None:
 
 def absolute_path_or_name(source: str) -> str:
     """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return str(path.resolve()) if source and path.exists() else source
 
 

@@ -62,6 +62,7 @@ from coatnet.system.files import (
     read_regular,
     remove_leftovers,
     translate_write_errors,
+    user_path,
 )
 from coatnet.system.hardware import num_cores
 from coatnet.system.progress import ProgressBar
@@ -270,7 +271,7 @@ def pack(
     """
     if shard_bytes < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"shard_bytes and num_workers must be at least 1, got {shard_bytes} and {num_workers}")
-    target = Path(out).expanduser().absolute()
+    target = user_path(out).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{out} exists already; give a new folder")
     splits = source if isinstance(source, Splits) else open_dataset(source)

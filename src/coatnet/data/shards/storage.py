@@ -17,7 +17,8 @@ from zlib import crc32
 
 from coatnet.data.datasets import printable
 from coatnet.errors import UserError
-from coatnet.system.files import atomic_files, cache_folder, file_lock, is_leftover, open_regular
+from coatnet.system.cache import cache_folder
+from coatnet.system.files import atomic_files, file_lock, is_leftover, open_regular
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
 _NUM_LOCKS = 256

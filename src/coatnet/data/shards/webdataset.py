@@ -38,7 +38,7 @@ from coatnet.data.shards.index import (
 )
 from coatnet.data.shards.storage import LocalStorage, Storage
 from coatnet.errors import UserError
-from coatnet.system.files import atomic_folder, cache_folder, file_lock
+from coatnet.system.cache import cached_folder
 from coatnet.system.progress import ProgressBar
 
 Label = int | str | tuple[int | str, ...]
@@ -73,13 +73,8 @@ def index_foreign(files: Storage, validation_fraction: float) -> LocalStorage:
     names = [name for part in parts.values() for name in part]
     sizes = files.sizes(names)
     mark = sha256(repr((str(files), parts, sizes, files.modified(names))).encode()).hexdigest()[:32]
-    folder = cache_folder() / "indexes" / mark
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder.with_suffix(".lock")):
-        if not (folder / HEAD).exists():
-            with atomic_folder(folder) as staged:
-                _write(staged, files, parts, [size or 0 for size in sizes])
-    return LocalStorage(folder)
+    lengths = [size or 0 for size in sizes]
+    return LocalStorage(cached_folder("indexes", mark, lambda staged: _write(staged, files, parts, lengths)))
 
 
 def split_of(name: str) -> str | None:

@@ -10,7 +10,15 @@ from typing import Any
 
 from coatnet.errors import UserError
 from coatnet.inference.batch.samples import Row
-from coatnet.system.files import atomic_files, atomic_write, check_regular, commit_files, file_lock, read_regular
+from coatnet.system.files import (
+    atomic_files,
+    atomic_write,
+    check_regular,
+    commit_files,
+    file_lock,
+    read_regular,
+    user_path,
+)
 
 # chosen: a thousand parts, so that little is lost with a process and many processes share evenly, within bounds: a file
 # for fewer than 64 images costs more than it saves, and 4,096 rows are some MB to hold until they are written.
@@ -107,7 +115,7 @@ def require_parquet(out: str | Path) -> Path:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError(f"{out}: Parquet needs pyarrow: pip install 'coatnet[parquet]'") from None
-    return Path(out).expanduser().absolute()
+    return user_path(out).absolute()
 
 
 def schema(metadata: dict[bytes, str] | None = None) -> Any:

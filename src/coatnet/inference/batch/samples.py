@@ -27,6 +27,7 @@ from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
+from coatnet.system.files import user_path
 from coatnet.system.hardware import num_cores
 
 
@@ -88,7 +89,7 @@ def open_samples(sources: Sequence[str]) -> SampleSource:
         raise UserError(f"{datasets[0]} is a dataset of its own: give it alone, or files and folders of images")
     if not datasets:
         return SampleSource([open_images(sources)])
-    path = Path(sources[0]).expanduser()
+    path = user_path(sources[0])
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return SampleSource([_open_manifest(path)])
     splits = open_dataset(sources[0])
@@ -166,7 +167,7 @@ def _label_name(dataset: Dataset, label: np.ndarray) -> str | None:
 
 
 def _is_dataset(source: str) -> bool:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         path = path.resolve()
         return is_idx_folder(path) or is_saved_folder(path) or is_shard_folder(path)

@@ -4,6 +4,7 @@ What is kept is checked before it is used, and made again if it is damaged. Wher
 read-only container or without a home, a temporary folder of this process takes its place.
 """
 
+import atexit
 import functools
 import hashlib
 import os
@@ -62,7 +63,7 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None], *, most: in
     except (OSError, CacheUnusable) as error:
         reason = f"{home}: {error.strerror}" if isinstance(error, OSError) else str(error)
     try:
-        made = _kept(Path(_temporary_folder().name) / kind, key, make, most)
+        made = _kept(_temporary_folder() / kind, key, make, most)
     except OSError as error:
         raise CacheUnusable(
             f"neither the cache ({reason}) nor a temporary folder ({error.strerror}) can be written; "
@@ -120,6 +121,8 @@ def _sha256(path: Path) -> str:
 
 
 @functools.cache
-def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+def _temporary_folder() -> Path:
     """One for this process, removed at its end. Raises OSError if there is no place for it."""
-    return tempfile.TemporaryDirectory(prefix="coatnet-")
+    folder = Path(tempfile.mkdtemp(prefix="coatnet-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

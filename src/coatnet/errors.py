@@ -1,7 +1,6 @@
 """Errors that a user can correct, and the wording they share: one line, with the nearest right name."""
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -87,12 +86,6 @@ def cut(text: str) -> str:
     if left_out <= 0:
         return text
     return f"{text[:_LONGEST_START]} ... ({left_out:,} characters) ... {text[-_LONGEST_END:]}"
-
-
-def warn(message: str) -> None:
-    """Print one line of warning to standard error, if there is one."""
-    if sys.stderr is not None:
-        print(one_line(f"coatnet: warning: {message}"), file=sys.stderr)
 
 
 def nearest(given: str, known: Iterable[str], most: int = 1) -> str:

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
-from coatnet.errors import UserError, first_line, warn
+from coatnet.errors import UserError, first_line
 from coatnet.inference.graph import NormalizedNetwork, example_images, to_onnx, to_openvino, to_program
 from coatnet.inference.graph_cache import cached_graph
 from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, multiplies_bf16, num_cores
 from coatnet.system.telemetry import import_onnxruntime
+from coatnet.system.terminal import warn
 
 if TYPE_CHECKING:
     import openvino

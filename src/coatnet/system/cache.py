@@ -14,8 +14,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from coatnet.errors import UserError, warn
+from coatnet.errors import UserError
 from coatnet.system.files import atomic_folder, file_lock, remove_leftovers
+from coatnet.system.terminal import warn
 
 CHECKSUMS = "SHA256SUMS"  # of the files of a folder, as the program sha256sum writes and checks them
 LEFTOVER_SECONDS = 86_400  # chosen: nothing takes a day to make, so an older temporary folder has no writer

@@ -23,7 +23,14 @@ def echo(text: str, *, error: bool = False, end: str = "\n", is_json: bool = Fal
         shown = UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
     else:
         shown = escape_lines(text)
-    print(shown, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+    stream = sys.stderr if error else sys.stdout
+    if stream is not None:  # a daemon may have closed it
+        print(shown, end=end, file=stream, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning to standard error."""
+    echo(one_line(f"coatnet: warning: {message}"), error=True)
 
 
 def escape_lines(text: str) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -81,8 +82,9 @@ def _kept(home: Path, key: str, make: Callable[[Path], None], most: int | None) 
     """As `cached_folder`, in one place. Raises OSError if it cannot be written."""
     folder = home / key
     if is_whole(folder):
+        now = time.time_ns()  # the clock that os.utime takes by itself stands still for up to 10 ms
         with suppress(OSError):  # a read-only cache does not learn what is used
-            os.utime(folder)
+            os.utime(folder, ns=(now, now))
         return folder
     home.mkdir(parents=True, exist_ok=True)
     with file_lock(home / f"{key}.lock"):

@@ -60,10 +60,11 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], None], *, most: in
         UserError: from `make`.
     """
     try:
-        home = cache_folder()
-        return _kept(home / kind, key, make, most)
-    except (OSError, CacheUnusable) as error:
-        reason = f"{home}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        return _kept(cache_folder() / kind, key, make, most)
+    except CacheUnusable as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{cache_folder()}: {error.strerror}"
     try:
         made = _kept(_temporary_folder() / kind, key, make, most)
     except OSError as error:

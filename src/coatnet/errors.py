@@ -12,13 +12,29 @@ _LONGEST_START, _LONGEST_END = 1_200, 400  # characters of an error: the longest
 
 # Names that other programs use for an option or a command, and the names that it may have here.
 USUAL_NAMES = {
-    **dict.fromkeys(("gpu", "gpus", "cuda"), ("device",)),
+    **dict.fromkeys(("gpu", "cuda", "accelerator"), ("device",)),
+    **dict.fromkeys(("gpus", "ngpus", "n_gpus", "num_gpus", "devices"), ("gpus",)),
     **dict.fromkeys(("o", "output", "output_dir", "output_file", "save", "save_dir", "run", "resume"), ("out",)),
     **dict.fromkeys(("b", "bs", "batch", "max_batch_size", "train_batch_size"), ("batch_size",)),
     **dict.fromkeys(("j", "workers", "num_workers", "threads"), ("num_workers", "workers")),
     **dict.fromkeys(("dataset", "data_dir", "data_path", "train_dir", "input", "i"), ("data", "images")),
     **dict.fromkeys(("lr",), ("learning_rate",)),
     **dict.fromkeys(("wd",), ("weight_decay",)),
+    **dict.fromkeys(("momentum", "beta1", "beta2", "opt_betas", "adam_betas"), ("betas",)),
+    **dict.fromkeys(
+        ("grad_accum_steps", "gradient_accumulation_steps", "accumulate_grad_batches"), ("micro_batch_size",)
+    ),
+    **dict.fromkeys(("iters", "steps", "max_epochs", "max_steps", "num_steps"), ("epochs",)),
+    **dict.fromkeys(("max_time", "time_limit"), ("max_minutes",)),
+    **dict.fromkeys(("ddp", "fsdp", "distributed", "strategy"), ("parallelism",)),
+    **dict.fromkeys(("in_chans", "in_channels"), ("channels",)),
+    **dict.fromkeys(("criterion", "loss_fn"), ("loss",)),
+    **dict.fromkeys(("class_weights", "class_weight", "weighted"), ("balance",)),
+    **dict.fromkeys(("aa", "auto_augment", "rand_augment", "randaugment"), ("rand_augment_layers",)),
+    **dict.fromkeys(("crop_pct",), ("crop_fraction",)),
+    **dict.fromkeys(("eval_every", "eval_interval", "val_interval"), ("evaluate_every",)),
+    **dict.fromkeys(("checkpoint_interval", "save_every", "save_interval"), ("checkpoint_every_minutes",)),
+    **dict.fromkeys(("name", "project", "experiment"), ("out",)),
     **dict.fromkeys(("clip", "clip_grad", "max_grad_norm", "grad_clip"), ("grad_clip_norm",)),
     **dict.fromkeys(("warmup", "warmup_epochs"), ("warmup_steps",)),
     **dict.fromkeys(("lr_min", "min_lr", "eta_min"), ("minimum_learning_rate",)),
@@ -28,7 +44,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("img_size", "imgsz", "image_size", "input_size", "size"), ("resolution",)),
     **dict.fromkeys(("amp", "dtype", "fp16", "bf16", "fp32", "half"), ("precision",)),
     **dict.fromkeys(("n_epochs", "num_epochs", "e"), ("epochs",)),
-    **dict.fromkeys(("drop_path", "drop_path_rate"), ("stochastic_depth",)),
+    **dict.fromkeys(("drop", "dropout", "drop_path", "drop_path_rate"), ("stochastic_depth",)),
     **dict.fromkeys(("ema", "model_ema_decay"), ("ema_decay",)),
     **dict.fromkeys(("smoothing",), ("label_smoothing",)),
     **dict.fromkeys(("mixup",), ("mixup_alpha",)),
@@ -56,6 +72,19 @@ USUAL_NAMES = {
     **dict.fromkeys(("check", "inspect", "verify"), ("doctor",)),
     **dict.fromkeys(("list", "info"), ("models",)),
     **dict.fromkeys(("shard", "webdataset"), ("pack",)),
+}
+
+# Usual names of what has no option here, and why: `nearest_option` says it.
+NO_OPTION = {
+    **dict.fromkeys(("opt", "optim", "nesterov"), "the optimizer is AdamW"),
+    **dict.fromkeys(("num_classes", "n_classes", "classes", "nb_classes"), "the classes are those of the data"),
+    **dict.fromkeys(
+        ("gpus", "ngpus", "n_gpus", "num_gpus", "devices", "nproc", "nproc_per_node", "world_size", "nodes", "nnodes"),
+        "--device names a GPU; train and predict use several under torchrun --nproc-per-node N",
+    ),
+    **dict.fromkeys(("verbose", "v", "quiet", "q", "debug", "log_level"), "output has one level of detail"),
+    **dict.fromkeys(("shuffle",), "training images are shuffled, others keep their order"),
+    **dict.fromkeys(("color_jitter", "jitter", "vflip"), "coatnet has no such augmentation"),
 }
 
 
@@ -98,7 +127,7 @@ def nearest_option(given: str, known: Iterable[str]) -> str:
     """Like `nearest`, for options, fields and commands, whose usual names elsewhere (`USUAL_NAMES`) are understood too.
 
     The last part of a dotted name is enough: `--lr` leads to `--optimizer.learning_rate`. A usual name whose meaning is
-    not among the known ones leads nowhere, however similar its letters are to another one's.
+    not among the known ones leads nowhere, however similar its letters are to another one's; `NO_OPTION` gives a reason for some.
     """
     names = sorted(known, key=lambda name: name.count("."))
     plain = _plain_name(given)
@@ -106,6 +135,8 @@ def nearest_option(given: str, known: Iterable[str]) -> str:
         for name in names:
             if wanted in (_plain_name(name), _plain_name(name).rpartition(".")[2]):
                 return f" (did you mean {name!r}?)"
+    if plain in NO_OPTION:
+        return f": {NO_OPTION[plain]}"
     return "" if plain in USUAL_NAMES else nearest(given, names)
 
 

@@ -51,6 +51,9 @@ def test_a_usual_name_leads_to_the_option_of_this_program(arguments: list[str], 
         ("--bs", "--batch_size"),
         ("--output", "--out"),
         ("--workers", "--num_workers"),
+        ("--momentum", "--optimizer.betas"),
+        ("--steps", "--epochs"),
+        ("--dropout", "--stochastic_depth"),
     ],
 )
 def test_a_usual_name_leads_to_the_option_of_train(given: str, answer: str) -> None:
@@ -61,6 +64,16 @@ def test_a_usual_name_leads_to_the_option_of_train(given: str, answer: str) -> N
 def test_a_usual_name_without_an_equivalent_leads_to_no_other_option() -> None:
     assert nearest_option("--format", ["--port", "--host"]) == ""
     assert nearest_option("--prot", ["--port", "--host"]) == " (did you mean '--port'?)"
+
+
+def test_a_usual_option_that_does_not_exist_has_a_reason() -> None:
+    for given, reason in (
+        ("--opt", "the optimizer is AdamW"),
+        ("--ngpus", "--device names a GPU; train and predict use several under torchrun --nproc-per-node N"),
+        ("--num-classes", "the classes are those of the data"),
+    ):
+        with pytest.raises(UserError, match=f"has no option {given}: {reason}; --help lists them"):
+            train.parse_arguments([given, "1"])
 
 
 def test_the_old_name_of_an_option_is_accepted_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 # Control characters, line separators, and what turns the direction of writing or cannot be seen.
 UNPRINTABLE = re.compile(
@@ -117,6 +119,24 @@ def cut(text: str) -> str:
     return f"{text[:_LONGEST_START]} ... ({left_out:,} characters) ... {text[-_LONGEST_END:]}"
 
 
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of a package that not every installation has.
+
+    Args:
+        module: such as `pyarrow.parquet`.
+        extra: the extra of coatnet that installs it.
+        purpose: what needs it, for the error: `PURPOSE needs pyarrow: pip install 'coatnet[EXTRA]'`.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(f"{purpose} needs {package}: pip install 'coatnet[{extra}]'") from None
+
+
 def nearest(given: str, known: Iterable[str], most: int = 1) -> str:
     """` (did you mean 'x' or 'y'?)` to append to a message, with at most `most` names; empty if none is similar."""
     matches = get_close_matches(given, list(known), n=most)
@@ -127,7 +147,8 @@ def nearest_option(given: str, known: Iterable[str]) -> str:
     """Like `nearest`, for options, fields and commands, whose usual names elsewhere (`USUAL_NAMES`) are understood too.
 
     The last part of a dotted name is enough: `--lr` leads to `--optimizer.learning_rate`. A usual name whose meaning is
-    not among the known ones leads nowhere, however similar its letters are to another one's; `NO_OPTION` gives a reason for some.
+    not among the known ones leads nowhere, however similar its letters are to another one's; for some, `NO_OPTION` has
+    the reason.
     """
     names = sorted(known, key=lambda name: name.count("."))
     plain = _plain_name(given)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from coatnet.errors import UserError, first_line
+from coatnet.errors import UserError, first_line, import_extra
 from coatnet.version import __version__
 
 CONFIG, WEIGHTS, CARD, PICKLE = "config.json", "model.safetensors", "README.md", "pytorch_model.bin"
@@ -37,7 +37,7 @@ def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = 
         UserError: the name is malformed, the model gated, the revision unknown, the weights missing, a pickle or
             damaged; the hub is unreachable and the model not in the cache; huggingface_hub is not installed.
     """
-    _require_huggingface_hub()
+    import_extra("huggingface_hub", "hub", "the Hugging Face hub")
     from huggingface_hub import HfApi, errors, hf_hub_download
 
     with _translate_errors(repo_id, revision):
@@ -92,7 +92,7 @@ def upload(
     for name, path in files.items():
         if not path.is_file():
             raise UserError(f"{folder} is not a bundle: it has no {name}; a bundle holds {', '.join(files)}")
-    _require_huggingface_hub()
+    import_extra("huggingface_hub", "hub", "the Hugging Face hub")
     from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
 
     token = get_token()
@@ -120,14 +120,6 @@ def upload(
             reason = first_line(error.server_message or error)
             raise UserError(f"the token may not write to {repo_id}: {reason}") from error
     return f"{page}/tree/{branch}" if branch else str(page)
-
-
-def _require_huggingface_hub() -> None:
-    """Raise UserError if huggingface_hub is not installed."""
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError:
-        raise UserError("the Hugging Face hub needs huggingface_hub: pip install 'coatnet[hub]'") from None
 
 
 @contextmanager

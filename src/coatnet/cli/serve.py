@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 from coatnet.system.files import read_regular
 
 NAME = re.compile(r"[\w.-]{1,100}")
@@ -95,12 +95,8 @@ def run(arguments: Sequence[str]) -> int:
     """Serve trained models until a signal ends it."""
     given = parse_arguments(arguments)
     token = read_token(given.token_file)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the server needs {error.name}: pip install 'coatnet[serve]'") from None
+    for package in ("fastapi", "prometheus_client", "uvicorn"):
+        import_extra(package, "serve", "the server")
     from coatnet.server import Settings
     from coatnet.server.main import serve
 

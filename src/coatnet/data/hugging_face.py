@@ -13,7 +13,7 @@ from coatnet.data.datasets import Dataset, as_labels, printable, read_image_file
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 
 SCHEME = "hf://"
 _IMAGE_NAMES = ("image", "img", "picture")
@@ -128,10 +128,7 @@ def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
 
 
 def _load(name: str) -> Mapping[str, Any]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{name}: Hugging Face datasets need `pip install 'coatnet[datasets]'`") from error
+    datasets = import_extra("datasets", "datasets", f"{name}: a dataset of the Hugging Face hub")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from coatnet.data.datasets import FileDataset
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 
 REQUIRED = ("path", "label")
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -197,11 +197,8 @@ def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[
 
 
 def _read_parquet(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[int, tuple[str, object, str]]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path}: Parquet needs pyarrow; `pip install pyarrow`, or use a .csv") from error
+    parquet = import_extra("pyarrow.parquet", "parquet", f"{path}: Parquet")
+    import pyarrow
 
     try:
         file = parquet.ParquetFile(path)

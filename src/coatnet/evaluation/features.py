@@ -18,7 +18,7 @@ from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.files import atomic_files, translate_write_errors
@@ -195,7 +195,7 @@ def write_features(features: Features, out: str | Path) -> int:
             with _new_files(target.with_suffix(".csv"), target) as (table, array):
                 return _write_npy(features, array, table)
         case ".parquet":
-            _require_pyarrow(target)
+            import_extra("pyarrow.parquet", "parquet", f"{target}: Parquet")
             with _new_files(target) as (file,):
                 return _write_parquet(features, file)
     raise UserError(f"{out}: features are written to a .npy (with a .csv beside it) or to a .parquet")
@@ -261,13 +261,6 @@ def _grouped(batches: Iterable[FeatureBatch]) -> Iterator[list[FeatureBatch]]:
             group = []
     if group:
         yield group
-
-
-def _require_pyarrow(target: Path) -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise UserError(f"{target}: Parquet needs pyarrow: pip install 'coatnet[parquet]', or give a .npy") from None
 
 
 @contextmanager

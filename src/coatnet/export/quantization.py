@@ -19,7 +19,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalize
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.evaluate import label_translation
 from coatnet.evaluation.metrics import Interval, Metrics
 from coatnet.export import openvino as files
@@ -197,12 +197,8 @@ def open_calibration(bundle: Bundle, data: str) -> Splits:
 
 def import_nncf() -> Any:
     """The module. Raises UserError if it is not installed."""
-    try:
-        with silence_exporters():
-            import nncf
-    except ImportError:
-        raise UserError("int8 needs NNCF: pip install 'coatnet[int8]'") from None
-    return nncf
+    with silence_exporters():
+        return import_extra("nncf", "int8", "int8")
 
 
 def sample(dataset: Dataset, bundle: Bundle, signature: Signature, most: int, batch_size: int) -> Sample:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from coatnet.bundle import Bundle
-from coatnet.errors import UserError
+from coatnet.errors import import_extra
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import fold_batch_norm
 from coatnet.model.mbconv import ConvNormGELU, MBConv
@@ -185,10 +185,7 @@ def to_program(module: nn.Module, example: Tensor, *, free: tuple[int, ...] = ()
 
 def to_openvino(program: ExportedProgram) -> "openvino.Model":
     """Convert a graph to OpenVINO. Raises UserError if OpenVINO is not installed."""
-    try:
-        import openvino
-    except ImportError:
-        raise UserError("OpenVINO is not installed: pip install 'coatnet[openvino]'") from None
+    openvino = import_extra("openvino", "openvino", "an OpenVINO model")
     with silence_exporters():
         return openvino.convert_model(program)
 
@@ -201,11 +198,8 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
     Raises:
         UserError: ONNX is not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UserError("ONNX is not installed: pip install 'coatnet[onnx]'") from None
+    for package in ("onnx", "onnxscript"):
+        import_extra(package, "onnx", "an ONNX model")
     with silence_exporters():
         converted = torch.onnx.export(
             program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False

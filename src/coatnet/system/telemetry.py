@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from coatnet.errors import UserError
+from coatnet.errors import import_extra
 
 # Each package reads its variable when it is imported.
 SWITCHES = {
@@ -43,10 +43,7 @@ def import_onnxruntime() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("ONNX Runtime is not installed: pip install 'coatnet[onnx]'") from None
+    onnxruntime = import_extra("onnxruntime", "onnx", "an ONNX model")
     if os.environ.get("ORT_DISABLE_TELEMETRY") == SWITCHES["ORT_DISABLE_TELEMETRY"]:
         onnxruntime.disable_telemetry_events()
     return onnxruntime

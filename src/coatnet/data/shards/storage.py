@@ -16,7 +16,7 @@ from urllib.parse import quote
 from zlib import crc32
 
 from coatnet.data.datasets import printable
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 from coatnet.system.cache import cache_folder
 from coatnet.system.files import atomic_files, file_lock, is_leftover, open_regular
 
@@ -355,10 +355,7 @@ class RemoteStorage(Storage):
 
     def _connect(self) -> tuple[Any, str]:
         if self._system is None:
-            try:
-                import fsspec
-            except ImportError as error:
-                raise UserError(f"{self}: shards behind a URL need fsspec; `pip install 'coatnet[shards]'`") from error
+            fsspec = import_extra("fsspec", "shards", f"{self}: a URL")
             try:
                 self._system = fsspec.core.url_to_fs(self.url)
             except (ImportError, ValueError) as error:  # s3fs for s3://, gcsfs for gs://, or no such protocol

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, import_extra
 from coatnet.inference.batch.samples import Row
 from coatnet.system.files import (
     atomic_files,
@@ -111,10 +111,7 @@ def require_parquet(out: str | Path) -> Path:
     """Return the absolute path. Raises UserError if it does not end in .parquet, or pyarrow is missing."""
     if Path(out).suffix.lower() != ".parquet":
         raise UserError(f"{out}: predictions are written to a .parquet")
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise UserError(f"{out}: Parquet needs pyarrow: pip install 'coatnet[parquet]'") from None
+    import_extra("pyarrow.parquet", "parquet", f"{out}: Parquet")
     return user_path(out).absolute()
 
 

@@ -56,6 +56,13 @@ def test_folding_leaves_no_batch_norm_and_no_bias_table(name: str) -> None:
     assert not any(issubclass(kind, GlobalRelativeBias) for kind in left)
 
 
+@torch.no_grad()
+def test_biases_are_computed_for_the_size_of_the_images() -> None:
+    """A model and its preprocessing may have different resolutions: the tables are resampled, as in the network."""
+    model, images = used("coatnet-femto"), torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(fold(model, resolution=96)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_norm_between_activation_and_gate_stays() -> None:
     left = [
         name for name, module in fold(used("coatnet_bn_0_rw_224")).named_modules() if "BatchNorm" in repr(module)[:9]

@@ -1,6 +1,7 @@
 """`Predictor`: the same predictions for an image in any form and with any engine."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from coatnet.bundle import Bundle
+from coatnet.cli.main import main
 from coatnet.data.decode import BadImage
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
@@ -158,6 +160,25 @@ def test_unreadable_images_keep_their_place_and_have_an_error(pixels: np.ndarray
     assert predictions[2].error and predictions[2].error.startswith("unreadable")
     with pytest.raises(BadImage, match="mine: format"):
         predictor.prepare(b"<html>", "mine")
+
+
+def test_an_answer_that_is_not_finite_is_an_error_of_the_image(pixels: np.ndarray, tmp_path: Path, capsys) -> None:
+    bundle = make_bundle()
+    bundle.model.get_classifier().weight.data.fill_(3e38)  # finite, as loading demands; products with it are not
+    (prediction,) = Predictor(bundle, "torch", "fp32")(pixels)
+    assert prediction.classes == () and prediction.error and "not finite" in prediction.error
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    saved = str(bundle.save(tmp_path / "bundle"))
+    assert main(["predict", saved, str(tmp_path / "a.png"), "--json"]) == 1
+    line = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert line["probabilities"] == {} and "not finite" in line["error"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert (
+        main(["predict", saved, str(tmp_path / "a.png"), "--engine", "torch", "--out", str(tmp_path / "a.parquet")])
+        == 1
+    )
+    (row,) = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert row["top1"] is None and row["classes"] == [] and "not finite" in row["error"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from coatnet.bundle.card import model_card
-from coatnet.bundle.config import config_json, read_config
+from coatnet.bundle.config import RecordJson, config_json, read_config, require_memory
 from coatnet.bundle.hub import CARD, CONFIG, WEIGHTS, UnknownRepository, download
 from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
@@ -19,6 +20,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.files import atomic_folder, translate_write_errors, user_path
+from coatnet.system.json_reader import validate
 
 FILES = {WEIGHTS, CONFIG, CARD}
 # A path is never looked up on the hub because it is misspelled: an id says that it is one, by hf:// (timm: hf-hub:),
@@ -38,8 +40,9 @@ class Bundle:
         record: recipe and report of the training as JSON values, for people to read; code does not depend on it.
 
     Raises:
-        UserError: the number of classes is not that of the model's outputs, a class name occurs twice, or the
-            preprocessing gives another number of channels than the model takes.
+        UserError: the number of classes is not that of the model's outputs, a class name occurs twice, the
+            preprocessing gives another number of channels than the model takes, or the report or the recipe of the
+            record have values of other types than `train` writes.
     """
 
     model: CoAtNet
@@ -52,11 +55,12 @@ class Bundle:
         if len(self.classes) != self.model.num_classes:
             raise UserError(f"{len(self.classes)} class names for a model of {self.model.num_classes} classes")
         if len(set(self.classes)) != len(self.classes):
-            duplicate = next(name for name in self.classes if self.classes.count(name) > 1)
+            duplicate, _ = Counter(self.classes).most_common(1)[0]
             raise UserError(f"class {duplicate!r} is named twice; every output needs a name of its own")
         given, expected = self.preprocessing.channels, self.model.in_channels
         if given != expected:
             raise UserError(f"preprocessing makes {given} channels, the model takes {expected}")
+        validate(RecordJson, self.record, "record")
 
     def __repr__(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -123,6 +127,7 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
     config = read_config(path / CONFIG)
     model = config.build_model()
     model.load_state_dict(read_tensors(path / WEIGHTS, model.state_dict()), assign=True)
+    require_memory(model, config.preprocessing, path / CONFIG)
     model.to(memory_format=torch.channels_last)
     return Bundle(model.eval(), config.classes, config.preprocessing, config.multilabel, config.record)
 

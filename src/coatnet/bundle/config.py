@@ -9,24 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat
 
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
+from coatnet.model.complexity import inference_bytes
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.system.files import read_regular
+from coatnet.system.json_reader import Texts, read_json, require_object, validate
 
 FORMAT = 1
-_MAX_STAGES = 16
+_MAX_STAGES, _MAX_BLOCKS = 16, 256  # CoAtNet-7 has 58 blocks
+MAX_INFERENCE_BYTES = 16 << 30  # of one image; CoAtNet-7 at 512 pixels takes 3 GiB
 
 # Bounds for untrusted files: far above what is sensible, far below what exhausts memory.
 NumClasses = Annotated[int, Field(ge=1, le=1_000_000)]
 NumChannels = Annotated[int, Field(ge=1, le=1_024)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class ModelArgs(BaseModel, strict=True, extra="forbid"):
@@ -40,18 +41,41 @@ class ModelArgs(BaseModel, strict=True, extra="forbid"):
 class PreprocessingCfg(BaseModel, strict=True):
     """Preprocessing under timm's names; other keys of its "pretrained_cfg" are ignored."""
 
-    input_size: list[int]
+    input_size: Annotated[list[int], Field(max_length=3)]
     crop_pct: FiniteFloat
     crop_mode: Literal["center", "squash"]
     interpolation: Literal["bilinear", "bicubic"]
-    mean: list[FiniteFloat]
-    std: list[FiniteFloat]
+    mean: Annotated[list[FiniteFloat], Field(max_length=3)]
+    std: Annotated[list[FiniteFloat], Field(max_length=3)]
 
 
 class PretrainedCfg(PreprocessingCfg):
     """Preprocessing and class names."""
 
-    label_names: list[str]
+    label_names: Texts
+
+
+class ReportJson(BaseModel, strict=True, extra="allow"):
+    """What the card shows of a report; the rest is for people."""
+
+    headline: str = ""
+    data: str = ""
+    split: str = ""
+    figures: dict[str, FiniteFloat] = {}
+    intervals: dict[str, Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None] = {}
+
+
+class RecipeJson(BaseModel, strict=True, extra="allow"):
+    """What evaluation takes from a recipe: how the data was split."""
+
+    validation_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.1
+
+
+class RecordJson(BaseModel, strict=True, extra="allow"):
+    """The record of a training, for people; the few values that code reads are checked."""
+
+    report: ReportJson | None = None
+    recipe: RecipeJson | None = None
 
 
 class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()):
@@ -64,40 +88,12 @@ class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()
     model_args: ModelArgs
     multilabel: bool
     pretrained_cfg: PretrainedCfg
-    record: dict[str, Any]
+    record: RecordJson
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file. Raises UserError if there is none or the file is too large."""
-    try:
-        values = json.loads(read_regular(path).decode("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object but {short(values)}")
-    return values
-
-
-def validate(model: type[Model], values: Mapping[str, Any], path: Path) -> Model:
-    """Validate the contents of a file. Raises UserError that names the first wrong key."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    keys = [part for part in first["loc"] if isinstance(part, str)]
-    match first["type"]:
-        case "missing":
-            raise UserError(f"{path}: {keys[-1]} is missing")
-        case "extra_forbidden":
-            where = "".join(f" in {key}" for key in keys[:-1])
-            raise UserError(
-                f"{path}: unknown key {short(keys[-1])}{where}, which this version of coatnet does not read"
-            )
-        case _:
-            expected = first["msg"].replace("Input should be", "it must be")
-            raise UserError(f"{path}: {keys[-1]} is {short(first['input'])}; {expected}")
+def read_json_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file. Raises UserError if there is none or the file is too large."""
+    return require_object(read_json(path), path)
 
 
 @dataclass(frozen=True)
@@ -121,6 +117,15 @@ class Config:
         except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.path}: model_args describe no network: {reason}") from None
+
+
+def require_memory(model: CoAtNet, preprocessing: Preprocessing, where: object) -> None:
+    """Raise UserError if one image of the preprocessing's size would take the network more than 16 GiB."""
+    if (needed := inference_bytes(model.variant, preprocessing.resolution)) > MAX_INFERENCE_BYTES:
+        raise UserError(
+            f"{where}: at {preprocessing.resolution} pixels one image takes this network about {needed / 2**30:,.0f} "
+            f"GiB; models of more than {MAX_INFERENCE_BYTES >> 30} GiB are not loaded, give a smaller resolution"
+        )
 
 
 def config_json(
@@ -171,15 +176,19 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: format {short(format)}; this coatnet reads format {FORMAT}, try a newer one")
     config = validate(BundleJson, values, path)
     variant, classes = config.model_args.variant, tuple(config.pretrained_cfg.label_names)
-    if isinstance(stages := variant.get("stages"), list) and len(stages) > _MAX_STAGES:
-        raise UserError(f"{path}: stages: {len(stages)}; a network has at most {_MAX_STAGES}")
+    if isinstance(stages := variant.get("stages"), list):
+        if len(stages) > _MAX_STAGES:
+            raise UserError(f"{path}: stages: {len(stages)}; a network has at most {_MAX_STAGES}")
+        depths = [stage.get("depth") for stage in stages if isinstance(stage, dict)]
+        if sum(depth for depth in depths if isinstance(depth, int)) > _MAX_BLOCKS:
+            raise UserError(f"{path}: stages: a depth of more than {_MAX_BLOCKS} blocks in all")
     if variant.get("name") != config.architecture:
         raise UserError(f"{path}: architecture {config.architecture!r} is not the variant of model_args")
     if len(classes) != config.num_classes:
         raise UserError(f"{path}: label_names has {len(classes)} names for num_classes {config.num_classes}")
     arguments = config.model_args.model_dump() | {"num_classes": config.num_classes}
     preprocessing = read_preprocessing(config.pretrained_cfg, path)
-    return Config(path, arguments, classes, preprocessing, config.multilabel, config.record)
+    return Config(path, arguments, classes, preprocessing, config.multilabel, values["record"])
 
 
 def read_preprocessing(seen: PreprocessingCfg, path: Path) -> Preprocessing:

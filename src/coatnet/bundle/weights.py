@@ -107,10 +107,12 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _to_single_precision(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Convert floating point tensors to float32. Raises UserError if one holds NaN or infinity."""
+    """Convert floating point tensors to float32. Raises UserError for NaN, infinity and negative variances."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds NaN or infinity; the file is damaged or training failed")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise UserError(f"{path}: {name} holds a negative variance; the file is damaged")
     return {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
 
 

@@ -20,6 +20,8 @@ from coatnet.system.validated import Integer, Number, PositiveFloat, PositiveFra
 
 Image = Tensor | NDArray[np.uint8]
 
+MAX_RESIZED_SIDE = 9_400  # an image four times as wide then takes 1 GB
+
 
 @validated
 class Preprocessing:
@@ -44,11 +46,26 @@ class Preprocessing:
             raise UserError(f"mean must be one number (grey) or three (color), got {self.mean}")
         if len(self.std) != len(self.mean):
             raise UserError(f"std must be {len(self.mean)} numbers, as many as mean, got {self.std}")
+        # Pixels are from 0 to 1; beyond these bounds single precision gives infinity or nothing.
+        if max(map(abs, self.mean)) > 1e6 or min(self.std) < 1e-6 or max(self.std) > 1e6:
+            raise UserError(
+                f"mean must be at most 1e6 and std from 1e-6 to 1e6, of pixels from 0 to 1, got {self.mean}, {self.std}"
+            )
+        if self.resized_side > MAX_RESIZED_SIDE:
+            raise UserError(
+                f"crop_fraction {self.crop_fraction:g} of {self.resolution} pixels enlarges images to "
+                f"{self.resized_side:,}, of which there may be {MAX_RESIZED_SIDE:,}; give a larger fraction"
+            )
 
     @property
     def channels(self) -> int:
         """Channels of the image that the model sees: 1 (grey) or 3 (color)."""
         return len(self.mean)
+
+    @property
+    def resized_side(self) -> int:
+        """Shorter side of the resized image, before the middle is cut out, in pixels."""
+        return math.floor(self.resolution / self.crop_fraction)  # as timm computes it
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -177,7 +194,7 @@ def resize_and_crop(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 def resize_with_margin(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, H', W'): resize, keeping the margin that the center crop removes."""
     height, width = images.shape[-2:]
-    side = math.floor(preprocessing.resolution / preprocessing.crop_fraction)  # as timm computes it
+    side = preprocessing.resized_side
     if preprocessing.crop == "center":
         # A 1 x 5000 image would grow to 256 x 1,280,000 before the crop, which shows 1 x 1 of it.
         short = min(height, width)

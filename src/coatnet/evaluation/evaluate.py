@@ -142,7 +142,7 @@ def choose_datasets(
     is among those held out.
     """
     if isinstance(data, str | Path):
-        fraction = bundle.record.get("recipe", {}).get("validation_fraction", 0.1)
+        fraction = (bundle.record.get("recipe") or {}).get("validation_fraction", 0.1)
         data = open_dataset(data, validation_fraction=fraction)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"

@@ -3,8 +3,6 @@
 Shapes: B batch, H W pixels, N cells, R resolution, C channels, A heads, K classes.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ class Fit(nn.Module):
         """The matrices that resize H rows and W columns to R: `(R, H)` and `(R, W)`."""
         seen = self.preprocessing
         height, width = (length_of(images, axis) for axis in (1, 2))
-        side = torch.full_like(height, math.floor(seen.resolution / seen.crop_fraction))
+        side = torch.full_like(height, seen.resized_side)
         if seen.crop == "squash":
             return self.matrix(images, 1, height, side), self.matrix(images, 2, width, side)
         # As `data.transforms.scale` has it, in whole numbers.
@@ -193,7 +191,7 @@ class DynamicPool(nn.Module):
 
 def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
     """The network alone: normalized images float32 `(B, C, R, R)` to logits `(B, K)`."""
-    network = fold(bundle.model, any_size=any_size)
+    network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.resolution)
     if any_size:
         allow_dynamic_sizes(network)
     return network

@@ -47,7 +47,7 @@ class NormalizedNetwork(nn.Module):
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
         super().__init__()
-        self.network = fold(bundle.model, any_size=any_size).to(dtype)
+        self.network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.resolution).to(dtype)
         self.dtype = dtype
         # Not "mean": torch 2.6 gives ONNX values the names of operations, and one is called mean.
         self.register_buffer("pixel_mean", 255 * torch.tensor(bundle.preprocessing.mean))
@@ -87,13 +87,13 @@ class ConstantBias(nn.Module):
 
 
 @torch.no_grad()
-def fold(model: CoAtNet, *, any_size: bool = False) -> CoAtNet:
+def fold(model: CoAtNet, *, any_size: bool = False, resolution: int | None = None) -> CoAtNet:
     """Copy a network, in evaluation mode, with its BatchNorms folded where that is possible.
 
     Args:
         model: any variant.
-        any_size: keep the relative biases as tables, for inputs of any size; else they are computed for the model's
-            resolution.
+        any_size: keep the relative biases as tables, for inputs of any size; else they are computed for one.
+        resolution: that size, in pixels; by default the one that the tables belong to.
     """
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
@@ -107,7 +107,7 @@ def fold(model: CoAtNet, *, any_size: bool = False) -> CoAtNet:
             _fold_into(module.classifier, module.norm, norm_first=True)
             module.norm = nn.Identity()
     if not any_size:
-        _precompute_biases(folded)
+        _precompute_biases(folded, resolution or model.resolution)
     return folded
 
 
@@ -146,8 +146,8 @@ def _fold_into(product: nn.Module | None, norm: nn.BatchNorm2d, *, norm_first: b
     product.weight, product.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
-def _precompute_biases(model: CoAtNet) -> None:
-    """Replace the modules of relative biases by their matrices at the model's resolution."""
+def _precompute_biases(model: CoAtNet, side: int) -> None:
+    """Replace the modules of relative biases by their matrices for square images of `side` pixels."""
     grids: dict[nn.Module, tuple[int, int]] = {}
 
     def record_grid(module: nn.Module, inputs: tuple[tuple[int, int], torch.dtype]) -> None:
@@ -156,7 +156,7 @@ def _precompute_biases(model: CoAtNet) -> None:
     biases = [module for module in model.modules() if isinstance(module, GlobalRelativeBias)]
     hooks = [module.register_forward_pre_hook(record_grid) for module in biases]
     parameter = next(model.parameters())
-    model(parameter.new_zeros(1, model.in_channels, model.resolution, model.resolution))
+    model(parameter.new_zeros(1, model.in_channels, side, side))
     for hook in hooks:
         hook.remove()
     replace_modules(model, GlobalRelativeBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))

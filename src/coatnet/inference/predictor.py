@@ -37,7 +37,7 @@ class Prediction:
         name: the path of the image, or `image 3` for the fourth of images without a path.
         classes: names of the `top_k` most probable classes, in descending order of probability.
         probabilities: of these classes.
-        error: why the image is unreadable; None if it was classified.
+        error: why the image is unreadable, or the model has no answer to it; None if it was classified.
     """
 
     name: str
@@ -189,9 +189,20 @@ class Predictor:
         readable = [views for views in prepared if not isinstance(views, str)]
         rows = iter(self.probabilities(np.stack(readable)) if readable else ())
         return [
-            Prediction(name, error=views) if isinstance(views, str) else Prediction(name, *self.top(next(rows), k))
+            Prediction(name, error=views) if isinstance(views, str) else self._name_classes(name, next(rows), k)
             for name, views in zip(names, prepared, strict=True)
         ]
+
+    def _name_classes(self, name: str, probabilities: NDArray[np.float32], k: int) -> Prediction:
+        error = why_no_answer(probabilities)
+        return Prediction(name, error=error) if error else Prediction(name, *self.top(probabilities, k))
+
+
+def why_no_answer(probabilities: NDArray[np.float32]) -> str | None:
+    """The error of an image whose probabilities are not all numbers; None if they are."""
+    if np.isfinite(probabilities).all():
+        return None
+    return "model: its answer to this image is not finite (NaN or infinity); its weights are broken"
 
 
 def check_at_least_one(*, top_k: int, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates and activation memory of a network, counted on the meta device in seconds."""
+"""What a network costs: parameters, multiply-accumulates and memory, counted on the meta device or estimated."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
@@ -72,6 +72,31 @@ def complexity(
             x, cost = _count(block, x)
             total += cost * times
     return total + _count(model.head, x)[1]
+
+
+def inference_bytes(variant: Variant | TimmVariant, resolution: int) -> int:
+    """About the memory that one square image takes in evaluation, float32: the largest block, and all cached biases.
+
+    Computed from the configuration alone, so that a network that would not fit is refused before it is created.
+    """
+    depthwise = isinstance(variant, TimmVariant) or variant.downsample == "depthwise"
+    attention = "pre" if isinstance(variant, TimmVariant) else variant.attention
+    window = 0 if isinstance(variant, TimmVariant) else variant.window
+    side = -(-resolution // variant.stem_stride)
+    largest, cached = 2 * side**2 * variant.stem_width, 0
+    for stage, grid in zip(variant.stages, variant.grids(resolution), strict=True):
+        cells, heads = grid**2, -(-stage.width // variant.head_dim)
+        if stage.kind == "mbconv":
+            block = 2 * 4 * stage.width * (side**2 if depthwise else cells)  # the expanded map, before and after
+        else:
+            block = 2 * 4 * stage.width * cells  # the FFN's hidden layer
+            if attention in ("pre", "post"):
+                block += 3 * heads * cells**2  # the scores, with the bias, and their softmax
+                cached += stage.depth * heads * cells**2 if variant.relative_bias else 0
+            if attention == "local":
+                block += 2 * stage.width * cells * window**2 + stage.width * (grid + window) ** 2
+        largest, side = max(largest, block), grid
+    return 4 * (largest + cached)
 
 
 def _count(module: nn.Module, x: Tensor) -> tuple[Tensor, Complexity]:

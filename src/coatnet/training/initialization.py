@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.config import require_memory
 from coatnet.data.datasets import Dataset
 from coatnet.errors import UserError
 from coatnet.model.freeze import freeze
@@ -25,7 +26,7 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
     """
     num_classes, resolution = len(dataset.classes), config.preprocessing.resolution
     if init is None:
-        return create_model(
+        model = create_model(
             config.model,
             num_classes=num_classes,
             in_channels=config.preprocessing.channels,
@@ -33,6 +34,8 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
             stochastic_depth=config.stochastic_depth,
             **config.variations,
         )
+        require_memory(model, config.preprocessing, "model")
+        return model
     if config.variations:
         raise UserError("variations cannot be given together with init: the network is that of the bundle")
     architecture: dict[str, Any] = init.model.config()
@@ -44,6 +47,7 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
     model.load_state_dict(init.model.state_dict())
     if not keeps_classifier(dataset, init):
         model.reset_classifier(num_classes)
+    require_memory(model, config.preprocessing, "model")
     if resolution != model.resolution:
         change_resolution(model, resolution)
     return freeze_parts(model, config.freeze, new_classifier=not keeps_classifier(dataset, init))

@@ -13,7 +13,13 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel
 
-from coatnet.bundle.config import NumClasses, PreprocessingCfg, read_json_object, read_preprocessing, validate
+from coatnet.bundle.config import (
+    NumClasses,
+    PreprocessingCfg,
+    read_json_object,
+    read_preprocessing,
+    require_memory,
+)
 from coatnet.bundle.hub import CONFIG, PICKLE, WEIGHTS
 from coatnet.bundle.timm.catalog import PREPROCESSING_224, PRETRAINED, imagenet_1k, imagenet_classes, pretrained_of
 from coatnet.bundle.timm.names import counterparts, from_timm, to_timm
@@ -22,6 +28,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, nearest
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.timm.config import TIMM_VARIANTS, TimmVariant
+from coatnet.system.json_reader import validate
 
 # Keys of timm's `model_args` that keep the architecture; any other would change it.
 _KNOWN_ARGUMENTS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"}
@@ -78,6 +85,7 @@ def read_timm_folder(folder: Path, *, allow_pickle: bool = False) -> TimmModel:
     side = _table_side(config.model_args.get("img_size", preprocessing.resolution), path)
     model = _create_on_meta(variant, config.num_classes, preprocessing, side)
     _load_weights(model, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE), allow_pickle)
+    require_memory(model, preprocessing, path)
     return TimmModel(model.eval(), _class_names(config, path), preprocessing)
 
 

@@ -26,7 +26,7 @@ from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError
-from coatnet.inference.predictor import Predictor
+from coatnet.inference.predictor import Predictor, why_no_answer
 from coatnet.system.files import user_path
 from coatnet.system.hardware import num_cores
 
@@ -97,7 +97,7 @@ def open_samples(sources: Sequence[str]) -> SampleSource:
 
 
 class Row(NamedTuple):
-    """A row of the file, most probable classes first. An unreadable image has path, label and error only."""
+    """A row of the file, most probable classes first. One without an answer has path, label and error only."""
 
     path: str
     label: str | None
@@ -153,8 +153,10 @@ def predict_batch(predictor: Predictor, batch: Sequence[PreparedSample], top_k: 
     for name, label, views, error in batch:
         if views is None:
             rows.append(Row(name, label, None, None, (), (), error))
+        elif failure := why_no_answer(answer := next(probabilities)):
+            rows.append(Row(name, label, None, None, (), (), failure))
         else:
-            classes, values = predictor.top(next(probabilities), top_k)
+            classes, values = predictor.top(answer, top_k)
             rows.append(Row(name, label, classes[0], values[0], classes, values, None))
     return rows
 

@@ -47,17 +47,17 @@ def test_no_input_of_the_api_breaks_the_server_in_many_tries(server: Address) ->
 
 
 REQUESTS = (
-    b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"GET /models HTTP/1.0\r\n\r\n",
-    b"POST /predict?top_k=3 HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\nabcd",
-    b"POST /predict HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n",
-    b"POST /v2/models/one/infer HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{}",
-    b"OPTIONS * HTTP/1.1\r\nHost: here\r\n\r\n",
-    b"CONNECT there:443 HTTP/1.1\r\nHost: here\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
-    b"POST /predict HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\nabcd\r\n",
-    b"POST /predict HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\nabcd",
-    b"GET http://there/models HTTP/1.1\r\nHost: here\r\n\r\n",
+    b"POST /predict?top_k=3 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nabcd",
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n0\r\n\r\n",
+    b"POST /v2/models/one/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+    b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT there:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\nabcd\r\n",
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\nabcd",
+    b"GET http://there/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"\x00" * 100,
 )

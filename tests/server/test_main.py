@@ -51,7 +51,7 @@ def test_told_to_stop_under_load_it_answers_what_is_under_way_and_ends_well(bund
         assert address.ask("GET", "/models").json[0]["name"] == "animals"
         load = [clients.submit(address.predict, image(seed, 1000, 750)) for seed in range(60)]
         slow = address.socket()  # an upload that is under way when the signal comes
-        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(image()))
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(image()))
         probe = http.client.HTTPConnection("127.0.0.1", address.port, timeout=5)
         probe.request("GET", "/v2/health/ready")
         assert probe.getresponse().read() == b'{"ready": true}'

@@ -20,8 +20,10 @@ class Settings:
     max_upload_bytes: int = 512 * 2**20  # of the bodies of all requests in progress
     max_decoding_pixels: int = 100_000_000  # of all images that are being decoded
     max_connections: int = 1024
+    max_client_connections: int = 256  # of one address
     idle_seconds: int = 10  # a connection without a whole request header
     body_seconds: float = 30  # from the first to the last byte of a body
+    write_seconds: float = 10  # in which a client must read 64 KB of its answer, or the rest of it
     deadline_seconds: float = 30  # from the last byte of a body to the answer
     hang_seconds: float = 30  # a batch that takes longer makes the server unready
     notice_seconds: float = 1  # between "not ready" and the end of listening, after SIGTERM

@@ -9,25 +9,24 @@ Nothing is fetched from elsewhere, no model is loaded or unloaded, and no upload
 
 import asyncio
 import contextlib
-import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
+from coatnet.server.access import check_origin, token_required
+from coatnet.server.connections import CROWDED, MAX_HEADER_BYTES, header_error
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
 from coatnet.server.protocol import add_protocol
@@ -42,23 +41,25 @@ PAGE_POLICY = (
 # Swagger UI writes style elements and has its icons in data URLs.
 DOCS_POLICY = PAGE_POLICY.replace("img-src 'self' blob:", "img-src 'self' data:; style-src 'self' 'unsafe-inline'")
 DRAIN_SECONDS = 2.0
+MAX_TARGET_BYTES = 8192
 
 
 class Middleware:
-    """The outermost layer of the application.
+    """The outermost layer of the application: what is refused before any route, and how requests end.
 
     If an answer is sent before the client has sent its whole body, the rest is read and discarded for up to
     `DRAIN_SECONDS`: closing at once would reset the connection, and the client would lose the answer.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, service: Service, allowed_hosts: Collection[str]) -> None:
+        self.app, self.service, self.allowed_hosts = app, service, allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        begun = False
 
         async def listen() -> Message:
             nonlocal unread
@@ -67,19 +68,44 @@ class Middleware:
             return message
 
         async def answer(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 extra = _headers(scope["path"]) + [(b"connection", b"close")] * unread
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             elif unread and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                     async with asyncio.timeout(DRAIN_SECONDS):
                         while unread:
                             await listen()
                 message = {"type": "http.response.body"}
             await send(message)
 
-        await self.app(scope, listen, answer)
+        app = self.app
+        try:
+            self._check(scope)
+        except RequestError as error:
+            self.service.metrics.rejections.labels(error.code).inc()
+            app = error_response(error, scope["path"])
+        try:
+            await app(scope, listen, answer)
+        except asyncio.CancelledError:  # the server ends
+            self.service.unanswered += 1
+            unread = False
+            if not begun:
+                error = RequestError("stopped", "the server has ended; try again in a moment")
+                await error_response(error, scope["path"])(scope, receive, answer)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise RequestError for what no route is to see."""
+        if CROWDED in scope["state"]:
+            raise RequestError("full", scope["state"][CROWDED])
+        if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+            raise RequestError("target", f"the path with its parameters may have {MAX_TARGET_BYTES:,} bytes")
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise header_error()
+        check_origin(scope, self.allowed_hosts)
 
 
 def _headers(path: str) -> list[tuple[bytes, bytes]]:
@@ -87,6 +113,7 @@ def _headers(path: str) -> list[tuple[bytes, bytes]]:
     return [
         (b"content-security-policy", policy.encode()),
         (b"x-content-type-options", b"nosniff"),
+        (b"cross-origin-resource-policy", b"same-origin"),
         (b"referrer-policy", b"no-referrer"),
     ]
 
@@ -104,6 +131,7 @@ SWAGGER_PAGE = """<!doctype html>
 <script src="/docs/start.js"></script>
 </html>
 """
+SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
 SWAGGER_START = 'SwaggerUIBundle({ url: "/openapi.json", dom_id: "#docs", validatorUrl: null });\n'
 
 
@@ -143,6 +171,13 @@ class PredictionAnswer(BaseModel):
     milliseconds: Milliseconds
 
 
+class PredictParameters(BaseModel, extra="forbid"):
+    """The query of `POST /predict`."""
+
+    model: str = Field("", description="a name of GET /models; the first one if it is left out")
+    top_k: int = Field(5, ge=1, description="how many of the likeliest classes")
+
+
 IMAGE_BODY = {
     "requestBody": {
         "description": "the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file",
@@ -153,7 +188,10 @@ IMAGE_BODY = {
 
 
 def create_app(
-    predictors: Mapping[str, Predictor], settings: Settings | None = None, token: str | None = None
+    predictors: Mapping[str, Predictor],
+    settings: Settings | None = None,
+    token: str | None = None,
+    allowed_hosts: Collection[str] = (),
 ) -> tuple[Middleware, Service]:
     """Build the ASGI application.
 
@@ -161,6 +199,7 @@ def create_app(
         predictors: models by the name that clients use; requests without a name go to the first one.
         settings: limits of the server.
         token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
+        allowed_hosts: names, in lower case, by which clients may address the server besides localhost and addresses.
 
     Returns:
         The application, and the service that computes its answers.
@@ -178,24 +217,25 @@ def create_app(
 
     app = FastAPI(title="coatnet", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi_version = "3.1.0"
-    secured = [Depends(_token_check(token))] if token else []
+    secured = token_required(token)
     _add_error_handlers(app, service)
     _add_routes(app, service, secured)
     add_protocol(app, service, secured)
     _add_docs(app)
     _add_page(app)
-    return Middleware(app), service
+    return Middleware(app, service, allowed_hosts), service
 
 
 def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
-    listing = [
-        _model_info(name, served.predictor, service.settings.max_bytes) for name, served in service.models.items()
-    ]
+    # Written once: there may be many thousand class names.
+    listing = json_response(
+        [_model_info(name, served.predictor, service.settings.max_bytes) for name, served in service.models.items()]
+    ).body
 
     @app.get("/models", dependencies=secured, responses={200: {"model": list[ModelInfo]}, 401: ERRORS[401]})
     async def models() -> Response:
         """The models that are served here."""
-        return json_response(listing)
+        return Response(listing, media_type="application/json")
 
     @app.post(
         "/predict",
@@ -203,13 +243,9 @@ def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
         responses={200: {"model": PredictionAnswer}} | ERRORS,
         openapi_extra=IMAGE_BODY,
     )
-    async def predict(
-        request: Request,
-        model: Annotated[str, Query(description="a name of GET /models; the first one if it is left out")] = "",
-        top_k: Annotated[int, Query(ge=1, description="how many of the likeliest classes")] = 5,
-    ) -> Response:
+    async def predict(request: Request, asked: Annotated[PredictParameters, Query()]) -> Response:
         """The classes of one image with their probabilities, likeliest first."""
-        return json_response(await service.predict(request, model, top_k))
+        return json_response(await service.predict(request, asked.model, asked.top_k))
 
     @app.get("/metrics", dependencies=secured, response_class=Response)
     async def metrics() -> Response:
@@ -223,25 +259,29 @@ def _add_docs(app: FastAPI) -> None:
     if package is None or package.origin is None:
         raise UserError("the server needs fastapi-offline: pip install 'coatnet[serve]'")
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return Response(SWAGGER_PAGE, media_type="text/html")
-
-    @app.get("/docs/start.js", include_in_schema=False)
-    async def start() -> Response:
-        return Response(SWAGGER_START, media_type="text/javascript")
-
-    app.mount("/docs/files", StaticFiles(directory=Path(package.origin).with_name("static")))
+    files = Path(package.origin).with_name("static")
+    _add_file(app, "/docs", SWAGGER_PAGE.encode(), "text/html")
+    _add_file(app, "/docs/start.js", SWAGGER_START.encode(), "text/javascript")
+    for name in SWAGGER_FILES:
+        _add_file(app, f"/docs/files/{name}", (files / name).read_bytes(), guess_type(name)[0])
 
 
 def _add_page(app: FastAPI) -> None:
-    """One route a file: no path of a request becomes a path on the disk."""
     for file in PAGE.iterdir():
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        _add_file(app, path, file.read_bytes(), guess_type(file.name)[0], {"cache-control": "no-cache"})
 
-        async def send(_: Request, file: Path = file) -> Response:
-            return FileResponse(file, headers={"cache-control": "no-cache"})
 
-        app.router.add_route("/" if file.name == "index.html" else f"/{file.name}", send, methods=["GET"])
+def _add_file(
+    app: FastAPI, path: str, content: bytes, media_type: str | None, headers: Mapping[str, str] | None = None
+) -> None:
+    """One route a file, which is kept in memory: no path of a request becomes a path on the disk, a client that does
+    not read holds no file open, and ranges, which could ask for the same bytes many times, are not supported."""
+
+    async def send(_: Request) -> Response:
+        return Response(content, media_type=media_type, headers=headers)
+
+    app.router.add_route(path, send, methods=["GET"])
 
 
 def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, Any]:
@@ -261,17 +301,6 @@ def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, An
     }
 
 
-def _token_check(token: str) -> Any:
-    async def check(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-    ) -> None:
-        offered = given.credentials if given else ""
-        if not hmac.compare_digest(offered.encode(), token.encode()):
-            raise RequestError("token", "this server requires a token: send the header Authorization: Bearer TOKEN")
-
-    return check
-
-
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     def refused(request: Request, error: RequestError) -> Response:
         service.metrics.rejections.labels(error.code).inc()
@@ -284,7 +313,11 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return refused(request, RequestError("parameters", f"{first['loc'][-1]}: {first['msg']}"))
+        name, known = str(first["loc"][-1])[:100], PredictParameters.model_fields
+        problem = f"{name}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            problem = f"there is no parameter {name!r}{nearest_option(name, known)}; there are {', '.join(known)}"
+        return refused(request, RequestError("parameters", one_line(problem)))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:

@@ -8,14 +8,18 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 STATUS = {
+    "http": 400,
     "json": 400,  # not JSON, or not what the protocol asks for
     "token": 401,
+    "origin": 403,
     "path": 404,
     "model": 404,
     "method": 405,
     "slow": 408,
     "bytes": 413,
+    "target": 414,
     "format": 415,
+    "host": 421,
     "empty": 422,
     "truncated": 422,
     "large": 422,
@@ -23,6 +27,7 @@ STATUS = {
     "corrupt": 422,
     "unreadable": 422,
     "parameters": 422,
+    "header": 431,
     "internal": 500,
     "inference": 500,
     "full": 503,
@@ -32,11 +37,15 @@ STATUS = {
 MEANING = {
     400: "not HTTP, or not JSON of the protocol",
     401: "a token is needed",
+    403: "asked by a page of another origin",
     404: "no such model",
     408: "the body arrived too slowly",
     413: "too many bytes",
+    414: "the path with its parameters is too long",
     415: "not an image",
+    421: "the server is not known by the name in the header Host",
     422: "an image that cannot be decoded, or a wrong parameter",
+    431: "the header is too long",
     500: "the model failed on this batch",
     503: "overloaded; Retry-After says when to try again",
     504: "the deadline passed",

@@ -1,27 +1,23 @@
 """`serve`: load the models, listen, answer until SIGTERM or SIGINT."""
 
-import asyncio
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import Any
 
-import h11
 import numpy as np
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from coatnet.errors import UserError, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.app import Middleware, create_app
+from coatnet.server.connections import Connection, Crowd
 from coatnet.server.service import Service
 from coatnet.system.terminal import echo
-
-HEADER_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def serve(
@@ -79,62 +75,15 @@ def uvicorn_config(app: Middleware, settings: Settings) -> uvicorn.Config:
     """The configuration of uvicorn: limits of connections, no access log."""
     return uvicorn.Config(
         app,
-        http=TimeoutConnection,
+        http=partial(Connection, Crowd(settings), settings.write_seconds),  # pyrefly: ignore
         ws="none",
         log_level="warning",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=settings.grace_seconds,
     )
-
-
-class TimeoutConnection(H11Protocol):
-    """HTTP/1.1 connection with a header timeout, uvicorn's `timeout_keep_alive`; uvicorn itself waits without end.
-
-    h11 bounds headers at 16 KB and is strict about lengths; a faster parser would save little beside a network.
-    """
-
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._start_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._cancel_timer()
-        elif self._timer is None:
-            self._start_timer()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:  # an answer has begun, a second one is impossible
-            self.transport.close()
-
-    def _start_timer(self) -> None:
-        self._timer = self.loop.call_later(self.timeout_keep_alive, self._close_on_timeout)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _close_on_timeout(self) -> None:
-        self._timer = None
-        if self.transport.is_closing():
-            return
-        if self.conn.trailing_data[0]:
-            self.transport.write(HEADER_TIMEOUT)
-        self.transport.close()
 
 
 class StoppableServer(uvicorn.Server):

@@ -5,11 +5,8 @@ sees them, or BYTES (N,), image files of any size in base64. The outputs are "pr
 BYTES (N,), the likeliest.
 """
 
-import base64
-import binascii
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
@@ -20,7 +17,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from coatnet.inference.predictor import Predictor
 from coatnet.server.batching import Answer, Reservation
 from coatnet.server.errors import PROTOCOL_ERRORS, RequestError, Responses, json_response
-from coatnet.server.service import ServedModel, Service
+from coatnet.server.service import ServedModel, Service, gather_or_cancel
+from coatnet.server.tensors import PLACEHOLDER, cut_out_data, read_files, read_pixels, refuse
 from coatnet.version import __version__
 
 INPUT, PROBABILITIES, CLASS = "pictures", "probabilities", "class"
@@ -28,7 +26,7 @@ Shape = list[Annotated[int, Field(gt=0, lt=2**31)]]
 
 
 class InputTensor(BaseModel):
-    """The one input. `data` is checked against the shape by `read_pixels` and `read_files`, as one array."""
+    """The one input. `data` is read by `read_pixels` and `read_files`, by the shape."""
 
     name: Literal["pictures"]
     shape: Annotated[Shape, Field(min_length=1)]
@@ -146,85 +144,73 @@ def add_protocol(app: FastAPI, service: Service, secured: list[Any]) -> None:
             raise RequestError("json", "binary tensors behind the JSON are not supported; send data as JSON")
         served = service.model(name)
         served.batcher.check()
+
+        async def answer_one(reservation: Reservation, image: Any) -> Answer:
+            if isinstance(image, bytes):
+                return (await service.from_file(served, reservation, image))[0]
+            return await served.batcher.answer(reservation, image)
+
+        async def answer(body: bytes) -> bytes:
+            given, images = await service.pool.run(
+                lambda check: read_request(body, served.predictor, service.settings.max_queue, check)
+            )
+            with served.batcher.reserve(len(images)) as reservation:
+                answers = await gather_or_cancel([answer_one(reservation, image) for image in images])
+            rows = [answer.probabilities for answer in answers]
+            return await service.pool.run(lambda _: write_response(served, given, rows))
+
         async with service.uploads.receive(request) as body:
-            given, images = read_request(body, served.predictor, service.settings.max_queue)
-
-            async def answer_one(reservation: Reservation, image: Any) -> Answer:
-                if isinstance(image, bytes):
-                    return (await service.from_file(served, reservation, image))[0]
-                return await served.batcher.answer(reservation, image)
-
-            answers = await service.answer_all(request, served, images, answer_one)
-        return json_response(write_response(served, given, [answer.probabilities for answer in answers]))
+            content = await service.until_disconnect(request, answer(body))
+        return Response(content, media_type="application/json")
 
 
-def read_request(body: bytes, predictor: Predictor, max_images: int) -> tuple[InferenceRequest, Sequence[Any]]:
+def read_request(
+    body: bytes, predictor: Predictor, max_images: int, check: Callable[[], None] = lambda: None
+) -> tuple[InferenceRequest, Sequence[Any]]:
     """The request, and its images: bytes of image files, or uint8 arrays (1, R, R, C).
+
+    `check` is called now and then; what it raises ends the work.
 
     Raises:
         RequestError: code "json": it is not JSON, not of the protocol, or not what the model takes.
     """
+    envelope, data = cut_out_data(body, max_images)
     try:
-        request = InferenceRequest.model_validate(json.loads(body, parse_constant=_refuse_constant), strict=True)
+        request = InferenceRequest.model_validate(json.loads(envelope, parse_constant=_refuse_constant), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        _refuse(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg'][:200]}")
+        refuse(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}")
     except (ValueError, RecursionError):  # not JSON, not UTF-8, a number of thousands of digits, nested too deeply
-        _refuse("the body is not JSON that can be read")
+        refuse("the body is not JSON that can be read")
     (tensor,) = request.inputs
+    if tensor.data != [PLACEHOLDER]:
+        refuse("data is not in the input, or not only there")
     if tensor.shape[0] > max_images:
-        _refuse(f"{tensor.shape[0]} images in one request; there may be {max_images}")
+        refuse(f"{tensor.shape[0]} images in one request; there may be {max_images}")
     if tensor.datatype == "BYTES":
-        return request, read_files(tensor)
-    return request, read_pixels(tensor, predictor.image_shape[1:])
+        return request, read_files(data, tensor.shape)
+    image_shape = predictor.image_shape[1:]
+    if tuple(tensor.shape[1:]) != image_shape:
+        refuse(f"shape is {tensor.shape[:10]}; this model takes {[-1, *image_shape]}")
+    return request, list(read_pixels(data, tensor.shape, check)[:, None])
 
 
-def read_pixels(tensor: InputTensor, image_shape: tuple[int, ...]) -> list[NDArray[np.uint8]]:
-    """Whole numbers from 0 to 255, flat or nested as `tensor.shape`, to N arrays (1, R, R, C)."""
-    shape = tensor.shape
-    if tuple(shape[1:]) != image_shape:
-        _refuse(f"shape is {shape[:10]}; this model takes {[-1, *image_shape]}")
-    try:
-        values = np.array(tensor.data)
-    except (ValueError, OverflowError):  # ragged
-        values = np.array(None)
-    if values.dtype.kind not in "iu" or values.size != math.prod(shape):
-        _refuse(f"data must be {math.prod(shape):,} whole numbers, flat or in nested lists of that shape")
-    if values.ndim > 1 and values.shape != tuple(shape):
-        _refuse(f"data is nested as {list(values.shape)}, shape is {shape}")
-    if values.min() < 0 or values.max() > 255:
-        _refuse("UINT8 is from 0 to 255")
-    return list(values.astype(np.uint8).reshape(shape[0], 1, *image_shape))
-
-
-def read_files(tensor: InputTensor) -> list[bytes]:
-    """Texts in base64, as many as `tensor.shape` says, to image files."""
-    (count, *rest), data = tensor.shape, tensor.data
-    if rest:
-        _refuse(f"shape is {tensor.shape[:10]}; BYTES have [N]")
-    if len(data) != count or not all(isinstance(text, str) for text in data):
-        _refuse(f"data must be a list of {count} strings: images in base64")
-    try:
-        return [base64.b64decode(text, validate=True) for text in data]
-    except (binascii.Error, ValueError):
-        _refuse("BYTES must be images in base64")
-
-
-def write_response(
-    served: ServedModel, request: InferenceRequest, rows: Sequence[NDArray[np.float32]]
-) -> dict[str, Any]:
-    """The answer as JSON values, from one row of probabilities (K,) an image."""
+def write_response(served: ServedModel, request: InferenceRequest, rows: Sequence[NDArray[np.float32]]) -> bytes:
+    """The answer in JSON, from one row of probabilities (K,) an image, written row by row: there may be millions."""
     predictor = served.predictor
     tensors = {
-        PROBABILITIES: lambda: ("FP32", [len(rows), len(predictor.classes)], np.stack(rows).ravel().tolist()),
-        CLASS: lambda: ("BYTES", [len(rows)], [predictor.top(row, 1)[0][0] for row in rows]),
+        PROBABILITIES: ("FP32", [len(rows), len(predictor.classes)], lambda row: row.tolist()),
+        CLASS: ("BYTES", [len(rows)], lambda row: [predictor.top(row, 1)[0][0]]),
     }
     outputs = []
     for name in [output.name for output in request.outputs or []] or tensors:
-        datatype, shape, data = tensors[name]()
-        outputs.append({"name": name, "datatype": datatype, "shape": shape, "data": data})
+        datatype, shape, values = tensors[name]
+        head = json.dumps({"name": name, "datatype": datatype, "shape": shape})
+        data = ", ".join(json.dumps(values(row), allow_nan=False)[1:-1] for row in rows)
+        outputs.append(f'{head[:-1]}, "data": [{data}]}}')
     identity = {} if request.id is None else {"id": request.id}
-    return {"model_name": served.name, **identity, "outputs": outputs}
+    head = json.dumps({"model_name": served.name, **identity})
+    return f'{head[:-1]}, "outputs": [{", ".join(outputs)}]}}'.encode("ascii")
 
 
 def model_metadata(served: ServedModel) -> dict[str, Any]:
@@ -261,8 +247,4 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    _refuse(f"{name} is not JSON")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError("json", message)
+    refuse(f"{name} is not JSON")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ class Service:
         self.pool = DecodingPool(num_cores(), settings.max_decoding_pixels)
         self.models = {name: self._serve(name, predictor) for name, predictor in predictors.items()}
         self.draining = False
+        self.unanswered = 0  # requests in progress that the end of the server cut off
         self.metrics.watch_uploads(lambda: self.uploads.num_bytes)
 
     def _serve(self, name: str, predictor: Predictor) -> ServedModel:
@@ -142,21 +143,9 @@ class Service:
             "milliseconds": {step: round(1e3 * seconds, 3) for step, seconds in times.items()},
         }
 
-    async def answer_all(
-        self,
-        request: Request,
-        served: ServedModel,
-        images: Sequence[T],
-        answer_one: Callable[[Reservation, T], Coroutine[Any, Any, Answer]],
-    ) -> list[Answer]:
-        """One answer an image; the first error cancels the others. Raises RequestError, ClientDisconnected."""
-        with served.batcher.reserve(len(images)) as reservation:
-            return await self.until_disconnect(
-                request, _gather_or_cancel([answer_one(reservation, one) for one in images])
-            )
 
-
-async def _gather_or_cancel(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+async def gather_or_cancel(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """All answers; the first error cancels the others."""
     tasks = [asyncio.ensure_future(answer) for answer in answers]
     try:
         return await asyncio.gather(*tasks)

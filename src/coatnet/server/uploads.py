@@ -3,9 +3,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from coatnet.data.decode import BadImage, decoding_pixels
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.errors import ClientDisconnected, RequestError
+
+T = TypeVar("T")
 
 
 class Uploads:
@@ -62,8 +65,17 @@ class Uploads:
             raise RequestError("full", "too many uploads at once; try again in a moment")
 
 
+class AbandonedError(Exception):
+    """Nobody waits for the result any more."""
+
+
 class DecodingPool:
-    """Threads that decode and resize image files; the pixels in memory at the same time are bounded."""
+    """Threads that decode and resize image files and read requests in JSON; the pixels in memory at the same time are
+    bounded.
+
+    A thread whose result nobody waits for any more, because the deadline has passed or the client has left, is free
+    as soon as its work looks: before it starts, while it waits for pixels, and between the steps of reading JSON.
+    """
 
     def __init__(self, num_threads: int, max_pixels: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decoding")
@@ -77,27 +89,48 @@ class DecodingPool:
             RequestError: not an image, or one that cannot be decoded; the code is that of `BadImage`.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, predictor, encoded)
+            return await self.run(lambda check: self._prepare(predictor, encoded, check))
         except BadImage as error:
             raise RequestError(error.code, error.reason.partition(": ")[2]) from None
+
+    async def run(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """The result of `work` in a thread. It is given a function that raises once nobody waits for the result."""
+        abandoned = threading.Event()
+
+        def check() -> None:
+            if abandoned.is_set():
+                raise AbandonedError
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, check)
+        except asyncio.CancelledError:
+            abandoned.set()
+            with self._condition:
+                self._condition.notify_all()
+            raise
 
     def close(self) -> None:
         """Stop; images that are not being decoded yet are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, predictor: Predictor, encoded: bytes) -> tuple[NDArray[np.uint8], float]:
-        with self._reserve_pixels(_num_pixels(encoded)):
+    def _prepare(
+        self, predictor: Predictor, encoded: bytes, check: Callable[[], None]
+    ) -> tuple[NDArray[np.uint8], float]:
+        with self._reserve_pixels(_num_pixels(encoded), check):
             started = time.perf_counter()
             views = predictor.prepare(encoded)
             return views, time.perf_counter() - started
 
     @contextmanager
-    def _reserve_pixels(self, pixels: int) -> Iterator[None]:
+    def _reserve_pixels(self, pixels: int, check: Callable[[], None]) -> Iterator[None]:
         """Wait until they are free. An image above the bound waits for all of them: the decoder refuses it, or it is
         decoded alone."""
         pixels = min(pixels, self._max_pixels)
         with self._condition:
-            self._condition.wait_for(lambda: self._free >= pixels)
+            check()
+            while self._free < pixels:
+                self._condition.wait()
+                check()
             self._free -= pixels
         try:
             yield

@@ -1,0 +1,204 @@
+"""Connections of clients: how many there may be, how long each may take, what is answered to what is not HTTP.
+
+uvicorn waits without end for headers and for clients that do not read, and counts connections only when one asks.
+"""
+
+import asyncio
+import os
+from collections import Counter
+from http import HTTPStatus
+from ipaddress import IPv6Address, ip_address
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from coatnet.errors import UserError
+from coatnet.server import Settings
+from coatnet.server.errors import RequestError, error_response
+
+MAX_HEADER_BYTES = 16_384  # also h11's bound of a header that is not complete
+WRITE_BYTES = 65_536
+LINGER_SECONDS = 1.0
+SPARE_DESCRIPTORS = 64  # besides connections: images being read, libraries being loaded
+CROWDED = "crowded"  # the key of a scope's state: why the connection is one too many
+
+
+class Crowd:
+    """The connections of a server, all and by client.
+
+    One too many is told so in answer to its request, an eighth above that is closed at once: without that bound all
+    descriptors of the process would be taken.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.most, self.most_of_client = settings.max_connections, settings.max_client_connections
+        self._counts: Counter[str] = Counter()
+
+    def enter(self, client: str) -> str | None:
+        """Count a connection.
+
+        Returns:
+            None if it is welcome, why it is one too many, or "" if it is to be closed at once.
+        """
+        self._counts[client] += 1
+        number, number_of_client = self._counts.total(), self._counts[client]
+        if number > with_spare(self.most) or number_of_client > with_spare(self.most_of_client):
+            return ""
+        if number > self.most:
+            return "too many connections; try again in a moment"
+        if number_of_client > self.most_of_client:
+            return f"one client may have {self.most_of_client} connections; close some"
+        return None
+
+    def leave(self, client: str) -> None:
+        """Count a connection as closed."""
+        self._counts[client] -= 1
+        if not self._counts[client]:
+            del self._counts[client]
+
+
+def with_spare(limit: int) -> int:
+    """How many connections are open at most where `limit` are served."""
+    return limit + limit // 8 + 1
+
+
+def client_key(address: Any) -> str:
+    """What counts as one client: an IPv4 address, or the network /64 of an IPv6 address, which one machine may have."""
+    try:
+        ip = ip_address(str(address[0]).partition("%")[0])
+    except (ValueError, TypeError, IndexError):
+        return "unknown"
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or int(ip) >> 64
+    return str(ip)
+
+
+def reserve_descriptors(max_connections: int) -> int:
+    """Let the process open as many descriptors as its connections need.
+
+    Returns:
+        `max_connections`, or fewer where the system does not allow so many.
+
+    Raises:
+        UserError: hardly any connection would be left.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return max_connections
+    used = len(os.listdir("/dev/fd")) + SPARE_DESCRIPTORS
+    needed = used + with_spare(max_connections)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < needed:  # -1 is no limit
+        soft = needed if hard < 0 else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            max_connections = (soft - used) * 8 // 9
+    if max_connections < 1:
+        raise UserError(f"the system allows {soft} open files, the server needs {used + 16}: raise `ulimit -n`")
+    return max_connections
+
+
+class Connection(H11Protocol):
+    """HTTP/1.1 with bounds: of connections (`Crowd`), of the time for a header, of the time in which a client reads.
+
+    The time for a header is uvicorn's `timeout_keep_alive`. A client must read `WRITE_BYTES` of an answer, or all that
+    is left of it, in each `write_seconds`. h11 is strict about lengths; a faster parser would save little beside a
+    network.
+    """
+
+    def __init__(self, crowd: Crowd, write_seconds: float, **given: Any) -> None:
+        super().__init__(**given)
+        self._crowd, self._write_seconds = crowd, write_seconds
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._lingering = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._key = client_key(self.client)
+        reason = self._crowd.enter(self._key)
+        if reason == "":
+            transport.abort()
+            return
+        if reason:
+            self.app_state = {**self.app_state, CROWDED: reason}
+        transport.set_write_buffer_limits(high=0)  # so that writing pauses whenever something is left to write
+        self._start_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._crowd.leave(self._key)
+        self._cancel_header_timer()
+        super().connection_lost(exc)  # resumes writing, which ends that timer
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._cancel_header_timer()
+        elif self._header_timer is None and not self._lingering:
+            self._start_header_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _await_reading(self, most: int | None = None) -> None:
+        """Give the client up if more than `most` bytes are left to write; look again after `write_seconds`."""
+        left = self.transport.get_write_buffer_size()
+        if most is not None and left > most:
+            self.transport.abort()
+            return
+        self._write_timer = self.loop.call_later(self._write_seconds, self._await_reading, max(left - WRITE_BYTES, 0))
+
+    def send_400_response(self, msg: str) -> None:
+        begun = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
+        if self.cycle is not None:  # its answer can no longer be sent
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if begun:  # a second answer is impossible
+            self.transport.close()
+        elif len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
+            self._refuse(header_error())
+        else:
+            self._refuse(RequestError("http", "this is not a request of HTTP/1.1"))
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer without a request, then read for a while: closing at once could cost the client the answer."""
+        answer = error_response(error, "")
+        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode(), b"connection: close"]
+        lines += [name + b": " + value for name, value in answer.raw_headers]
+        self._lingering = True
+        self._cancel_header_timer()
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(answer.body))
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _start_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(self.timeout_keep_alive, self._close_on_timeout)
+
+    def _cancel_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_on_timeout(self) -> None:
+        self._header_timer = None
+        if self.transport.is_closing():
+            return
+        if self.conn.trailing_data[0]:
+            self._refuse(RequestError("slow", f"the header did not arrive within {self.timeout_keep_alive:g} seconds"))
+        else:
+            self.transport.close()
+
+
+def header_error() -> RequestError:
+    return RequestError("header", f"the header is too long: it may have {MAX_HEADER_BYTES:,} bytes")

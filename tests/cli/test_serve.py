@@ -37,6 +37,7 @@ def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:
     assert read_token(None, {}) is None
     assert read_token(None, {"COATNET_TOKEN": " long-enough\n"}) == "long-enough"
     (tmp_path / "token").write_text("from-a-file\n")
+    (tmp_path / "token").chmod(0o600)
     assert read_token(str(tmp_path / "token"), {"COATNET_TOKEN": "from-the-shell"}) == "from-a-file"
     for wrong in ("", "short", "with a space", "unwritablé"):
         with pytest.raises(UserError, match="holds no token"):

@@ -31,6 +31,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="H", help="address to listen on; 0.0.0.0 is all (127.0.0.1)"
     )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which clients address the server, for each one (localhost, addresses, H, this machine's name)",
+    )
     parser.add_argument("--port", type=int, default=8080, metavar="P", help="port; 0 takes a free one (8080)")
     parser.add_argument(
         "--engine",
@@ -73,14 +80,21 @@ def named_bundles(given: Sequence[str]) -> dict[str, str]:
 
 
 def read_token(file: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The token of the file, else of COATNET_TOKEN; never of the command line, which all users of a machine see."""
+    """The token of the file, else of COATNET_TOKEN; never of the command line, which all users of a machine see.
+
+    Raises:
+        UserError: there is none, or the file belongs to this user and others may read it: the rule of ssh for keys.
+    """
     if file is not None:
         try:
             token = read_regular(file, MAX_TOKEN_BYTES).decode().strip()
+            status = Path(file).stat()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}"
             ) from None
+        if os.name == "posix" and status.st_uid == os.getuid() and status.st_mode & 0o077:
+            raise UserError(f"--token-file {file} can be read by other users of this machine: chmod 600 {file}")
         origin = f"--token-file {file}"
     elif "COATNET_TOKEN" in environment:
         token, origin = environment["COATNET_TOKEN"].strip(), "COATNET_TOKEN"
@@ -116,5 +130,6 @@ def run(arguments: Sequence[str]) -> int:
         device=given.device,
         settings=Settings(**{name: value for name, value in limits.items() if value is not None}),
         token=token,
+        allowed_hosts=given.allowed_host,
     )
     return 0 if answered else FAILED

@@ -26,7 +26,7 @@ from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.access import check_origin, token_required
-from coatnet.server.connections import CROWDED, MAX_HEADER_BYTES, header_error
+from coatnet.server.connections import CROWDED, MAX_HEADER_BYTES, WRITE_BYTES, header_error
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
 from coatnet.server.protocol import add_protocol
@@ -71,16 +71,21 @@ class Middleware:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                extra = _headers(scope["path"]) + [(b"connection", b"close")] * unread
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            elif unread and not message.get("more_body", False):
-                await send({**message, "more_body": True})
-                with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                    async with asyncio.timeout(DRAIN_SECONDS):
-                        while unread:
-                            await listen()
-                message = {"type": "http.response.body"}
-            await send(message)
+                close = unread or scope["state"][CROWDED]
+                extra = _headers(scope["path"]) + ([(b"connection", b"close")] if close else [])
+                await send({**message, "headers": [*message.get("headers", ()), *extra]})
+                return
+            body = message.get("body", b"")
+            for start in range(0, len(body), WRITE_BYTES):  # each waits until the client has read the one before
+                piece = body[start : start + WRITE_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if message.get("more_body", False):
+                return
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    while unread:
+                        await listen()
+            await send({"type": "http.response.body"})
 
         app = self.app
         try:
@@ -99,8 +104,8 @@ class Middleware:
 
     def _check(self, scope: Scope) -> None:
         """Raise RequestError for what no route is to see."""
-        if CROWDED in scope["state"]:
-            raise RequestError("full", scope["state"][CROWDED])
+        if crowded := scope["state"][CROWDED]:
+            raise RequestError("full", crowded)
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
             raise RequestError("target", f"the path with its parameters may have {MAX_TARGET_BYTES:,} bytes")
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
@@ -304,6 +309,8 @@ def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, An
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
     def refused(request: Request, error: RequestError) -> Response:
         service.metrics.rejections.labels(error.code).inc()
+        if service.draining and error.code == "slow":  # the end of its upload was waited for in vain
+            service.unanswered += 1
         return error_response(error, request.url.path)
 
     @app.exception_handler(RequestError)

@@ -18,38 +18,39 @@ from coatnet.server import Settings
 from coatnet.server.errors import RequestError, error_response
 
 MAX_HEADER_BYTES = 16_384  # also h11's bound of a header that is not complete
-WRITE_BYTES = 65_536
+WRITE_BYTES = 65_536  # of one answer in memory until the client reads
 LINGER_SECONDS = 1.0
-SPARE_DESCRIPTORS = 64  # besides connections: images being read, libraries being loaded
+ACCEPTED_AT_ONCE = 16  # in each turn of the event loop
+SPARE_DESCRIPTORS = 64 + 6 * ACCEPTED_AT_ONCE  # some turns pass before a connection too many is closed
+CROWDED_SECONDS = 1.0  # for the request of a connection that is one too many
 CROWDED = "crowded"  # the key of a scope's state: why the connection is one too many
 
 
 class Crowd:
     """The connections of a server, all and by client.
 
-    One too many is told so in answer to its request, an eighth above that is closed at once: without that bound all
-    descriptors of the process would be taken.
+    One too many is told so in answer to its request, or after a second. An eighth more, and it is told and closed at
+    once: without that bound all descriptors of the process would be taken.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.most, self.most_of_client = settings.max_connections, settings.max_client_connections
         self._counts: Counter[str] = Counter()
 
-    def enter(self, client: str) -> str | None:
+    def enter(self, client: str) -> tuple[str, bool]:
         """Count a connection.
 
         Returns:
-            None if it is welcome, why it is one too many, or "" if it is to be closed at once.
+            Why it is one too many, "" if it is not, and whether it is to be closed at once.
         """
         self._counts[client] += 1
         number, number_of_client = self._counts.total(), self._counts[client]
-        if number > with_spare(self.most) or number_of_client > with_spare(self.most_of_client):
-            return ""
+        close = number > with_spare(self.most) or number_of_client > with_spare(self.most_of_client)
         if number > self.most:
-            return "too many connections; try again in a moment"
+            return "too many connections; try again in a moment", close
         if number_of_client > self.most_of_client:
-            return f"one client may have {self.most_of_client} connections; close some"
-        return None
+            return f"one client may have {self.most_of_client} connections; close some", close
+        return "", close
 
     def leave(self, client: str) -> None:
         """Count a connection as closed."""
@@ -113,19 +114,19 @@ class Connection(H11Protocol):
         self._crowd, self._write_seconds = crowd, write_seconds
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._crowded = ""
         self._lingering = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._key = client_key(self.client)
-        reason = self._crowd.enter(self._key)
-        if reason == "":
-            transport.abort()
-            return
-        if reason:
-            self.app_state = {**self.app_state, CROWDED: reason}
         transport.set_write_buffer_limits(high=0)  # so that writing pauses whenever something is left to write
-        self._start_header_timer()
+        self._crowded, close = self._crowd.enter(self._key)
+        self.app_state = {**self.app_state, CROWDED: self._crowded}
+        if close:
+            self._refuse(RequestError("full", self._crowded), linger=False)
+        else:
+            self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._crowd.leave(self._key)
@@ -171,19 +172,23 @@ class Connection(H11Protocol):
         else:
             self._refuse(RequestError("http", "this is not a request of HTTP/1.1"))
 
-    def _refuse(self, error: RequestError) -> None:
-        """Answer without a request, then read for a while: closing at once could cost the client the answer."""
+    def _refuse(self, error: RequestError, *, linger: bool = True) -> None:
+        """Answer without a request. Without reading for a while after it, a client that still sends may miss it."""
         answer = error_response(error, "")
         lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode(), b"connection: close"]
         lines += [name + b": " + value for name, value in answer.raw_headers]
         self._lingering = True
         self._cancel_header_timer()
         self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(answer.body))
-        self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        if linger:
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
 
     def _start_header_timer(self) -> None:
-        self._header_timer = self.loop.call_later(self.timeout_keep_alive, self._close_on_timeout)
+        seconds = CROWDED_SECONDS if self._crowded else self.timeout_keep_alive
+        self._header_timer = self.loop.call_later(seconds, self._close_on_timeout)
 
     def _cancel_header_timer(self) -> None:
         if self._header_timer is not None:
@@ -194,7 +199,9 @@ class Connection(H11Protocol):
         self._header_timer = None
         if self.transport.is_closing():
             return
-        if self.conn.trailing_data[0]:
+        if self._crowded:
+            self._refuse(RequestError("full", self._crowded))
+        elif self.conn.trailing_data[0]:
             self._refuse(RequestError("slow", f"the header did not arrive within {self.timeout_keep_alive:g} seconds"))
         else:
             self.transport.close()

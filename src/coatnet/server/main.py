@@ -1,10 +1,12 @@
 """`serve`: load the models, listen, answer until SIGTERM or SIGINT."""
 
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
@@ -15,9 +17,11 @@ from coatnet.errors import UserError, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.app import Middleware, create_app
-from coatnet.server.connections import Connection, Crowd
+from coatnet.server.connections import ACCEPTED_AT_ONCE, Connection, Crowd, reserve_descriptors
 from coatnet.server.service import Service
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo, telling
+
+BACKLOG = 1024
 
 
 def serve(
@@ -30,6 +34,7 @@ def serve(
     device: str = "auto",
     settings: Settings | None = None,
     token: str | None = None,
+    allowed_hosts: Collection[str] = (),
 ) -> bool:
     """Serve models over HTTP until SIGTERM or SIGINT. The address is printed once requests are accepted.
 
@@ -42,6 +47,8 @@ def serve(
         device: as of `Predictor`.
         settings: limits of the server.
         token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
+        allowed_hosts: names by which clients may address the server, besides localhost, addresses, `host` and the
+            name of the machine; "*" is any name.
 
     Returns:
         Whether every request in progress was answered before the end.
@@ -51,17 +58,25 @@ def serve(
     """
     settings = settings or Settings()
     with _bound(host, port) as listener:
-        predictors = {
-            name: warm(Predictor(source, engine, precision, device=device), settings)
-            for name, source in sources.items()
-        }
-        app, service = create_app(predictors, settings, token)
+        predictors = {}
+        for name, source in sources.items():
+            with telling(f"loading {name}"):
+                predictors[name] = Predictor(source, engine, precision, device=device)
+            with telling(f"preparing {name} for batches of 1 to {settings.batch_size}"):
+                warm(predictors[name], settings)
+        settings = replace(settings, max_connections=reserve_descriptors(settings.max_connections))
+        names = {name.lower() for name in (*allowed_hosts, host, socket.gethostname())}
+        app, service = create_app(predictors, settings, token, names)
         config = uvicorn_config(app, settings)
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):
             echo(f"coatnet: warning: {host} without a token: no authentication", error=True)
+        for logger in ("asyncio", "uvicorn.error", "coatnet.serve"):
+            logging.getLogger(logger).addFilter(OncePerMinute())
         shown = f"[{host}]" if ":" in host else host
         StoppableServer(config, service, f"http://{shown}:{listener.getsockname()[1]}").run([listener])
-    return not any(served.batcher.alive for served in service.models.values())
+    if service.unanswered:
+        echo(f"coatnet: warning: requests without an answer at the end: {service.unanswered}", error=True)
+    return not service.unanswered and not any(served.batcher.alive for served in service.models.values())
 
 
 def warm(predictor: Predictor, settings: Settings) -> Predictor:
@@ -81,9 +96,40 @@ def uvicorn_config(app: Middleware, settings: Settings) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=settings.idle_seconds,
         timeout_graceful_shutdown=settings.grace_seconds,
     )
+
+
+class OncePerMinute(logging.Filter):
+    """Lets one record of a kind through in a minute, since clients cause some, and says how many it held back.
+
+    Errors of the system, such as no free descriptor, are one line without a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # when one was let through, how many were not since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is logged."""
+        error = record.exc_info[1] if record.exc_info else None
+        first = str(record.msg).partition("\n")[0]
+        kind = (first[:80], type(error).__name__)
+        now = time.monotonic()
+        since, held = self._seen.get(kind, (-60.0, 0))
+        if now - since < 60:
+            self._seen[kind] = (since, held + 1)
+            return False
+        if len(self._seen) > 1000:
+            self._seen.clear()
+        self._seen[kind] = (now, 0)
+        if isinstance(error, OSError):
+            record.msg, record.args, record.exc_info = f"{first}: {error}", (), None
+        if held:
+            record.msg = f"{str(record.msg).rstrip()} (and {held} more since the last line)"
+        return True
 
 
 class StoppableServer(uvicorn.Server):
@@ -100,6 +146,8 @@ class StoppableServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # uvicorn's backlog is also how many asyncio accepts at once
         for served in self.service.models.values():
             variant, engine = served.predictor.bundle.model.variant.name, served.predictor.engine
             num_classes = len(served.predictor.classes)

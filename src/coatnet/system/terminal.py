@@ -6,8 +6,13 @@ screen, hiding text or turning its direction.
 
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from coatnet.errors import UNPRINTABLE, one_line
+
+TELL_SECONDS = 2.0
 
 
 def echo(text: str, *, error: bool = False, end: str = "\n", is_json: bool = False) -> None:
@@ -36,3 +41,15 @@ def warn(message: str) -> None:
 def escape_lines(text: str) -> str:
     """Lines of text as they can be shown: control characters are escaped, but not the line breaks."""
     return "\n".join(map(one_line, text.split("\n")))
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Say on standard error what the block does, such as "loading the model", if it takes more than two seconds."""
+    timer = threading.Timer(TELL_SECONDS, echo, (f"coatnet: {what}",), {"error": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -137,7 +137,7 @@ def _marks(shape: Sequence[int]) -> bytes:
     return marks
 
 
-def _numbers(block: bytes, most: int) -> NDArray[np.uint16] | None:
+def _numbers(block: bytes, most: int) -> NDArray[np.integer] | None:
     """The numbers of a piece of a list that ends behind a comma or with the list; None if it is not well formed."""
     text = block.translate(None, _SPACE)
     if len(text) > 3 * most + len(text.translate(None, b"0123456789")) or _TWO_NUMBERS.search(block):
@@ -148,7 +148,7 @@ def _numbers(block: bytes, most: int) -> NDArray[np.uint16] | None:
         return None
     digit = np.append(kinds == 0, False)
     last = np.flatnonzero(digit[:-1] & ~digit[1:])
-    ones, tens, hundreds = ((characters[last - place].astype(np.uint16) - 48) for place in range(3))
+    ones, tens, hundreds = (characters[last - place].astype(np.int64) - 48 for place in range(3))
     two = digit[last - 1]
     three = two & digit[last - 2]
     numbers = ones + two * 10 * tens + three * 100 * hundreds

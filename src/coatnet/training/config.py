@@ -69,7 +69,8 @@ class TrainingConfig:
     channels: Literal[1, 3]
     """Channels of these images: 1 (grey) or 3 (color); by default those of the data."""
     epochs: Annotated[PositiveFloat, CHANGEABLE]
-    """Passes over the training images; by default 20 to 100, more for fewer images, a third of that with `init`."""
+    """Passes over the training images; by default 20 to 100, more for fewer images, or with `init` a third of that, but
+    at least 8 and 300 steps."""
     batch_size: PositiveInt
     """Images of one optimizer step, over all processes; by default 16 to 64, about 30 steps an epoch."""
     micro_batch_size: PositiveInt

@@ -260,7 +260,10 @@ def default_batch_size(num_images: int) -> int:
 
 
 def default_epochs(num_images: int, batch_size: int, *, finetune: bool) -> float:
-    """Fewer images are seen more often: 32 epochs of 60,000, 100 of 6,000; to fine-tune a third, but 300 steps."""
+    """Fewer images are seen more often: 32 epochs of 60,000, 100 of 6,000.
+
+    To fine-tune, a third of that, but at least 8 and 300 steps; never more than from scratch.
+    """
     epochs = min(100, max(20, round(32 * math.sqrt(60_000 / num_images))))
     return float(min(epochs, max(8, epochs // 3, 300 * batch_size // num_images)) if finetune else epochs)
 

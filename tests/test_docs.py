@@ -156,7 +156,10 @@ def check_export(names: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("program", "arguments"), CALLS)
 def test_a_command_is_understood(program: str, arguments: list[str], desk: Path) -> None:
     if program == "torchrun":
-        parsed = torchrun_parser().parse_args(arguments)
+        known = torchrun_parser()
+        if "--shutdown-timeout" in arguments and "--shutdown-timeout" not in known.format_help():
+            pytest.skip("torchrun has this option since torch 2.12, as the page says")
+        parsed = known.parse_args(arguments)
         assert parsed.module and parsed.training_script == "coatnet"
         arguments = parsed.training_script_args
     command, *rest = arguments

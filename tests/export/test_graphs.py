@@ -64,7 +64,8 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     assert main(["export", str(clothes_folder), "--format", format, "--out", str(out)]) == 0
     printed = capfd.readouterr()
     assert printed.out.startswith(f"{out}: on 64 images of fashion-mnist-small within ") and str(out) in printed.out
-    assert printed.err == ""
+    # torch 2.6 says so on a machine with nvcc and no GPU.
+    assert [line for line in printed.err.splitlines() if not line.startswith("No CUDA runtime is found")] == []
 
     files = {"openvino": ["model.bin", "model.xml"], "onnx": ["model.onnx"]}.get(format, ["model.pt2"])
     assert sorted(path.name for path in out.iterdir()) == sorted([*files, "metadata.json", "parity.json", "parity.md"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, ExportedProgram
 
 from coatnet.bundle import Bundle
@@ -200,7 +201,8 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
     """
     for package in ("onnx", "onnxscript"):
         import_extra(package, "onnx", "an ONNX model")
-    with silence_exporters():
+    # The exporter of torch 2.6 runs products of symbolic size; only their decomposition in Python knows such sizes.
+    with silence_exporters(), enable_python_dispatcher():
         converted = torch.onnx.export(
             program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False
         )

@@ -86,7 +86,7 @@ def counted(recipe: TrainingConfig, processes: Processes) -> Memory:
     with memory:
         memory.label("average", trainer.average.tensors().values())
         memory.label("parameters", trainer.model.state_dict().values())
-        for state in trainer.optimizer.state.values():
+        for state in (state for optimizer in trainer.optimizers for state in optimizer.state.values()):
             memory.label("optimizer", state.values())
         # Before the first pass the rest is the batch, before the second one the gradients of the first.
         rest = iter(("activations", "gradients"))

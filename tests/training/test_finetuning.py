@@ -204,7 +204,7 @@ def test_the_papers_recipes_for_a_higher_resolution_take_any_bundle():
 def test_every_block_has_its_own_learning_rate_and_every_parameter_one_group(variant):
     with torch.device("meta"):
         model = create_model(variant, num_classes=10)
-    groups = parameter_groups(model, Optimization(layer_decay=0.8))
+    groups = parameter_groups(model, Optimization(layer_decay=0.8))["adamw"]
     num_blocks = sum(stage.depth for stage in model.variant.stages)
     scales = sorted({group["scale"] for group in groups}, reverse=True)
     assert scales == pytest.approx([0.8**i for i in range(num_blocks + 2)])

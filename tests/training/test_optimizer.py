@@ -20,7 +20,7 @@ from coatnet.training.optimizer import (
     gradient_norm,
     learning_rate_at,
     parameter_groups,
-    set_learning_rate,
+    update_weights,
 )
 
 
@@ -47,7 +47,7 @@ def test_cosine_equals_its_formula():
 
 def test_biases_norms_and_relative_bias_tables_are_not_decayed():
     model = create_model("coatnet-0", num_classes=3, resolution=64)
-    groups = parameter_groups(model, Optimization(weight_decay=0.05))
+    groups = parameter_groups(model, Optimization(weight_decay=0.05))["adamw"]
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert decay.keys() == dict(model.named_parameters()).keys()
     tables = [name for name in decay if "bias.table" in name]
@@ -58,7 +58,7 @@ def test_biases_norms_and_relative_bias_tables_are_not_decayed():
 
 def test_layer_decay_multiplies_once_a_block_towards_the_stem():
     model = create_model("coatnet-0", num_classes=3, resolution=64)
-    groups = parameter_groups(model, Optimization(layer_decay=0.5))
+    groups = parameter_groups(model, Optimization(layer_decay=0.5))["adamw"]
     scale = {name: group["scale"] for group in groups for name in group["names"]}
     num_blocks = sum(stage.depth for stage in model.variant.stages)
     stem, head = (next(scale[name] for name in scale if name.startswith(part)) for part in ("stem", "head"))
@@ -82,9 +82,7 @@ def test_a_step_equals_torch_adamw_with_clipped_gradients():
         reference.zero_grad()
         parameters = list(ours.parameters())
         clip_gradients(parameters, gradient_norm(parameters), 0.5)
-        set_learning_rate(optimizer, 0.01)
-        optimizer.step()
-        optimizer.zero_grad()
+        update_weights([optimizer], 0.01)
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 

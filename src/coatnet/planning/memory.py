@@ -32,7 +32,7 @@ from coatnet.training.distributed.parallelize import Parallel, SingleProcess, co
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import local_tensor
 from coatnet.training.distributed.wrappers import Sharded, mesh_for
-from coatnet.training.optimizer import ShardedAverage, WeightAverage, build_loss, build_optimizer
+from coatnet.training.optimizer import ShardedAverage, WeightAverage, build_loss, build_optimizers
 
 OTHER = "activations"  # the kind of tensors without a label
 
@@ -261,14 +261,15 @@ def _take_step(
 
 @torch.no_grad()
 def optimizer_state(config: TrainingConfig, model: CoAtNet) -> list[Tensor]:
-    """The state that the optimizer has after the first step, for this process's shards of the parameters."""
-    optimizer = build_optimizer(model, config.optimizer)
-    for group in optimizer.param_groups:
-        group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return [value for state in optimizer.state.values() for value in state.values()]
+    """The state that the optimizers have after the first step, for this process's shards of the parameters."""
+    optimizers = build_optimizers(model, config.optimizer)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    return [value for each in optimizers for state in each.state.values() for value in state.values()]
 
 
 @contextmanager

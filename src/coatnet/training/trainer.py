@@ -59,11 +59,12 @@ from coatnet.training.loggers import Loggers, check_loggers, open_loggers
 from coatnet.training.optimizer import (
     balancing_weights,
     build_loss,
-    build_optimizer,
+    build_optimizers,
     clip_gradients,
     gradient_norm,
     learning_rate_at,
-    set_learning_rate,
+    named_parameters,
+    update_weights,
 )
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
@@ -71,6 +72,7 @@ from coatnet.training.run_folder import RunFolder
 LOGS_PER_RUN = 400
 MIN_EVALUATION_BATCH = 64  # images
 INITIALIZATION_STEP = -1  # the step number whose random numbers the untrained weights are drawn from
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and Muon, for each parameter
 BEST = "best"  # name of the checkpoint of the best evaluation
 
 
@@ -134,7 +136,7 @@ class Trainer:
         self.parallel, self.average = parallelize(
             self.model, config, processes, self.device, parallelism=self.parallelism, bf16=self.bf16
         )
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizers = build_optimizers(self.model, config.optimizer, bf16=self.bf16)
         self.parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.head_first = HeadFirst(self.model, head_first_steps(config, len(splits.training)))
         weights = None
@@ -270,7 +272,7 @@ class Trainer:
             loss, norm = self.parallel.reduce(loss, gradient_norm(parameters))
             loss_value, norm_value = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             for buffer, before in zip(self.model.buffers(), buffers_before, strict=False):  # none without a budget
                 buffer.copy_(before)  # BatchNorm has counted the batch already
             raise NotFinite(
@@ -279,9 +281,7 @@ class Trainer:
             )
         clip_gradients(parameters, norm, config.optimizer.grad_clip_norm)
         self.last_learning_rate = self.learning_rate
-        set_learning_rate(self.optimizer, self.last_learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update_weights(self.optimizers, self.last_learning_rate)
         self.average.update(state.step)
         state.step += 1
         state.loss_sum += loss_value
@@ -427,24 +427,27 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.average.decay > 0:
             tensors |= {f"average.{name}": value for name, value in self.average.tensors().items()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        for optimizer in self.optimizers:
+            for name, parameter in named_parameters(optimizer):
+                tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
         return {name: value.detach() for name, value in tensors.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Read back what `tensors` gave."""
         stored = checkpoint.tensors
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, target in self.tensors().items():
             fill(target, partial(stored.read, name))
-        for name, parameter in self.parameters.items():
-            # In the memory order of the parameter: the fused step walks both side by side.
-            moments = {key: torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            state = {"step": torch.zeros((), device=self.device), **moments}
-            # A parameter that has not learned yet has no state.
-            for key in [key for key in state if f"optimizer.{key}.{name}" in stored]:
-                fill(state[key], partial(stored.read, f"optimizer.{key}.{name}"))
-                self.optimizer.state[parameter][key] = state[key]
+        for optimizer in self.optimizers:
+            for name, parameter in named_parameters(optimizer):
+                # A parameter that has not learned yet has no state.
+                for key in (key for key in OPTIMIZER_STATE if f"optimizer.{key}.{name}" in stored):
+                    # In the memory order of the parameter: the fused step walks both side by side.
+                    value = torch.empty_like(parameter, requires_grad=False)
+                    value = torch.zeros((), device=self.device) if key == "step" else value
+                    fill(value, partial(stored.read, f"optimizer.{key}.{name}"))
+                    optimizer.state[parameter][key] = value
 
     def resume(self, started: float) -> None:
         """Restore the last whole checkpoint of the run folder, if there is one, and open the loggers.

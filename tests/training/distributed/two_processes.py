@@ -29,12 +29,13 @@ RECIPE = Recipe(
     mixing={"mixup_alpha": 0.8, "cutmix_alpha": 0.8},
     augmentation={"shift": 1, "flip_rate": 0.5, "erasing_rate": 0.3},
 )
+MUON = {"algorithm": "muon"}
 RECIPES = {
     "ddp": RECIPE,
-    "ddp-accumulating": replace(RECIPE, micro_batch_size=6, activation_checkpointing="all"),
+    "ddp-accumulating": replace(RECIPE, micro_batch_size=6, activation_checkpointing="all", optimizer=MUON),
     "fsdp": replace(RECIPE, parallelism="fsdp"),
     "fsdp-accumulating": replace(
-        RECIPE, parallelism="fsdp", micro_batch_size=6, activation_checkpointing="transformer"
+        RECIPE, parallelism="fsdp", micro_batch_size=6, activation_checkpointing="transformer", optimizer=MUON
     ),
 }
 STOPPED_AFTER = 3

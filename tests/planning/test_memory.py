@@ -11,9 +11,11 @@ from benchmarks import plan_memory
 from tests.training.launching import needs_shards_on_cpus
 
 from coatnet.model.complexity import complexity
+from coatnet.model.network import create_model
 from coatnet.planning.memory import MemoryTracker, simulate_step
 from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
+from coatnet.training.optimizer import matrix_weights
 
 ONE, MANY = Processes(), Processes(world_size=16, local_world_size=8)
 
@@ -49,6 +51,16 @@ def test_a_replica_holds_four_numbers_per_parameter():
     assert memory.gradients == size  # the buckets of DDP exist all the time
     for held, times in ((memory.parameters, 1), (memory.average, 1), (memory.optimizer, 2)):
         assert held == pytest.approx(times * size, rel=0.02)
+
+
+def test_muon_holds_one_number_for_a_weight_of_a_matrix():
+    recipe = recipe_of("coatnet-femto", 64, 8, optimizer={"algorithm": "muon"})
+    cost = simulate_step(recipe, num_classes=10, images_per_gpu=8, processes=ONE)
+    model = create_model("coatnet-femto", num_classes=10, resolution=64)
+    parameters = dict(model.named_parameters())
+    with_muon = sum(parameters[name].numel() for name in matrix_weights(model))
+    numbers = with_muon + 2 * (cost.num_parameters - with_muon)
+    assert cost.memory.optimizer == pytest.approx(4 * numbers, rel=0.01)
 
 
 @needs_shards_on_cpus

@@ -97,7 +97,7 @@ class TrainingConfig:
     balance: Literal["none", "sampler", "weights"] = "none"
     """What equalizes rare and frequent classes: how often images are drawn, or weights in the loss."""
     optimizer: Optimization
-    """AdamW."""
+    """The rule of the updates."""
     schedule: Schedule
     """The learning rate over the run."""
     augmentation: Augmentation

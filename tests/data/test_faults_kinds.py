@@ -3,14 +3,15 @@
 import io
 import struct
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from coatnet.data import decode as decoding
-from coatnet.data.decode import decode
+from coatnet.data.decode import FORMATS, SNIFFED_BYTES, BadImage, decode, image_size, sniff
 
 # A4: EXIF orientation
 
@@ -177,3 +178,55 @@ def test_the_first_frame_or_page_is_decoded(encode, kind, distance):
     frames = [Image.new("RGB", (20, 10), color) for color in ("red", "green", "blue")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert distance(decode(data, "moving"), np.array(frames[0])) == 0
+
+
+# A11: every format on the list
+
+
+@pytest.mark.parametrize("kind", [each.name for each in FORMATS if each.name != "HEIF"])
+def test_each_format_on_the_list_is_recognized_by_its_first_bytes_and_decoded(photo, encode, kind, distance):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow before 11.3 does not read AVIF")
+    data = encode(photo, kind, quality=95)
+    assert sniff(data[:SNIFFED_BYTES]).name == kind
+    assert distance(decode(data, "without an ending"), photo) < 5
+    assert image_size(data, "size") == (40, 60)
+
+
+def test_bigtiff_is_tiff(photo, encode, distance):
+    assert distance(decode(encode(photo, "TIFF", big_tiff=True), "big"), photo) == 0
+
+
+def test_16_bit_pgm_keeps_its_mean():
+    wide = np.linspace(0, 65535, 64 * 64).astype(">u2")
+    pixels = decode(b"P5\n64 64\n65535\n" + wide.tobytes(), "deep")
+    assert pixels.float().mean().item() == pytest.approx(wide.mean() / 257, abs=0.1)
+
+
+def test_heic_needs_a_package_and_its_error_names_it(photo, distance):
+    kinds = [sniff(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1") for brand in (b"heic", b"mif1", b"heix")]
+    assert [kind.name for kind in kinds] == ["HEIF"] * 3
+    assert sniff(b"\0\0\0\x20ftypmif1\0\0\0\0mif1avif").name == "AVIF"
+    if find_spec("pi_heif") or find_spec("pillow_heif"):
+        pytest.skip("the package for HEIC is installed")
+    with pytest.raises(BadImage, match=r"pip install 'coatnet\[heic\]'"):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1", "phone.heic")
+
+
+def test_transparent_16_bit_grey_is_white(encode):
+    wide = np.array([[0, 1000], [1000, 65535]], np.uint16)
+    pixels = decode(encode(Image.fromarray(wide), transparency=1000), "deep")
+    assert pixels[0].tolist() == [[0, 255], [255, 255]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_orientation_in_xmp_alone_turns_too(photo, encode, kind, distance):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    stored = np.ascontiguousarray(STORED_AS[6](photo))
+    options: dict = {"xmp": xmp}
+    if kind == "PNG":
+        options = {"pnginfo": PngImagePlugin.PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    if kind == "TIFF":
+        options = {"tiffinfo": {700: xmp}}
+    assert distance(decode(encode(stored, kind, quality=95, lossless=True, **options), "turned"), photo) < 4

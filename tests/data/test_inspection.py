@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from coatnet.data.inspection import inspect
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 
 
@@ -69,6 +70,23 @@ def test_a_source_without_one_readable_image_is_still_described(make_folder):
     inspection = inspect(root)
     assert len(inspection.bad) == 4
     assert "4 images cannot be used" in inspection.describe()
+
+
+def test_sizes_are_those_of_images_that_decode_and_the_consequence_is_told(make_folder, encode):
+    root = make_folder({"train/a": 6, "train/b": 6, "val/a": 1, "val/b": 1})
+    cut = encode(np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8))[:5000]  # the header is whole
+    for path in (root / "train").glob("*/*.png"):
+        if path.parent.name == "b" or path.name > "3":
+            path.write_bytes(cut)
+    text = inspect(root).describe()
+    assert "16 x 12 pixels" in text and "99 x 99" not in text
+    assert "training uses others in their place, evaluation leaves them out" in text
+    assert "nothing is learned of b" in text
+    for path in root.glob("*/*/*.png"):
+        path.write_bytes(cut)
+    assert "image can be used, so training is refused" in inspect(root).describe()
+    with pytest.raises(UserError, match="none of 12 sampled images can be used"):
+        open_dataset(root).describe()
 
 
 def test_the_embedded_sets_are_healthy():

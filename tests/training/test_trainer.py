@@ -234,13 +234,20 @@ def images_with_bad_ones(root):
 def test_a_run_with_too_many_bad_images_stops_and_resumes_with_a_larger_budget(tmp_path):
     recipe = Recipe(data=str(images_with_bad_ones(tmp_path / "data")), epochs=3, batch_size=8, num_workers=0)
     with pytest.raises(UserError, match=r"of 18 images cannot be used, 1 may be \(bad_image_budget 0.001"):
-        train(recipe, tmp_path / "run", console=RecordingConsole())
+        train(replace(recipe, bad_image_budget=0.001), tmp_path / "run", console=RecordingConsole())
     console = RecordingConsole()
     report = train(replace(recipe, bad_image_budget=0.5), tmp_path / "run", console=console)
     assert len(report.bad_images) == 8
     counts = [record["bad_images"] for record in log(tmp_path / "run") if "top1" in record]
     assert counts == sorted(counts) and counts[-1] == 8
-    assert "unreadable images: 8" in console.text
+    assert "unreadable images: 8 of 18" in console.text
+
+
+def test_by_default_bad_images_are_told_and_end_no_run(tmp_path):
+    recipe = Recipe(data=str(images_with_bad_ones(tmp_path / "data")), epochs=1, batch_size=8, num_workers=0)
+    console = RecordingConsole()
+    assert len(train(recipe, tmp_path / "run", console=console).bad_images) == 8
+    assert "of 18 images cannot be used so far, such as " in console.text
 
 
 def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):

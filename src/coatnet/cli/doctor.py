@@ -17,6 +17,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("data", metavar="DATA", help="a data source, see below")
     parser.add_argument("--strict", action="store_true", help="also report files that decode only with a warning")
+    parser.add_max_megapixels()
     return parser.parse(arguments)
 
 

@@ -28,6 +28,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="which part of the data (validation)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    parser.add_max_megapixels()
     parser.add_device()
     return parser.parse(arguments)
 

@@ -52,6 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="accuracy that int8 may lose; 0.01 is one percentage point (0.01)",
     )
+    parser.add_max_megapixels()
     given = parser.parse(arguments)
     if given.int8 and given.calibration is None:
         parser.error("--int8 needs --calibration, labeled data such as that of the training")

@@ -28,6 +28,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--split", choices=("validation", "training", "all"), default="all", help="which part of the data (all)"
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    parser.add_max_megapixels()
     parser.add_device()
     parser.rename_option("--pictures", "--images", since="0.2", removed_in="0.3")
     given = parser.parse(arguments)

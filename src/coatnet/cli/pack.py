@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--shard-size", type=_size, default=_size("256MB"), metavar="SIZE", help="approximate size of a tar (256MB)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="worker processes (one per CPU core)")
+    parser.add_max_megapixels()
     return parser.parse(arguments)
 
 

@@ -1,6 +1,7 @@
 """What the commands share: the argument parser with examples in its help, exit codes, errors of one line."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -8,6 +9,8 @@ from typing import NoReturn
 from coatnet.errors import UserError, cut, nearest, nearest_option, one_line
 from coatnet.public_names import renamed_message
 from coatnet.system.terminal import echo
+
+MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"  # read by `data.decode`
 
 FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
 USER_ERROR = 2  # a wrong argument or value; nothing was done
@@ -57,11 +60,25 @@ class Parser(argparse.ArgumentParser):
             "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
         )
 
+    def add_max_megapixels(self) -> None:
+        """Add the option `--max-megapixels`, which `parse` passes on to all processes in the environment."""
+        self.add_argument(
+            "--max-megapixels",
+            default=argparse.SUPPRESS,
+            type=_megapixels,
+            metavar="M",
+            help="Most million pixels of an image (200); a third of it in WebP, AVIF, HEIC and JPEG 2000.",
+        )
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse the arguments behind the command. Raises UserError for anything that is wrong with them."""
         options = [option for action in self._actions for option in action.option_strings]
         spelled = spell_options(self.prog, [*options, *self._renamed], arguments)
-        return self.parse_args([self._renamed_now(argument) for argument in spelled])
+        given = self.parse_args([self._renamed_now(argument) for argument in spelled])
+        if "max_megapixels" in given:
+            os.environ[MAX_MEGAPIXELS] = given.max_megapixels
+            del given.max_megapixels
+        return given
 
     def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:
         """Accept the old name of an option for one more release, with a warning that names the new one."""
@@ -80,6 +97,12 @@ class Parser(argparse.ArgumentParser):
             option, given, known = choice[1], choice[2], choice[3].replace("'", "")
             message = f"{option} {given!r} is unknown{nearest(given, known.split(', '))}; it is one of {known}"
         raise UserError(f"{message}; `{self.prog} --help` shows how")
+
+
+def _megapixels(text: str) -> str:
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of megapixels, such as 400")
+    return text
 
 
 def spell_options(prog: str, known: Iterable[str], arguments: Sequence[str]) -> list[str]:

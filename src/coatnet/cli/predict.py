@@ -51,6 +51,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="V",
         help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
     )
+    parser.add_max_megapixels()
     parser.add_device()
     given = parser.parse(arguments)
     if given.out and given.json:

@@ -20,6 +20,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--k", type=int, default=20, metavar="K", help="number of nearest neighbors that vote (20)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    parser.add_max_megapixels()
     parser.add_device()
     return parser.parse(arguments)
 

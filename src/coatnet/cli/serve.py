@@ -54,6 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-megabytes", type=float, metavar="MB", help="largest upload (20)")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds within which to answer (30)")
     parser.add_argument("--token-file", metavar="FILE", help="file with the token that clients must send")
+    parser.add_max_megapixels()
     parser.add_device()
     given = parser.parse(arguments)
     given.bundles = named_bundles(given.bundles)

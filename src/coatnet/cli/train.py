@@ -82,6 +82,7 @@ def train_parser() -> Parser:
     main.add_argument("--config", metavar="FILE", help="YAML with values over the recipe's; options go over both.")
     main.add_argument("--print_config", action="store_true", help="Print what is asked for as YAML and do not train.")
     rest = parser.add_argument_group("other options", "What is not given is decided by the recipe, or by the data.")
+    parser.add_max_megapixels()
     groups = {name: parser.add_argument_group(name, fields_of(TrainingConfig)[name].description) for name in SECTIONS}
     for name, field in options().items():
         if name != "name":  # given as RECIPE

@@ -7,6 +7,7 @@ profiles (ICC) are not applied.
 
 import io
 import math
+import os
 import re
 import threading
 import warnings
@@ -67,6 +68,7 @@ MAX_PIXELS = 200_000_000  # about 1.2 GB in the decoder; a third of it in format
 REDUCED_PIXELS = 50_000_000  # larger images are halved until they have no more
 MAX_SIDE = 65_535  # pixels, the most that JPEG allows
 _SCANNED = 10  # the scans of a JPEG may pass over this many times the pixels that an image may have
+MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"
 _STRIP_PIXELS = 4_000_000  # converted to RGB at once
 
 # EXIF orientation: how to turn the stored pixels upright.
@@ -108,7 +110,7 @@ class _Limits(NamedTuple):
     """What may be decoded of one image, and its name for errors."""
 
     name: str
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int
     max_side: int = MAX_SIDE
 
     def check(self, width: int, height: int, weight: int = 1, what: str = "") -> None:
@@ -117,7 +119,8 @@ class _Limits(NamedTuple):
         if max(width, height) > self.max_side:
             raise BadImage(self.name, f"large: {what}{width} x {height} pixels, a side may have {self.max_side:,}")
         if width * height > most:
-            allows = f"; --max-megapixels {math.ceil(width * height * weight / 1e6):,} admits it"
+            needed = math.ceil(width * height * weight / 1e6)
+            allows = f" (--max-megapixels {needed} or {MAX_MEGAPIXELS}={needed} admits it)"
             raise BadImage(self.name, f"large: {what}{width} x {height} pixels, it may have {most:,}{allows}")
 
     def check_scans(self, scans: int, pixels: int) -> None:
@@ -131,7 +134,7 @@ def sniff(start: bytes) -> ImageFormat | None:
     return next((each for each in FORMATS if re.match(each.start, start[:SNIFFED_BYTES], re.DOTALL)), None)
 
 
-def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Tensor:
+def decode(data: bytes, name: str, *, max_pixels: int | None = None, max_side: int = MAX_SIDE) -> Tensor:
     """Decode an image file.
 
     It is turned upright as its EXIF data says; transparent parts become white; of an animation the first frame is
@@ -140,8 +143,8 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: in
     Args:
         data: the bytes of the file.
         name: of the image, for errors.
-        max_pixels: the most pixels that are decoded; a third of it in WebP, AVIF, HEIC and JPEG 2000,
-            whose decoders take three times the memory.
+        max_pixels: the most pixels that are decoded, a third of it in WebP, AVIF, HEIC and JPEG 2000, whose decoders
+            take three times the memory; by default 200 million, or what COATNET_MAX_MEGAPIXELS says.
         max_side: the longest side that is decoded, in pixels.
 
     Returns:
@@ -151,9 +154,26 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, max_side: in
         BadImage: the format is none of `FORMATS` or needs a package, the image exceeds the limits, the data is
             truncated or corrupt, or the values have no agreed white (floating point, 32-bit integers).
     """
-    kind, limits = _kind(data, name), _Limits(name, max_pixels, max_side)
+    kind, limits = _kind(data, name), _Limits(name, max_pixels or allowed_pixels(), max_side)
     pixels = _decode_jpeg(data, limits) if kind.name == "JPEG" else _decode_with_pillow(data, kind, limits)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def allowed_pixels() -> int:
+    """The most pixels of an image, 200 million or what COATNET_MAX_MEGAPIXELS says, which worker processes inherit.
+
+    Raises UserError if that is not a number of megapixels.
+    """
+    text = os.environ.get(MAX_MEGAPIXELS)
+    if not text:
+        return MAX_PIXELS
+    try:
+        megapixels = float(text)
+    except ValueError:
+        megapixels = math.nan
+    if not 0 < megapixels < 1e6:
+        raise UserError(f"{MAX_MEGAPIXELS} is {text!r:.40}; it is a number of megapixels, such as 400")
+    return int(1e6 * megapixels)
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:

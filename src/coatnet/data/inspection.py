@@ -13,7 +13,7 @@ from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError, cut, one_line
+from coatnet.errors import UserError, cut, one_line, shorten
 
 MAX_LISTED = 20
 
@@ -29,6 +29,8 @@ class Inspection:
         leaks: pairs of images with the same pixels, one in training and one in validation.
         contradictions: pairs of images with the same pixels and different labels.
         num_repeated: training images with the pixels of an earlier one.
+        empty_classes: classes of which no training image can be used.
+        num_measured: validation images that can be used.
     """
 
     splits: Splits
@@ -37,6 +39,8 @@ class Inspection:
     leaks: tuple[tuple[str, str], ...]
     contradictions: tuple[tuple[str, str], ...]
     num_repeated: int
+    empty_classes: tuple[str, ...] = ()
+    num_measured: int = 1
 
     @property
     def healthy(self) -> bool:
@@ -49,16 +53,30 @@ class Inspection:
     def describe(self) -> str:
         """The summary of the splits and the findings, one per line."""
         try:
-            lines = [self.splits.describe()]
+            lines = [self.splits.describe(self.bad)]
         except UserError:  # not one image can be read: the list below says so
             lines = [one_line(f"{self.splits.name}:")]
         lines += _section("images cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
+        if self.bad:
+            lines.append(self._consequence())
         lines += _section("images decode with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
         lines += _section("images of validation are in training too", _equations(self.leaks))
         lines += _section("images have a duplicate with another label", _equations(self.contradictions))
         if self.num_repeated:
             lines.append(f"{self.num_repeated:,} training images repeat an earlier one")
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
+
+    def _consequence(self) -> str:
+        """What a training does about the bad images."""
+        if len(self.empty_classes) == len(self.splits.classes) or not self.num_measured:
+            part = "validation" if not self.num_measured else "training"
+            return f"  no {part} image can be used, so training is refused"
+        text = (
+            "  training uses others in their place, evaluation leaves them out; --bad_image_budget limits their number"
+        )
+        if self.empty_classes:
+            text += f"; nothing is learned of {shorten(self.empty_classes)}"
+        return text
 
 
 def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
@@ -80,8 +98,15 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     first_seen: dict[bytes, tuple[Dataset, int]] = {}
     leaks, contradictions = [], []
     num_repeated = 0
+    learned: set[int] = set()  # classes of the training images that can be used
+    num_measured = 0  # validation images that can be used
     for dataset in (splits.training, splits.validation):
         for index, digest in _digests(dataset, bad, warnings, strict):
+            if dataset is splits.training:
+                label = dataset.labels[index]
+                learned.update(np.flatnonzero(label).tolist() if splits.multilabel else [int(label)])
+            else:
+                num_measured += 1
             first, number = first_seen.setdefault(digest, (dataset, index))
             if first is dataset and number == index:
                 continue
@@ -91,7 +116,8 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
                 leaks.append(pair)
             if not np.array_equal(first.labels[number], dataset.labels[index]):
                 contradictions.append(pair)
-    return Inspection(splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated)
+    empty = tuple(name for index, name in enumerate(splits.classes) if index not in learned)
+    return Inspection(splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated, empty, num_measured)
 
 
 def _digests(

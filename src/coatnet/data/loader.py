@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.sampler import BalancedSampler, EpochSampler, Sampler, hash_words
 from coatnet.data.transforms import (
@@ -120,19 +120,19 @@ MAX_LISTED = 20
 
 
 class BadImages:
-    """The images that cannot be used, by name, with the reasons; ends the run if they are too many.
+    """The images that cannot be used, by name, with the reasons; ends the run if they are more than a budget allows.
 
     An image is counted once, however often it is read. One is always allowed, unless the budget is 0.
 
     Args:
         num_images: the number of images of all datasets that are read.
-        budget: the fraction of them that may be bad, 0 to 1.
+        budget: the fraction of them that may be bad, 0 to 1; by default any number may.
 
     Raises:
         UserError: the budget is not a fraction.
     """
 
-    def __init__(self, num_images: int, budget: float = 0.001) -> None:
+    def __init__(self, num_images: int, budget: float = 1.0) -> None:
         if not 0 <= budget <= 1:
             raise UserError(f"the budget for bad images must be a fraction from 0 to 1, got {budget!r}")
         self.budget = budget
@@ -257,6 +257,18 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image, NDArray]:
     except Exception as error:
         error.add_note(f"while reading image {index} of {dataset.name}")
         raise
+
+
+def require_readable(dataset: Dataset, purpose: str) -> None:
+    """Raise UserError, with the last reason, if of 200 images, evenly spread, none can be used."""
+    failure = None
+    for index in evenly_spaced(len(dataset), 200):
+        try:
+            read_image(dataset, index)
+            return
+        except BadImage as bad:
+            failure = bad
+    raise UserError(f"{dataset.name}: none of the images for {purpose} can be used, the last one {failure}")
 
 
 @dataclass

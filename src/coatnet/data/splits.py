@@ -3,7 +3,7 @@
 import hashlib
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, cut, one_line
 
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
+DECODED_PIXELS = 100_000_000  # of these images: about a second
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,13 @@ class Splits:
     def __str__(self) -> str:
         return self.describe()
 
-    def describe(self) -> str:
-        """A summary of a few lines: number of images, split, sizes, classes, balance, notes."""
+    def describe(self, unusable: Container[str] = ()) -> str:
+        """A summary of a few lines: number of images, split, sizes, classes, balance, notes.
+
+        Args:
+            unusable: names of images that are known to be unreadable, whose sizes do not count.
+        """
+        summary = summarize(self.training, unusable) if unusable else self.summary
         counts = self.training.class_counts
         num_images = len(self.training) + len(self.validation)
         kind = "several labels an image" if self.multilabel else "one label an image"
@@ -96,33 +102,40 @@ class Splits:
         lines = [
             f"{self.name}: {num_images:,} images, {len(self.classes)} classes, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
-            f"  images   {_describe_sizes(self.summary)}, {'grey' if self.grey else 'color'}",
+            f"  images   {_describe_sizes(summary)}, {'grey' if summary.grey else 'color'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
         return "\n".join(cut(one_line(line)) for line in lines + [f"  note     {note}" for note in self.notes])
 
 
-def summarize(dataset: Dataset) -> Summary:
+def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
     """Read up to 200 images, evenly spread, and summarize their sizes and color; unreadable ones are skipped.
+
+    These are the images named in `unusable` and those that do not decode. Of large ones only the first are decoded, up
+    to 100 million pixels; then the header decides.
 
     Raises:
         UserError: none can be read; the message has the last reason.
     """
     indices = evenly_spaced(len(dataset), SAMPLED_IMAGES)
     sizes: list[tuple[int, int]] = []
-    grey = True
+    grey, decoded = True, 0
     failure = None
     for index in indices:
         try:
+            if unusable and (name := dataset.describe(index)) in unusable:
+                raise BadImage(name, "unreadable")
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
-                sizes.append(image_size(encoded, dataset.describe(index)))
-                # Only the images up to the first colored one are decoded.
-                grey = grey and _is_grey(decode(encoded, dataset.describe(index)).numpy())
+                size = image_size(encoded, dataset.describe(index))
+                if grey or not sizes or decoded < DECODED_PIXELS:
+                    decoded += size[0] * size[1]
+                    grey &= _is_grey(decode(encoded, dataset.describe(index)).numpy())
             else:
-                sizes.append((encoded.shape[0], encoded.shape[1]))
-                grey = grey and encoded.ndim == 2
+                size = encoded.shape[:2]
+                grey &= encoded.ndim == 2
+            sizes.append(size)
         except BadImage as bad:
             failure = bad
     if not sizes:

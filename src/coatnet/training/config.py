@@ -26,6 +26,7 @@ from coatnet.system.validated import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Probability,
     Text,
     check_some,
     fields_of,
@@ -122,8 +123,8 @@ class TrainingConfig:
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
     num_workers: Annotated[NonNegativeInt | Literal["auto"], CHANGEABLE] = "auto"
     """Processes that read images; 0: the training process reads them; auto: as many as the cores, up to 8."""
-    bad_image_budget: Annotated[FractionBelowOne, CHANGEABLE] = 0.001
-    """Fraction of the images that may be unreadable before the run stops."""
+    bad_image_budget: Annotated[Probability, CHANGEABLE] = 1.0
+    """Fraction of the images that may be unreadable before the run stops; by default none stops it (1)."""
     non_finite_budget: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Steps that may be left out because their loss or gradient is not finite."""
     loggers: Annotated[Names, CHANGEABLE] = ()

@@ -11,7 +11,8 @@ import numpy as np
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.decode import BadImage, decode
+from coatnet.data.decode import BadImage
+from coatnet.data.loader import read_image
 from coatnet.data.open import NAMES
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
@@ -76,10 +77,11 @@ def brightness(dataset: Dataset) -> tuple[float, float]:
     images = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, BRIGHTNESS_SAMPLE).astype(np.int64)).tolist():
         try:
-            content, _ = dataset.read(index)
-            images.append(np.asarray(decode(content, "") if isinstance(content, bytes) else content).ravel())
+            images.append(np.asarray(read_image(dataset, index)[0]).ravel())
         except BadImage:
             continue
+    if not images:  # those of the summary were others
+        return 0.5, 0.5
     pixels = np.concatenate(images) / 255
     return round(float(pixels.mean()), 4), round(float(max(pixels.std(), 0.05)), 4)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.data.loader import BadImages, sampler_of, training_batches
+from coatnet.data.loader import BadImages, require_readable, sampler_of, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import hash_words
@@ -152,6 +152,7 @@ class Trainer:
         self._init_description = describe_init(config, splits.training, init)
         self._log_steps = max(1, self.duration.recipe_steps // LOGS_PER_RUN)
         self._saved_at = self._logged_at = time.monotonic()
+        self._bad_images_to_warn = 1
 
     def describe(self) -> str:
         """Model, origin of its weights, size and precision in half a line."""
@@ -193,6 +194,7 @@ class Trainer:
                 state.seconds += seconds
                 duration.add_step(seconds)
                 self.log_step()
+                self.warn_of_bad_images()
                 if duration.evaluation_due(state.step, state.seconds):
                     self.evaluate(sync)
                 if sync.stop is None:
@@ -324,6 +326,17 @@ class Trainer:
             self.progress.say(f"warning: {error}; the step is left out")
             state.step += 1
             state.left_out += 1
+
+    def warn_of_bad_images(self) -> None:
+        """Say that images cannot be used, at the first one and whenever their number is ten times as large."""
+        records = self.bad_images.records
+        if len(records) >= self._bad_images_to_warn:
+            self._bad_images_to_warn = 10 * len(records)
+            name, reason = list(records.items())[-1]
+            self.progress.say(
+                f"warning: {len(records):,} of {self.bad_images.num_images:,} images cannot be used so far, "
+                f"such as {name} ({reason}); others take their place, and the report names them"
+            )
 
     # Evaluation
 
@@ -527,7 +540,8 @@ class Trainer:
         report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images})
         if report.bad_images:
-            self.progress.say(f"unreadable images: {len(report.bad_images)}; {folder.path}/report.md names them")
+            count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
+            self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
         self.log({**report.figures, "bad_images": len(report.bad_images)})
         write_report(report, folder.path)
         draw_curves(folder.metrics, folder.path / "curves.png")
@@ -571,6 +585,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             init = load(folder.given.init) if folder.given.init else None
             config = folder.check_config(resolve(folder.given, splits, init), splits.classes)
             check_loggers(config.loggers)
+            require_readable(splits.validation, "validation")
         if folder.finished:
             folder.release()
             progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")

@@ -75,9 +75,8 @@ class Parser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         spelled = spell_options(self.prog, [*options, *self._renamed], arguments)
         given = self.parse_args([self._renamed_now(argument) for argument in spelled])
-        if "max_megapixels" in given:
-            os.environ[MAX_MEGAPIXELS] = given.max_megapixels
-            del given.max_megapixels
+        if megapixels := vars(given).pop("max_megapixels", None):
+            os.environ[MAX_MEGAPIXELS] = megapixels
         return given
 
     def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:

@@ -4,6 +4,8 @@ The names below are what programs may rely on. They are imported when they are f
 not import torch.
 """
 
+from coatnet.system import interrupt  # noqa: F401  isort: skip  (before the imports that it is about)
+
 from typing import TYPE_CHECKING
 
 from coatnet.public_names import lazy_exports

@@ -1,5 +1,7 @@
 """Errors that a user can correct, and the wording they share: one line, with the nearest right name."""
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -169,3 +171,40 @@ def _plain_name(option: str) -> str:
 def shorten(names: Sequence[str]) -> str:
     """The first five names and the number of the others: `cat, dog, fox, hen, owl and 7 more`."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# What torch, C++ and the loader of libraries say; CPUs and imports have no exception of their own.
+_SHORTAGE = re.compile(
+    r"can't allocate memory|cannot allocate memory|std::bad_alloc|failed to map segment|out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|can't start new thread",
+    re.IGNORECASE,
+)
+_ADDRESS_SPACE = 8e9  # chosen: torch with CUDA takes 3.3 GB of addresses when it is imported, its threads and data more
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Whether an exception says that memory is exhausted: by its class, or by its words where many things have its
+    class. Subclasses of RuntimeError, such as a missing compiler or a lost process, are not meant by them."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    has_many_reasons = type(error) in (RuntimeError, ImportError) or type(error).__name__ == "AcceleratorError"
+    return has_many_reasons and _SHORTAGE.search(str(error)) is not None
+
+
+def explain_memory_shortage(error: BaseException) -> str:
+    """A line for a user whose command has met a shortage of memory: what is limited, and what would help."""
+    said = f" ({first_line(error)})" if str(error) else ""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    except (ImportError, MemoryError):  # on Windows, or as there is no memory for it
+        limit = -1 if os.name == "nt" else 10**8
+    if 0 <= limit < _ADDRESS_SPACE:  # -1 is no limit
+        return (
+            f"the address space of a process is limited to {limit / 1e9:.1f} GB{said}; this needs about "
+            f"{_ADDRESS_SPACE / 1e9:.0f} GB: `ulimit -v {_ADDRESS_SPACE / 1e3:.0f}` or unlimited"
+        )
+    return f"there is not enough memory{said}: give fewer images at once (--batch-size), or end other programs"

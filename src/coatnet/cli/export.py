@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, Parser
 from coatnet.export import FORMATS
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo_summary
 
 if TYPE_CHECKING:
     from coatnet.export.export import ExportResult
@@ -90,19 +90,19 @@ def run(arguments: Sequence[str]) -> int:
 def print_export(exported: "ExportResult") -> None:
     """Print what was written, how far it is from the bundle, and how to open it."""
     parity, small, signature = exported.parity, exported.quantization, exported.signature
-    echo(
+    echo_summary(
         f"{exported.folder}: on {parity.num_images} images of {parity.data} within "
         f"{parity.probability_difference:.1e} of the bundle's probabilities, the same likeliest class for "
         f"{100 * parity.agreement:.1f} %"
     )
     if small is not None:
         first = small.speed[0]
-        echo(
+        echo_summary(
             f"int8: {small.figure} {100 * small.after:.2f} % against {100 * small.before:.2f} % on "
             f"{small.num_images:,} images of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
             f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
         )
     side = "H, W" if signature.any_size else "R, R"
     taken = f"float32 (B, C, {side}), normalized" if signature.logits else "uint8 (B, H, W, 3), RGB"
-    echo(f"Details are in parity.md. With images {taken}:")
-    echo(indent(exported.snippet, "  "))
+    echo_summary(f"Details are in parity.md. With images {taken}:")
+    echo_summary(indent(exported.snippet, "  "))

@@ -4,15 +4,14 @@ Each command is a module of this folder with a function `run`, imported when the
 not wait for torch.
 """
 
-import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from coatnet.cli.parser import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
-from coatnet.errors import UserError, nearest_option, one_line
-from coatnet.system.terminal import echo
+from coatnet.errors import UserError, explain_memory_shortage, is_memory_shortage, nearest_option, one_line
+from coatnet.system.terminal import echo, prepare_streams
 from coatnet.version import __version__
 
 # In the order of a person's work: what to give, and what it does.
@@ -49,13 +48,12 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; an error that the user can correct is one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # the encoding may lack characters of a file name
+    prepare_streams()
     try:
-        code = run_command(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         echo(one_line(f"coatnet: error: {error}"), error=True)
         return USER_ERROR
@@ -66,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The interpreter flushes standard output at its exit, which would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except OSError as error:  # a full disk, a folder without permission; without a file name it is a bug
-        if error.filename is None:
-            raise
-        echo(one_line(f"coatnet: error: {error.filename}: {error.strerror}"), error=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a full disk, a folder without permission
+            reason = f"{error.filename}: {error.strerror}"
+        elif is_memory_shortage(error):
+            reason = explain_memory_shortage(error)
+        else:
+            raise  # a bug
+        echo(one_line(f"coatnet: error: {reason}"), error=True)
         return FAILED
 
 

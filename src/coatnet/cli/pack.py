@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from coatnet.cli.parser import DATA_HELP, Parser, print_unreadable
 from coatnet.data.shards.storage import parse_bytes
 from coatnet.errors import UserError
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo_summary
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -45,5 +45,5 @@ def run(arguments: Sequence[str]) -> int:
 
     packed = pack(given.data, given.out, shard_bytes=given.shard_size, num_workers=given.workers)
     size = f"{packed.num_shards:,} shards, {packed.num_bytes / 1e6:,.1f} MB"
-    echo(f"{given.out}: {packed.num_images:,} images in {size}, each read back and checked")
+    echo_summary(f"{given.out}: {packed.num_images:,} images in {size}, each read back and checked")
     return print_unreadable(packed.bad_images)

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from coatnet.errors import UserError, cut, nearest, nearest_option, one_line
 from coatnet.public_names import renamed_message
+from coatnet.system.interrupt import INTERRUPTED as INTERRUPTED
 from coatnet.system.terminal import echo
 
 MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"  # read by `data.decode`
 
 FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
 USER_ERROR = 2  # a wrong argument or value; nothing was done
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 TERMINATED = 143  # 128 + SIGTERM
 

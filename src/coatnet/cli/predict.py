@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
 from coatnet.errors import one_line
-from coatnet.system.terminal import echo
+from coatnet.system.launcher import read_launcher
+from coatnet.system.terminal import echo, echo_summary
 
 if TYPE_CHECKING:
     from coatnet.inference import Prediction, Predictor
@@ -96,13 +96,13 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
     """Write one row per image; what is done is kept when the program stops."""
     from coatnet.inference.batch import open_samples, predict_to_file
     from coatnet.inference.batch.parts import require_parquet
-    from coatnet.inference.batch.run import Terminated, rank_and_world_size, stopped_by_sigterm
+    from coatnet.inference.batch.run import Terminated, stopped_by_sigterm
 
     require_parquet(given.out)
-    rank, world_size = rank_and_world_size()
+    rank, world_size, local_rank, _ = read_launcher()
     try:
         with stopped_by_sigterm():
-            select_gpu()
+            select_gpu(local_rank)
             images = open_samples(given.paths)
             predictor = open_predictor(given, given.engine)
             written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
@@ -110,13 +110,13 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
         echo(one_line(f"coatnet: {given.out}: stopped; the same command resumes"), error=True)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     if written is None:
-        echo(f"{given.out}: process {rank} of {world_size} has done its part; the last to finish joins them")
+        echo_summary(f"{given.out}: process {rank} of {world_size} has done its part; the last to finish joins them")
         return 0
     print_unreadable(dict(written.bad))
     if more := written.num_bad - len(written.bad):
         echo(f"coatnet: error: and {more:,} more, in the column error", error=True)
     left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
-    echo(f"{given.out}: {written.num_images:,} images{left_out}")
+    echo_summary(f"{given.out}: {written.num_images:,} images{left_out}")
     return FAILED if written.num_bad else 0
 
 
@@ -127,9 +127,9 @@ def open_predictor(given: argparse.Namespace, engine: str) -> "Predictor":
     return Predictor(given.bundle, engine, given.precision, views=given.views, device=given.device)
 
 
-def select_gpu() -> None:
+def select_gpu(local_rank: int) -> None:
     """Under torchrun, use the GPU of this process's local rank."""
     import torch
 
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if local_rank and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())

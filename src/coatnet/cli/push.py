@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo_summary
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -31,5 +31,5 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = find_folder(Path(given.bundle))
     load(folder)  # a damaged bundle is not published
-    echo(upload(folder, given.repository, private=given.private))
+    echo_summary(upload(folder, given.repository, private=given.private))
     return 0

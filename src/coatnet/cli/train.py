@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from coatnet.cli.parser import DATA_HELP, Parser
 from coatnet.errors import UserError
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo, echo_summary
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -135,6 +135,6 @@ def run(arguments: Sequence[str]) -> int:
 
     report = train(recipe, program.out)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
-        echo(report.headline())
-        echo(f"The whole report is {program.out}/report.md, the trained model {program.out}/bundle.")
+        echo_summary(report.headline())
+        echo_summary(f"The whole report is {program.out}/report.md, the trained model {program.out}/bundle.")
     return 0

@@ -4,11 +4,14 @@ Class names, notes and file names come from outside. `one_line` keeps them from 
 screen, hiding text or turning its direction.
 """
 
+import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from coatnet.errors import UNPRINTABLE, one_line
 
@@ -31,6 +34,67 @@ def echo(text: str, *, error: bool = False, end: str = "\n", is_json: bool = Fal
     stream = sys.stderr if error else sys.stdout
     if stream is not None:  # a daemon may have closed it
         print(shown, end=end, file=stream, flush=True)
+
+
+def echo_summary(text: str) -> None:
+    """Print what a command has done whose result is in files: if it cannot be printed, that is a warning."""
+    try:
+        echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        warn(f"{error.filename}: {error.strerror}; the work is done")
+
+
+class StandardStream(io.FileIO):
+    """Standard output or error: its errors name it, and after one it takes everything and keeps nothing.
+
+    So the flush at the interpreter's exit does not fail once more. A closed pipe stays a BrokenPipeError, as other
+    programs of Unix have it. What standard error does not take is lost.
+    """
+
+    failed = False
+
+    def write(self, data: Any) -> int | None:
+        """Write to the descriptor. Raises OSError with the stream as its file name."""
+        if not self.failed:
+            try:
+                return super().write(data)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                self.failed = True
+                if self.fileno() == 1:
+                    raise OSError(error.errno, error.strerror, "standard output") from None
+        return memoryview(data).nbytes
+
+
+def prepare_streams() -> None:
+    """Make the standard streams such that every text can be printed, and that their errors say what they are of.
+
+    A closed one is opened to nowhere: otherwise the next file would get its number, and what libraries print.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  it lives as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            raw = StandardStream(descriptor, "wb", closefd=False)
+            # The encoding may lack characters of a file name.
+            wrapped = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                stream.encoding,
+                "backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, wrapped)
 
 
 def warn(message: str) -> None:

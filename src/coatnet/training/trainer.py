@@ -24,7 +24,7 @@ from coatnet.data.mixing import mix
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError
+from coatnet.errors import UserError, is_memory_shortage
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.plots import draw_curves
@@ -637,9 +637,7 @@ def explain_out_of_memory(step: int, images_per_pass: int, resolution: int) -> I
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch has no exception of its own for the memory of CPUs.
-        exhausted_cpu = type(error) is RuntimeError and "can't allocate memory" in str(error)
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or exhausted_cpu):
+        if not is_memory_shortage(error):
             raise
         raise UserError(
             f"step {step}: out of memory with {images_per_pass} images of {resolution} pixels at once. Give "

@@ -3,13 +3,10 @@
 from dataclasses import replace
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Plan
-from coatnet.inference.batch.run import rank_and_world_size
 
 PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
 
@@ -36,20 +33,3 @@ def test_plans_describe_their_difference() -> None:
     assert PLAN.difference(replace(PLAN, num_images=9).to_json()) == "other images"
     assert PLAN.difference(replace(PLAN, top_k=1).to_json()) == "top k 1 where this has 5"
     assert PLAN.difference("[]") == PLAN.difference("{") == "an unreadable plan"
-
-
-def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert rank_and_world_size() == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert rank_and_world_size() == (2, 3)
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [("3", "3"), ("-1", "2"), ("one", "2"), ("0", "")])
-def test_invalid_rank_or_world_size_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(UserError, match="RANK must be a number"):
-        rank_and_world_size()

@@ -1,6 +1,5 @@
 """Predict many images into one Parquet file, part by part (`coatnet predict --out`)."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare
 from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.predictor import Predictor, check_at_least_one
 from coatnet.system.files import only_process
+from coatnet.system.launcher import read_launcher
 from coatnet.system.progress import ProgressBar
 
 
@@ -49,7 +49,7 @@ def predict_to_file(
     """
     check_at_least_one(top_k=top_k, batch_size=batch_size)
     target = require_parquet(out)
-    rank, world_size = rank_and_world_size()
+    rank, world_size = read_launcher()[:2]
     engine = predictor.engine
     plan = Plan(
         model=fingerprint(predictor.bundle),
@@ -119,17 +119,3 @@ def stopped_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """The environment variables RANK and WORLD_SIZE, which torchrun sets; (0, 1) without them.
-
-    Raises:
-        UserError: they are not valid.
-    """
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise UserError(
-            f"RANK is {rank!r} and WORLD_SIZE {world_size!r}; RANK must be a number from 0 to WORLD_SIZE - 1"
-        )
-    return int(rank), int(world_size)

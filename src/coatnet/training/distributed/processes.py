@@ -5,7 +5,9 @@ every collective is the identity and costs nothing.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,12 +20,15 @@ from numpy.typing import NDArray
 
 from coatnet.data.loader import MAX_WORKERS
 from coatnet.data.mixing import Mixing
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.system.hardware import num_cores
+from coatnet.system.launcher import Launched, meeting_place, read_launcher
+from coatnet.system.terminal import warn
 
 Value = TypeVar("Value")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # for a process that neither answers nor ends
+WAITING_SECONDS = 20  # chosen: machines of a cluster start within seconds of each other
 MAIN_ONLY_TIMEOUT = timedelta(days=2)  # for what rank 0 does while the others wait, at the end of a run
 _LOST_PROCESS_MESSAGES = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
@@ -149,21 +154,20 @@ def workers_per_process(num_workers: int | Literal["auto"], processes: Processes
 def distributed_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
     """The processes that a launcher has started; connects them for the block unless the program has connected them.
 
-    Raises UserError if a machine has more processes than GPUs.
+    Raises UserError if a machine has more processes than GPUs, the variables of the launcher do not fit together, or
+    the other processes do not come.
     """
-    world_size = int(environment.get("WORLD_SIZE", "1"))
-    if world_size == 1 or "RANK" not in environment:
+    launched = read_launcher(environment)
+    if launched.world_size == 1:
         yield Processes()
         return
-    rank, local_rank = int(environment["RANK"]), int(environment.get("LOCAL_RANK", "0"))
-    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     connected_here = not dist.is_initialized()
     if connected_here:
-        connect(environment)
+        connect(environment, launched)
     slow_group = dist.new_group(backend="gloo", timeout=MAIN_ONLY_TIMEOUT)
     orderly = False
     try:
-        yield Processes(rank, world_size, local_rank, local_world_size, slow_group)
+        yield Processes(*launched, slow_group)
         orderly = True
     except SystemExit:  # all of them leave at the same point
         orderly = True
@@ -173,9 +177,9 @@ def distributed_processes(environment: Mapping[str, str] = os.environ) -> Iterat
             dist.destroy_process_group()
 
 
-def connect(environment: Mapping[str, str]) -> None:
+def connect(environment: Mapping[str, str], launched: Launched) -> None:
     """Connect to the other processes: over gloo for what is on the CPU, over NCCL for what is on GPUs."""
-    local_rank, gpus = int(environment.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    local_rank, gpus = launched.local_rank, torch.cuda.is_available()
     if gpus and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
@@ -183,13 +187,40 @@ def connect(environment: Mapping[str, str]) -> None:
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    store, rank, world_size = meet(environment, launched)
     if environment["WORLD_SIZE"] == environment.get("LOCAL_WORLD_SIZE"):
         # After a restart torchrun reuses the store, with the addresses of the dead processes still in it. On several
         # machines their counts of restarts differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy.
         store = dist.PrefixStore(f"restart-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def meet(environment: Mapping[str, str], launched: Launched) -> tuple[dist.Store, int, int]:
+    """Wait for the other processes, in a thread: torch's own wait says nothing, and hears no Ctrl-C."""
+    place = meeting_place(environment)
+    found: Future[tuple[dist.Store, int, int]] = Future()
+
+    def wait() -> None:
+        try:
+            found.set_result(next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    while True:
+        try:
+            return found.result(WAITING_SECONDS)
+        except TimeoutError:
+            if not found.done():
+                warn(f"process {launched.rank} of {launched.world_size} waits at {place} for the others to start")
+                continue
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"process {launched.rank} of {launched.world_size} could not meet the others at {place}: "
+                f"{first_line(error)}; start all of them with torchrun"
+            ) from error
 
 
 @contextmanager

@@ -45,14 +45,14 @@ def test_the_variables_of_torchrun_are_read(environment: dict[str, str], launche
     ],
 )
 def test_what_does_not_fit_together_is_one_line(left_over: str) -> None:
-    with pytest.raises(UserError, match="torchrun sets these .* `env -u RANK") as refused:
+    with pytest.raises(UserError, match=r"torchrun sets these .* `env -u RANK") as refused:
         read_launcher(dict(pair.split("=") for pair in left_over.split()))
     assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("port", [None, "", "x", "0", "65536", "9" * 5000])
 def test_a_run_of_several_needs_a_place_to_meet(port: str | None) -> None:
-    with pytest.raises(UserError, match="MASTER_PORT is .*, RANK is '0', WORLD_SIZE is '2': torchrun"):
+    with pytest.raises(UserError, match=r"MASTER_PORT is .*, RANK is '0', WORLD_SIZE is '2': torchrun"):
         meeting_place(
             {"MASTER_ADDR": "host", "RANK": "0", "WORLD_SIZE": "2"} | ({} if port is None else {"MASTER_PORT": port})
         )

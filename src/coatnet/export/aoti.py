@@ -1,7 +1,6 @@
 """AOTInductor: compiled ahead of time for this type of machine and this version of torch. Needs a C++ compiler."""
 
 import io
-import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 
 from coatnet.bundle import Bundle
-from coatnet.errors import UserError
 from coatnet.export.signature import Run, Signature, string_metadata
 from coatnet.inference.graph import silence_exporters
+from coatnet.system.hardware import explain_compiler, require_compiler
 
 FILE = "model.pt2"
+_ANOTHER_FORMAT = "take another format"
 
 
 def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -23,11 +23,10 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
     Raises:
         UserError: there is no C++ compiler.
     """
-    if not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
-        raise UserError("format aoti needs a C++ compiler, and there is none on the PATH: install one, such as g++")
+    require_compiler(torch.device("cpu"), _ANOTHER_FORMAT)
     program = signature.program(bundle)
     settings = {"aot_inductor.metadata": string_metadata(metadata)}
-    with silence_exporters(), redirect_stdout(io.StringIO()):
+    with explain_compiler(_ANOTHER_FORMAT), silence_exporters(), redirect_stdout(io.StringIO()):
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE), inductor_configs=settings)
 
 

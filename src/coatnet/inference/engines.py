@@ -18,7 +18,7 @@ from coatnet.errors import UserError, first_line
 from coatnet.inference.graph import NormalizedNetwork, example_images, to_onnx, to_openvino, to_program
 from coatnet.inference.graph_cache import cached_graph
 from coatnet.system.cache import CacheUnusable
-from coatnet.system.hardware import choose_device, multiplies_bf16, num_cores
+from coatnet.system.hardware import choose_device, explain_compiler, multiplies_bf16, num_cores, require_compiler
 from coatnet.system.telemetry import import_onnxruntime
 from coatnet.system.terminal import warn
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16")
 MAX_SPLIT_IMAGES = 16  # chosen: beyond it no engine is faster per image
+_NOT_COMPILED = "take another engine"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -64,13 +65,15 @@ class CompiledEngine(TorchEngine):
     name = "torch-compiled"
 
     def __init__(self, bundle: Bundle, precision: str, device: torch.device) -> None:
+        require_compiler(device, _NOT_COMPILED)
         super().__init__(bundle, precision, device)
         # Freezing makes weights constants, stored in the layout that the kernels read.
         self._network.compile(options={"freezing": True}, dynamic=False)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, R, R, C) to logits (N, K)."""
-        return np.concatenate([super(CompiledEngine, self).run(part) for part in split_batch(images)])
+        with explain_compiler(_NOT_COMPILED):
+            return np.concatenate([super(CompiledEngine, self).run(part) for part in split_batch(images)])
 
 
 class OpenVinoEngine:

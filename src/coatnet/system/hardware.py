@@ -4,11 +4,15 @@ import ctypes
 import os
 import platform
 import re
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coatnet.errors import UserError, nearest
+from coatnet.errors import UserError, cut, first_line, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -101,3 +105,26 @@ def multiplies_bf16(device: "torch.device") -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def require_compiler(device: "torch.device", alternative: str) -> None:
+    """Raise a UserError that names an alternative where torch.compile will find no C++ compiler."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"torch.compile needs a C++ compiler, and there is none called {compiler} on the PATH: install "
+            f"g++, name another by the variable CXX, or {alternative}"
+        )
+
+
+@contextmanager
+def explain_compiler(alternative: str) -> Iterator[None]:
+    """Raise a UserError that names an alternative where torch.compile fails, such as for a compiler without headers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__ not in ("torch._inductor.exc", "torch._dynamo.exc"):
+            raise
+        raise UserError(
+            f"torch.compile failed ({cut(first_line(error))}): mend the compiler, or {alternative}"
+        ) from error

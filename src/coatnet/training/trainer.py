@@ -31,7 +31,7 @@ from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
 from coatnet.inference.logits import infer
-from coatnet.system.hardware import choose_device, keep_freed_memory, multiplies_bf16
+from coatnet.system.hardware import choose_device, explain_compiler, keep_freed_memory, multiplies_bf16
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
     Checkpoint,
@@ -258,7 +258,8 @@ class Trainer:
         buffers_before = [buffer.clone() for buffer in self.model.buffers()] if config.non_finite_budget else []
         parameters = list(self.parameters.values())
         images_per_pass = min(config.micro_batch_size, len(images) - self.share.num_extra)
-        with translate_errors(), explain_out_of_memory(state.step, images_per_pass, config.resolution):
+        memory = explain_out_of_memory(state.step, images_per_pass, config.resolution)
+        with translate_errors(), memory, explain_compiler("set compile to false"):
             # Gradients are averaged over processes, so each divides by the mean number of images of a process.
             num_images = config.batch_size / self.processes.world_size if self.processes.is_distributed else len(images)
             images, targets = self.prepare_batch(images, labels)

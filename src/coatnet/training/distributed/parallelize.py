@@ -6,8 +6,6 @@ written for one device.
 
 import copy
 import inspect
-import os
-import shutil
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,6 +22,7 @@ from coatnet.model.build import init_weights
 from coatnet.model.config import Variant
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.registry import find_variant
+from coatnet.system.hardware import require_compiler
 from coatnet.training.config import TrainingConfig
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.distributed.shards import Rows, fill
@@ -137,7 +136,7 @@ def parallelize(
 def compile_and_checkpoint(model: CoAtNet, config: TrainingConfig, device: torch.device) -> None:
     """Compile the blocks, one by one, and recompute their activations in the backward pass, as configured."""
     if config.compile:
-        require_compiler(device)
+        require_compiler(device, "set compile to false")
         # The compiler looks for the gradients of what comes from the block before, and warns of itself.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         for block in (block for stage in model.stages for block in stage.children()):
@@ -159,13 +158,6 @@ def compile_in_training(block: nn.Module) -> None:
         return compiled(x) if block.training else plain(x)
 
     block.forward = forward
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raises UserError where there is no compiler for torch.compile."""
-    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "c++", "clang++")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("compile needs a C++ compiler (g++) on the PATH: install one, or set compile to false")
 
 
 def check_batch_size(config: TrainingConfig, processes: Processes, parallelism: str) -> None:

@@ -1,5 +1,6 @@
 """`coatnet serve`: names of models, the token, and errors of one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:
             read_token(None, {"COATNET_TOKEN": wrong})
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_token(str(tmp_path / "nowhere"), {})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has these permissions")
+def test_a_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("from-a-file\n")
+    for mode in (0o644, 0o640, 0o604, 0o602):
+        token.chmod(mode)
+        with pytest.raises(UserError, match=r"can be read by other users.*chmod 600"):
+            read_token(str(token), {})
+    token.chmod(0o400)
+    assert read_token(str(token), {}) == "from-a-file"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,11 +143,15 @@ class Address:
 
 @contextlib.contextmanager
 def running(
-    predictors: Mapping[str, Predictor] | Predictor, settings: Settings | None = None, token: str | None = None
+    predictors: Mapping[str, Predictor] | Predictor,
+    settings: Settings | None = None,
+    token: str | None = None,
+    allowed_hosts: Collection[str] = (),
 ) -> Iterator[Address]:
     """A server of these models, "one" for a single one, as long as the block lasts."""
     settings = settings or Settings()
-    app, service = create_app({"one": predictors} if isinstance(predictors, Predictor) else predictors, settings, token)
+    models = {"one": predictors} if isinstance(predictors, Predictor) else predictors
+    app, service = create_app(models, settings, token, allowed_hosts)
     config = uvicorn_config(app, settings)
     config.port = 0
     server = uvicorn.Server(config)

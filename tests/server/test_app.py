@@ -144,6 +144,20 @@ def test_wrong_parameters_are_named(server: Address, query: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("query", "hint"),
+    [
+        ("?topk=3", "'topk' (did you mean 'top_k'?)"),
+        ("?top_k=3&modle=one", "'modle' (did you mean 'model'?)"),
+        ("?n=3", "did you mean 'top_k'?"),
+        ("?zebra=%0a1", "'zebra'; there are model, top_k"),
+    ],
+)
+def test_unknown_parameters_are_refused_with_the_nearest(server: Address, query: str, hint: str) -> None:
+    answer = server.predict(image(), query)
+    assert (answer.status, answer.code) == (422, "parameters") and hint in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("GET", "/nowhere", 404),

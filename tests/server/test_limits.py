@@ -214,6 +214,41 @@ def test_a_client_that_leaves_is_forgotten() -> None:
         assert batcher.free == batcher.settings.max_queue and address.service.uploads.num_bytes == 0
 
 
+def test_a_thread_that_waits_for_pixels_is_free_after_the_deadline() -> None:
+    predictor = make_predictor()
+    decoding, prepared = threading.Event(), []
+
+    def prepare(encoded: bytes) -> object:
+        prepared.append(encoded)
+        assert decoding.wait(60)
+        return type(predictor).prepare(predictor, encoded)
+
+    predictor.prepare = prepare
+    with running(predictor, Settings(deadline_seconds=0.3, max_decoding_pixels=10_000)) as address:
+        pool = address.service.pool
+        with ThreadPoolExecutor(4) as clients:  # one is decoded, another waits for pixels, others for a thread
+            asked = [clients.submit(address.predict, image(seed, 100, 100)) for seed in range(4)]
+            assert {future.result().status for future in asked} == {504}
+        assert len(prepared) == 1
+        eventually(lambda: pool._threads._work_queue.empty())
+        tensor = {"name": "pictures", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+        assert address.infer({"inputs": [tensor]}).status == (200 if pool._threads._max_workers > 1 else 504)
+        decoding.set()
+        eventually(lambda: address.predict(image(5)).status == 200)
+        assert len(prepared) == 2  # nobody decoded what nobody waits for
+
+
+def test_requests_cut_off_by_the_end_are_told_and_counted() -> None:
+    with running(make_predictor(), Settings(grace_seconds=1)) as address:
+        client = address.socket()
+        client.sendall(head(content_length=1000) + b"half")
+        eventually(lambda: address.service.uploads.num_bytes == 4)
+    assert address.service.unanswered == 1
+    with client:
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer
+
+
 def test_memory_threads_and_files_stay_flat_over_many_requests() -> None:
     soak(warm=200, requests=400)
 

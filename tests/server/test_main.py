@@ -83,14 +83,28 @@ def test_interrupted_while_idle_it_ends_soon_and_well_and_keeps_its_token(bundle
         assert process.wait(10) == 0
 
 
+def test_told_to_stop_twice_it_ends_at_once_with_1_if_a_request_is_left(bundle: Path) -> None:
+    with program(str(bundle)) as (process, address), address.socket() as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf")
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "requests without an answer at the end: 1" in said and "Traceback" not in said
+
+
 def refusal(*arguments: str, **variables: str) -> str:
-    """The one line of a program that cannot start."""
+    """The error of a program that cannot start, its last line; before it there may be what took over two seconds."""
     found = subprocess.run(
         [*PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **variables}
     )
     assert found.returncode == 2 and "listening" not in found.stdout
-    assert found.stderr.startswith("coatnet: error: ") and found.stderr.count("\n") == 1
-    return found.stderr
+    *told, error = found.stderr.splitlines()
+    assert error.startswith("coatnet: error: ")
+    assert all(line.startswith(("coatnet: loading ", "coatnet: preparing ")) for line in told)
+    return error
 
 
 def test_a_port_in_use_is_told_before_anything_is_read(bundle: Path) -> None:

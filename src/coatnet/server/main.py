@@ -154,6 +154,11 @@ class StoppableServer(uvicorn.Server):
             echo(one_line(f"{served.name}: {variant}, {num_classes:,} classes, {engine.name} {engine.precision}"))
         echo(f"listening at {self.address}")
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves this out, and the log would have a traceback
+            await self.lifespan.shutdown()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again at the end; a server that was asked to stop exits with 0.
         if self.service.draining:

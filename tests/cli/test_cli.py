@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from coatnet import list_variants
@@ -19,6 +20,7 @@ from coatnet.bundle import Bundle
 from coatnet.cli.main import COMMANDS, main
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import create_model
+from coatnet.training.config import TrainingConfig
 
 PROGRAM = [sys.executable, "-m", "coatnet"]
 QUICK = ["--model", "coatnet-femto", "--resolution", "32", "--num_workers", "0"]
@@ -156,6 +158,22 @@ def printed_recipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
     assert main(["train", *arguments, "--print_config"]) == 0
     return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_dry_run_prints_what_a_training_would_take_and_writes_nothing(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--data", str(images), *QUICK, "--epochs", "1000", "--max_minutes", "0.2"]
+    assert main([*arguments, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    config, _, figures = text.partition("\n\n")
+    assert TrainingConfig.from_dict(yaml.safe_load(config)).model == "coatnet-femto"
+    found = re.search(r"([\d.]+) of 1000 epochs, which fit into 0.2 minutes, ([\d,]+) steps: about 0\.[1-3]", figures)
+    assert found and 0 < float(found[1]) < 1000
+    assert re.search(r"at [\d.]+ images/s, [\d.]+ GB of memory", figures)
+    assert list(tmp_path.iterdir()) == []
+
+    assert main([*arguments[:3], "--model", "coatnet-fento", "--dry_run"]) == 2
+    assert "coatnet-femto" in capsys.readouterr().err
 
 
 def test_options_override_the_config_which_overrides_the_recipe(

@@ -40,7 +40,9 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     for option in {argument.partition("=")[0] for argument in arguments if argument.startswith("--variations.")}:
         parser.add_argument(option, type=_read_value, default=argparse.SUPPRESS)
     given = vars(parser.parse(arguments))
-    program = argparse.Namespace(**{name: given.pop(name) for name in ("recipe", "config", "out", "print_config")})
+    program = argparse.Namespace(
+        **{name: given.pop(name) for name in ("recipe", "config", "out", "print_config", "dry_run")}
+    )
     asked: dict[str, Any] = {}
     for name, value in given.items():
         section, _, key = name.rpartition(".")
@@ -51,8 +53,10 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         values = read_yaml(program.config)
     name = program.recipe or values.get("name") or "scratch"
     recipe = named_recipe(name, merge(values, asked) | {"name": name})
-    for option, value in (("--data", recipe.data), ("--out", program.out)):
-        if not value and not program.print_config:
+    needed = [("--data", recipe.data)] * (not program.print_config)
+    needed += [("--out", program.out)] * (not program.print_config and not program.dry_run)
+    for option, value in needed:
+        if not value:
             raise UserError(f"train needs {option}; `coatnet train --help` shows how")
     return recipe, program
 
@@ -81,6 +85,11 @@ def train_parser() -> Parser:
     main.add_argument("--out", metavar="RUN", help="Folder of the run, new or to be resumed.")
     main.add_argument("--config", metavar="FILE", help="YAML with values over the recipe's; options go over both.")
     main.add_argument("--print_config", action="store_true", help="Print what is asked for as YAML and do not train.")
+    main.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Take a few steps, print all that the data decides, the expected minutes and memory, and do not train.",
+    )
     rest = parser.add_argument_group("other options", "What is not given is decided by the recipe, or by the data.")
     parser.add_max_megapixels()
     groups = {name: parser.add_argument_group(name, fields_of(TrainingConfig)[name].description) for name in SECTIONS}
@@ -130,6 +139,11 @@ def run(arguments: Sequence[str]) -> int:
     recipe, program = parse_arguments(arguments)
     if program.print_config:
         echo(recipe.to_yaml(), end="")
+        return 0
+    if program.dry_run:
+        from coatnet.planning.dry_run import dry_run
+
+        echo(dry_run(recipe).describe())
         return 0
     from coatnet.training.trainer import train
 

@@ -1,0 +1,98 @@
+"""What a training would take on this machine, from a few real steps that are then forgotten."""
+
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coatnet.bundle import load
+from coatnet.data.open import open_dataset
+from coatnet.training.config import Recipe, TrainingConfig
+from coatnet.training.defaults import resolve
+from coatnet.training.run_folder import RunFolder
+from coatnet.training.trainer import Trainer, deterministic_on_cpu
+
+MEASURED_SECONDS = 10.0  # at least two steps, at most those of this time
+MAX_MEASURED_STEPS = 30
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a training would take.
+
+    Attributes:
+        config: everything that would be done.
+        description: data, model and device, in two lines.
+        images_per_second: training images, of which the first two steps are not counted if there are more.
+        steps: optimizer steps until the end; with a limit in minutes, those that fit.
+        epochs: passes over the training images in these steps.
+        minutes: duration until the report is written.
+        memory_bytes: most memory taken so far: of the GPU, or of this process.
+    """
+
+    config: TrainingConfig
+    description: str
+    images_per_second: float
+    steps: int
+    epochs: float
+    minutes: float
+    memory_bytes: int
+
+    def describe(self) -> str:
+        """The configuration as YAML, then the figures."""
+        asked = self.config.epochs
+        epochs = f"{asked:g} epochs"
+        if self.epochs < 0.995 * asked:
+            epochs = f"{self.epochs:.3g} of {asked:g} epochs, which fit into {self.config.max_minutes:g} minutes"
+        return (
+            f"{self.config.to_yaml()}\n{self.description}\n{epochs}, {self.steps:,} steps: about {self.minutes:.1f} "
+            f"minutes at {self.images_per_second:.3g} images/s, {self.memory_bytes / 1e9:.1f} GB of memory. "
+            "Nothing was trained or written."
+        )
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Resolve a recipe and take a few steps of its training, without a run folder.
+
+    Raises UserError as `train` does for a recipe and data that do not fit together.
+    """
+    splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
+    init = load(recipe.init) if recipe.init else None
+    config = resolve(recipe, splits, init)
+    with deterministic_on_cpu(config.device):
+        trainer = Trainer(config, splits, RunFolder(Path("not written"), recipe), init=init)
+        durations: list[float] = []
+        with closing(trainer.batches()) as batches:
+            started = before = time.monotonic()
+            for images, labels in batches:
+                trainer.step(images, labels)
+                now = time.monotonic()
+                durations.append(now - before)
+                before = now
+                if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > MEASURED_SECONDS):
+                    break
+    counted = durations[2:] or durations[-1:]  # the first ones wait for workers and allocate memory
+    duration = trainer.duration
+    duration.resume(len(counted), sum(counted))
+    duration.last_evaluation = 0.0
+    duration.update(0, 0.0)
+    seconds = duration.seconds_left(0, 0.0)
+    assert seconds is not None
+    if trainer.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(trainer.device)
+    else:
+        import resource  # not on Windows
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return DryRun(
+        config,
+        f"{splits.describe()}\n{trainer.describe()}",
+        config.batch_size * len(counted) / sum(counted),
+        duration.total_steps,
+        min(config.epochs, duration.total_steps * config.batch_size / len(splits.training)),
+        math.ceil(seconds / 6) / 10,
+        memory,
+    )

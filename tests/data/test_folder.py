@@ -1,12 +1,13 @@
 """Folders of images: classes from folder names, splits from folders or from hashes."""
 
 import os
+import subprocess
 import unicodedata
 
 import numpy as np
 import pytest
 
-from coatnet.data.folder import natural_key
+from coatnet.data.folder import expand_paths, natural_key
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 
@@ -187,6 +188,100 @@ def test_class_of_one_image_is_trained_on_with_a_note(make_folder):
     splits = open_dataset(make_folder({"a": 9, "b": 1}))
     assert splits.training.labels.tolist().count(1) == 1
     assert any("only one image" in note and "b" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("training_set", "test_set"),
+        ("seg_train", "seg_test", "seg_pred"),
+        ("train", "dev"),
+        ("trainImages", "ValImages"),
+        ("train2017", "val2017"),
+        ("images_tr", "images_ts"),
+        ("val", "unlabeled"),
+    ],
+)
+@pytest.mark.parametrize("inside", ["/cat", ""])
+def test_folders_that_are_called_as_splits_are_not_taken_for_classes(make_folder, folders, inside):
+    root = make_folder({f"{name}{inside}": 3 for name in folders})
+    with pytest.raises(UserError, match=r"look like splits, not like classes: call them train/ and val/") as caught:
+        open_dataset(root)
+    assert folders[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a/cat": 3, "a/dog": 3, "b/cat": 3, "b/dog": 3}, "the folders a, b hold the same subfolders cat, dog"),
+        ({"a/cat": 3, "a/dog": 3, "a/fox": 3, "b/cat": 3, "b/dog": 3}, "hold the same subfolders cat, dog, fox"),
+        ({f"{c}/{s}": 3 for c in ("cat", "dog") for s in ("train", "val")}, "above the classes, as in train/cat/"),
+        ({f"set/{name}": 3 for name in ("cat", "dog")}, "did you mean '.*/set'"),
+        ({"test/cat": 3, "test/dog": 3}, "test/ and no train/"),
+    ],
+)
+def test_folders_in_another_order_are_refused_with_the_right_one(make_folder, counts, message):
+    with pytest.raises(UserError, match=message):
+        open_dataset(make_folder(counts))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("bus", "train"), ("train station", "test track"), ("cat/images", "dog/images"), ("cat/1", "dog/1", "dog/2")],
+)
+def test_classes_that_resemble_splits_stay_classes(make_folder, names):
+    assert len(open_dataset(make_folder(dict.fromkeys(names, 3))).classes) == 2
+
+
+SYSTEM_FOLDERS = (".git", ".cache", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+def test_system_folders_are_no_classes_and_leave_a_lone_train_folder_alone(make_folder):
+    lone = {"train/a": 3, "train/b": 3, "empty": 0, **dict.fromkeys(SYSTEM_FOLDERS, 1)}
+    inside = {f"train/{name}": 1 for name in SYSTEM_FOLDERS} | {f"train/a/{name}": 1 for name in SYSTEM_FOLDERS}
+    splits = open_dataset(make_folder(lone | inside))
+    assert splits.classes == ("a", "b") and len(splits.training) + len(splits.validation) == 6
+
+
+def test_images_beside_the_splits_are_noted(make_folder):
+    splits = open_dataset(
+        make_folder({f"{split}/{name}": 2 for split in ("train", "val", "test", "x") for name in "ab"})
+    )
+    assert any("left out, as they are not among them: test/, x/" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    ("counts", "sizes"),
+    [
+        ({"cat": 5}, (4, 1)),
+        ({"cat": 1, "dog": 1}, (0, 2)),
+        ({"test/cat": 3, "test/dog": 1}, (0, 4)),
+        ({"val/cat": 3, "test/dog": 1}, (0, 3)),
+        ({"train/cat": 3, "val/cat": 1, "val/dog": 1}, (3, 2)),
+    ],
+)
+def test_what_is_too_little_to_train_on_can_be_evaluated(make_folder, counts, sizes):
+    splits = open_dataset(make_folder(counts), evaluation=True)
+    assert (len(splits.training), len(splits.validation)) == sizes and splits.describe()
+
+
+def test_many_nested_folders_links_in_circles_and_files_without_suffix(make_folder, tmp_path):
+    root = make_folder({"a": 2, "b": 2})
+    (root / "a/0.png").rename(root / "a/zero")
+    (root / "a/notes").write_text("no image")
+    (root / "a/loop").symlink_to("loop")
+    deep = root / "b"
+    for _ in range(1500):
+        deep /= "d"
+        deep.mkdir()
+    (root / "b/1.png").rename(deep / "1.png")
+    (root / "b/up").symlink_to(root)
+    splits = open_dataset(root)
+    assert len(splits.training) + len(splits.validation) == 6  # those of a are found below b/up/a too
+    assert any("4 without suffix" in note for note in splits.notes)
+    found = [str(path.relative_to(root)) for path, error in expand_paths([root]) if error is None]
+    assert len(found) == 4 and found[:2] == ["a/1.png", "a/zero"]
+    subprocess.run(["rm", "-r", root / "b/d"], check=True)  # Python's own function may not go so deep
 
 
 def test_natural_key_sorts_numbers_by_value():

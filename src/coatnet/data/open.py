@@ -20,7 +20,7 @@ from coatnet.system.files import user_path
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
-def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Splits:
+def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evaluation: bool = False) -> Splits:
     """Open the training and validation images of a source.
 
     Args:
@@ -34,6 +34,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
             - a folder of IDX files as MNIST has them.
         validation_fraction: the fraction of the images to hold out, above 0 and below 1, if the source does not say
             which ones. Which images these are depends on their names alone, so new images move no old ones.
+        evaluation: nothing is trained on the images, so one class, one image a class or a test split alone are enough.
 
     Returns:
         Two datasets with the same classes; `print(splits)` summarizes them.
@@ -56,7 +57,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
             return open_digits(validation_fraction)
 
     if str(source).startswith(SCHEME):
-        return open_hugging_face(str(source), validation_fraction)
+        return open_hugging_face(str(source), validation_fraction, evaluation=evaluation)
     if "://" in str(source):
         return open_remote_shards(str(source), validation_fraction)
     path = user_path(source)
@@ -70,10 +71,10 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1) -> Spl
         if is_idx_folder(path):
             return open_idx_folder(path)
         if is_saved_folder(path):
-            return open_hugging_face(str(path), validation_fraction)
+            return open_hugging_face(str(path), validation_fraction, evaluation=evaluation)
         if is_shard_folder(path):
             return open_shard_folder(path, validation_fraction)
-        return open_folder(path, validation_fraction)
+        return open_folder(path, validation_fraction, evaluation=evaluation)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
-        return open_manifest(path, validation_fraction)
+        return open_manifest(path, validation_fraction, evaluation=evaluation)
     raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; a single image is no dataset")

@@ -14,6 +14,7 @@ from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, cut, one_line
 
+NONE_TO_HOLD_OUT = "no class has two images, so all are measured"
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
 DECODED_PIXELS = 100_000_000  # of these images: about a second
 
@@ -70,8 +71,8 @@ class Splits:
 
     @cached_property
     def summary(self) -> Summary:
-        """Sizes and color of a sample of the training images, read when first used."""
-        return summarize(self.training)
+        """Sizes and color of a sample of the training images, or of validation without any; read when first used."""
+        return summarize(self.training if len(self.training) else self.validation)
 
     @property
     def native_resolution(self) -> int:
@@ -163,14 +164,11 @@ def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) ->
     hashes = np.array([_name_hash(name) for name in names])
     held_out = hashes < fraction
     groups = labels if labels.ndim == 1 else np.zeros(len(names), dtype=np.int64)
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        by_hash = members[np.argsort(hashes[members], kind="stable")]
-        if len(members) > 1:
-            held_out[by_hash[0]] = True
-            held_out[by_hash[-1]] = False
-        else:
-            held_out[members] = False
+    by_hash = np.lexsort((hashes, groups))  # group by group, in each of them by the hash
+    first = np.flatnonzero(np.diff(groups[by_hash], prepend=-1))
+    last = np.flatnonzero(np.diff(groups[by_hash], append=-1))
+    held_out[by_hash[first]] = True
+    held_out[by_hash[last]] = False  # a lone image is both
     return held_out
 
 

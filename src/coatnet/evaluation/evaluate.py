@@ -143,12 +143,16 @@ def choose_datasets(
     """
     if isinstance(data, str | Path):
         fraction = (bundle.record.get("recipe") or {}).get("validation_fraction", 0.1)
-        data = open_dataset(data, validation_fraction=fraction)
+        data = open_dataset(data, validation_fraction=fraction, evaluation=True)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
     if split not in ("validation", "training", "all"):
         raise UserError(f"split {split!r} is unknown; it is validation, training or all")
-    datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
+    datasets = [part for part in (data.training, data.validation) if len(part)]
+    if split != "all":
+        datasets = [getattr(data, split)]
+    if not any(map(len, datasets)):
+        raise UserError(f"{data.name}: its {split} split holds no images; --split all takes those of every split")
     return data.name, datasets, split
 
 

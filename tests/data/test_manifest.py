@@ -2,6 +2,8 @@
 
 import csv
 import io
+import os
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +134,8 @@ def test_some_files_may_be_missing(write):
             "row 2: no file 'elsewhere/0.png' in .*, nor that of the next 3 rows; paths start from there",
         ),
         ([("nowhere.png", "cat", "train")], "row 2: no file 'nowhere.png' in .*; paths start from there"),
+        ([*SPLIT, ("a\0b.png", "cat", "train")], r"row 6: the path 'a\\x00b.png' holds a NUL"),
+        ([*SPLIT, ("https://host/4.png", "cat", "train")], "row 6: 'https://host/4.png' is a URL, which is not opened"),
         ([(path, "cat", split) for path, _, split in SPLIT], "one class, 'cat'"),
         ([(path, label, "train") for path, label, _ in SPLIT], "names only training"),
         ([], "has no rows"),
@@ -147,8 +151,9 @@ def test_a_wrong_row_is_refused_with_its_number(write, rows, message):
     ("text", "message"),
     [
         ("", "no column 'path'; it has nothing"),
-        ("file,label\n0.png,cat\n", "no column 'path'; it has file, label"),
-        ("path,class\n0.png,cat\n", "no column 'label'; it has path, class"),
+        ("where,label\n0.png,cat\n", "no column 'path'; it has where, label.*file_name.*are understood too"),
+        ("path,kind\n0.png,cat\n", "no column 'label'; it has path, kind.*class.*are understood too"),
+        ("path,label\n" + "0.png;" * 200_000, "line 2: more than 1,048,576 characters"),
         ('path,label\n"0.png,cat\n', "line 2: unexpected end of data; is a quotation mark left open"),
         (b"path,label\n\xff\xfe.png,cat\n", "not UTF-8"),
         ("path,label\n0.png," + "x" * 200_000, "field larger than field limit"),
@@ -200,3 +205,95 @@ def test_a_file_that_is_not_parquet_is_refused(write):
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         open_dataset(write("path,label\n", "some.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter", "encoding"),
+    [
+        ("path;label;split", ";", "utf-8"),
+        ("sep=;\nfile_name;class;subset", ";", "utf-8-sig"),
+        ("Image Path\tCategory\tSet", "\t", "utf-16"),
+        ('"filename","target","split"', ",", "utf-8"),
+        ("filepath|species|split", "|", "utf-8"),
+    ],
+)
+def test_usual_dialects_and_names_of_columns_are_read(write, header, delimiter, encoding):
+    rows = "".join(f"{delimiter.join(row)}\r\n" for row in SPLIT)
+    splits = open_dataset(write(f"{header}\r\n{rows}".encode(encoding)))
+    assert splits.classes == ("cat", "dog") and (len(splits.training), len(splits.validation)) == (2, 2)
+    assert ("path" in header) or any("columns: path from" in note for note in splits.notes)
+
+
+def test_classes_that_are_called_none_or_na_are_classes_with_a_note(write):
+    rows = [(f"{number}.png", name, split) for split in ("train", "val") for number, name in enumerate(("none", "NA"))]
+    splits = open_dataset(write(table(rows)))
+    assert splits.classes == ("NA", "none")
+    assert any("NA, none: taken as the name of a class" in note for note in splits.notes)
+
+
+def test_backslashes_are_read_as_slashes_unless_the_file_has_them(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "sub/0.png")
+    (tmp_path / "1.png").rename(tmp_path / "a\\1.png")
+    rows = [("sub\\0.png", "cat", "train"), ("a\\1.png", "dog", "train"), *SPLIT[2:]]
+    training = open_dataset(write(table(rows))).training
+    assert [training.path(index).is_file() for index in range(2)] == [True, True]
+
+
+def test_a_table_may_name_images_elsewhere_if_their_folder_is_trusted(write, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number in range(4):
+        (tmp_path / f"{number}.png").rename(elsewhere / f"{number}.png")
+    (tmp_path / "tables").mkdir()
+    manifest = write(table([(elsewhere / path, label, split) for path, label, split in SPLIT]), "tables/some.csv")
+    with pytest.raises(UserError, match=r"leads out of .*or name their folder in COATNET_DATA_ROOTS"):
+        open_dataset(manifest)
+    monkeypatch.setenv("COATNET_DATA_ROOTS", f"/nowhere:{elsewhere}")
+    assert open_dataset(manifest).training.read(0)[0].startswith(b"\x89PNG")
+
+
+def test_a_dense_table_of_labels_is_refused_before_it_takes_gigabytes(write):
+    rows = "".join(f"{number % 10}.png,l{number};m{number}\n" for number in range(30_000))
+    with pytest.raises(UserError, match=r"row 2 has several labels .* 30,000 images of 60,000 classes take 2 GB"):
+        open_dataset(write(f"path,label\n{rows}"), evaluation=True)
+
+
+def test_many_classes_take_no_quadratic_time(write):
+    rows = "".join(f"{number % 10}.png,class {number}\n" for number in range(30_000))
+    started = time.monotonic()
+    splits = open_dataset(write(f"path,label\n{rows}0.png,class 0\n"))
+    assert len(splits.validation) == 1 and time.monotonic() - started < 10  # it was half a minute
+
+
+def test_small_parquet_tables_that_unpack_to_much_are_refused(write, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    write("")
+    for columns, message in (
+        ({"path": pyarrow.repeat("0.png", 3_000_000), "label": pyarrow.repeat("a", 3_000_000)}, "6,000,000 values"),
+        ({"path": pyarrow.repeat(200_000 * "x", 9), "label": ["a"] * 9}, "a cell of path has 200,000 bytes"),
+    ):
+        write_parquet(tmp_path / "some.parquet", columns)
+        assert (tmp_path / "some.parquet").stat().st_size < 100_000
+        with pytest.raises(UserError, match=message):
+            open_dataset(tmp_path / "some.parquet")
+
+
+def test_tables_that_are_no_regular_files_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zeros.parquet").symlink_to("/dev/zero")
+    for name, kind in (("pipe.csv", "a named pipe"), ("zeros.parquet", "a device")):
+        with pytest.raises(UserError, match=f"{name} cannot be read: {kind}, not a regular file"):
+            open_dataset(tmp_path / name)
+
+
+def test_rows_of_one_class_one_image_or_one_split_can_be_evaluated(write):
+    for rows, header, sizes in (
+        ([("0.png", "cat"), ("1.png", "cat")], "path,label", (1, 1)),
+        ([("0.png", "cat"), ("1.png", "dog")], "path,label", (0, 2)),
+        ([(path, label, "test") for path, label, _ in SPLIT], "path,label,split", (0, 4)),
+        ([(path, label, "train") for path, label, _ in SPLIT], "path,label,split", (4, 0)),
+    ):
+        splits = open_dataset(write(table(rows, header)), evaluation=True)
+        assert (len(splits.training), len(splits.validation)) == sizes
+        assert splits.describe()

@@ -1,24 +1,51 @@
-"""Manifests: tables with a row per image and the columns path, label and optionally split, as CSV, TSV or Parquet."""
+"""Manifests: tables with a row per image and the columns path, label and optionally split, as CSV, TSV or Parquet.
 
+Other usual names of the columns are read too, and semicolons or tabs between them, as spreadsheets write them in many
+countries.
+"""
+
+import codecs
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import FileDataset
+from coatnet.data.datasets import TRUSTED_ROOTS, FileDataset, empty_label_table, is_below, trusted_roots
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
-from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError, import_extra
+from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
+from coatnet.errors import UserError, import_extra, one_line, shorten
+from coatnet.system.files import check_regular, open_regular
 
 REQUIRED = ("path", "label")
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
 CHECKED_ROWS = 20  # chosen: files may be missing, but if none of the first is there, the paths start elsewhere
+# Names of the columns, the first of which in a table is taken. Spaces and hyphens count as underscores.
+_NAMES = {
+    "path": (
+        "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename", "image_name", "img_name",
+        "image_file", "image_filename", "file", "image", "img", "images", "photo",
+    ),
+    "label": (
+        "label", "labels", "class", "classes", "class_name", "classname", "label_name", "category", "target", "species",
+        "tags", "y",
+    ),
+    "split": ("split", "subset", "set", "partition", "phase"),
+}  # fmt: skip
+_DELIMITERS = ",;\t|"
+_MAX_LINE = 1 << 20  # characters, chosen: a file without line ends is no table
+_MAX_CELL_BYTES = 1 << 17  # as in the csv module
+# chosen: what a Parquet file may unpack to. A small one can say that a value is repeated a billion times.
+_VALUES_PER_BYTE, _FREE_VALUES = 20, 200_000
+_UNPACKED_PER_BYTE, _FREE_BYTES = 100, 64_000_000
 _SEPARATORS = re.compile(r"[;|]")
+_MISSING = ("na", "n/a", "none", "null")
 
 
 class _Row(NamedTuple):
@@ -28,41 +55,59 @@ class _Row(NamedTuple):
     split: str  # training, validation, test, or empty
 
 
-def open_manifest(path: Path, validation_fraction: float) -> Splits:
+class _Table(NamedTuple):
+    """The rows of a table: number, and the cells of path, label and split; and the names of these columns, or None."""
+
+    columns: list[str | None]
+    rows: Generator[tuple[int, tuple[str, object, str]]]
+
+
+def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = False) -> Splits:
     """Open the images of a manifest; paths start from its folder.
 
     Labels separated by ; or | in any row make it multi-label.
+
+    Args:
+        validation_fraction: of the images, to hold out if there is no column split.
+        evaluation: nothing is trained, so one class, one image a class or rows of one split are enough.
 
     Raises:
         UserError: a row is wrong; the message has its number.
     """
     root = path.resolve().parent
-    cells = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    rows = [_parse(path, root, number, *values) for number, values in cells]
+    columns, cells = _open_table(path, REQUIRED)
+    with closing(cells):
+        rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
         raise UserError(f"{path} has no rows; it needs the columns path and label and one row per image")
     if not any((root / row.path).exists() for row in rows[:CHECKED_ROWS]):
         others = f", nor that of the next {len(rows[:CHECKED_ROWS]) - 1} rows" if len(rows) > 1 else ""
         raise UserError(
-            f"{path}, row {rows[0].number}: no file {rows[0].path!r} in {root}{others}; paths start from there"
+            f"{path}, row {rows[0].number}: no file {rows[0].path!r:.200} in {root}{others}; paths start from there"
         )
 
     multilabel = any(len(row.labels) > 1 for row in rows)
     for row in rows:
         if not row.labels and not multilabel:
             raise UserError(f"{path}, row {row.number}: no label; every image needs one")
-    rows, held_out, notes = _split(path, rows, validation_fraction, multilabel)
+    rows, held_out, notes = _split(path, rows, validation_fraction, multilabel, evaluation)
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
-    if len(classes) < 2:
-        raise UserError(f"{path}: one class, {classes[0]!r}; a classifier needs at least two")
-    _check_validation_labels(path, rows, held_out)
-    labels = _encode(rows, classes, multilabel)
+    if len(classes) < 2 and not evaluation:
+        raise UserError(f"{path}: one class, {classes[0]!r:.80}; a classifier needs at least two")
+    if not evaluation:
+        _check_validation_labels(path, rows, held_out)
+    if missing := [name for name in classes if name.lower() in _MISSING]:
+        notes.append(f"{shorten(missing)}: taken as the name of a class; leave out the rows if it means no label")
+    if any(name not in (None, usual) for name, usual in zip(columns, _NAMES, strict=True)):
+        given = ", ".join(f"{usual} from {name!r}" for name, usual in zip(columns, _NAMES, strict=True) if name)
+        notes.append(f"columns: {given}")
     if multilabel and (unlabelled := sum(not row.labels for row in rows)):
         notes.append(f"{unlabelled:,} images carry no label: all their classes are counted as absent")
-    datasets = [
-        FileDataset(path.stem, classes, root, [rows[index].path for index in np.flatnonzero(part)], labels[part])
-        for part in (~held_out, held_out)
-    ]
+    datasets = []
+    for part in (~held_out, held_out):
+        chosen = [rows[index] for index in np.flatnonzero(part)]
+        labels = _encode(path, chosen, classes, multilabel)
+        datasets.append(FileDataset(path.stem, classes, root, [row.path for row in chosen], labels))
     return Splits(path.stem, datasets[0], datasets[1], tuple(notes))
 
 
@@ -75,15 +120,14 @@ def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
         UserError: a row is wrong; the message has its number.
     """
     root = path.resolve().parent
-    required = ("path",)
-    cells = _read_parquet(path, required) if path.suffix.lower() == ".parquet" else _read_csv(path, required)
-    for number, (image, label, _) in cells:
-        text = ";".join(map(str, label)) if isinstance(label, list) else str(label)
-        yield _below(root, f"{path}, row {number}", image), text
+    with closing(_open_table(path, ("path",)).rows) as rows:
+        for number, (image, label, _) in rows:
+            text = ";".join(map(str, label)) if isinstance(label, list) else str(label)
+            yield _below(root, f"{path}, row {number}", image), text
 
 
 def _split(
-    path: Path, rows: list[_Row], fraction: float, multilabel: bool
+    path: Path, rows: list[_Row], fraction: float, multilabel: bool, evaluation: bool
 ) -> tuple[list[_Row], NDArray[np.bool_], list[str]]:
     """The rows to use, a mask of those that are held out, and notes on both."""
     if not any(row.split for row in rows):
@@ -93,7 +137,9 @@ def _split(
         held_out = choose_validation([row.path for row in rows], first_labels, fraction)
         _keep_rare_labels(rows, held_out)
         if not held_out.any():
-            raise UserError(f"{path}: no class has two images, so none can be held out; add a split column or rows")
+            if not evaluation:
+                raise UserError(f"{path}: no class has two images, so none can be held out; add a split column or rows")
+            return rows, ~held_out, [NONE_TO_HOLD_OUT]
         return (
             rows,
             held_out,
@@ -104,11 +150,12 @@ def _split(
     for row in rows:
         if not row.split:
             raise UserError(f"{path}, row {row.number}: no split, though other rows have one; say train or val")
-    if "training" not in named or len(named) == 1:
+    if ("training" not in named or len(named) == 1) and not evaluation:
         raise UserError(f"{path}: its split column names only {', '.join(sorted(named))}; it needs train and val")
     held_out_name = "validation" if "validation" in named else "test"
     used = [row for row in rows if row.split in ("training", held_out_name)]
-    notes = [f"split by its column split: training and {held_out_name}"]
+    used_names = [name for name in ("training", held_out_name) if name in named]
+    notes = [f"split by its column split: {' and '.join(used_names)}"]
     if len(used) < len(rows):
         notes.append(f"{len(rows) - len(used):,} rows of the test split left out")
     return used, np.array([row.split == held_out_name for row in used]), notes
@@ -130,11 +177,13 @@ def _check_validation_labels(path: Path, rows: list[_Row], held_out: NDArray[np.
             raise UserError(f"{path}, row {row.number}: the label {min(unknown)!r} is in no training row")
 
 
-def _encode(rows: list[_Row], classes: tuple[str, ...], multilabel: bool) -> NDArray:
+def _encode(path: Path, rows: list[_Row], classes: tuple[str, ...], multilabel: bool) -> NDArray:
     number = {name: index for index, name in enumerate(classes)}
     if not multilabel:
-        return np.array([number[row.labels[0]] for row in rows])
-    labels = np.zeros((len(rows), len(classes)), dtype=np.uint8)
+        return np.array([number[row.labels[0]] for row in rows], dtype=np.int64)
+    first = next((row.number for row in rows if len(row.labels) > 1), 1)
+    where = f"{path}: row {first} has several labels with ; or | between them;"
+    labels = empty_label_table(where, len(rows), len(classes))
     for index, row in enumerate(rows):
         labels[index, [number[label] for label in row.labels]] = 1
     return labels
@@ -145,8 +194,8 @@ def _parse(path: Path, root: Path, number: int, image: str, label: object, split
     relative = _below(root, where, image)
     parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
     labels = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
-    if any(name.lower() in ("nan", "null", "none") for name in labels):
-        raise UserError(f"{where}: the label is {label!r}, a missing value; write a class name or remove the row")
+    if any(name.lower() == "nan" for name in labels):
+        raise UserError(f"{where}: the label is {label!r:.80}, a missing value; write a class name or remove the row")
     return _Row(number, relative, labels, _parse_split(where, split))
 
 
@@ -154,9 +203,18 @@ def _below(root: Path, where: str, image: str) -> str:
     """The path from `root` on."""
     if not image:
         raise UserError(f"{where}: the path is empty")
+    if "\0" in image:
+        raise UserError(f"{where}: the path {image!r:.80} holds a NUL, which no file name can")
+    if "://" in image:
+        raise UserError(f"{where}: {image!r:.80} is a URL, which is not opened: fetch the images and give their paths")
+    if "\\" in image and os.sep == "/" and not os.path.exists(os.path.join(root, image)):
+        image = image.replace("\\", "/")  # written on Windows
     whole = os.path.normpath(os.path.join(root, image))
-    if os.path.commonpath([root, whole]) != str(root) or whole == str(root):
-        raise UserError(f"{where}: the path {image!r} leads out of {root}; keep the images below the manifest")
+    if whole == str(root) or not is_below(whole, [str(root), *trusted_roots()]):
+        raise UserError(
+            f"{where}: the path {image!r:.200} leads out of {root}; keep the images below the manifest, or name their "
+            f"folder in {TRUSTED_ROOTS}"
+        )
     return os.path.relpath(whole, root)
 
 
@@ -167,54 +225,160 @@ def _parse_split(where: str, split: str) -> str:
         if name in spellings:
             return meaning
     if name:
-        raise UserError(f"{where}: the split is {split!r}; it must be train, val or test")
+        raise UserError(f"{where}: the split is {split!r:.80}; it must be train, val or test")
     return ""
 
 
-def _read_csv(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = None
+def _open_table(path: Path, required: Sequence[str]) -> _Table:
+    """Raises UserError, here or with the rows, if it is no table with the required columns."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte-order mark
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
-            columns = _columns(path, header, required)
-            for number, cells in enumerate(reader, start=2):
-                if not any(cells):
+        check_regular(path)
+        return (_open_parquet if path.suffix.lower() == ".parquet" else _open_csv)(path, required)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open_csv(path: Path, required: Sequence[str]) -> _Table:
+    reader = None
+    with open(path, "rb", opener=open_regular) as file:
+        encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        with open(path, encoding=encoding, newline="", opener=open_regular) as file:
+            first = next(_lines(path, file), "")
+    except UnicodeError as error:
+        raise _not_text(path, error) from error
+    named = re.fullmatch(r'"?sep=(.)"?\s*', first)  # a line for Excel
+    delimiters = "\t" + _DELIMITERS if path.suffix.lower() == ".tsv" else _DELIMITERS
+    lines_before = 1 if named else 0
+
+    def rows(delimiter: str, *, strict: bool = True) -> Generator[tuple[int, list[str]]]:
+        nonlocal reader
+        try:
+            with open(path, encoding=encoding, newline="", opener=open_regular) as file:
+                lines = islice(_lines(path, file), lines_before, None)
+                reader = csv.reader(lines, delimiter=delimiter, strict=strict)
+                yield from enumerate(reader, start=1 + lines_before)
+        except UnicodeError as error:
+            raise _not_text(path, error) from error
+        except csv.Error as error:
+            line = reader.line_num + lines_before if reader else 1
+            raise UserError(f"{path}, line {line}: {error}; is a quotation mark left open or too many?") from error
+
+    best: tuple[str, list[str], list[int | None]] | None = None
+    for delimiter in [named[1]] if named else delimiters:
+        with closing(rows(delimiter, strict=False)) as found:
+            header = next(found, (1, []))[1]
+        columns = _columns(header)
+        if best is None or columns.count(None) < best[2].count(None):
+            best = delimiter, header, columns
+    assert best is not None
+    delimiter, header, columns = best
+    _require(path, header, columns, required)
+
+    def cells() -> Generator[tuple[int, tuple[str, object, str]]]:
+        with closing(rows(delimiter)) as found:
+            for number, row in islice(found, 1, None):
+                if not any(row):
                     continue
-                if len(cells) != len(header):
-                    raise UserError(f"{path}, row {number}: {len(cells)} cells where the header has {len(header)}")
-                values = [cells[column].strip() if column is not None else "" for column in columns]
+                if len(row) != len(header):
+                    raise UserError(f"{path}, row {number}: {len(row)} cells where the header has {len(header)}")
+                values = [row[column].strip() if column is not None else "" for column in columns]
                 yield number, (values[0], values[1], values[2])
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.line_num if reader else 1}: {error}; is a quotation mark left open or too many?"
-        ) from error
+
+    return _Table([None if column is None else header[column].strip() for column in columns], cells())
 
 
-def _read_parquet(path: Path, required: Sequence[str] = REQUIRED) -> Iterator[tuple[int, tuple[str, object, str]]]:
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    number = 0
+    while line := file.readline(_MAX_LINE):
+        number += 1
+        if len(line) == _MAX_LINE:
+            raise UserError(f"{path}, line {number}: more than {_MAX_LINE:,} characters; a row has one image")
+        yield line
+
+
+def _not_text(path: Path, error: UnicodeError) -> UserError:
+    where = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else str(error)
+    return UserError(f"{path} is not UTF-8 text ({where}); save it as CSV UTF-8")
+
+
+def _open_parquet(path: Path, required: Sequence[str]) -> _Table:
     parquet = import_extra("pyarrow.parquet", "parquet", f"{path}: Parquet")
     import pyarrow
 
     try:
-        file = parquet.ParquetFile(path)
-        header = [name.lower() for name in file.schema_arrow.names]
-        columns = _columns(path, header, required)
-        names = [None if column is None else file.schema_arrow.names[column] for column in columns]
-        table = file.read(columns=[name for name in names if name]).to_pydict()
+        header = list(parquet.read_schema(path).names)
+        columns = _columns(header)
+        _require(path, header, columns, required)
+        names = [None if column is None else header[column] for column in columns]
+        with parquet.ParquetFile(path) as file:
+            dictionaries = _check_expansion(path, file.metadata, {name for name in names if name})
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable Parquet file ({' '.join(str(error).split())[:120]})") from error
-    values = [table[name] if name else [""] * file.metadata.num_rows for name in names]
-    for number, (image, label, split) in enumerate(zip(*values, strict=True), start=1):
-        yield number, (str(image or ""), "" if label is None else label, str(split or ""))
+        raise _not_parquet(path, error) from error
+
+    def rows() -> Generator[tuple[int, tuple[str, object, str]]]:
+        number = 0
+        try:
+            with parquet.ParquetFile(path, read_dictionary=dictionaries) as file:
+                for batch in file.iter_batches(1024, columns=[name for name in names if name], use_threads=False):
+                    values = [_values(path, batch, name) for name in names]
+                    for image, label, split in zip(*values, strict=True):
+                        number += 1
+                        missing = label is None or label != label
+                        yield number, (str(image or ""), "" if missing else label, str(split or ""))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _not_parquet(path, error) from error
+
+    return _Table(names, rows())
 
 
-def _columns(path: Path, header: list[str], required: Sequence[str]) -> list[int | None]:
-    for name in required:
-        if name not in header:
-            raise UserError(f"{path} has no column {name!r}; it has {', '.join(header) or 'nothing'}")
-    return [header.index(name) if name in header else None for name in ("path", "label", "split")]
+def _check_expansion(path: Path, metadata: Any, names: set[str]) -> list[str]:
+    """The columns of texts among `names`. Raises UserError if they hold far more than the size of the file explains."""
+    size, values, unpacked, texts = path.stat().st_size, 0, 0, set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in names:
+                values += column.num_values
+                unpacked += column.total_uncompressed_size
+                texts |= {column.path_in_schema} if column.physical_type == "BYTE_ARRAY" else set()
+    values = max(values, metadata.num_rows)
+    if values > _FREE_VALUES + _VALUES_PER_BYTE * size or unpacked > _FREE_BYTES + _UNPACKED_PER_BYTE * size:
+        raise UserError(f"{path}: {values:,} values and {unpacked:,} bytes in {size:,}; no table of images repeats so")
+    return sorted(texts)
+
+
+def _values(path: Path, batch: Any, name: str | None) -> list[Any]:
+    """The cells of a column. Texts come as a dictionary, so a long one that is repeated is seen before it is copied."""
+    import pyarrow
+
+    compute = import_extra("pyarrow.compute", "parquet", f"{path}: Parquet")
+    if name is None:
+        return [""] * batch.num_rows
+    column = batch.column(name)
+    inner = column.flatten() if pyarrow.types.is_list(column.type) else column
+    if pyarrow.types.is_dictionary(inner.type):
+        inner = inner.dictionary
+    is_text = pyarrow.types.is_string(inner.type) or pyarrow.types.is_large_string(inner.type)
+    if is_text and (longest := compute.max(compute.binary_length(inner)).as_py() or 0) > _MAX_CELL_BYTES:
+        raise UserError(f"{path}: a cell of {name} has {longest:,} bytes; it may have {_MAX_CELL_BYTES:,}")
+    return column.to_pylist()
+
+
+def _not_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a readable Parquet file ({' '.join(str(error).split())[:120]})")
+
+
+def _columns(header: Sequence[str]) -> list[int | None]:
+    """Where path, label and split are."""
+    known = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in header]
+    return [next((known.index(name) for name in names if name in known), None) for names in _NAMES.values()]
+
+
+def _require(path: Path, header: Sequence[str], columns: list[int | None], required: Sequence[str]) -> None:
+    for name, column in zip(_NAMES, columns, strict=True):
+        if name in required and column is None:
+            found = one_line(shorten([name.strip()[:80] for name in header])) or "nothing"
+            raise UserError(
+                f"{path} has no column {name!r}; it has {found}. Its first row names the columns; "
+                f"{', '.join(_NAMES[name][1:10])} are understood too"
+            )

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from coatnet.data.decode import BadImage
 from coatnet.data.sampler import EpochSampler
-from coatnet.errors import one_line
+from coatnet.errors import UserError, one_line
 from coatnet.system.files import read_regular
 
 Encoded = bytes | NDArray[np.uint8]
+TRUSTED_ROOTS = "COATNET_DATA_ROOTS"  # environment variable: folders that data may lead to from elsewhere
+MAX_LABEL_BYTES = 1 << 30  # chosen: of a table of 0 and 1, such as a million images of a thousand classes
 MAX_IMAGE_BYTES = 1 << 30  # chosen: 150 megapixels of three 16-bit values, not compressed
 
 
@@ -136,14 +138,24 @@ class FileDataset(Dataset):
         root: the folder.
         paths: relative to `root`; names that are not UTF-8 hold surrogates, as from `os`.
         labels: class indices (N,), or 0 and 1 per class (N, K).
+        source: the folder of the whole data set, if `root` is a part of it.
     """
 
     thread_safe = True
 
-    def __init__(self, name: str, classes: Sequence[str], root: Path, paths: Iterable[str], labels: NDArray) -> None:
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        root: Path,
+        paths: Iterable[str],
+        labels: NDArray,
+        source: Path | None = None,
+    ) -> None:
         self.name = name
         self.classes = tuple(classes)
         self.root = root
+        self.source = source or root
         self.labels = as_labels(labels)
         self.multilabel = self.labels.ndim == 2
         encoded = [os.fsencode(path) for path in paths]
@@ -173,6 +185,36 @@ def read_image_file(path: str | Path, name: str) -> bytes:
         raise BadImage(name, f"unreadable: {error.strerror or error}") from error
 
 
+def links_outside(dataset: Dataset) -> list[tuple[str, str]]:
+    """Images whose files are links that leave the data's folder and COATNET_DATA_ROOTS: name, and what is linked to."""
+    if not isinstance(dataset, FileDataset):
+        return []
+    roots = [os.path.realpath(dataset.source), *trusted_roots()]
+    targets = ((index, os.path.realpath(dataset.path(index))) for index in range(len(dataset)))
+    return [(dataset.describe(index), printable(target)) for index, target in targets if not is_below(target, roots)]
+
+
+def trusted_roots() -> list[str]:
+    """The folders that COATNET_DATA_ROOTS names, to which links and paths of data may lead out of its own."""
+    named = [name for name in os.environ.get(TRUSTED_ROOTS, "").split(os.pathsep) if name]
+    return [spelled(name) for name in named for spelled in (os.path.abspath, os.path.realpath)]
+
+
+def is_below(path: str, roots: Iterable[str]) -> bool:
+    """Whether an absolute path is in one of the folders, or one of them itself."""
+    return any(path == root or path.startswith(os.path.join(root, "")) for root in roots)
+
+
+def empty_label_table(where: str, num_images: int, num_classes: int) -> NDArray[np.uint8]:
+    """Zeros (N, K) for images with several labels. Raises UserError, which begins with `where`, if it is too large."""
+    if num_images * num_classes > MAX_LABEL_BYTES:
+        raise UserError(
+            f"{where} {num_images:,} images of {num_classes:,} classes take {num_images * num_classes / 1e9:,.0f} GB "
+            f"of labels, {MAX_LABEL_BYTES / 1e9:.0f} GB are read: are the labels what you mean?"
+        )
+    return np.zeros((num_images, num_classes), dtype=np.uint8)
+
+
 def evenly_spaced(num_images: int, count: int) -> list[int]:
     """The indices of `count` images, or of all if they are fewer, from the first to the last."""
     return np.linspace(0, num_images - 1, min(count, num_images)).astype(np.int64).tolist()
@@ -180,7 +222,7 @@ def evenly_spaced(num_images: int, count: int) -> list[int]:
 
 def as_labels(labels: NDArray) -> NDArray:
     """Class indices as int64 (N,), or 0 and 1 per class as uint8 (N, K)."""
-    return labels.astype(np.int64) if labels.ndim == 1 else labels.astype(np.uint8)
+    return labels.astype(np.int64 if labels.ndim == 1 else np.uint8, copy=False)
 
 
 def printable(name: str) -> str:

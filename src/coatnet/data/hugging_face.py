@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import Dataset, as_labels, printable, read_image_file
+from coatnet.data.datasets import (
+    TRUSTED_ROOTS,
+    Dataset,
+    as_labels,
+    empty_label_table,
+    is_below,
+    printable,
+    read_image_file,
+    trusted_roots,
+)
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
-from coatnet.data.splits import Splits, choose_validation
+from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
 from coatnet.errors import UserError, import_extra
 
 SCHEME = "hf://"
@@ -30,10 +39,19 @@ class HuggingFaceDataset(Dataset):
         column: the name of the image column.
         rows: the rows of this split, (N,).
         labels: class indices (N,), or 0 and 1 per class (N, K).
+        roots: the folders in which the files are that the table names; paths start from the first. Others are read
+            only if COATNET_DATA_ROOTS allows it, as the table may be a stranger's.
     """
 
     def __init__(
-        self, name: str, classes: Sequence[str], table: Any, column: str, rows: NDArray[np.int64], labels: NDArray
+        self,
+        name: str,
+        classes: Sequence[str],
+        table: Any,
+        column: str,
+        rows: NDArray[np.int64],
+        labels: NDArray,
+        roots: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
@@ -42,6 +60,7 @@ class HuggingFaceDataset(Dataset):
         self._rows = rows
         self._column = column
         self._table = table
+        self._roots = [os.path.realpath(root) for root in roots]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -52,7 +71,13 @@ class HuggingFaceDataset(Dataset):
             raise BadImage(self.describe(index), "empty: the row has no image")
         if cell["bytes"] is not None:
             return cell["bytes"], self.labels[index]
-        return read_image_file(cell["path"], self.describe(index)), self.labels[index]
+        path = os.path.join(*self._roots[:1], cell["path"] or "")
+        if not is_below(os.path.realpath(path.replace("\0", "")), [*self._roots, *trusted_roots()]):
+            raise BadImage(
+                self.describe(index),
+                f"unreadable: {printable(path)[:200]} is not in the data's folder; {TRUSTED_ROOTS} allows others",
+            )
+        return read_image_file(path, self.describe(index)), self.labels[index]
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{self._rows[index]}]"
@@ -73,8 +98,12 @@ def is_saved_folder(folder: Path) -> bool:
     )
 
 
-def open_hugging_face(source: str, validation_fraction: float) -> Splits:
+def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bool = False) -> Splits:
     """Open `hf://owner/name`, `hf://owner/name:configuration`, or a saved folder.
+
+    Args:
+        validation_fraction: of the images, to hold out if the data set has no split for it.
+        evaluation: nothing is trained, so one class, one image a class or a test split alone are enough.
 
     Raises:
         UserError: there is no such dataset, or it is unclear which columns hold images and labels.
@@ -82,7 +111,7 @@ def open_hugging_face(source: str, validation_fraction: float) -> Splits:
     place = source.removeprefix(SCHEME)
     name = printable(Path(place).name if Path(place).exists() else place)
     tables = _load(place)
-    splits = _splits(source, tables)
+    splits = _splits(source, tables, evaluation)
     features = tables[splits[0]].features
     image, label = _image_column(source, features), _label_column(source, features)
     for split in splits:
@@ -90,40 +119,60 @@ def open_hugging_face(source: str, validation_fraction: float) -> Splits:
             raise UserError(f"{source}: {split} lacks {image} or {label}, which {splits[0]} has")
     values = [_values(f"{source}, {split}", tables[split], label) for split in splits]
     class_names = getattr(_inner(features[label]), "names", None)
-    classes = _classes(source, class_names, values[0])
+    every = [value for part in values for value in part] if evaluation else values[0]
+    classes = _classes(source, class_names, every, evaluation)
     images, labels = [], []
     for split, found in zip(splits, values, strict=True):
         images.append(_undecoded(tables[split], image))
         labels.append(_encode(f"{source}, {split}", found, classes, named=class_names is not None))
 
-    if len(splits) == 2:
+    if evaluation and len(splits) == 1 and splits[0].lower() in (*VALIDATION_NAMES, *TEST_NAMES):
+        rows = [np.arange(0), np.arange(len(labels[0]))]
+        note = f"its split {splits[0]}"
+        splits, images, labels = splits * 2, images * 2, [labels[0][:0], labels[0]]
+    elif len(splits) == 2:
         rows = [np.arange(len(part)) for part in labels]
         note = f"its splits {splits[0]} and {splits[1]}"
     else:
         held_out = choose_validation(
             [f"{name}[{row}]" for row in range(len(labels[0]))], labels[0], validation_fraction
         )
-        if not held_out.any():
-            raise UserError(f"{source}: no class has two images, so none can be held out")
-        rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
         note = f"held out {held_out.mean():.0%} of {splits[0]}, class by class, by the hash of the row's number"
+        if not held_out.any():
+            if not evaluation:
+                raise UserError(f"{source}: no class has two images, so none can be held out")
+            held_out[:], note = True, NONE_TO_HOLD_OUT
+        rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
         splits, images, labels = splits * 2, images * 2, [labels[0][part] for part in rows]
+    roots = _roots(place)
     training, validation = (
-        HuggingFaceDataset(f"{name}/{split}", list(classes), table, image, numbers, part)
+        HuggingFaceDataset(f"{name}/{split}", list(classes), table, image, numbers, part, roots)
         for split, table, numbers, part in zip(splits, images, rows, labels, strict=True)
     )
     return Splits(name, training, validation, (f"{note}; images are {image}, labels {label}",))
 
 
-def _splits(source: str, tables: Mapping[str, Any]) -> list[str]:
+def _roots(place: str) -> list[str]:
+    """The folders that hold the files of a data set: its own, or what was fetched from the hub."""
+    if Path(place).exists():
+        return [place]
+    import datasets  # pyrefly: ignore[missing-import]  # an extra
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [str(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE]
+
+
+def _splits(source: str, tables: Mapping[str, Any], evaluation: bool) -> list[str]:
     """The name of the training split and, if there is one, of the split to validate on."""
     by_name = {name.lower(): name for name in tables}
     training = next((by_name[name] for name in TRAINING_NAMES if name in by_name), None)
     if training is None and len(tables) == 1:
         (training,) = tables
-    if training is None:
-        raise UserError(f"{source}: no split is called train; it has {', '.join(tables)}")
     held_out = next((by_name[name] for name in (*VALIDATION_NAMES, *TEST_NAMES) if name in by_name), training)
+    if training is None and held_out and evaluation:
+        return [held_out]
+    if training is None or held_out is None:
+        raise UserError(f"{source}: no split is called train; it has {', '.join(tables)}")
     return [training] if held_out == training else [training, held_out]
 
 
@@ -183,12 +232,12 @@ def _values(where: str, table: Any, column: str) -> list[Any]:
     return found
 
 
-def _classes(source: str, names: Sequence[str] | None, values: list[Any]) -> dict[str, int]:
+def _classes(source: str, names: Sequence[str] | None, values: list[Any], evaluation: bool) -> dict[str, int]:
     """The index of each class, by name; without given names, the values of the rows are the names."""
     if names is None:
         items = (item for value in values for item in (value if isinstance(value, list) else [value]))
         names = sorted({str(item) for item in items}, key=natural_key)
-    if len(names) < 2:
+    if len(names) < 2 and not (evaluation and names):
         raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(names)}
 
@@ -196,7 +245,9 @@ def _classes(source: str, names: Sequence[str] | None, values: list[Any]) -> dic
 def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named: bool) -> NDArray:
     """Class indices (n,), or 0 and 1 per class (n, K); the values of a `named` column are indices already."""
     several = any(isinstance(value, list) for value in values)
-    labels = np.zeros((len(values), len(classes)) if several else len(values), dtype=np.int64)
+    labels: NDArray = np.zeros(len(values), dtype=np.int64)
+    if several:
+        labels = empty_label_table(f"{where}:", len(values), len(classes))
     for row, value in enumerate(values):
         for item in value if several else [value]:
             number = item if named else classes.get(str(item), -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, links_outside
 from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
@@ -31,6 +31,8 @@ class Inspection:
         num_repeated: training images with the pixels of an earlier one.
         empty_classes: classes of which no training image can be used.
         num_measured: validation images that can be used.
+        links_outside: images that are links out of the data's folder, and what they lead to. They are read for
+            training and prediction, but not packed.
     """
 
     splits: Splits
@@ -41,6 +43,7 @@ class Inspection:
     num_repeated: int
     empty_classes: tuple[str, ...] = ()
     num_measured: int = 1
+    links_outside: tuple[tuple[str, str], ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -64,6 +67,9 @@ class Inspection:
         lines += _section("images have a duplicate with another label", _equations(self.contradictions))
         if self.num_repeated:
             lines.append(f"{self.num_repeated:,} training images repeat an earlier one")
+        lines += _section(
+            "images are links out of the data's folder", [f"{name} -> {file}" for name, file in self.links_outside]
+        )
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
 
     def _consequence(self) -> str:
@@ -117,7 +123,10 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
             if not np.array_equal(first.labels[number], dataset.labels[index]):
                 contradictions.append(pair)
     empty = tuple(name for index, name in enumerate(splits.classes) if index not in learned)
-    return Inspection(splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated, empty, num_measured)
+    outside = tuple(link for dataset in (splits.training, splits.validation) for link in links_outside(dataset))
+    return Inspection(
+        splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated, empty, num_measured, outside
+    )
 
 
 def _digests(

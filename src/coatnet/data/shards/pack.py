@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from coatnet.data.datasets import Dataset, Encoded, evenly_spaced
+from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, evenly_spaced, links_outside
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import hide_main_script
 from coatnet.data.open import open_dataset
@@ -276,6 +276,12 @@ def pack(
         raise UserError(f"{out} exists already; give a new folder")
     splits = source if isinstance(source, Splits) else open_dataset(source)
     datasets = {TRAINING: splits.training, VALIDATION: splits.validation}
+    if outside := [link for dataset in datasets.values() for link in links_outside(dataset)]:
+        name, file = outside[0]
+        raise UserError(
+            f"{name} is a link to {file}, out of the data's folder, as are {len(outside) - 1:,} others: packing would "
+            f"copy what it leads to; if it may, name the folder in {TRUSTED_ROOTS}"
+        )
     mean = {name: _mean_bytes(dataset) for name, dataset in datasets.items()}
     pieces = [
         piece for name, dataset in datasets.items() for piece in _pieces(name, len(dataset), shard_bytes / mean[name])

@@ -120,7 +120,7 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
             num_repeated += dataset is splits.training
             if first is not dataset:
                 leaks.append(pair)
-            if not np.array_equal(first.labels[number], dataset.labels[index]):
+            if not np.array_equal(first.label(number), dataset.label(index)):
                 contradictions.append(pair)
     empty = tuple(name for index, name in enumerate(splits.classes) if index not in learned)
     outside = tuple(link for dataset in (splits.training, splits.validation) for link in links_outside(dataset))

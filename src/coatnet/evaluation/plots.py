@@ -105,10 +105,10 @@ def _series(metrics_path: str | Path, name: str) -> np.ndarray:
     for line in read_regular(metrics_path, MAX_LOG_BYTES).decode().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            if record.get(name) is not None:
+                by_step[record["step"]] = record["epoch"], record[name]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if record.get(name) is not None:
-            by_step[record["step"]] = record["epoch"], record[name]
     rows = np.array([by_step[step] for step in sorted(by_step)], dtype=float)
     return rows.reshape(-1, 2)  # (0, 2) without lines
 

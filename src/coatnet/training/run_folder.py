@@ -17,6 +17,7 @@ from coatnet.system.files import (
     read_regular,
     remove_leftovers,
 )
+from coatnet.system.json_reader import read_json
 from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
 
 LOCK = ".lock"  # in the folder while a process trains in it
@@ -96,13 +97,15 @@ class RunFolder:
         if config.epochs < before.epochs:
             raise UserError(f"{self.path} holds a run of {before.epochs} epochs, which can only be extended")
         if self._classes_file.exists():
-            self._compare_classes(json.loads(read_regular(self._classes_file)))
+            self._compare_classes(read_json(self._classes_file))
         return config
 
-    def _compare_classes(self, before: list[str]) -> None:
+    def _compare_classes(self, before: Any) -> None:
         """Raises UserError unless they are the same: the rows of the classifier belong to them by their order."""
         if before == self._classes:
             return
+        if not isinstance(before, list) or not all(isinstance(name, str) for name in before):
+            raise UserError(f"{self._classes_file} is damaged: it is no list of names; give another folder")
         now, then = set(self._classes), set(before)
         gone, new = [name for name in before if name not in now], [name for name in self._classes if name not in then]
         found = [f"without {shorten(gone)}"] * bool(gone) + [f"with the new {shorten(new)}"] * bool(new)
@@ -150,7 +153,7 @@ class RunFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the line that the process was writing when it died
         atomic_write(self.metrics, "".join(line + "\n" for line in kept))
 

@@ -1,10 +1,12 @@
 """Packed shards: any image takes one read, and everything wrong with them is found when they are opened."""
 
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests.data.loaders import evaluate, train
 from coatnet.data.loader import sampler_of
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.dataset import ShardDataset
+from coatnet.data.shards.index import digest, from_npy, sample_columns, to_npy
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
 
@@ -120,6 +123,72 @@ def one_line(folder: Path) -> str:
     return str(caught.value)
 
 
+def forge(folder: Path, change: Callable[[np.ndarray], None], *, of: str) -> None:
+    """Change a table of samples, or the table of shards, and all checksums that belong to it."""
+    head = json.loads((folder / "coatnet-shards.json").read_text())
+    shards = np.load(folder / "train.shards.npy")
+    if of == "samples":
+        samples = np.load(folder / "train-000000.npy")
+        change(samples)
+        (folder / "train-000000.npy").write_bytes(data := to_npy(samples))
+        shards["index_sha256"][0] = digest(data)
+    else:
+        change(shards)
+    (folder / "train.shards.npy").write_bytes(data := to_npy(shards))
+    head["splits"]["train"]["table_sha256"] = digest(data)
+    (folder / "coatnet-shards.json").write_text(json.dumps(head))
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value"),
+    [
+        ("offset", 0, -1),
+        ("offset", -1, 2**62),
+        ("offset", 1, 0),
+        ("length", 1, 2**63 - 1),
+        ("length", 0, -5),
+        ("label", 2, 99),
+        ("label", 0, -7),
+    ],
+)
+def test_rows_that_point_outside_are_found_at_open(folder, column, row, value):
+    def change(samples):
+        samples[column][row] = value
+
+    forge(folder, change, of="samples")
+    found = one_line(folder)
+    number = row % len(np.load(folder / "train-000000.npy"))
+    assert f"train-000000.npy: row {number:,} points outside" in found
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a//b.tar", "passwd", "a\\b.tar"])
+def test_a_shard_elsewhere_is_refused(folder, name):
+    forge(folder, lambda shards: shards["name"].__setitem__(0, name.encode()), of="shards")
+    assert "is not the name of a tar in this folder" in one_line(folder)
+
+
+@pytest.mark.parametrize(("column", "value"), [("num_samples", -1), ("num_bytes", -1), ("index_bytes", 2**63 - 1)])
+def test_sizes_that_cannot_be_are_refused(folder, column, value):
+    forge(folder, lambda shards: shards[column].__setitem__(0, value), of="shards")
+    assert f"the column {column} has values that cannot be" in one_line(folder)
+
+
+@pytest.mark.parametrize("kind", ["O", "<f8", "<i4", ">i8", "<i8,<i8"])
+def test_columns_of_other_types_are_refused(kind):
+    rows = np.zeros(2, [("offset", kind), ("length", "<i8"), ("label", "<i4"), ("key", "S3")])
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, rows, version=(1, 0))
+    with pytest.raises(UserError, match="not the expected index"):
+        from_npy(buffer.getvalue(), sample_columns(3, multilabel=False), 2, "some.npy")
+
+
+def test_a_header_that_is_nested_deeply_is_refused():
+    header = b"(" * 9_000
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(UserError, match="not the expected index"):
+        from_npy(data, sample_columns(3, multilabel=False), 2, "some.npy")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_truncated_shard_is_found_at_open(folder, split):
     shard = sorted(folder.glob(f"{split}-*.tar"))[-1]
@@ -173,14 +242,19 @@ def test_a_table_of_shards_that_does_not_belong_is_found_at_open(folder):
     ("change", "message"),
     [
         (lambda head: head.update(version=2), "version 2 of the index; this coatnet reads 1"),
-        (lambda head: head.update(format="something"), "its format is 'something'"),
-        (lambda head: head.pop("classes"), "not the index of a folder of shards ('classes')"),
-        (lambda head: head.update(classes=["cat"]), "1 classes, and counts"),
-        (lambda head: head.update(classes=["cat", 3]), "3 where a text is expected"),
-        (lambda head: head["splits"].pop("val"), "not the index of a folder of shards ('val')"),
-        (lambda head: head["splits"]["val"].update(num_samples=-1), "-1 where a count is expected"),
+        (lambda head: head.update(format="something"), "format is 'something'"),
+        (lambda head: head.pop("classes"), "not the index of a folder of shards (classes is missing)"),
+        (lambda head: head.update(classes=["cat"]), "classes is ['cat']; List should have at least 2 items"),
+        (lambda head: head.update(classes=["cat", 3]), "classes is 3; it must be a valid string"),
+        (lambda head: head["splits"].pop("val"), "not the index of a folder of shards (val is missing)"),
+        (lambda head: head["splits"]["val"].update(num_samples=-1), "num_samples is -1; it must be"),
         (lambda head: head["splits"]["val"].update(num_samples=999), "samples where coatnet-shards.json says 999"),
         (lambda head: head["splits"]["val"].update(num_shards=10**12), "1,000,000,000,000 rows were expected"),
+        (lambda head: head["splits"]["val"].update(num_shards=10**4_000), "num_shards is 1000"),
+        (lambda head: head["splits"]["val"].update(class_counts=[10**30] * 3), "class_counts is 1000"),
+        (lambda head: head.update(classes=["cat"] * len(head["classes"])), "class 'cat' is named twice"),
+        (lambda head: head.update(classes=[["cat"]] * 10**5), "classes is"),
+        (lambda head: head.update(name="x" * 10**6, notes=7), "notes is 7"),
     ],
 )
 def test_a_head_that_is_wrong_is_one_line(folder, change, message):

@@ -1,6 +1,7 @@
 """Reading the samples of a tar that another program wrote, and finding every damage."""
 
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,73 @@ def test_compressed_tars_are_refused(tmp_path):
 )
 def test_labels_that_are_wrong_are_named(tmp_path, name, data, message):
     assert message in one_line(write_tar(tmp_path / "some.tar", [("a.png", b"x"), (name, data)]))
+
+
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """A header of ustar, with the size as it is told to `tarfile`."""
+    member = tarfile.TarInfo(name.decode())
+    member.type = kind
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(block)
+
+
+LONG = header(b"@LongLink", 512, b"L") + b"x" * 511 + b"\0"
+PAX = header(b"pax", 512, b"x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(b"a.png", 2**62), "truncated"),
+        (header(b"a.png", 2**80), "truncated"),
+        (header(b"a.png", -1024), "truncated"),
+        (header(b"a.png", -512) + header(b"b.png", 0), "truncated"),
+        (header(b"a.png", 512, b"S") + bytes(512), "truncated"),
+        (header(b"@LongLink", 2**40, b"L"), "headers of more than 1,048,576 bytes"),
+        (header(b"@LongLink", -1024, b"L"), "headers of more than"),
+        (header(b"pax", 2**40, b"x"), "headers of more than"),
+        (header(b"pax", -1024, b"x"), "headers of more than"),
+        (LONG * 100_000, "truncated"),
+        (PAX + b"99999 path=a.png\n".ljust(512, b"\0"), "truncated"),
+        (PAX + (b"9" * 400 + b" path=a\n").ljust(512, b"\0"), "truncated"),
+        ((PAX + b"14 comment=abc\n".ljust(512, b"\0")) * 20_000, "truncated"),
+        (PAX + b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n30 GNU.sparse.realsize=99999\n".ljust(512, b"\0")
+         + header(b"a.png", 2**33) + b"1" * 4_096, "truncated"),
+        (b"\x80" * 512 * 8, "truncated"),
+    ],
+)  # fmt: skip
+def test_headers_that_ask_for_much_are_one_line(tmp_path, content, message):
+    path = tmp_path / "some.tar"
+    path.write_bytes(content)
+    tracemalloc.start()
+    assert message in one_line(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30_000_000
+
+
+def test_members_with_holes_are_refused(tmp_path):
+    sparse = b"22 GNU.sparse.major=0\n22 GNU.sparse.minor=1\n24 GNU.sparse.map=0,1,5,1\n25 GNU.sparse.size=1000\n"
+    path = tmp_path / "some.tar"
+    path.write_bytes(PAX + sparse.ljust(512, b"\0") + header(b"a.png", 2) + bytes(512 * 3))
+    assert "a.png is a sparse file" in one_line(path)
+
+
+@pytest.mark.parametrize(
+    "label", [b"9" * 4_500, b"-" + b"9" * 25, b"\xd9\xa3" * 100], ids=["digits", "negative", "arabic digits"]
+)
+def test_a_label_of_many_digits_is_a_name(tmp_path, label):
+    path = write_tar(tmp_path / "some.tar", [("a.png", image(0)), ("a.cls", label)])
+    assert read(path)[0].label == label.decode()
+
+
+@pytest.mark.parametrize("label", [b"9" * 4_500, b"9" * 4_200, b"-1", b"[" * 100_000, b'{"label": NaN}', b"[[1]]"])
+def test_a_json_label_that_is_none_is_one_line(tmp_path, label):
+    assert "label" in one_line(write_tar(tmp_path / "some.tar", [("a.png", image(0)), ("a.json", label)]))
+
+
+def test_a_key_that_would_widen_every_row_is_refused(tmp_path):
+    long = f"{'x' * 300}/" * 4 + "a"
+    assert "the key" in one_line(write_tar(tmp_path / "some.tar", [(f"{long}.png", image(0)), (f"{long}.cls", b"1")]))

@@ -10,7 +10,7 @@ from tests.data.shards.tars import image, samples, write_tar
 
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
-from coatnet.data.shards.webdataset import split_of
+from coatnet.data.shards.webdataset import Sample, _Tar, _write_samples, split_of
 from coatnet.errors import UserError
 
 
@@ -172,3 +172,20 @@ def test_a_folder_of_classes_with_a_tar_in_it_is_a_folder_of_images(make_folder,
     if (root / place).parent.is_dir():
         write_tar(root / place, samples(0, 3))
     assert open_dataset(root).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("label", [b"[1, 1000000]", b"[1, 99999999999999]", b"[" + b"9" * 4_200 + b"]"])
+def test_labels_of_more_classes_than_there_may_be_are_one_line(root, label):
+    for name in ("train", "val"):
+        write_tar(root / f"{name}-0.tar", [(f"{name}.png", image(0)), (f"{name}.json", label)])
+    assert "label" in one_line(root) or "it must be from 1 to 999,999" in one_line(root)
+
+
+def test_several_of_many_labels_take_one_bit_each(root):
+    for name in ("train", "val"):
+        write_tar(root / f"{name}-0.tar", [(f"{name}.png", image(0)), (f"{name}.json", b"[3, 999999, 3]")])
+    training = open_dataset(root).training
+    assert np.flatnonzero(training.label(0)).tolist() == [3, 999_999] and training.class_counts.sum() == 2
+    rows = [Sample(str(number), 0, 0, (3,)) for number in range(5_000)]
+    with pytest.raises(UserError, match=r"some\.tar: 5,000 images with several of 1,000,000 labels"):
+        _write_samples(root, _Tar("some.tar", 0, rows), {str(number): number for number in range(1_000_000)}, True)

@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, printable
 from coatnet.data.decode import BadImage
 from coatnet.data.sampler import EpochSampler, Indices, Samples, hash_words
 from coatnet.data.shards.index import (
     HEAD,
-    SAMPLE_COLUMNS,
+    SHARD_COLUMNS,
     TRAINING,
     VALIDATION,
     Head,
-    Shard,
     Split,
+    check_samples,
+    check_shards,
     digest,
     from_npy,
     index_name,
     labels_of,
     parse_head,
+    sample_columns,
     table_name,
 )
 from coatnet.data.shards.storage import LocalStorage, RemoteStorage, Storage, chunks, default_cache, read_whole
@@ -167,7 +169,8 @@ class ShardDataset(Dataset):
 
     def describe(self, index: int) -> str:
         shard, row = self._find(index)
-        return f"{self._files}/{self.shard_name(shard)}/{self._samples(shard)[row]['key'].decode()}"
+        key = printable(os.fsdecode(self._samples(shard)[row]["key"]))
+        return f"{self._files}/{self.shard_name(shard)}/{key}"
 
     def shard_name(self, shard: int) -> str:
         """The file name of a shard."""
@@ -222,7 +225,7 @@ class ShardDataset(Dataset):
         checksum = row["index_sha256"].decode()
         descriptor = self._index_files.open(name, num_bytes, checksum)
         try:
-            if os.fstat(descriptor).st_size != num_bytes:
+            if not num_bytes or os.fstat(descriptor).st_size != num_bytes:
                 raise UserError(f"{self._index_files}/{name}: truncated or changed; pack the images again")
             mapped = mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ)
         finally:
@@ -232,7 +235,10 @@ class ShardDataset(Dataset):
             raise UserError(
                 f"{self._index_files}/{name}: does not belong to {tar}, its checksum differs; pack them again"
             )
-        return from_npy(mapped, SAMPLE_COLUMNS, int(row["num_samples"]), f"{self._index_files}/{name}")
+        where, num_classes = f"{self._index_files}/{name}", len(self.classes)
+        table = from_npy(mapped, sample_columns(num_classes, self.multilabel), int(row["num_samples"]), where)
+        check_samples(table, int(row["num_bytes"]), num_classes, where)
+        return table
 
 
 WORK = ".packing"  # a folder inside that `coatnet pack` removes when it is finished
@@ -290,9 +296,8 @@ def _open_split(head: Head, name: str, files: Storage, index_files: Storage) -> 
         raise UserError(f"{where}: missing; fetch or pack it again")
     if digest(data) != split.table_sha256:
         raise UserError(f"{where}: does not belong to {HEAD}; its checksum differs")
-    table = from_npy(data, Shard._fields, split.num_shards, where)
-    if table["num_samples"].sum() != split.num_samples:
-        raise UserError(f"{where}: {table['num_samples'].sum():,} samples where {HEAD} says {split.num_samples:,}")
+    table = from_npy(data, SHARD_COLUMNS, split.num_shards, where)
+    check_shards(table, split.num_samples, where)
     dataset = ShardDataset(head, split, table, files, index_files)
     dataset.check()
     if index_files.is_local:  # remote ones are checked when they are fetched

@@ -8,23 +8,29 @@ import io
 import json
 import mmap
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any, NamedTuple
+from tokenize import TokenError
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from coatnet.errors import UserError
+from coatnet.system.json_reader import MAX_INTEGER, Count, Counts, Texts, parse_json, require_object, validate
 
 HEAD = "coatnet-shards.json"
 TRAINING, VALIDATION = "train", "val"
 _FORMAT, _VERSION = "coatnet shards", 1
+MAX_CLASSES = 1_000_000
 _MAX_HEADER_BYTES = 65_536  # of an .npy file of format 1.0
 # numpy parses a header by `ast`, which fails at times in several threads at once before Python 3.11.8 and 3.12.1
 # (https://github.com/python/cpython/issues/106905).
 _HEADER_LOCK = threading.Lock()
+_PARSER_ERRORS = (SyntaxError, TokenError, RecursionError, MemoryError)
 
 
 class Shard(NamedTuple):
@@ -64,30 +70,51 @@ class Head:
         return json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
+class SplitJson(BaseModel, strict=True):
+    """The entry of a split in a head that others wrote."""
+
+    num_samples: Annotated[Count, Field(ge=1)]
+    num_shards: Annotated[Count, Field(ge=1)]
+    class_counts: Counts
+    table_sha256: str
+
+
+class HeadJson(BaseModel, strict=True):
+    """A head that others wrote."""
+
+    format: Literal["coatnet shards"]
+    version: Literal[1]
+    name: str
+    classes: Annotated[Texts, Field(min_length=2, max_length=MAX_CLASSES)]
+    multilabel: bool
+    splits: dict[Literal["train", "val"], SplitJson]
+    notes: Texts
+
+
 def parse_head(data: bytes, where: str) -> Head:
     """Parse `coatnet-shards.json`. Raises UserError if it is damaged or of a newer version."""
     try:
-        values = json.loads(data)
-        if values["format"] != _FORMAT:
-            raise ValueError(f"its format is {values['format']!r}")
-        if values["version"] != _VERSION:
-            raise UserError(f"{where}: version {values['version']!r} of the index; this coatnet reads {_VERSION}")
-        splits = {name: _parse_split(values["splits"][name]) for name in (TRAINING, VALIDATION)}
-        head = Head(
-            _text(values["name"]),
-            tuple(_text(name) for name in values["classes"]),
-            bool(values["multilabel"]),
-            splits,
-            tuple(_text(note) for note in values["notes"]),
-        )
-        if len(head.classes) < 2 or any(len(split.class_counts) != len(head.classes) for split in splits.values()):
-            raise ValueError(f"{len(head.classes)} classes, and counts of other numbers of classes")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
+        values = require_object(parse_json(data, HEAD), HEAD)
+        version = values.get("version")
+        if values.get("format") == _FORMAT and isinstance(version, int) and version != _VERSION:
+            raise UserError(f"version {version!r} of the index; this coatnet reads {_VERSION}")
+        found = validate(HeadJson, values, HEAD)
+        splits = {name: _split(found, name) for name in (TRAINING, VALIDATION)}
+        if len(set(found.classes)) < len(found.classes):
+            raise UserError(f"class {Counter(found.classes).most_common(1)[0][0]!r} is named twice")
+    except UserError as error:
+        reason = str(error).removeprefix(f"{HEAD}: ")
         raise UserError(f"{where}: not the index of a folder of shards ({reason}); pack the images again") from error
-    return head
+    return Head(found.name, tuple(found.classes), found.multilabel, splits, tuple(found.notes))
+
+
+def _split(head: HeadJson, name: Literal["train", "val"]) -> Split:
+    if name not in head.splits:
+        raise UserError(f"{name} is missing")
+    seen, num_classes = head.splits[name], len(head.classes)
+    if len(seen.class_counts) != num_classes:
+        raise UserError(f"{num_classes} classes, and counts of other numbers of classes")
+    return Split(seen.num_samples, seen.num_shards, tuple(seen.class_counts), seen.table_sha256)
 
 
 def shard_table(shards: Sequence[Shard]) -> NDArray:
@@ -107,13 +134,17 @@ def summarize_split(shards: Sequence[Shard], class_counts: NDArray, table: bytes
 
 
 def sample_table(offsets: Sequence[int], lengths: Sequence[int], labels: NDArray, keys: Sequence[str]) -> NDArray:
-    """A table with a row per sample. Labels are class indices (n,), or 0 and 1 per class (n, K), stored as bits."""
+    """A table with a row per sample.
+
+    Args:
+        offsets: of the images in the tar.
+        lengths: of the images.
+        labels: class indices (n,), or one bit per class (n, K / 8), as `numpy.packbits` makes them.
+        keys: names of the samples.
+    """
     encoded = [key.encode() for key in keys]
     width = max(map(len, encoded), default=1)
-    label: tuple[Any, ...] = ("label", "<i4")
-    if labels.ndim == 2:
-        labels = np.packbits(labels, axis=1)
-        label = ("label", "u1", (labels.shape[1],))
+    label: tuple[Any, ...] = ("label", "<i4") if labels.ndim == 1 else ("label", "u1", (labels.shape[1],))
     table = np.zeros(len(encoded), dtype=[("offset", "<i8"), ("length", "<i8"), label, ("key", f"S{width}")])
     table["offset"], table["length"], table["label"] = offsets, lengths, labels
     table["key"] = encoded
@@ -134,8 +165,15 @@ def to_npy(table: NDArray) -> bytes:
     return buffer.getvalue()
 
 
-def from_npy(data: bytes | mmap.mmap, columns: Sequence[str], num_rows: int, where: str) -> NDArray:
-    """The table in `data`, without a copy. Raises UserError if it has other columns or another number of rows."""
+def from_npy(data: bytes | mmap.mmap, columns: Mapping[str, Any], num_rows: int, where: str) -> NDArray:
+    """The table in `data`, without a copy.
+
+    Args:
+        columns: the type of each column by name; "S" is a text of any width.
+
+    Raises:
+        UserError: it has other columns or another number of rows.
+    """
     file = io.BytesIO(data[:_MAX_HEADER_BYTES])
     try:
         if np.lib.format.read_magic(file) != (1, 0):
@@ -144,12 +182,43 @@ def from_npy(data: bytes | mmap.mmap, columns: Sequence[str], num_rows: int, whe
             shape, _, kind = np.lib.format.read_array_header_1_0(file)
         if kind.names != tuple(columns) or shape != (num_rows,):
             raise ValueError(f"{shape} rows of {kind.names}")
+        for name, wanted in columns.items():
+            if kind[name].kind != "S" if wanted == "S" else kind[name] != np.dtype(wanted):
+                raise ValueError(f"the column {name} is {kind[name]}")
         if len(data) != file.tell() + num_rows * kind.itemsize:
             raise ValueError(f"{len(data):,} bytes")
         return np.frombuffer(data, kind, num_rows, file.tell()) if num_rows else np.zeros(0, kind)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, *_PARSER_ERRORS) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{where}: not the expected index ({reason}); {num_rows:,} rows were expected") from error
+
+
+def check_shards(table: NDArray, num_samples: int, where: str) -> None:
+    """Raise UserError unless a table of shards has names within its folder and the given number of samples."""
+    for name in table["name"].tolist():
+        parts = name.decode("utf-8", "replace").split("/")
+        if not name.endswith(b".tar") or not all(parts) or {".", ".."} & set(parts) or b"\\" in name or b"\0" in name:
+            raise UserError(f"{where}: {name!r:.80} is not the name of a tar in this folder; pack the images again")
+    for column in ("num_bytes", "num_samples", "index_bytes"):
+        if table[column].min() < 0 or table[column].max() > MAX_INTEGER:
+            raise UserError(f"{where}: the column {column} has values that cannot be; pack the images again")
+    if (found := sum(table["num_samples"].tolist())) != num_samples:
+        raise UserError(f"{where}: {found:,} samples where {HEAD} says {num_samples:,}")
+
+
+def check_samples(table: NDArray, num_bytes: int, num_classes: int, where: str) -> None:
+    """Raise UserError unless rows lie in a tar of `num_bytes`, one after the other, and labels are known."""
+    offsets, lengths, labels = table["offset"], table["length"], table["label"]
+    inside = (offsets >= 0) & (lengths >= 0) & (lengths <= num_bytes) & (offsets <= num_bytes - lengths)
+    wrong = ~inside
+    wrong[1:] |= inside[1:] & inside[:-1] & (offsets[1:] < offsets[:-1] + lengths[:-1])
+    if labels.ndim == 1:
+        wrong |= (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(
+            f"{where}: row {row:,} points outside its tar, into another image or to no class; pack the images again"
+        )
 
 
 def digest(data: bytes | mmap.mmap) -> str:
@@ -167,24 +236,17 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".npy"
 
 
-SAMPLE_COLUMNS = ("offset", "length", "label", "key")
+SHARD_COLUMNS = {
+    "name": "S",
+    "num_bytes": "<i8",
+    "num_samples": "<i8",
+    "sha256": "S64",
+    "index_bytes": "<i8",
+    "index_sha256": "S64",
+}
 
 
-def _parse_split(values: Mapping[str, Any]) -> Split:
-    counts = tuple(_whole(count) for count in values["class_counts"])
-    num_samples, num_shards = _whole(values["num_samples"]), _whole(values["num_shards"])
-    if not num_samples or not num_shards:
-        raise ValueError("a split without images")
-    return Split(num_samples, num_shards, counts, _text(values["table_sha256"]))
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} where a text is expected")
-    return value
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} where a count is expected")
-    return value
+def sample_columns(num_classes: int, multilabel: bool) -> dict[str, Any]:
+    """The columns of a table of samples and their types."""
+    label = ("u1", (-(-num_classes // 8),)) if multilabel else "<i4"
+    return {"offset": "<i8", "length": "<i8", "label": label, "key": "S"}

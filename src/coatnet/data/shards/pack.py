@@ -65,6 +65,7 @@ from coatnet.system.files import (
     user_path,
 )
 from coatnet.system.hardware import num_cores
+from coatnet.system.json_reader import parse_json
 from coatnet.system.progress import ProgressBar
 
 OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
@@ -149,7 +150,8 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
     one_a_row = np.array(labels, dtype=np.int64)
     if dataset.multilabel:
         one_a_row = np.array(labels, dtype=np.uint8).reshape(-1, len(dataset.classes))
-    table = to_npy(sample_table(offsets, lengths, one_a_row, keys))
+    stored = np.packbits(one_a_row, axis=1) if dataset.multilabel else one_a_row
+    table = to_npy(sample_table(offsets, lengths, stored, keys))
     atomic_write(path.with_name(index_name(path.name)), table)
     shard = Shard(path.name, tar.position, len(keys), checksum, len(table), digest(table))
     written = Written(shard, _count(one_a_row, len(dataset.classes)), left_out)
@@ -207,7 +209,7 @@ def _hash_of(file: BinaryIO) -> str:
 def _read_record(path: Path, record: Path) -> Written | None:
     """The record of a finished shard; None if it is not finished or its files do not match."""
     try:
-        values = json.loads(read_regular(record))
+        values = parse_json(read_regular(record), record)
         shard = Shard(*values["shard"])
         table_path = path.with_name(index_name(path.name))
         with open(path, "rb", opener=open_regular) as tar, open(table_path, "rb", opener=open_regular) as table:

@@ -7,14 +7,14 @@ Layout (https://github.com/webdataset/webdataset): consecutive members with the 
 file name, the key, are one sample; the rest of the name says what a member is.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from reprlib import repr as short
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from coatnet.data.decode import IMAGE_SUFFIXES
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.shards.index import (
     HEAD,
+    MAX_CLASSES,
     TRAINING,
     VALIDATION,
     Head,
@@ -39,13 +40,16 @@ from coatnet.data.shards.index import (
 from coatnet.data.shards.storage import LocalStorage, Storage
 from coatnet.errors import UserError
 from coatnet.system.cache import cached_folder
+from coatnet.system.json_reader import MAX_INTEGER, parse_json
 from coatnet.system.progress import ProgressBar
 
 Label = int | str | tuple[int | str, ...]
 
 _MAX_LABEL_BYTES = 1 << 20
 _JSON_KEYS = ("labels", "label", "cls", "class")
-_MAX_CLASSES = 1_000_000
+_MAX_KEY_BYTES = 1_024  # every row of an index is as wide as its longest key
+_MAX_TABLE_BYTES = 1 << 29  # of the labels of a tar, one bit for each class and image
+_MAX_HEADER_BYTES = 1 << 20  # of all headers of a member
 
 
 class Sample(NamedTuple):
@@ -137,15 +141,22 @@ def _write(folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Seq
 
 def _write_samples(folder: Path, tar: _Tar, classes: dict[str, int], multilabel: bool) -> tuple[Shard, NDArray]:
     """Write the table of samples of a tar; returns its row of the table of shards, and the count of each class."""
-    numbers = [[classes[str(name)] for name in _names(sample.label)] for sample in tar.samples]
-    labels = np.zeros((len(numbers), len(classes)), dtype=np.uint8) if multilabel else np.zeros(len(numbers), np.int64)
-    for row, chosen in enumerate(numbers):
-        if multilabel:
-            labels[row, chosen] = 1
+    samples = tar.samples
+    width = -(-len(classes) // 8) if multilabel else 1
+    if len(samples) * width > _MAX_TABLE_BYTES:
+        raise UserError(
+            f"{tar.name}: {len(samples):,} images with several of {len(classes):,} labels; a tar may have "
+            f"{8 * _MAX_TABLE_BYTES:,} labels times images, split it into several"
+        )
+    labels = np.zeros((len(samples), width), np.uint8) if multilabel else np.zeros(len(samples), np.int64)
+    counts = np.zeros(len(classes), np.int64)
+    for row, sample in enumerate(samples):
+        chosen = np.unique([classes[str(name)] for name in _names(sample.label)]).astype(np.int64)
+        counts[chosen] += 1
+        if multilabel:  # as numpy.packbits
+            np.bitwise_or.at(labels[row], chosen >> 3, (128 >> (chosen & 7)).astype(np.uint8))
         else:
             labels[row] = chosen[0]
-    counts = labels.sum(axis=0, dtype=np.int64) if multilabel else np.bincount(labels, minlength=len(classes))
-    samples = tar.samples
     table = to_npy(
         sample_table([s.offset for s in samples], [s.length for s in samples], labels, [s.key for s in samples])
     )
@@ -160,9 +171,13 @@ def _classes(labels: Iterable[Label], where: str) -> dict[str, int]:
     found = {name for label in labels for name in _names(label)}
     if all(isinstance(name, int) for name in found):
         highest = max((int(name) for name in found), default=0)
-        if not 1 <= highest < _MAX_CLASSES:
-            raise UserError(f"{where}: the highest class index is {highest:,}; a classifier needs at least two classes")
+        if not 1 <= highest < MAX_CLASSES:
+            raise UserError(
+                f"{where}: the highest class index is {highest:,}; it must be from 1 to {MAX_CLASSES - 1:,}"
+            )
         return {str(number): number for number in range(highest + 1)}
+    if len(found) > MAX_CLASSES:
+        raise UserError(f"{where}: {len(found):,} classes; there may be {MAX_CLASSES:,}")
     if len(found) < 2:
         raise UserError(f"{where}: one class, {min(map(str, found))!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(sorted(map(str, found), key=natural_key))}
@@ -199,6 +214,10 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
         folder, _, name = member.name.rpartition("/")
         stem, _, kind = name.partition(".")
         key = printable(f"{folder}/{stem}" if folder else stem)
+        if len(key.encode()) > _MAX_KEY_BYTES:
+            raise UserError(
+                f"{where}: the key {key!r:.80} ... has {len(key):,} characters; it may have {_MAX_KEY_BYTES:,}"
+            )
         if current is None or key != current.key:
             if current is not None:
                 yield from _finish(current, where)
@@ -218,12 +237,48 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
         yield from _finish(current, where)
 
 
+class _BoundedHeaders:
+    """A tar for `tarfile`, which believes what headers say: bounded in what it reads for those of one member.
+
+    Without the bound a header that claims gigabytes takes as much memory, and one whose size is negative, or whose map
+    has no end, is read for ever.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tell = file, file.tell
+        self.left = _MAX_HEADER_BYTES
+
+    def seek(self, place: int) -> int:
+        if place < 0:
+            raise tarfile.ReadError("a member before the beginning")
+        return self._file.seek(place)
+
+    def read(self, size: int) -> bytes:
+        self.left -= max(size, 1)
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"a member with headers of more than {_MAX_HEADER_BYTES:,} bytes")
+        return self._file.read(size)
+
+
 def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+    headers: Any = _BoundedHeaders(file)
+    place = -1
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            yield from (member for member in archive if member.isreg())
+        with tarfile.open(fileobj=headers, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # pyrefly: ignore[missing-attribute]  # else all stay in memory
+                headers.left = _MAX_HEADER_BYTES
+                if member.size < 0 or member.offset <= place:
+                    raise tarfile.ReadError(f"{printable(member.name):.80} has a size that cannot be")
+                if member.issparse():
+                    raise tarfile.ReadError(f"{printable(member.name):.80} is a sparse file")
+                place = member.offset
+                if member.isreg():
+                    yield member
             end = archive.offset
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise UserError(
             f"{where}: truncated, or not a plain tar ({reason}); fetch it again, unpack a .tar.gz"
@@ -250,9 +305,9 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | 
         raise UserError(f"{where}: truncated at byte {member.offset_data + len(data):,}; fetch it again")
     try:
         text = data.decode().strip()
-        value = json.loads(text) if member.name.lower().endswith(".json") else text
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: not a label ({' '.join(str(error).split())[:80]})") from error
+    value = parse_json(text, f"{where}: not a label") if member.name.lower().endswith(".json") else text
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)
         if value is None:
@@ -263,10 +318,10 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | 
 
 
 def _one(value: object, where: str) -> int | str:
-    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) < 20:
         value = int(value)
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER:
         return value
-    raise UserError(f"{where}: the label is {value!r}; it must be a class index or a class name")
+    raise UserError(f"{where}: the label is {short(value)}; it must be a class index or a class name")

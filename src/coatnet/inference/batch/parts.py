@@ -19,6 +19,7 @@ from coatnet.system.files import (
     read_regular,
     user_path,
 )
+from coatnet.system.json_reader import parse_json
 
 # chosen: a thousand parts, so that little is lost with a process and many processes share evenly, within bounds: a file
 # for fewer than 64 images costs more than it saves, and 4,096 rows are some MB to hold until they are written.
@@ -78,7 +79,7 @@ class Plan:
     def difference(self, other: str) -> str | None:
         """Describe the first difference of another plan, given as JSON; None if there is none."""
         try:
-            values = json.loads(other)
+            values = parse_json(other, "plan")
         except ValueError:
             return "an unreadable plan"
         if not isinstance(values, Mapping):

@@ -1,6 +1,7 @@
 """Text on the terminal, and the length of errors."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from coatnet.data import ArrayDataset, Splits
 from coatnet.data.inspection import inspect
 from coatnet.errors import UserError
-from coatnet.system.terminal import echo, escape_lines
+from coatnet.system import terminal
+from coatnet.system.progress import ProgressBar
+from coatnet.system.terminal import echo, escape_lines, telling
 
 HOSTILE = "cat\x1b[2J\x9b31m\r\u202etac\u2066\n  note     healthy\x07"
 
@@ -41,3 +44,22 @@ def test_names_of_classes_cannot_forge_lines_of_a_summary() -> None:
         "healthy"
     ]  # its own verdict
     assert max(map(len, described.splitlines())) < 2_000
+
+
+def test_a_wait_is_told_once_it_is_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with telling("nothing long"):
+        pass
+    monkeypatch.setattr(terminal, "TELL_SECONDS", 0.0)
+
+    @telling("reading a")
+    def slow() -> int:
+        time.sleep(0.2)
+        return 3
+
+    assert slow() == 3
+    with ProgressBar("packing"):  # standard error is not a terminal here
+        time.sleep(0.2)
+    with ProgressBar("the other processes", shown=False):
+        time.sleep(0.05)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "coatnet: reading a\ncoatnet: packing\n"

@@ -21,6 +21,7 @@ from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.files import atomic_folder, translate_write_errors, user_path
 from coatnet.system.json_reader import validate
+from coatnet.system.terminal import telling
 
 FILES = {WEIGHTS, CONFIG, CARD}
 # A path is never looked up on the hub because it is misspelled: an id says that it is one, by hf:// (timm: hf-hub:),
@@ -95,6 +96,7 @@ class Bundle:
         return model_card(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
 
 
+@telling("loading the model")
 def load(source: str | Path, *, architecture: str | None = None, allow_pickle: bool = False) -> Bundle:
     """Load a trained model in evaluation mode, without executing anything in its files.
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo
+from coatnet.system.terminal import echo, telling
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,13 +68,11 @@ def _whole(text: str) -> int:
 def run(arguments: Sequence[str]) -> int:
     """Plan a training and print the plan and the launch command."""
     given = parse_arguments(arguments)
-    from rich.console import Console
-
     from coatnet.planning.cluster_plan import plan_training
 
     shown = ("launcher", "json", "data")
     wanted = {name: value for name, value in vars(given).items() if value is not None and name not in shown}
-    with Console(stderr=True).status("simulating a step"):
+    with telling("simulating a step"):
         plan = plan_training(**wanted, num_images=given.data)
     command = plan.launch(given.launcher)
     if given.json:

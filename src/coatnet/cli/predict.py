@@ -3,13 +3,13 @@
 import argparse
 import json
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
 from coatnet.errors import one_line
 from coatnet.system.launcher import read_launcher
-from coatnet.system.terminal import echo, echo_summary
+from coatnet.system.terminal import echo, echo_summary, telling
 
 if TYPE_CHECKING:
     from coatnet.inference import Prediction, Predictor
@@ -69,11 +69,15 @@ def predict_to_stdout(given: argparse.Namespace) -> int:
     """Print one line per image, as soon as its batch is computed."""
     from coatnet.data.folder import expand_paths
 
-    few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
+    with telling("looking for images"):
+        few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
     engine = "torch" if given.engine == "auto" and few else given.engine
     num_unreadable = 0
     predictor = open_predictor(given, engine)
-    for prediction in predictor.predict_paths(given.paths, top_k=given.top_k, batch_size=given.batch_size):
+    predictions = predictor.predict_paths(given.paths, top_k=given.top_k, batch_size=given.batch_size)
+    with telling("classifying the first images"):
+        first = list(islice(predictions, 1))
+    for prediction in chain(first, predictions):
         print_prediction(prediction, given.json)
         num_unreadable += prediction.error is not None
     return FAILED if num_unreadable else 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo_summary
+from coatnet.system.terminal import echo_summary, telling
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -31,5 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = find_folder(Path(given.bundle))
     load(folder)  # a damaged bundle is not published
-    echo_summary(upload(folder, given.repository, private=given.private))
+    with telling("uploading"):
+        address = upload(folder, given.repository, private=given.private)
+    echo_summary(address)
     return 0

@@ -16,10 +16,12 @@ from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, ope
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
 from coatnet.system.files import user_path
+from coatnet.system.terminal import telling
 
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
+@telling("reading what images there are")
 def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evaluation: bool = False) -> Splits:
     """Open the training and validation images of a source.
 

@@ -20,7 +20,7 @@ from coatnet.inference.graph_cache import cached_graph
 from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, explain_compiler, multiplies_bf16, num_cores, require_compiler
 from coatnet.system.telemetry import import_onnxruntime
-from coatnet.system.terminal import warn
+from coatnet.system.terminal import telling, warn
 
 if TYPE_CHECKING:
     import openvino
@@ -69,11 +69,19 @@ class CompiledEngine(TorchEngine):
         super().__init__(bundle, precision, device)
         # Freezing makes weights constants, stored in the layout that the kernels read.
         self._network.compile(options={"freezing": True}, dynamic=False)
+        self._compiled: set[int] = set()  # batch sizes
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, R, R, C) to logits (N, K)."""
         with explain_compiler(_NOT_COMPILED):
-            return np.concatenate([super(CompiledEngine, self).run(part) for part in split_batch(images)])
+            return np.concatenate([self._run_part(part) for part in split_batch(images)])
+
+    def _run_part(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(images) in self._compiled:
+            return super().run(images)
+        self._compiled.add(len(images))
+        with telling(f"compiling the network for batches of {len(images)}, which may take minutes"):
+            return super().run(images)
 
 
 class OpenVinoEngine:
@@ -111,7 +119,9 @@ class OpenVinoEngine:
         if shape not in self._requests:
             graph = self._graph.clone()
             graph.reshape(list(shape))
-            self._requests[shape] = self._core.compile_model(graph, "CPU", self._settings).create_infer_request()
+            with telling(f"compiling the network for batches of {shape[0]}"):
+                compiled = self._core.compile_model(graph, "CPU", self._settings)
+            self._requests[shape] = compiled.create_infer_request()
         return self._requests[shape]
 
 

@@ -9,6 +9,7 @@ import torch
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import config_json
 from coatnet.system.cache import cached_folder
+from coatnet.system.terminal import telling
 from coatnet.version import __version__
 
 MAX_CACHED_GRAPHS = 16  # chosen: a handful of models in several formats; 1.6 GB if all are coatnet-0
@@ -26,8 +27,12 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
         version: of the engine's package.
         write: exports the graph to a path.
     """
-    key = fingerprint(bundle, file, version)
-    return cached_folder("graphs", key, lambda staged: write(staged / file), most=MAX_CACHED_GRAPHS) / file
+
+    @telling("making the graph of the model, which is kept for the next time")
+    def make(staged: Path) -> None:
+        write(staged / file)
+
+    return cached_folder("graphs", fingerprint(bundle, file, version), make, most=MAX_CACHED_GRAPHS) / file
 
 
 def fingerprint(bundle: Bundle, *more: str) -> str:

@@ -1,17 +1,22 @@
-"""Progress bars: on standard error, on a terminal only, gone when the work is done."""
+"""Progress bars: on standard error, gone when the work is done; a line if that is not a terminal."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from coatnet.system.terminal import telling
+
 T = TypeVar("T")
 
 
 class ProgressBar:
-    """A bar for the duration of a `with` block; nothing is shown if standard error is not a terminal.
+    """A bar for the duration of a `with` block.
+
+    If standard error is not a terminal, a line says what is being done once it takes more than two seconds.
 
     Args:
         description: what is being done, such as "packing".
@@ -31,10 +36,12 @@ class ProgressBar:
             TimeRemainingColumn(),
         )
         hidden = not (shown and console.is_terminal)
+        self._line = telling(description) if shown and hidden else nullcontext()
         self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
         self._task = self._progress.add_task(description, total=total)
 
     def __enter__(self) -> "ProgressBar":
+        self._line.__enter__()
         self._progress.start()
         return self
 
@@ -43,6 +50,7 @@ class ProgressBar:
     ) -> None:
         if not self._progress.disable:  # before version 14, rich ends a line for a bar that is not shown
             self._progress.stop()
+        self._line.__exit__(kind, error, traceback)
 
     def advance(self, amount: float = 1) -> None:
         """Add to the work done."""

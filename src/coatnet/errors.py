@@ -24,6 +24,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("dataset", "data_dir", "data_path", "train_dir", "input", "i"), ("data", "images")),
     **dict.fromkeys(("lr",), ("learning_rate",)),
     **dict.fromkeys(("wd",), ("weight_decay",)),
+    **dict.fromkeys(("opt", "optim"), ("algorithm",)),
     **dict.fromkeys(("momentum", "beta1", "beta2", "opt_betas", "adam_betas"), ("betas",)),
     **dict.fromkeys(
         ("grad_accum_steps", "gradient_accumulation_steps", "accumulate_grad_batches"), ("micro_batch_size",)
@@ -80,7 +81,6 @@ USUAL_NAMES = {
 
 # Usual names of what has no option here, and why: `nearest_option` says it.
 NO_OPTION = {
-    **dict.fromkeys(("opt", "optim", "nesterov"), "the optimizer is AdamW"),
     **dict.fromkeys(("num_classes", "n_classes", "classes", "nb_classes"), "the classes are those of the data"),
     **dict.fromkeys(
         ("gpus", "ngpus", "n_gpus", "num_gpus", "devices", "nproc", "nproc_per_node", "world_size", "nodes", "nnodes"),

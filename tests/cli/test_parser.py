@@ -51,6 +51,7 @@ def test_a_usual_name_leads_to_the_option_of_this_program(arguments: list[str], 
         ("--bs", "--batch_size"),
         ("--output", "--out"),
         ("--workers", "--num_workers"),
+        ("--opt", "--optimizer.algorithm"),
         ("--momentum", "--optimizer.betas"),
         ("--steps", "--epochs"),
         ("--dropout", "--stochastic_depth"),
@@ -68,7 +69,7 @@ def test_a_usual_name_without_an_equivalent_leads_to_no_other_option() -> None:
 
 def test_a_usual_option_that_does_not_exist_has_a_reason() -> None:
     for given, reason in (
-        ("--opt", "the optimizer is AdamW"),
+        ("--shuffle", "training images are shuffled, others keep their order"),
         ("--ngpus", "--device names a GPU; train and predict use several under torchrun --nproc-per-node N"),
         ("--num-classes", "the classes are those of the data"),
     ):

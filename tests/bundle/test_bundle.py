@@ -1,21 +1,25 @@
 """Bundles: saving and loading, atomic writes, and the refusal of damaged or hostile files."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.network import create_model
+from coatnet.system.terminal import escape_markdown
 
 CLASSES = ("t-shirt", "cat|dog", "ключ \N{GRINNING FACE}")
 SEEN = Preprocessing(resolution=32, crop="squash", crop_fraction=0.9, interpolation="bilinear", mean=(0.3,), std=(0.2,))
@@ -93,6 +97,28 @@ def test_the_card_lists_figures_classes_and_recipe(saved: Path) -> None:
         "learning_rate",
     ):
         assert piece in card
+
+
+HOSTILE = (
+    "![x](https://tracker.example/a.png)",
+    "# heading\n\n```\n</details><img src=https://tracker.example/b.png>",
+    "[here](javascript:alert(1)) www.tracker.example @someone $x$ | cell | \x1b[31m \u202e",
+)
+
+
+def test_names_are_no_markup_in_the_card_and_the_report() -> None:
+    record = {"recipe": {"name": "x```\n````\n# heading", "data": "```"}, "report": {"headline": HOSTILE[0]}}
+    bundle = Bundle(small_model(), HOSTILE, SEEN, record=record)
+    page = MarkdownIt("gfm-like", {"linkify": False}).enable("table")
+    tokens = page.parse(bundle.card().partition("---\n\n")[2])
+    flat = [*tokens, *(child for token in tokens for child in token.children or ())]
+    kinds = {token.type for token in flat}
+    assert not kinds & {"image", "link_open", "html_inline", "html_block"}
+    headings = [token.content for before, token in pairwise(tokens) if before.type == "heading_open"]
+    assert headings[1:] == ["How good it is", "How to use it", "Preprocessing", "Classes", "How it was trained"]
+    assert not set("\x1b\u202e") & set(bundle.card())
+    for name in HOSTILE:
+        assert not re.search(r"://|www\.|@|(?<!\\)[`|]|^#|\n", escape_markdown(name))
 
 
 def test_classes_and_channels_that_do_not_fit_the_model_are_refused() -> None:

@@ -1,7 +1,7 @@
 """The model card, README.md: what the model is, how good it is, how to use it, how it was trained."""
 
-import html
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import CoAtNet
+from coatnet.system.terminal import escape_lines, escape_markdown
 
 _MAX_CLASS_NAMES = 100
 
@@ -29,12 +30,12 @@ def model_card(
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "coatnet"],
     }
-    names = ", ".join(map(_text, classes[:_MAX_CLASS_NAMES]))
+    names = ", ".join(map(escape_markdown, classes[:_MAX_CLASS_NAMES]))
     more = len(classes) - _MAX_CLASS_NAMES
     crop = "the center" if seen.crop == "center" else "the whole image, squashed to a square"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_text(model.variant.name)}: {len(classes):,} classes",
+        f"# {escape_markdown(model.variant.name)}: {len(classes):,} classes",
         f"A CoAtNet of {parameters / 1e6:,.2f} M parameters that gives an image {kind} below.",
         _figures(record.get("report")),
         "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder image.jpg\n```\n\n"
@@ -55,13 +56,13 @@ def _figures(report: Mapping[str, Any] | None) -> str:
     if not report:
         return "It has not been evaluated."
     rows = []
-    for name, value in report["figures"].items():
-        interval = report["intervals"].get(name)
+    for name, value in report.get("figures", {}).items():
+        interval = report.get("intervals", {}).get(name)
         bounds = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-        rows.append(f"| {name} | {value if name == 'n' else f'{value:.4f}'} | {bounds} |")
+        rows.append(f"| {escape_markdown(name)} | {value if name == 'n' else f'{value:.4f}'} | {bounds} |")
     table = "\n".join(("| figure | value | 95 % interval |", "| --- | ---: | ---: |", *rows))
-    source = f"{report['data']}, {report['split']}"
-    return f"## How good it is\n\n{_text(report['headline'])} ({_text(source)}).\n\n{table}"
+    headline, data, split = (escape_markdown(report.get(name, "")) for name in ("headline", "data", "split"))
+    return f"## How good it is\n\n{headline} ({data}, {split}).\n\n{table}"
 
 
 def _recipe(recipe: Mapping[str, Any] | None) -> str:
@@ -69,9 +70,7 @@ def _recipe(recipe: Mapping[str, Any] | None) -> str:
         return ""
     plain = json.loads(json.dumps(recipe))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    return f"## How it was trained\n\nThe recipe, which `coatnet train --config` repeats:\n\n```yaml\n{text}```"
-
-
-def _text(text: str) -> str:
-    """Escape text that comes from folder names: no line breaks, no markup."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`").replace("*", "\\*")
+    text = escape_lines(text)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)  # so that no name ends the block
+    return f"## How it was trained\n\nThe recipe, which `coatnet train --config` repeats:\n\n{fence}yaml\n{text}{fence}"

@@ -1,7 +1,5 @@
 """A report as a page of Markdown, and as a folder with its plots."""
 
-import html
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from coatnet.evaluation.metrics import FIGURES, ClassFigures
 from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
 from coatnet.evaluation.report import Report
 from coatnet.system.files import atomic_files, atomic_write
+from coatnet.system.terminal import escape_markdown
 
 MAX_OPEN_TABLE_ROWS = 50  # chosen: a longer table is folded
 
@@ -49,8 +48,9 @@ def to_markdown(report: Report, *, with_plots: bool = False) -> str:
         with_plots: whether to show the images that `write_report` puts beside the page.
     """
     headline = report.headline()
+    model, data = escape_markdown(report.model), escape_markdown(report.data)
     sections = [
-        f"# {_text(report.model)} on {_text(report.data)}\n\n**{headline[0].upper()}{headline[1:]}**",
+        f"# {model} on {data}\n\n**{headline[0].upper()}{headline[1:]}**",
         _table(
             ("figure", "value", "95 % interval", "what it says"),
             [
@@ -78,7 +78,7 @@ def _confusion_section(report: Report, with_plots: bool) -> str:
         parts.append("![Confusion matrix: true classes down, predicted classes across](confusion.png)")
     support = {name: row.support for name, row in zip(report.classes, report.per_class, strict=True)}
     rows = [
-        (_text(truth), _text(predicted), f"{count:,}", _percent(count / support[truth]))
+        (escape_markdown(truth), escape_markdown(predicted), f"{count:,}", _percent(count / support[truth]))
         for truth, predicted, count in report.confused_pairs
     ]
     header = ("truth", "taken for", "images", "of the class")
@@ -97,7 +97,7 @@ def _class_section(report: Report) -> str:
     columns = ["recall", "precision", "f1"] + ["average_precision"] * report.multilabel
     header = ["class", "images"] + [name.replace("_", " ").replace("f1", "F1") for name in columns]
     rows = [
-        [_text(name), f"{row.support:,}"] + [_percent(getattr(row, column)) for column in columns]
+        [escape_markdown(name), f"{row.support:,}"] + [_percent(getattr(row, column)) for column in columns]
         for name, row in ordered
     ]
     numbers = range(1, len(header))
@@ -126,9 +126,9 @@ def _mistake_section(report: Report, with_plots: bool) -> str:
     rows = [
         (
             str(number),
-            _text(wrong.image),
-            _text(wrong.truth),
-            _text(wrong.predicted),
+            escape_markdown(wrong.image),
+            escape_markdown(wrong.truth),
+            escape_markdown(wrong.predicted),
             _percent(wrong.probability),
         )
         for number, wrong in enumerate(report.mistakes, start=1)
@@ -156,7 +156,7 @@ def _calibration_section(report: Report, with_plots: bool) -> str:
 def _bad_image_section(report: Report) -> str:
     if not report.bad_images:
         return ""
-    rows = [(_text(image), _text(reason)) for image, reason in report.bad_images.items()]
+    rows = [(escape_markdown(image), escape_markdown(reason)) for image, reason in report.bad_images.items()]
     return f"## Images that could not be read\n\nThey are not in the figures above ({len(rows):,}).\n\n" + _table(
         ("image", "reason"), rows
     )
@@ -164,8 +164,8 @@ def _bad_image_section(report: Report) -> str:
 
 def _provenance_section(report: Report) -> str:
     rows = [
-        ("data", f"{_text(report.data)}, {_text(report.split)}, {report.format_num_images()}"),
-        ("model", f"{_text(report.model)}, {report.num_parameters / 1e6:,.2f} M parameters"),
+        ("data", f"{escape_markdown(report.data)}, {escape_markdown(report.split)}, {report.format_num_images()}"),
+        ("model", f"{escape_markdown(report.model)}, {report.num_parameters / 1e6:,.2f} M parameters"),
         ("resolution", f"{report.resolution} pixels"),
         (
             "time",
@@ -177,12 +177,6 @@ def _provenance_section(report: Report) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _text(text: str) -> str:
-    """Escape a name: names come from folders and files, and must neither break a table nor become markup."""
-    flat = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", flat)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Iterable[int] = ()) -> str:

@@ -4,9 +4,11 @@ Class names, notes and file names come from outside. `one_line` keeps them from 
 screen, hiding text or turning its direction.
 """
 
+import html
 import io
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -117,3 +119,13 @@ def telling(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def escape_markdown(text: str) -> str:
+    """A name as a piece of a Markdown page: no markup, links, images, mentions, formulas or line breaks."""
+    flat = one_line(" ".join(text.split()))
+    flat = re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(flat, quote=False))
+    # GitHub and the hub make links of bare addresses, and of a mention. An entity is no markup.
+    flat = flat.replace("://", ":&#47;&#47;").replace("@", "&#64;").replace("$", "&#36;")
+    flat = re.sub(r"(?i)\b(www)\.", r"\1&#46;", flat)
+    return re.sub(r"^([#+=-]|\d+(?=[.)](?:\s|$)))", lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", flat)

@@ -12,6 +12,9 @@ from typing import Any
 UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+# User and password of a URL; of a password with one of "/?#" in it, all up to the last "@". "::" chains URLs of fsspec.
+_USER = re.compile(r"://(?:[^/?#\s@:]{1,255}:(?!:|\d{1,5}(?:[/?#\s]|$))\S{0,500}@|[^/?#\s]*@)")
+_QUERY = re.compile(r"(://[^?#\s'\"<>]{0,2000})[?#][^\s'\"<>]*")
 _LONGEST_START, _LONGEST_END = 1_200, 400  # characters of an error: the longest of the package's own have a thousand
 
 # Names that other programs use for an option or a command, and the names that it may have here.
@@ -96,11 +99,18 @@ class UserError(ValueError):
     """An error that a user can correct. One line: what was given, what is wrong with it, what would be right.
 
     The command line prints it without a traceback and exits with code 2. Control characters of what it quotes are
-    escaped, and the middle of a text that no one would read is left out.
+    escaped, credentials of URLs are cut out, and the middle of a text that no one would read is left out.
     """
 
     def __init__(self, *message: object) -> None:
-        super().__init__(*(cut(one_line(part)) if isinstance(part, str) else part for part in message))
+        super().__init__(
+            *(cut(one_line(without_credentials(part))) if isinstance(part, str) else part for part in message)
+        )
+
+
+def without_credentials(text: str) -> str:
+    """A text with user, password, query and fragment cut out of every URL in it."""
+    return _QUERY.sub(r"\1", _USER.sub("://", text)) if "://" in text else text
 
 
 def first_line(message: object) -> str:

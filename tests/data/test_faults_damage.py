@@ -92,7 +92,7 @@ def test_strict_inspection_reports_warnings_of_the_jpeg_library(photo, encode, t
     assert inspect(splits).healthy
     strict = inspect(splits, strict=True)
     assert not strict.healthy
-    assert list(strict.warnings) == [str(tmp_path / "0.jpg")]
+    assert list(strict.warnings) == ["0.jpg"]
     assert "Corrupt JPEG data" in strict.describe()
 
 
@@ -114,7 +114,7 @@ def test_directory_and_dangling_link_are_unreadable_by_name(tmp_path):
     for index, name in enumerate(("folder.jpg", "link.jpg", "none.jpg")):
         with pytest.raises(BadImage, match=f"{re.escape(name)}: unreadable") as caught:
             dataset.read(index)
-        assert caught.value.name == str(tmp_path / name)
+        assert caught.value.name == name
 
 
 def test_file_without_permission_is_unreadable_by_name(tmp_path, photo, encode):

@@ -77,7 +77,7 @@ def test_opening_images_refuses_an_unreadable_folder(folder: Path) -> None:
 
 def test_names_with_line_breaks_are_shown_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "two\nlines \x1b\x85\u2028é\u3000.png").write_bytes(b"")
-    assert open_images([tmp_path]).describe(0) == f"{tmp_path}/two\\nlines \\x1b\\x85\\u2028é\u3000.png"
+    assert open_images([tmp_path]).describe(0) == "two\\nlines \\x1b\\x85\\u2028é\u3000.png"
     with pytest.raises(UserError, match=r"no\\nwhere: no such file"):
         open_images([tmp_path / "no\nwhere"])
 

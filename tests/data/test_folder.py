@@ -13,7 +13,7 @@ from coatnet.errors import UserError
 
 
 def names(dataset) -> list[str]:
-    return [os.path.relpath(dataset.describe(index), dataset.root) for index in range(len(dataset))]
+    return [os.path.relpath(dataset.path(index), dataset.root) for index in range(len(dataset))]
 
 
 def test_folders_are_classes_in_natural_order(make_folder):
@@ -60,7 +60,7 @@ def test_split_folders_are_used(make_folder, training, validation):
 def test_val_is_preferred_to_test(make_folder):
     splits = open_dataset(make_folder({f"{split}/{name}": 2 for split in ("train", "val", "test") for name in "ab"}))
     assert names(splits.validation) == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
-    assert splits.validation.root.name == "val"
+    assert splits.validation.root.name == "val" and splits.validation.describe(0) == "val/a/0.png"
 
 
 def test_a_train_folder_without_val_is_split_by_hash(make_folder):

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
+from coatnet.system.credentials import conceal
 from coatnet.system.files import atomic_folder, translate_write_errors, user_path
 from coatnet.system.json_reader import validate
 from coatnet.system.terminal import telling
@@ -78,22 +79,66 @@ class Bundle:
     def save(self, folder: str | Path) -> Path:
         """Write model.safetensors, config.json and README.md, all or none; an older bundle is replaced.
 
+        No folder of this machine and no credential is in them: see `without_places`.
+
         Raises:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
-        config = config_json(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
+        shared = replace(self, record=without_places(self.record))
         target = Path(folder)
         if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
             raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
         with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
             write_tensors(self.model.state_dict(), staged / WEIGHTS)
-            (staged / CONFIG).write_text(config, encoding="utf-8", errors="backslashreplace")
-            (staged / CARD).write_text(self.card(), encoding="utf-8", errors="backslashreplace")
+            (staged / CONFIG).write_text(shared.config(), encoding="utf-8", errors="backslashreplace")
+            (staged / CARD).write_text(shared.card(), encoding="utf-8", errors="backslashreplace")
         return target
+
+    def config(self) -> str:
+        """The text of config.json."""
+        return config_json(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
 
     def card(self) -> str:
         """The model card, README.md, as Markdown."""
         return model_card(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
+
+
+def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what is of its machine alone: folders above the data, credentials of URLs.
+
+    Data and the bundle to start from keep their names, images their path below the data.
+    """
+    shared, recipe, report = dict(record), record.get("recipe"), record.get("report")
+    data = ""
+    if isinstance(recipe, Mapping):
+        data = str(recipe.get("data"))
+        named = {name: place_name(place) for name in ("data", "init") if isinstance(place := recipe.get(name), str)}
+        shared["recipe"] = {**recipe, **named}
+
+    def shorten_path(text: Any) -> Any:
+        below = text.removeprefix(f"{data}/") if isinstance(text, str) else text
+        return place_name(below) if isinstance(below, str) else below
+
+    if isinstance(report, Mapping):  # of earlier releases, which named images by their whole path
+        shared["report"] = dict(report)
+        if isinstance(mistakes := report.get("mistakes"), list):
+            rows = [each if isinstance(each, Mapping) else {} for each in mistakes]
+            shared["report"]["mistakes"] = [
+                {name: value if name in ("truth", "predicted") else shorten_path(value) for name, value in row.items()}
+                for row in rows
+            ]
+        for name in ("bad_images", "bad_pictures"):
+            if isinstance(bad := report.get(name), Mapping):
+                shared["report"][name] = {shorten_path(image): reason for image, reason in bad.items()}
+    return shared
+
+
+def place_name(source: str) -> str:
+    """A file or folder by its name, a bundle by that of its run; anything else, such as a URL, as it may be shown."""
+    path = Path(source)
+    if not (path.is_absolute() or source.startswith("~")):
+        return conceal(source)
+    return "/".join(path.parts[1:][-2:]) if path.name == "bundle" else path.name
 
 
 @telling("loading the model")

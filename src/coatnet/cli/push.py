@@ -1,11 +1,15 @@
 """`coatnet push`: publish a trained model on the Hugging Face hub."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo_summary, telling
+from coatnet.system.terminal import echo, echo_summary, telling
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -26,12 +30,28 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Publish a trained model and print its address."""
     given = parse_arguments(arguments)
-    from coatnet.bundle.bundle import find_folder, load
-    from coatnet.bundle.hub import upload
+    from coatnet.bundle.bundle import find_folder, load, without_places
+    from coatnet.bundle.hub import CARD, upload
 
     folder = find_folder(Path(given.bundle))
-    load(folder)  # a damaged bundle is not published
-    with telling("uploading"):
-        address = upload(folder, given.repository, private=given.private)
+    bundle = load(folder)  # a damaged bundle is not published
+    with TemporaryDirectory() as place:
+        if bundle.record != (record := without_places(bundle.record)):  # written by an earlier release
+            echo("the paths of this machine in config.json and README.md are left out", error=True)
+            shared = Path(place, "bundle")
+            replace(bundle, record=record).save(shared)
+            card = folder / CARD
+            if card.is_file() and not mentions_places(card, bundle.record):
+                copyfile(card, shared / CARD)  # perhaps written by hand
+            folder = shared
+        with telling("uploading"):
+            address = upload(folder, given.repository, private=given.private)
     echo_summary(address)
     return 0
+
+
+def mentions_places(card: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a model card holds the place of the data or of the bundle to start from."""
+    recipe, text = record.get("recipe"), card.read_text(encoding="utf-8", errors="replace")
+    places = [recipe.get(name) for name in ("data", "init")] if isinstance(recipe, Mapping) else []
+    return any(isinstance(place, str) and place and place in text for place in places)

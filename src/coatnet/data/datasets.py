@@ -59,7 +59,7 @@ class Dataset(Protocol):
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """The name of an image in messages and reports, such as its path."""
+        """The name of an image in messages and reports, such as its path below the folder of the data."""
         ...
 
     def read_batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray]:
@@ -130,7 +130,9 @@ class ArrayDataset(Dataset):
 
 
 class FileDataset(Dataset):
-    """Image files below one folder. Their names are kept in one buffer, which is cheap to send to worker processes.
+    """Image files below one folder, each named by its path from there on.
+
+    The names are kept in one buffer, which is cheap to send to worker processes.
 
     Args:
         name: how messages and reports name the source.
@@ -138,7 +140,7 @@ class FileDataset(Dataset):
         root: the folder.
         paths: relative to `root`; names that are not UTF-8 hold surrogates, as from `os`.
         labels: class indices (N,), or 0 and 1 per class (N, K).
-        source: the folder of the whole data set, if `root` is a part of it.
+        source: the folder of the whole data set, if `root` is a part of it; names begin there.
     """
 
     thread_safe = True
@@ -156,6 +158,7 @@ class FileDataset(Dataset):
         self.classes = tuple(classes)
         self.root = root
         self.source = source or root
+        self._prefix = f"{root.relative_to(source)}/" if source and source != root else ""
         self.labels = as_labels(labels)
         self.multilabel = self.labels.ndim == 2
         encoded = [os.fsencode(path) for path in paths]
@@ -167,14 +170,34 @@ class FileDataset(Dataset):
 
     def path(self, index: int) -> Path:
         """The file of an image."""
+        return self.root / self._name(index)
+
+    def _name(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
-        return self.root / os.fsdecode(self._names[start : self._ends[index]])
+        return os.fsdecode(self._names[start : self._ends[index]])
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
         return read_image_file(self.path(index), self.describe(index)), self.labels[index]
 
     def describe(self, index: int) -> str:
-        return printable(str(self.path(index)))
+        return printable(self._prefix + self._name(index))
+
+    def identity(self) -> Iterator[bytes]:
+        for index in range(len(self)):  # with the folder, as in unfinished batch predictions of earlier releases
+            yield f"{printable(str(self.path(index)))}\n".encode()
+
+
+def below_one_folder(paths: Sequence[str], folders: Sequence[str] = ()) -> tuple[Path, list[str]]:
+    """The folder above all paths, or above `folders`, and the paths from there on; relative paths stay as they are.
+
+    What is written about images names no folder above that of the data, which is the user's.
+    """
+    if not any(map(os.path.isabs, paths)):
+        return Path(), list(paths)
+    whole = list(map(os.path.abspath, paths))
+    # What the first and the last have in common all have that are in order between them.
+    root = os.path.commonpath([*map(os.path.abspath, folders)] or [os.path.dirname(each(whole)) for each in (min, max)])
+    return Path(root), [path.removeprefix(root.rstrip(os.sep) + os.sep) for path in whole]
 
 
 def read_image_file(path: str | Path, name: str) -> bytes:

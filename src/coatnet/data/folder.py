@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coatnet.data.datasets import FileDataset, printable
+from coatnet.data.datasets import FileDataset, below_one_folder, printable
 from coatnet.data.decode import IMAGE_SUFFIXES, SNIFFED_BYTES, sniff
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
 from coatnet.errors import UserError, shorten
@@ -338,13 +338,16 @@ def open_images(paths: Iterable[str | Path], left_out: Counter[str] | None = Non
         UserError: a path does not exist, or a folder cannot be listed or has no images. A file that is not an image
             is found when it is read.
     """
-    files = []
-    for path, error in expand_paths(paths, left_out):
+    sources, files = list(map(Path, paths)), []
+    for path, error in expand_paths(sources, left_out):
         if error is not None:
             raise UserError(f"{printable(str(path))}: {error}")
         files.append(str(path))
     # The name is part of what identifies the images of a batch prediction, so unfinished ones of version 0.1 go on.
-    return FileDataset("pictures", (), Path(), files, np.full(len(files), -1))
+    given = all(map(os.path.lexists, sources))  # else some are patterns
+    folders = [str(source if source.is_dir() else source.parent) for source in sources] if given else ()
+    root, names = below_one_folder(files, folders)
+    return FileDataset("pictures", (), root, names, np.full(len(files), -1))
 
 
 def describe_left_out(files: Mapping[str, int]) -> str:

@@ -22,7 +22,8 @@ from coatnet.data.datasets import (
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
-from coatnet.errors import UserError, import_extra
+from coatnet.errors import UserError, import_extra, without_credentials
+from coatnet.system.credentials import token_of
 
 SCHEME = "hf://"
 _IMAGE_NAMES = ("image", "img", "picture")
@@ -110,7 +111,7 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
     """
     place = source.removeprefix(SCHEME)
     name = printable(Path(place).name if Path(place).exists() else place)
-    tables = _load(place)
+    tables = _load(place, token_of(source))
     splits = _splits(source, tables, evaluation)
     features = tables[splits[0]].features
     image, label = _image_column(source, features), _label_column(source, features)
@@ -176,7 +177,7 @@ def _splits(source: str, tables: Mapping[str, Any], evaluation: bool) -> list[st
     return [training] if held_out == training else [training, held_out]
 
 
-def _load(name: str) -> Mapping[str, Any]:
+def _load(name: str, token: str | None = None) -> Mapping[str, Any]:
     datasets = import_extra("datasets", "datasets", f"{name}: a dataset of the Hugging Face hub")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -185,9 +186,9 @@ def _load(name: str) -> Mapping[str, Any]:
             loaded = datasets.load_from_disk(name)
         else:
             path, _, configuration = name.partition(":") if not Path(name).exists() else (name, "", "")
-            loaded = datasets.load_dataset(path, configuration or None)
+            loaded = datasets.load_dataset(path, configuration or None, token=token)
     except Exception as error:  # errors of files, parsers and the network come through as they are
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(without_credentials(str(error)).split())[:200]
         raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason})") from error
     return {str(split): each for split, each in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
 

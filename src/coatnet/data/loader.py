@@ -9,6 +9,7 @@ them to finish its step and save; they do not outlive the run, nor fill a shared
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -439,7 +440,8 @@ def _from_workers(batches: _TrainingBatches | _EvaluationBatches, numbers: range
             num_received += 1
             yield batch
     except UserError as error:  # without the traceback that torch puts around a worker's message
-        raise UserError(str(error).rpartition("UserError: ")[2].partition("\n")[0]) from error
+        own = str(error).rpartition("UserError: ")[2]
+        raise UserError(re.split(r"\n|\\nwhile reading image ", own)[0]) from error
     except (RuntimeError, OSError, EOFError) as error:  # which one depends on what the worker did when it was killed
         if str(error).startswith("Caught "):  # raised in a worker that is alive
             raise

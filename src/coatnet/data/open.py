@@ -15,6 +15,7 @@ from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
 from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, open_shard_folder
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
+from coatnet.system.credentials import conceal
 from coatnet.system.files import user_path
 from coatnet.system.terminal import telling
 
@@ -50,7 +51,8 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
         raise UserError(
             f"no data is given: give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"
         )
-    match str(source):
+    source = conceal(str(source))
+    match source:
         case "fashion-mnist":
             return open_fashion_mnist()
         case "fashion-mnist-small":
@@ -58,14 +60,14 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
         case "digits":
             return open_digits(validation_fraction)
 
-    if str(source).startswith(SCHEME):
-        return open_hugging_face(str(source), validation_fraction, evaluation=evaluation)
-    if "://" in str(source):
-        return open_remote_shards(str(source), validation_fraction)
+    if source.startswith(SCHEME):
+        return open_hugging_face(source, validation_fraction, evaluation=evaluation)
+    if "://" in source:
+        return open_remote_shards(source, validation_fraction)
     path = user_path(source)
     if not path.exists():
         raise UserError(
-            f"no dataset at {str(source)!r}{nearest(str(source), NAMES)}: "
+            f"no dataset at {source!r}{nearest(source, NAMES)}: "
             f"give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"
         )
     if path.is_dir():

@@ -233,11 +233,12 @@ def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tenso
     """
     if data is None:
         data = "digits" if set(bundle.classes) == set(map(str, range(10))) else "fashion-mnist-small"
-    dataset = open_dataset(data).validation
+    splits = open_dataset(data)
+    dataset = splits.validation
     images = [image for image, _ in spread_images(dataset, MAX_CHECKED_IMAGES)]
     if not images:
         raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")
-    return data, images
+    return splits.name, images
 
 
 def spread_images(dataset: Dataset, most: int) -> Iterator[tuple[Tensor, int]]:

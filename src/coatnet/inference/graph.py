@@ -181,7 +181,11 @@ def to_program(module: nn.Module, example: Tensor, *, free: tuple[int, ...] = ()
     """
     sizes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH_IMAGES)} | dict.fromkeys(free, Dim.DYNAMIC)
     with torch.no_grad(), silence_exporters():
-        return torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,))
+        program = torch.export.export(module.eval(), (example,), dynamic_shapes=(sizes,))
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # a file would name folders of this machine
+    return program
 
 
 def to_openvino(program: ExportedProgram) -> "openvino.Model":
@@ -207,6 +211,9 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
             program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False
         )
     assert converted is not None
+    for graph in (converted.model.graph, *converted.model.functions.values()):
+        for node in graph:
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names folders of this machine
     return converted
 
 

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from coatnet.errors import UserError, nearest_option
+from coatnet.system.credentials import conceal
 
 T = TypeVar("T")
 
@@ -37,6 +38,12 @@ def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _source(value: Any) -> Any:
+    """A path as its text, and a URL without its credentials, which are kept in memory."""
+    value = _text(value)
+    return conceal(value) if isinstance(value, str) else value
+
+
 def _names(value: Any) -> Any:
     """`one,two` as its names."""
     return tuple(name for part in value.split(",") if (name := part.strip())) if isinstance(value, str) else value
@@ -46,6 +53,7 @@ Boolean = Annotated[bool, Strict()]
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, AllowInfNan(False), BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
+Source = Annotated[str, BeforeValidator(_source)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 NonNegativeFloat = Annotated[Number, Field(ge=0)]

@@ -3,6 +3,7 @@
 `defaults.resolve` makes the second from the first, once, and the data. Both are frozen, print, and go to YAML and back.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
@@ -27,6 +28,7 @@ from coatnet.system.validated import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Source,
     Text,
     check_some,
     fields_of,
@@ -36,6 +38,7 @@ from coatnet.system.validated import (
 from coatnet.training.optimizer import Optimization, Schedule
 
 MAX_YAML_BYTES = 1_000_000
+FROM_FILE = "{folder}/"  # begins a path that is counted from the folder of the file it stands in
 
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 Recomputed = Literal["none", "transformer", "all"]
@@ -53,13 +56,13 @@ class TrainingConfig:
     _: KW_ONLY
     name: Text = "scratch"
     """Name of the recipe that the values start from, see `recipes.RECIPES`."""
-    data: Text
+    data: Source
     """What to learn from: a folder of images, a manifest, shards, or a name such as digits."""
     model: Text
     """Name of a variant (`coatnet models` lists them); by default chosen by resolution, or that of `init`."""
     variations: dict[str, Any] = field(default_factory=dict)
     """Changes of the variant's architecture, such as {downsample: depthwise}."""
-    init: Text = ""
+    init: Source = ""
     """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; by default none."""
     freeze: Names = ()
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
@@ -312,7 +315,10 @@ def read_value(text: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping, bounded in size, without aliases or tags: a file can name values, never code."""
+    """A YAML mapping, bounded in size, without aliases or tags: a file can name values, never code.
+
+    Where `data` or `init` begins with `{folder}/`, as in the recipe.yaml of a run, that is the folder of the file.
+    """
     try:
         text = read_regular(path, MAX_YAML_BYTES)
         values = yaml.load(text, Loader=_Loader)
@@ -323,4 +329,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")
+    for name in ("data", "init"):
+        if isinstance(place := values.get(name), str) and place.startswith((FROM_FILE, "~")):
+            place = place.replace(FROM_FILE, f"{os.path.realpath(Path(path).parent)}/", 1)
+            values[name] = os.path.realpath(os.path.expanduser(place))
     return values

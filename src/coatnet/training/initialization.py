@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.bundle import place_name
 from coatnet.bundle.config import require_memory
 from coatnet.data.datasets import Dataset
 from coatnet.errors import UserError
@@ -63,10 +64,10 @@ def describe_init(config: TrainingConfig, dataset: Dataset, init: Bundle | None)
     if init is None:
         return ""
     if keeps_classifier(dataset, init):
-        return f" from {config.init}, its classifier kept"
+        return f" from {place_name(config.init)}, its classifier kept"
     same = set(init.classes) == set(dataset.classes)
     classes = f"the same {len(dataset.classes)} classes in another order" if same else f"{len(dataset.classes)} classes"
-    return f" from {config.init}, a new classifier for {classes}"
+    return f" from {place_name(config.init)}, a new classifier for {classes}"
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A run folder: recipe, log and checkpoints of one run and, at its end, the report and the bundle."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from coatnet.system.files import (
     remove_leftovers,
 )
 from coatnet.system.json_reader import read_json
-from coatnet.training.config import MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
+from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
 
 LOCK = ".lock"  # in the folder while a process trains in it
 
@@ -124,7 +125,7 @@ class RunFolder:
                     f"another process has begun a run in {self.path} meanwhile: give another folder for out"
                 )
             remove_leftovers(self.path, only_hidden=True)
-            atomic_write(self._recipe_file, self.config.to_yaml())
+            atomic_write(self._recipe_file, relative_to(self.config, self.path).to_yaml())
             atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
         except OSError as error:
             raise UserError(
@@ -156,6 +157,23 @@ class RunFolder:
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # the line that the process was writing when it died
         atomic_write(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def relative_to(config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """A configuration for a file in `folder`, which may be passed on: it names data and init from there, or from the
+    user's home folder, unless they lie on another branch of the file system. `read_yaml` gives back the whole paths.
+    """
+    start, home = os.path.realpath(folder), os.path.realpath(os.path.expanduser("~"))
+
+    def named(place: str) -> str:
+        if not os.path.isabs(place):
+            return place
+        beside, in_home = os.path.commonpath([start, place]), os.path.commonpath([home, place]) == home != "/"
+        if len(Path(beside).parts) > 2 and not (in_home and home.startswith(beside + "/")):  # chosen: deeper than /home
+            return FROM_FILE + os.path.relpath(place, start)
+        return f"~/{os.path.relpath(place, home)}" if in_home else place
+
+    return replace(config, data=named(config.data), init=named(config.init))
 
 
 def fill_from(stored: Recipe, given: Recipe) -> Recipe:

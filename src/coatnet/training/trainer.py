@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.bundle.bundle import without_places
 from coatnet.data.loader import BadImages, require_readable, sampler_of, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.open import open_dataset
@@ -478,7 +479,7 @@ class Trainer:
             self.restore(checkpoint)
             self.state = TrainState(**checkpoint.state["position"])
             for name, reason in checkpoint.state["bad_images"].items():
-                self.bad_images.add(name, reason)
+                self.bad_images.add(name.removeprefix(f"{self.config.data}/"), reason)  # whole in earlier releases
         self.state.seconds += time.monotonic() - started
         self.state = self.processes.broadcast(self.state)  # or runs with a limit in minutes would end at other steps
         if path is not None:
@@ -488,7 +489,7 @@ class Trainer:
         if self.processes.is_main:
             self.folder.rewind(self.state.step)
             self.loggers = open_loggers(self.config.loggers, self.folder.path, self.state.step, self.progress.say)
-            self.loggers.log_config(self.config.to_dict())
+            self.loggers.log_config(without_places({"recipe": self.config.to_dict()})["recipe"])
 
     def restore_best(self) -> None:
         """Take the weights of the best evaluation."""

@@ -51,7 +51,7 @@ def test_labels_read_and_counts_agree(packed):
 def test_the_folder_may_move(folder):
     there = folder.rename(folder.with_name("elsewhere"))
     dataset = open_dataset(there).training
-    assert dataset.describe(0).startswith(f"{there}/train-000000.tar/000000000-")
+    assert dataset.describe(0).startswith("train-000000.tar/000000000-")
 
 
 def test_the_description_says_what_is_there(packed):

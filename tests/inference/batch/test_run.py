@@ -34,7 +34,7 @@ def predicted(predictor: Predictor, source: Path | str, out: Path, **settings) -
 def test_rows_equal_predictions_in_the_order_of_the_folder(predictor: Predictor, images: Path, tmp_path: Path) -> None:
     rows = predicted(predictor, images, tmp_path / "new" / "out.parquet", top_k=3)
     paths = [str(path) for path, _ in expand_paths([images])]
-    assert len(paths) == 151 and [row["path"] for row in rows] == paths
+    assert len(paths) == 151 and [str(images / row["path"]) for row in rows] == paths
     for row, prediction in zip(rows, predictor(paths, top_k=3), strict=True):
         assert row["error"] == prediction.error and row["label"] is None
         assert tuple(row["classes"]) == prediction.classes and row["top1"] == next(iter(prediction.classes), None)

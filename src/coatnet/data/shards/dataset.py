@@ -170,7 +170,7 @@ class ShardDataset(Dataset):
     def describe(self, index: int) -> str:
         shard, row = self._find(index)
         key = printable(os.fsdecode(self._samples(shard)[row]["key"]))
-        return f"{self._files}/{self.shard_name(shard)}/{key}"
+        return f"{self.shard_name(shard)}/{key}"
 
     def shard_name(self, shard: int) -> str:
         """The file name of a shard."""

@@ -16,8 +16,9 @@ from urllib.parse import quote
 from zlib import crc32
 
 from coatnet.data.datasets import printable
-from coatnet.errors import UserError, import_extra
+from coatnet.errors import UserError, import_extra, without_credentials
 from coatnet.system.cache import cache_folder
+from coatnet.system.credentials import conceal, connection
 from coatnet.system.files import atomic_files, file_lock, is_leftover, open_regular
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
@@ -259,14 +260,15 @@ def chunks(files: Storage, name: str) -> Iterator[bytes]:
 class RemoteStorage(Storage):
     """Files behind a URL that fsspec opens, fetched in blocks that a cache on this machine keeps.
 
-    A file that cannot be fetched is tried several times.
+    A file that cannot be fetched is tried several times. Credentials of the URL are in `_connection` alone.
     """
 
     is_local = False
 
     def __init__(self, url: str, cache: BlockCache) -> None:
-        self.url = url.rstrip("/")
+        self.url = conceal(url).rstrip("/")
         self.cache = cache
+        self._connection = connection(conceal(url))  # for worker processes, too, whose memory begins empty
         self._system: Any = None
 
     def __str__(self) -> str:
@@ -277,9 +279,9 @@ class RemoteStorage(Storage):
 
     def names(self, folder: str = "") -> list[str]:
         system, place = self._connect()
-        root = f"{place}/{folder}".rstrip("/")
+        root = f"{place}/{folder}".rstrip("/") + self._connection[1]
         found = self._try(folder, lambda: system.ls(root, detail=True))
-        names = (entry["name"].rpartition("/")[2] for entry in found if entry["type"] == "file")
+        names = (entry["name"].partition("?")[0].rpartition("/")[2] for entry in found if entry["type"] == "file")
         return sorted(os.path.join(folder, name) for name in names)
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
@@ -310,14 +312,17 @@ class RemoteStorage(Storage):
 
     def stream(self, name: str) -> BinaryIO:
         system, place = self._connect()
-        return self._try(name, lambda: system.open(f"{place}/{name}", block_size=CHUNK_BYTES, cache_type="readahead"))
+        return self._try(
+            name,
+            lambda: system.open(f"{place}/{name}{self._connection[1]}", block_size=CHUNK_BYTES, cache_type="readahead"),
+        )
 
     def _size(self, name: str) -> int | None:
         system, place = self._connect()
 
         def look() -> int | None:
             try:
-                return system.info(f"{place}/{name}")["size"]
+                return system.info(f"{place}/{name}{self._connection[1]}")["size"]
             except FileNotFoundError as error:
                 cause = error.__cause__
                 if cause is None or getattr(cause, "status", None) == 404:
@@ -328,7 +333,9 @@ class RemoteStorage(Storage):
 
     def _fetch(self, name: str, block: range) -> bytes:
         system, place = self._connect()
-        data = self._try(name, lambda: system.cat_file(f"{place}/{name}", start=block.start, end=block.stop))
+        data = self._try(
+            name, lambda: system.cat_file(f"{place}/{name}{self._connection[1]}", start=block.start, end=block.stop)
+        )
         if len(data) > len(block):
             raise UserError(
                 f"{self}/{name}: the server ignores range requests and sends whole files; use one that supports them"
@@ -348,7 +355,7 @@ class RemoteStorage(Storage):
                 raise UserError(f"{self}/{name}: not found") from error
             except Exception as error:  # each kind of storage has its own errors
                 if pause > _LAST_PAUSE:
-                    reason = " ".join(str(error).split())[:120] or type(error).__name__
+                    reason = " ".join(without_credentials(str(error)).split())[:120] or type(error).__name__
                     raise UserError(f"{self}/{name}: cannot be fetched, after several attempts: {reason}") from error
                 time.sleep(pause)
                 pause *= 2
@@ -357,9 +364,9 @@ class RemoteStorage(Storage):
         if self._system is None:
             fsspec = import_extra("fsspec", "shards", f"{self}: a URL")
             try:
-                self._system = fsspec.core.url_to_fs(self.url)
+                self._system = fsspec.core.url_to_fs(self._connection[0])
             except (ImportError, ValueError) as error:  # s3fs for s3://, gcsfs for gs://, or no such protocol
-                reason = " ".join(str(error).split())[:120]
+                reason = " ".join(without_credentials(str(error)).split())[:120]
                 raise UserError(
                     f"{self}: {reason}; http:// comes with coatnet[shards], s3fs and gcsfs are separate"
                 ) from error

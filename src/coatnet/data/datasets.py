@@ -62,6 +62,10 @@ class Dataset(Protocol):
         """The name of an image in messages and reports, such as its path below the folder of the data."""
         ...
 
+    def whole_name(self, index: int) -> str:
+        """The name of an image with the place of the data, for continuing what an earlier release began."""
+        return self.describe(index)
+
     def read_batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray]:
         """The pixels (B, H, W) or (B, H, W, 3) and labels (B,) or (B, K) of several images, if `in_memory`."""
         raise NotImplementedError(f"{self.name} is not in memory")
@@ -184,7 +188,10 @@ class FileDataset(Dataset):
 
     def identity(self) -> Iterator[bytes]:
         for index in range(len(self)):  # with the folder, as in unfinished batch predictions of earlier releases
-            yield f"{printable(str(self.path(index)))}\n".encode()
+            yield f"{self.whole_name(index)}\n".encode()
+
+    def whole_name(self, index: int) -> str:
+        return printable(str(self.path(index)))
 
 
 def below_one_folder(paths: Sequence[str], folders: Sequence[str] = ()) -> tuple[Path, list[str]]:

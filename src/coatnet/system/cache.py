@@ -6,7 +6,6 @@ read-only container or without a home, a temporary folder of this process takes 
 
 import atexit
 import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from coatnet.errors import UserError
-from coatnet.system.files import atomic_folder, file_lock, remove_leftovers
+from coatnet.system.files import atomic_folder, file_lock, remove_leftovers, sha256_of
 from coatnet.system.terminal import warn
 
 CHECKSUMS = "SHA256SUMS"  # of the files of a folder, as the program sha256sum writes and checks them
@@ -92,7 +91,7 @@ def _kept(home: Path, key: str, make: Callable[[Path], None], most: int | None) 
         if not is_whole(folder):  # else another process was faster
             with atomic_folder(folder, replace=True) as staged:
                 make(staged)
-                (staged / CHECKSUMS).write_text("".join(f"{_sha256(staged / n)}  {n}\n" for n in _files(staged)))
+                (staged / CHECKSUMS).write_text("".join(f"{sha256_of(staged / n)}  {n}\n" for n in _files(staged)))
     remove_leftovers(home, LEFTOVER_SECONDS)
     if most is not None:
         kept = sorted((path for path in home.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
@@ -108,7 +107,7 @@ def is_whole(folder: Path) -> bool:
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         named = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        return bool(named) and sorted(named) == _files(folder) and all(_sha256(folder / n) == named[n] for n in named)
+        return bool(named) and sorted(named) == _files(folder) and all(sha256_of(folder / n) == named[n] for n in named)
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -117,11 +116,6 @@ def _files(folder: Path) -> list[str]:
     """The regular files below a folder, without the checksums."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(folder)) for path in paths if path.name != CHECKSUMS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache

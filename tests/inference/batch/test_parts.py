@@ -1,12 +1,19 @@
 """Parts of a batch prediction cover every image once, for any number of processes."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatnet.inference.batch.parts import Plan
+from coatnet.errors import UserError
+from coatnet.inference.batch.parts import Parts, Plan
+from coatnet.inference.batch.samples import Row
+from coatnet.system.files import file_lock
 
 PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
 
@@ -33,3 +40,60 @@ def test_plans_describe_their_difference() -> None:
     assert PLAN.difference(replace(PLAN, num_images=9).to_json()) == "other images"
     assert PLAN.difference(replace(PLAN, top_k=1).to_json()) == "top k 1 where this has 5"
     assert PLAN.difference("[]") == PLAN.difference("{") == "an unreadable plan"
+
+
+def parts_of(folder: Path, **changes: Any) -> Parts:
+    parts = Parts(folder / "out.parquet", replace(PLAN, num_images=100, **changes))  # two parts
+    parts.begin()
+    return parts
+
+
+def rows(numbers: range) -> list[Row]:
+    return [Row(f"{number}.png", None, "a", 0.5, ("a", "b"), (0.5, 0.5), None) for number in numbers]
+
+
+def test_one_flipped_bit_of_a_part_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    parts = parts_of(tmp_path)
+    for number in range(2):
+        parts.write(number, rows(parts.plan.part(number)))
+    path = parts.folder / "part-000001.parquet"
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 40):  # names, values, statistics, footer
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"part-000001.parquet was damaged and is removed"):
+            parts.join_if_complete()
+        assert not path.exists() and not parts.out.exists()
+    parts.write(1, rows(parts.plan.part(1)))
+    assert path.read_bytes() == whole
+    (parts.folder / "part-000000.sha256").unlink()  # as of an earlier release
+    parts.join_if_complete()
+    finished = parts.finished()
+    assert finished is not None and finished.num_images == 100 and not parts.folder.exists()
+
+
+def test_another_batch_size_is_refused_once_a_part_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    parts_of(tmp_path, batch_size=512)  # which failed: too little memory
+    parts = parts_of(tmp_path, batch_size=8)
+    with file_lock(parts.folder / "process-1"), pytest.raises(UserError, match="with batch size 8 where this has 4"):
+        parts_of(tmp_path, batch_size=4)  # another process has begun
+    parts.write(0, rows(parts.plan.part(0)))
+    with pytest.raises(UserError, match="was begun with batch size 8 where this has 32"):
+        parts_of(tmp_path)
+    values = json.loads((parts.folder / "plan.json").read_text())
+    del values["batch_size"]  # as of an earlier release, whose rows have whole paths
+    (parts.folder / "plan.json").write_text(json.dumps(values))
+    assert parts_of(tmp_path, batch_size=4).by_earlier_release
+
+
+@pytest.mark.parametrize("damage", ["", "[" * 100_000, "[]", '{"model": [], "images": {}}', "\0" * 999])
+def test_a_damaged_plan_is_one_line(tmp_path: Path, damage: str) -> None:
+    pytest.importorskip("pyarrow")
+    parts = parts_of(tmp_path)
+    parts.write(0, rows(parts.plan.part(0)))
+    (parts.folder / "plan.json").write_text(damage)
+    with pytest.raises(UserError, match=r"was begun with .*: continue with the same command, or remove"):
+        parts_of(tmp_path)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from coatnet.system.files import (
     check_regular,
     commit_files,
     file_lock,
+    is_leftover,
     read_regular,
+    sha256_of,
     user_path,
 )
-from coatnet.system.json_reader import parse_json
+from coatnet.system.json_reader import parse_json, require_object
 
 # chosen: a thousand parts, so that little is lost with a process and many processes share evenly, within bounds: a file
 # for fewer than 64 images costs more than it saves, and 4,096 rows are some MB to hold until they are written.
@@ -44,6 +46,7 @@ class Plan:
         precision: fp32 or bf16.
         views: test-time augmentation.
         top_k: number of classes per image.
+        batch_size: images computed together; with another one sums differ in their last bits.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Plan:
     precision: str
     views: str
     top_k: int
+    batch_size: int = 32
 
     @property
     def part_size(self) -> int:
@@ -79,12 +83,12 @@ class Plan:
     def difference(self, other: str) -> str | None:
         """Describe the first difference of another plan, given as JSON; None if there is none."""
         try:
-            values = parse_json(other, "plan")
-        except ValueError:
-            return "an unreadable plan"
-        if not isinstance(values, Mapping):
+            values = require_object(parse_json(other, "plan"), "plan")
+        except UserError:
             return "an unreadable plan"
         for name, value in self.to_dict().items():
+            if name == "batch_size" and name not in values:
+                continue  # begun by an earlier release, which did not note it
             if values.get(name) != value:
                 known = {"model": "another model", "pictures": "other images", "num_pictures": "other images"}
                 return known.get(name) or f"{name.replace('_', ' ')} {values.get(name)} where this has {value}"
@@ -135,17 +139,38 @@ class Parts:
     def begin(self) -> None:
         """Make the folder with the plan, or continue with one whose plan is the same.
 
+        A plan of which nothing was computed yet, since its first process failed, gives way to this one.
+
         Raises:
             UserError: its plan is another one.
         """
         path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        stored = read_regular(path).decode(errors="replace") if path.exists() else None
+        if stored is None or (self.plan.difference(stored) and self._is_unused()):
             atomic_write(path, self.plan.to_json())  # other processes of this run may do so too, with the same text
-        elif difference := self.plan.difference(read_regular(path).decode(errors="replace")):
+        elif difference := self.plan.difference(stored):
             raise UserError(
                 f"{self.out} was begun with {difference}: continue with the same command, or remove {self.folder}"
             )
+
+    def _is_unused(self) -> bool:
+        """Whether the folder has no part, and no process works in it."""
+        try:
+            for entry in self.folder.iterdir():
+                if entry.name.startswith("process-"):
+                    with file_lock(entry, wait=False):
+                        pass
+                elif entry.suffix == ".parquet" and not is_leftover(entry.name):
+                    return False
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def by_earlier_release(self) -> bool:
+        """Whether its first parts were written by a release that named images by their whole path."""
+        return b'"batch_size"' not in read_regular(self.folder / "plan.json")
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of the parts that are not written yet."""
@@ -158,8 +183,10 @@ class Parts:
         from pyarrow import parquet
 
         columns = [list(column) for column in zip(*rows, strict=True)]
-        with atomic_files(self._path(number)) as (staged,):
+        path = self._path(number)
+        with atomic_files(path.with_suffix(".sha256"), path) as (checksum, staged):  # the part is renamed last
             parquet.write_table(pyarrow.table(columns, schema=schema()), staged)
+            checksum.write_text(sha256_of(staged))
 
     def join_if_complete(self) -> None:
         """Join the parts if all are there, unless another process does or did."""
@@ -222,15 +249,17 @@ class Parts:
         commit_files([staged], [self.out])
 
     def _read(self, number: int) -> Any:
-        """Read a part and check its number of rows: a disk may lose what it confirmed."""
+        """Read a part and check its bytes and its number of rows: a disk may lose or change what it confirmed."""
         import pyarrow
         from pyarrow import parquet
 
         path = self._path(number)
+        checksum = path.with_suffix(".sha256")  # parts of earlier releases have none
         try:
-            table = parquet.read_table(path, schema=schema())
-            if len(table) == len(self.plan.part(number)):
-                return table
+            if not checksum.exists() or read_regular(checksum).decode(errors="replace") == sha256_of(path):
+                table = parquet.read_table(path, schema=schema())
+                if len(table) == len(self.plan.part(number)):
+                    return table
         except pyarrow.ArrowException:
             pass
         path.unlink()

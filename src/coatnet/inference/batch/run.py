@@ -59,6 +59,7 @@ def predict_to_file(
         precision=engine.precision,
         views=predictor.views,
         top_k=min(top_k, len(predictor.classes)),
+        batch_size=batch_size,
     )
     parts = Parts(target, plan)
     if finished := parts.finished():
@@ -71,6 +72,7 @@ def predict_to_file(
             # Checked again, now that the folder is there: another process may have joined and removed it meanwhile.
             if finished := parts.finished():
                 return finished
+            samples.whole_paths = parts.by_earlier_release
             total = sum(len(plan.part(number)) for number in share)
             with ProgressBar("predicting", total, "images", shown=rank == 0) as bar:  # shares are about equal
                 bar.advance(total - sum(len(plan.part(number)) for number in missing))

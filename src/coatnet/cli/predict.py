@@ -101,11 +101,13 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
     from coatnet.inference.batch import open_samples, predict_to_file
     from coatnet.inference.batch.parts import require_parquet
     from coatnet.inference.batch.run import Terminated, stopped_by_sigterm
+    from coatnet.system.parents import stop_with_launcher
 
     require_parquet(given.out)
     rank, world_size, local_rank, _ = read_launcher()
     try:
         with stopped_by_sigterm():
+            stop_with_launcher()
             select_gpu(local_rank)
             images = open_samples(given.paths)
             predictor = open_predictor(given, given.engine)

@@ -39,6 +39,7 @@ from coatnet.data.transforms import (
 )
 from coatnet.errors import UserError
 from coatnet.system.hardware import num_cores
+from coatnet.system.parents import end_with_parent
 
 Item = TypeVar("Item")
 
@@ -477,6 +478,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     # The terminal sends Ctrl-C to the workers too; the main process finishes its step and stops them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _identity(batch: Any) -> Any:

@@ -16,13 +16,11 @@ import re
 import shutil
 import signal
 import tarfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,6 +64,7 @@ from coatnet.system.files import (
 )
 from coatnet.system.hardware import num_cores
 from coatnet.system.json_reader import parse_json
+from coatnet.system.parents import end_with_parent
 from coatnet.system.progress import ProgressBar
 
 OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
@@ -430,15 +429,7 @@ def _start(work: _Work) -> None:
     torch.set_num_threads(1)
     # The terminal sends Ctrl-C to every process; the main process stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the process that started this one ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _write(piece: Piece) -> Written:

@@ -23,6 +23,7 @@ from coatnet.data.mixing import Mixing
 from coatnet.errors import UserError, first_line
 from coatnet.system.hardware import num_cores
 from coatnet.system.launcher import Launched, meeting_place, read_launcher
+from coatnet.system.parents import stop_with_launcher
 from coatnet.system.terminal import warn
 
 Value = TypeVar("Value")
@@ -163,6 +164,7 @@ def distributed_processes(environment: Mapping[str, str] = os.environ) -> Iterat
         return
     connected_here = not dist.is_initialized()
     if connected_here:
+        stop_with_launcher(environment)
         connect(environment, launched)
     slow_group = dist.new_group(backend="gloo", timeout=MAIN_ONLY_TIMEOUT)
     orderly = False

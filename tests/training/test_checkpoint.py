@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, whatever happens while it is written; a damaged one is never loaded."""
 
+import errno
 import json
 import os
 from types import SimpleNamespace
@@ -120,3 +121,48 @@ def test_a_full_disk_is_reported_with_needed_and_free_space(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"disk full, it needs 0\.1 MB and has 0\.0 MB"):
         save(tmp_path, 1)
     assert published(tmp_path) == []
+
+
+DAMAGED_JSON = {
+    "deep": "[" * 100_000,
+    "deep objects": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "list": "[]",
+    "object": "{}",
+    "number": "1" * 5_000,
+    "text": '"state"',
+    "cut": '{"format": 1, "files": {"state.json": [12',
+    "empty": "",
+    "zeros": "\0" * 4096,
+    "no files": '{"format": 1, "files": []}',
+    "other types": '{"format": 1, "files": {"state.json": "x", "tensors.safetensors": [1]}}',
+    "other format": '{"format": [1], "files": {}}',
+    "many files": '{"format": 1, "files": {' + ", ".join(f'"{n}": [1, 1]' for n in range(30_000)) + "}}",
+    "not finite": '{"position": {"step": 3, "seconds": NaN}, "bad_images": {}}',
+    "wrong counter": '{"position": {"step": "3", "seconds": 1.0}, "bad_images": {}}',
+    "wrong images": '{"position": {"step": 3, "seconds": 1.0}, "bad_images": [1]}',
+    "no position": '{"bad_images": {}}',
+}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+@pytest.mark.parametrize("damage", DAMAGED_JSON)
+def test_a_checkpoint_with_damaged_json_is_skipped_for_the_one_before(damage, name, tmp_path):
+    state = {"position": {"step": 1, "seconds": 2.5, "best": -1.0}, "bad_images": {"a": "cut"}}
+    for step in (1, 2):
+        checkpoints.save(tmp_path, f"step-{step:09d}", tensors_at(step), state)
+    last = tmp_path / "step-000000002"
+    (last / name).write_text(DAMAGED_JSON[damage])
+    if name == "state.json":  # as if it had been written so
+        manifest = json.loads((last / "manifest.json").read_text())
+        manifest["files"]["state.json"] = module._fingerprint(last / "state.json")
+        (last / "manifest.json").write_text(json.dumps(manifest))
+    warnings = []
+    found = latest_checkpoint(tmp_path, warnings.append, state_has=("position", "bad_images"))
+    assert found is not None and found.path.name == "step-000000001" and found.state == state
+    assert len(warnings) == 1 and "is damaged and is skipped" in warnings[0] and len(warnings[0]) < 600
+    module.milestones(published(tmp_path), hours=1e-9)
+
+
+def test_advice_about_space_is_for_full_disks_alone(tmp_path):
+    assert "free some space" in str(module.checkpoint_error(tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    assert "free some space" not in str(module.checkpoint_error(tmp_path, OSError(errno.EIO, os.strerror(errno.EIO))))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 from tests.training.configs import SMALL_COLOR_IMAGES, config_of
 
 from coatnet.errors import UserError
+from coatnet.evaluation.plots import draw_curves
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
 from coatnet.training.defaults import resolve_for
 from coatnet.training.run_folder import RunFolder
@@ -111,3 +114,55 @@ def test_a_start_that_was_killed_leaves_a_folder_that_can_be_started(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classes.json", "recipe.yaml"]
     with pytest.raises(UserError, match="is not the folder of a run"):
         RunFolder(tmp_path.parent, Recipe(data="digits"))
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path):
+    run, said = started(tmp_path / "run"), []
+    run.warn = said.append
+    run.log({"step": 1})
+    run.metrics.rename(tmp_path / "kept")
+    run.metrics.mkdir()
+    run.log({"step": 2})
+    run.log({"step": 3})
+    assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
+    run.rewind(1)
+    run.metrics.rmdir()
+    (tmp_path / "kept").rename(run.metrics)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics.stat().st_size + 5, hard))
+        run.log({"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    run.log({"step": 5})
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 5]
+    run.release()
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    run = started(tmp_path / "run")
+    lines = [
+        '{"step": 1}',
+        "[" * 100_000,
+        "[]",
+        "3",
+        '{"step": "1"}',
+        '{"step": 2}',
+        '{"step": 9}',
+        '{"st',
+        '{"step": 3}',
+    ]
+    run.metrics.write_text("\n".join(lines) + "\n")
+    run.rewind(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+    draw_curves(run.metrics, tmp_path / "curves.png")
+    run.release()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "{}", "[1, 2]", '["ant", '])
+def test_damaged_classes_of_a_run_are_one_line(tmp_path, text):
+    (stored_by_an_earlier_release(tmp_path, **ASKED) / "classes.json").write_text(text)
+    with pytest.raises(UserError, match=r"classes\.json"):
+        resumed(tmp_path)

@@ -102,13 +102,13 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
 def _series(metrics_path: str | Path, name: str) -> np.ndarray:
     """Epoch and value of the M lines that have the value, (M, 2)."""
     by_step = {}
-    for line in read_regular(metrics_path, MAX_LOG_BYTES).decode().splitlines():
+    for line in read_regular(metrics_path, MAX_LOG_BYTES).decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
             if record.get(name) is not None:
-                by_step[record["step"]] = record["epoch"], record[name]
+                by_step[int(record["step"])] = float(record["epoch"]), float(record[name])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
+            continue  # a line that is cut or damaged
     rows = np.array([by_step[step] for step in sorted(by_step)], dtype=float)
     return rows.reshape(-1, 2)  # (0, 2) without lines
 

@@ -27,8 +27,6 @@ def write_report(report: Report, folder: str | Path) -> None:
         OSError: the disk refuses.
     """
     folder = Path(folder)
-    # Names of files need not be Unicode; what is not is written as JSON would escape it.
-    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")
     if report.confusion is not None:
         with atomic_files(folder / "confusion.png") as (staged,):
             draw_confusion(np.array(report.confusion), report.classes, staged)
@@ -37,7 +35,9 @@ def write_report(report: Report, folder: str | Path) -> None:
             draw_mistakes(report.thumbnails, report.mistakes, staged)
     with atomic_files(folder / "calibration.png") as (staged,):
         draw_calibration(report.calibration, staged)
+    # Names of files need not be Unicode; what is not is written as JSON would escape it.
     atomic_write(folder / "report.md", to_markdown(report, with_plots=True), errors="backslashreplace")
+    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")  # last: then all is there
 
 
 def to_markdown(report: Report, *, with_plots: bool = False) -> str:

@@ -5,32 +5,35 @@ and so on), `state.json` and `manifest.json` (size and CRC-32 of the others). Th
 is the complete one with the highest step. Reading a checkpoint executes nothing.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, shorten
 from coatnet.system.files import (
     check_regular,
     commit_folder,
     fsync_path,
     open_regular,
-    read_regular,
     remove_folder,
     remove_leftovers,
     temporary_path,
 )
+from coatnet.system.json_reader import Count, Counts, read_json, require_object, validate
 from coatnet.training.distributed.shards import Rows
 
 FORMAT_VERSION = 1
@@ -129,7 +132,8 @@ def publish(staged: Path, target: Path, parts: Mapping[str, Fingerprint], state:
 
 def checkpoint_error(target: Path, reason: object) -> UserError:
     """The error for a checkpoint that could not be written."""
-    return UserError(f"the checkpoint {target} was not written: {reason}; free some space there")
+    full = any(text in str(reason) for text in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk full"))
+    return UserError(f"the checkpoint {target} was not written: {reason}" + "; free some space there" * full)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -140,30 +144,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def verify(path: Path) -> None:
     """Raises CorruptCheckpoint unless every file has the size and checksum with which it was written."""
+    files = _read_manifest(path)
     try:
-        files = _read_manifest(path)
         with ThreadPoolExecutor(8) as threads:
             for name, found in zip(files, threads.map(lambda name: _fingerprint(path / name), files), strict=True):
                 if found != files[name]:
                     raise CorruptCheckpoint(f"{name} is not what was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint that is known to be complete; its tensors are read when they are used."""
+    parts = [path / name for name in _read_manifest(path) if name != "state.json"]
     try:
-        parts = [path / name for name in _read_manifest(path) if name != "state.json"]
-        return Checkpoint(StoredTensors(parts), json.loads(read_regular(path / "state.json")), path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return Checkpoint(StoredTensors(parts), _read_state(path), path)
+    except (OSError, UserError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The complete checkpoint with the highest step, or None; `warn` gets a line for each damaged one."""
+def latest_checkpoint(
+    folder: Path, warn: Callable[[str], None], *, state_has: Collection[str] = ()
+) -> Checkpoint | None:
+    """The complete checkpoint with the highest step, or None; `warn` gets a line for each damaged one.
+
+    Args:
+        state_has: the keys of a state that is not damaged.
+    """
     for path in reversed(published(folder)):
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
+            if missing := [key for key in state_has if checkpoint.state.get(key) is None]:
+                raise CorruptCheckpoint(f"state.json: {missing[0]} is missing")
+            return checkpoint
         except CorruptCheckpoint as reason:
             warn(f"checkpoint {path} is damaged and is skipped ({reason})")
     return None
@@ -190,24 +203,53 @@ def milestones(steps: list[Path], hours: float) -> set[Path]:
     found: dict[int, Path] = {}
     for path in steps:
         try:
-            seconds = json.loads(read_regular(path / "state.json"))["position"]["seconds"]
+            seconds = _read_state(path)["position"]["seconds"]
             found.setdefault(int(seconds / 3600 / hours), path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError):
             continue  # damaged
     found.pop(0, None)
     return set(found.values())
 
 
+class _Manifest(BaseModel, strict=True):
+    """manifest.json: size and CRC-32 of each file."""
+
+    format: Literal[1]
+    files: dict[str, Annotated[Counts, Field(min_length=2, max_length=2)]]
+
+
+class _Position(BaseModel, strict=True, extra="allow"):
+    """The counters of a run: `TrainState`, of which earlier releases had fewer."""
+
+    __pydantic_extra__: dict[str, FiniteFloat] = Field(init=False)
+    step: Count = 0
+    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0
+
+
+class _State(BaseModel, strict=True):
+    """state.json: of a training, both are there."""
+
+    position: _Position | None = None
+    bad_images: dict[str, str] | None = None
+
+
 def _read_manifest(path: Path) -> dict[str, Fingerprint]:
-    """Sizes and checksums of the files of a checkpoint."""
-    manifest = json.loads(read_regular(path / "manifest.json"))
-    if manifest["format"] != FORMAT_VERSION:
-        raise CorruptCheckpoint(f"format {manifest['format']} is not the format {FORMAT_VERSION} of this version")
-    files = manifest["files"]
+    """Sizes and checksums of the files of a checkpoint. Raises CorruptCheckpoint."""
+    try:
+        files = validate(_Manifest, read_json(path / "manifest.json"), "manifest.json").files
+    except UserError as error:
+        raise CorruptCheckpoint(str(error)) from None
     parts = [name for name in files if _PART.fullmatch(name)]
     if not parts or {*parts, "state.json"} != set(files):
-        raise CorruptCheckpoint(f"the manifest names {', '.join(sorted(files))}, not tensors and a state")
+        raise CorruptCheckpoint(f"the manifest names {shorten(sorted(files))}, not tensors and a state")
     return files
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors. Raises UserError."""
+    state = require_object(read_json(path / "state.json"), "state.json")
+    validate(_State, state, "state.json")
+    return dict(state)
 
 
 def _fingerprint(path: Path) -> Fingerprint:

@@ -1,8 +1,11 @@
 """A run folder: recipe, log and checkpoints of one run and, at its end, the report and the bundle."""
 
+import errno
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +32,7 @@ class RunFolder:
 
     Attributes:
         given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
+        warn: Takes a line about what cannot be written, for the user.
     """
 
     def __init__(self, path: str | Path, given: Recipe) -> None:
@@ -39,6 +43,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
         self._held: ExitStack | None = None
+        self._log_failed = False
+        self.warn: Callable[[str], None] = warnings.warn
         self.stored = Recipe.from_yaml(self._recipe_file) if self._recipe_file.exists() else None
         if self.stored is None and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
@@ -133,12 +139,27 @@ class RunFolder:
             ) from None
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One JSON line in metrics.jsonl; a log that cannot be written does not end a training."""
+        """One JSON line in metrics.jsonl; a log that cannot be written costs its line, and `warn` gets the reason once.
+
+        Of a line that is written in part nothing stays.
+        """
+        line = (json.dumps(dict(record)) + "\n").encode()
         try:
-            with open(self.metrics, "a", encoding="utf-8", opener=open_regular) as file:
-                file.write(json.dumps(dict(record)) + "\n")
-        except OSError:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics, "ab", buffering=0, opener=open_regular) as file:
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    written = file.write(line)
+                    if written != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            if not self._log_failed:
+                self.warn(f"{self.metrics} cannot be written ({error.strerror}); the run goes on without its lines")
+            self._log_failed = True
+            with suppress(OSError):
+                self.path.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`, where a resumed run goes on, and what interrupted saves have left.
@@ -147,16 +168,22 @@ class RunFolder:
         """
         with suppress(OSError):
             remove_leftovers(self.checkpoints)
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in read_regular(self.metrics, MAX_LOG_BYTES).decode().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # the line that the process was writing when it died
-        atomic_write(self.metrics, "".join(line + "\n" for line in kept))
+        try:
+            lines = read_regular(self.metrics, MAX_LOG_BYTES).decode(errors="replace").splitlines()
+            atomic_write(self.metrics, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # `log` says so
+            self.warn(f"{self.metrics} cannot be read ({error.strerror or error})")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinite for one that the process was writing when it died, or that is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def relative_to(config: TrainingConfig, folder: Path) -> TrainingConfig:

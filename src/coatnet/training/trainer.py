@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
 from coatnet.inference.logits import infer
+from coatnet.system.files import atomic_files
 from coatnet.system.hardware import choose_device, explain_compiler, keep_freed_memory, multiplies_bf16
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
@@ -472,12 +473,19 @@ class Trainer:
         """
         checkpoint = None
         if self.processes.is_main:
-            checkpoint = latest_checkpoint(self.folder.checkpoints, lambda text: self.progress.say(f"warning: {text}"))
+            checkpoint = latest_checkpoint(
+                self.folder.checkpoints,
+                lambda text: self.progress.say(f"warning: {text}"),
+                state_has=("position", "bad_images"),
+            )
         path = self.processes.broadcast(checkpoint.path if checkpoint else None)
         if path is not None:
             checkpoint = checkpoint or open_checkpoint(path)
             self.restore(checkpoint)
-            self.state = TrainState(**checkpoint.state["position"])
+            position = checkpoint.state["position"]
+            self.state = TrainState(
+                **{each.name: position[each.name] for each in fields(TrainState) if each.name in position}
+            )
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name.removeprefix(f"{self.config.data}/"), reason)  # whole in earlier releases
         self.state.seconds += time.monotonic() - started
@@ -537,7 +545,13 @@ class Trainer:
         return Bundle(self.average.whole(), dataset.classes, self.config.preprocessing, dataset.multilabel, record)
 
     def finish(self, bundle: Bundle) -> Report:
-        """Evaluate the bundle; write report, curves and bundle into the run folder."""
+        """Evaluate the bundle; write bundle, curves and report into the run folder.
+
+        The bundle is written first, and report.json last, which marks the end of the run.
+
+        Raises:
+            UserError: one of them cannot be written. The same command tries again.
+        """
         folder, num_workers = self.folder, self.config.num_workers
         report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images})
@@ -545,9 +559,19 @@ class Trainer:
             count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
             self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
         self.log({**report.figures, "bad_images": len(report.bad_images)})
-        write_report(report, folder.path)
-        draw_curves(folder.metrics, folder.path / "curves.png")
         replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
+        try:
+            with atomic_files(folder.path / "curves.png") as (staged,):
+                draw_curves(folder.metrics, staged)
+        except OSError as error:
+            self.progress.say(f"warning: {folder.path}/curves.png cannot be drawn ({error.strerror or error})")
+        try:
+            write_report(report, folder.path)
+        except OSError as error:
+            raise UserError(
+                f"the report cannot be written to {folder.path} ({error.strerror or error}): the trained model is in "
+                f"{folder.bundle}; once that is mended, the same command writes the report"
+            ) from None
         return report
 
 
@@ -579,6 +603,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
         progress = TrainingProgress(console if processes.is_main else Console(quiet=True))
         with processes.collective():
             folder = RunFolder(out, recipe)
+            folder.warn = lambda text: progress.say(f"warning: {text}")
             cleanup.callback(folder.release)
             if processes.is_main and folder.stored is not None:
                 with suppress(OSError):  # a finished run may lie where nothing can be written

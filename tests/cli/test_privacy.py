@@ -174,9 +174,9 @@ def test_credentials_of_a_web_server_come_from_netrc_too(tmp_path, monkeypatch):
 
 
 def test_a_record_of_an_earlier_release_is_published_without_its_paths():
-    mistakes = [{"image": "/home/me/x/images/a/1.png", "truth": "/a", "predicted": "b", "probability": 0.9}]
+    mistakes = [{"image": "/planted/x/images/a/1.png", "truth": "/a", "predicted": "b", "probability": 0.9}]
     record = {
-        "recipe": {"data": "/home/me/x/images", "init": "/home/me/runs/first/bundle", "seed": 1},
+        "recipe": {"data": "/planted/x/images", "init": "/planted/runs/first/bundle", "seed": 1},
         "report": {"mistakes": mistakes, "bad_images": {"/else/where/2.png": "cut"}, "data": "images"},
     }
     shared = without_places(record)

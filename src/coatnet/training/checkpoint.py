@@ -218,12 +218,18 @@ class _Manifest(BaseModel, strict=True):
     files: dict[str, Annotated[Counts, Field(min_length=2, max_length=2)]]
 
 
-class _Position(BaseModel, strict=True, extra="allow"):
-    """The counters of a run: `TrainState`, of which earlier releases had fewer."""
+class _Position(BaseModel, strict=True):
+    """The counters of a run, see `TrainState`; earlier releases had fewer."""
 
-    __pydantic_extra__: dict[str, FiniteFloat] = Field(init=False)
     step: Count = 0
     seconds: Annotated[FiniteFloat, Field(ge=0)] = 0
+    loss_sum: FiniteFloat = 0
+    norm_sum: FiniteFloat = 0
+    since_log: Count = 0
+    best: FiniteFloat = -1
+    evaluations_since_best: Count = 0
+    measured: Count = 0
+    left_out: Count = 0
 
 
 class _State(BaseModel, strict=True):

@@ -1,5 +1,6 @@
 """`Predictor.predict_paths`: predictions equal the model's output, in the order of the paths, with errors in place."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 
 from coatnet.bundle import Bundle
+from coatnet.cli.main import main
 from coatnet.data.decode import decode
+from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
@@ -107,3 +110,25 @@ def test_numbers_below_one_are_refused_before_iteration(predictor: Predictor) ->
     for numbers in ({"top_k": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="both must be at least 1"):
             predictor.predict_paths([], **numbers)
+
+
+def test_the_command_follows_links_and_counts_what_it_leaves_out(
+    bundle: Bundle, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "more").symlink_to(folder)
+    (given / "up").symlink_to(given)
+    for name in ("a.mp4", "b.mp4", "notes", ".hidden.png"):
+        (given / name).write_bytes(b"something")
+    saved = str(bundle.save(tmp_path / "bundle"))
+    expected = [str(given / "more" / path.relative_to(folder)) for path, _ in expand_paths([folder])]
+    main(["predict", saved, str(given), "--top-k", "1", "--json"])
+    printed = capsys.readouterr()
+    assert [json.loads(line)["path"] for line in printed.out.splitlines()] == expected
+    left_out = "coatnet: 4 files in the folders left out, not images by their names: 2 .mp4, 1 without suffix, 1 .txt\n"
+    assert printed.err.endswith(left_out)
+    main(["predict", saved, f"{given}/*/*.png", "https://host/a.png", "no*.png", "--json"])  # quoted, or on Windows
+    *found, url, pattern = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found and all(each["path"].startswith(f"{given}/more/") for each in found)
+    assert url["error"].startswith("a URL, which is not opened") and "no file matches it" in pattern["error"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def test_every_form_of_an_image_has_the_same_prediction(pixels: np.ndarray, tmp_
         encoded.getvalue(),
         pixels,
         torch.from_numpy(pixels).permute(2, 0, 1),
+        Image.fromarray(pixels),
+        bytearray(encoded.getvalue()),
+        memoryview(encoded.getvalue()),
     ]
     together = predictor(forms, top_k=5, batch_size=2)
     probabilities = expected(predictor.bundle, pixels)
@@ -73,7 +77,53 @@ def test_every_form_of_an_image_has_the_same_prediction(pixels: np.ndarray, tmp_
         "image 2",
         "image 3",
         "image 4",
+        "image 5",
+        "image 6",
+        "image 7",
     ]
+
+
+def test_open_files_are_read_from_where_they_are(pixels: np.ndarray, tmp_path: Path) -> None:
+    predictor = Predictor(make_bundle(), "torch", "fp32")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    probabilities = predictor(tmp_path / "a.png")[0].probabilities
+    with (tmp_path / "a.png").open("rb") as file, Image.open(tmp_path / "a.png") as image:
+        memory = io.BytesIO(b"before" + (tmp_path / "a.png").read_bytes())
+        memory.seek(6)
+        for given in (file, memory, image):
+            (prediction,) = predictor(given)
+            assert prediction.error is None and prediction.probabilities == probabilities
+        assert [each.error for each in predictor([file, memory])] == [
+            "empty: the file has 0 bytes"
+        ] * 2  # at their ends
+    assert predictor(file)[0].error == "unreadable: read of closed file"
+    with pytest.raises(UserError, match="gives str: open it in binary mode"), (tmp_path / "a.png").open("r") as file:
+        file.read = lambda size: "text"  # type: ignore[method-assign]
+        predictor(file)  # type: ignore[arg-type]
+
+
+def test_images_of_pillow_follow_the_rules_for_files(tmp_path: Path) -> None:
+    predictor = Predictor(make_bundle(), "torch", "fp32")
+    half = Image.new("RGBA", (60, 40), (200, 0, 0, 0))
+    half.paste((0, 200, 0, 255), (0, 0, 30, 40))
+    half.save(tmp_path / "transparent.png")
+    half.convert("RGB").save(tmp_path / "turned.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0")
+    half.quantize(4).save(tmp_path / "palette.gif")
+    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27).save(tmp_path / "wide.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(predictor.prepare(image), predictor.prepare(path), str(path))
+    with pytest.raises(BadImage, match="pixels: floating-point"):
+        predictor.prepare(Image.new("F", (8, 8)))
+
+
+def test_paths_that_cannot_be_images_have_an_error_each(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+    given = [tmp_path / "pipe.jpg", tmp_path / "zeros.jpg", tmp_path, "a\0b.png", "https://host/a.png"]
+    reasons = ("a named pipe", "a device", "a folder", "no name of a file", "a URL, which is not opened")
+    for prediction, reason in zip(Predictor(make_bundle(), "torch", "fp32")(given), reasons, strict=True):
+        assert prediction.error and prediction.error.startswith(f"unreadable: {reason}")
 
 
 def test_grayscale_and_color_images_are_converted_for_the_model(pixels: np.ndarray) -> None:
@@ -187,6 +237,7 @@ def test_an_answer_that_is_not_finite_is_an_error_of_the_image(pixels: np.ndarra
         (np.zeros((8, 8, 3), np.float32), "float32 of shape .* as uint8"),
         (np.zeros((8, 8, 4), np.uint8), r"has shape \(8, 8, 4\)"),
         (7, "is a int: give a path"),
+        (Path, "is a type: give a path"),
     ],
 )
 def test_values_that_are_not_images_are_refused(given: object, message: str) -> None:

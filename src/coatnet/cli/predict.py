@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -74,13 +75,27 @@ def predict_to_stdout(given: argparse.Namespace) -> int:
     engine = "torch" if given.engine == "auto" and few else given.engine
     num_unreadable = 0
     predictor = open_predictor(given, engine)
-    predictions = predictor.predict_paths(given.paths, top_k=given.top_k, batch_size=given.batch_size)
+    left_out: Counter[str] = Counter()
+    predictions = predictor.predict_paths(
+        given.paths, top_k=given.top_k, batch_size=given.batch_size, left_out=left_out
+    )
     with telling("classifying the first images"):
         first = list(islice(predictions, 1))
     for prediction in chain(first, predictions):
         print_prediction(prediction, given.json)
         num_unreadable += prediction.error is not None
+    print_left_out(left_out)
     return FAILED if num_unreadable else 0
+
+
+def print_left_out(files: "Counter[str]") -> None:
+    """Say on standard error which files of the folders were no images by the ending of their names."""
+    from coatnet.data.folder import describe_left_out
+
+    if files:
+        number = sum(files.values())
+        found = f"{number:,} file{'s' * (number > 1)} in the folders left out, not images by their names"
+        echo(f"coatnet: {found}: {describe_left_out(files)}", error=True)
 
 
 def print_prediction(prediction: "Prediction", as_json: bool) -> None:
@@ -109,7 +124,8 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
         with stopped_by_sigterm():
             stop_with_launcher()
             select_gpu(local_rank)
-            images = open_samples(given.paths)
+            images = open_samples(given.paths, others := Counter())
+            print_left_out(others)
             predictor = open_predictor(given, given.engine)
             written = predict_to_file(predictor, images, given.out, top_k=given.top_k, batch_size=given.batch_size)
     except KeyboardInterrupt as stop:

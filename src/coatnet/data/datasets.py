@@ -1,6 +1,7 @@
 """What every source of images offers, and the two simplest sources: arrays in memory and files in a folder."""
 
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from coatnet.errors import UserError, one_line
 from coatnet.system.files import read_regular
 
 Encoded = bytes | NDArray[np.uint8]
+IS_URL = "a URL, which is not opened: fetch the file first; shards behind a URL are data for train, and predict --out"
 TRUSTED_ROOTS = "COATNET_DATA_ROOTS"  # environment variable: folders that data may lead to from elsewhere
 MAX_LABEL_BYTES = 1 << 30  # chosen: of a table of 0 and 1, such as a million images of a thousand classes
 MAX_IMAGE_BYTES = 1 << 30  # chosen: 150 megapixels of three 16-bit values, not compressed
@@ -212,7 +214,13 @@ def read_image_file(path: str | Path, name: str) -> bytes:
     try:
         return read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
-        raise BadImage(name, f"unreadable: {error.strerror or error}") from error
+        reason = IS_URL if is_url(path) else error.strerror or error
+        raise BadImage(name, f"unreadable: {reason}") from error
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path that leads to no file is a URL, of whose slashes a `Path` keeps one."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def links_outside(dataset: Dataset) -> list[tuple[str, str]]:

@@ -176,6 +176,26 @@ def allowed_pixels() -> int:
     return int(1e6 * megapixels)
 
 
+def pixels_of(image: Image.Image, name: str) -> Tensor:
+    """The pixels of an image that Pillow has opened or made, by the rules of `decode`: uint8 RGB (3, H, W).
+
+    Raises BadImage as `decode` does.
+    """
+    limits = _Limits(name, allowed_pixels())
+    with warnings.catch_warnings(action="ignore"):
+        limits.check(*image.size)
+        if 0 in image.size:
+            raise BadImage(name, f"empty: {image.width} x {image.height} pixels")
+        try:
+            image.load()
+            pixels = _turned(_to_rgb(image, name), _orientation_of(image))
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(name, f"corrupt: {_message(error)}") from error
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in pixels from the header, before turning upright. Raises BadImage as `decode` does."""
     return _header(data, _kind(data, name), name)

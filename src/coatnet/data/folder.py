@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coatnet.data.datasets import FileDataset, below_one_folder, printable
+from coatnet.data.datasets import IS_URL, FileDataset, below_one_folder, is_url, printable
 from coatnet.data.decode import IMAGE_SUFFIXES, SNIFFED_BYTES, sniff
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
 from coatnet.errors import UserError, shorten
@@ -372,6 +372,6 @@ def _why_not(path: Path) -> str:
         return f"unreadable: {error.strerror}"
     except (OSError, ValueError):
         pass
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # as a path it has one slash
-        return "a URL, which is not opened: fetch the file first; a URL of shards is read with --out"
+    if is_url(path):
+        return IS_URL
     return "no such file" if not glob.has_magic(str(path)) else "no such file, and no file matches it as a pattern"

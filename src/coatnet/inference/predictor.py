@@ -3,30 +3,38 @@
 Shapes: B images, V views of each, R resolution, C channels (3, or 1 for grayscale models), K classes.
 """
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.data.datasets import read_image_file
-from coatnet.data.decode import BadImage, decode
+from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
+from coatnet.data.decode import BadImage, decode, pixels_of
 from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import as_images, match_channels
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.inference.engines import open_engine
 from coatnet.inference.graph import to_probabilities
 from coatnet.inference.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
 from coatnet.public_names import renamed_attribute
 from coatnet.system.hardware import num_cores
 
-Image = str | Path | bytes | NDArray[np.uint8] | Tensor
+Image = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | NDArray[np.uint8] | Tensor
+)
+
+_FORMS = "give a path, encoded bytes, a file opened in binary mode, an image of Pillow, an array or a tensor"
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ class Predictor:
         """Classify images.
 
         Args:
-            images: one image or several: paths of files, encoded bytes, uint8 arrays (H, W) or (H, W, 3), or uint8
-                tensors (1 or 3, H, W).
+            images: one image or several: paths of files; encoded bytes, as bytes, bytearray, memoryview or files opened
+                in binary mode; images of Pillow; uint8 arrays (H, W) or (H, W, 3); or uint8 tensors (1 or 3, H, W).
             top_k: number of classes per prediction.
             batch_size: images computed together.
 
@@ -113,7 +121,12 @@ class Predictor:
         return predictions
 
     def predict_paths(
-        self, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
+        self,
+        paths: Iterable[str | Path],
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        left_out: Counter[str] | None = None,
     ) -> Iterator[Prediction]:
         """Classify image files, and all images in folders and their subfolders, yielding one batch after the other.
 
@@ -121,6 +134,7 @@ class Predictor:
             paths: files and folders; folders are searched in natural order.
             top_k: number of classes per prediction.
             batch_size: images computed together.
+            left_out: counts the files below folders that are no images, by the ending of their names.
 
         Returns:
             An iterator over predictions, in order. A path that is missing, unreadable or not an image yields a
@@ -130,10 +144,11 @@ class Predictor:
             UserError: top_k or batch_size is below 1.
         """
         check_at_least_one(top_k=top_k, batch_size=batch_size)
-        return self._predict_paths(paths, top_k, batch_size)
+        return self._predict_paths(expand_paths(paths, left_out), top_k, batch_size)
 
-    def _predict_paths(self, paths: Iterable[str | Path], top_k: int, batch_size: int) -> Iterator[Prediction]:
-        found = expand_paths(paths)
+    def _predict_paths(
+        self, found: Iterator[tuple[Path, str | None]], top_k: int, batch_size: int
+    ) -> Iterator[Prediction]:
         while batch := list(islice(found, batch_size)):
             readable = [path for path, error in batch if error is None]
             predictions = iter(self(readable, top_k=top_k, batch_size=batch_size))
@@ -151,9 +166,13 @@ class Predictor:
             BadImage: the image cannot be read or decoded.
             UserError: it is not an image in one of the forms.
         """
-        if isinstance(image, str | Path):
-            image = read_image_file(image, name)
-        pixels = decode(image, name) if isinstance(image, bytes) else _to_pixels(image, name)
+        encoded = _encoded(image, name)
+        if encoded is not None:
+            pixels = decode(encoded, name)
+        elif isinstance(image, PIL.Image.Image):
+            pixels = pixels_of(image, name)
+        else:
+            pixels = _to_pixels(image, name)
         pixels = match_channels(pixels, self.bundle.preprocessing)
         views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
         views = views.permute(0, 2, 3, 1)  # (V, R, R, 1 or C)
@@ -211,20 +230,46 @@ def check_at_least_one(*, top_k: int, batch_size: int) -> None:
         raise UserError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1")
 
 
-def _as_list(images: Image | Iterable[Image]) -> list[Image]:
-    if isinstance(images, str | Path | bytes):
+def _as_list(images: Any) -> list[Any]:
+    one = str | os.PathLike | bytes | bytearray | memoryview | PIL.Image.Image
+    if isinstance(images, one) or hasattr(images, "read"):
         return [images]
-    return [images] if isinstance(images, np.ndarray | Tensor) and images.ndim < 4 else [*images]
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OU":  # names of files, as from a table
+        images = images.ravel().tolist()
+    if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
+        return [images]
+    if not isinstance(images, Iterable):
+        raise UserError(f"a {type(images).__name__} is no image: {_FORMS}")
+    return [*images]
+
+
+def _encoded(image: object, name: str) -> bytes | None:
+    """The bytes of an image file; None for what is decoded already."""
+    if isinstance(image, str | os.PathLike):
+        return read_image_file(os.fspath(image), name)
+    if isinstance(image, bytes | bytearray) or (isinstance(image, memoryview) and image.ndim == 1):
+        return bytes(image)
+    if isinstance(image, PIL.Image.Image) or not callable(read := getattr(image, "read", None)):
+        return None
+    try:
+        data = read(MAX_IMAGE_BYTES + 1)
+    except (OSError, ValueError) as error:  # such as a file that is closed
+        raise BadImage(name, f"unreadable: {first_line(error)}") from error
+    if not isinstance(data, bytes | bytearray):
+        raise UserError(f"{name} is a file that gives {type(data).__name__}: open it in binary mode, 'rb'")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImage(name, f"unreadable: more than the {MAX_IMAGE_BYTES:,} bytes that are read")
+    return bytes(data)
 
 
 def _name(image: Image, index: int) -> str:
-    return str(image) if isinstance(image, str | Path) else f"image {index}"
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {index}"
 
 
 def _to_pixels(image: object, name: str) -> Tensor:
     """Check an array or tensor: uint8 (1 or 3, H, W)."""
     if not isinstance(image, np.ndarray | Tensor):
-        raise UserError(f"{name} is a {type(image).__name__}: give a path, encoded bytes, an array or a tensor")
+        raise UserError(f"{name} is a {type(image).__name__}: {_FORMS}")
     if str(image.dtype).removeprefix("torch.") != "uint8" or 0 in image.shape:
         raise UserError(f"{name} is {image.dtype} of shape {tuple(image.shape)}: give pixels from 0 to 255 as uint8")
     pixels = as_images(image)

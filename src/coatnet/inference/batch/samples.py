@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -77,12 +77,13 @@ class SampleSource:
         return digest.hexdigest()[:32]
 
 
-def open_samples(sources: Sequence[str]) -> SampleSource:
+def open_samples(sources: Sequence[str], left_out: Counter[str] | None = None) -> SampleSource:
     """Open all images of a dataset, or of files and of folders that are searched.
 
     Args:
         sources: one dataset (a manifest, whose labels may be missing; shards; or another that `open_dataset` opens),
             or files and folders of images without labels.
+        left_out: counts the files below folders that are no images, by the ending of their names.
 
     Raises:
         UserError: there is no such data, it holds no image, or a dataset is given beside other sources.
@@ -91,7 +92,7 @@ def open_samples(sources: Sequence[str]) -> SampleSource:
     if datasets and len(sources) > 1:
         raise UserError(f"{datasets[0]} is a dataset of its own: give it alone, or files and folders of images")
     if not datasets:
-        return SampleSource([open_images(sources)])
+        return SampleSource([open_images(sources, left_out)])
     path = user_path(sources[0])
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return SampleSource([_open_manifest(path)])

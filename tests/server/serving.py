@@ -4,7 +4,10 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -29,6 +32,7 @@ from coatnet.server.app import create_app
 from coatnet.server.main import uvicorn_config
 from coatnet.server.service import Service
 
+PROGRAM = [sys.executable, "-m", "coatnet", "serve"]
 HOSTILE = ("<script>alert(1)</script>", "a\u2028b", "\udc80", "quote\"'", "\x00", "é", "dog", "cat", "elk", "gnu")
 
 
@@ -164,6 +168,30 @@ def running(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def program(*arguments: str, shell: str = "", **variables: str) -> Iterator[tuple[subprocess.Popen, Address]]:
+    """The program in a process of its own, as soon as it listens; `shell` is what a shell does before it."""
+    command = [*PROGRAM, *arguments, "--port", "0", "--engine", "torch", "--precision", "fp32"]
+    process = subprocess.Popen(
+        ["sh", "-c", f'{shell} exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("listening at "):
+                break
+        else:
+            raise AssertionError(process.communicate()[1])
+        yield process, Address(int(line.rpartition(":")[2]))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def resident_bytes() -> int:

@@ -6,44 +6,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.server.serving import Address, image, make_bundle
-
-PROGRAM = [sys.executable, "-m", "coatnet", "serve"]
+from tests.server.serving import PROGRAM, image, make_bundle, program
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle().save(tmp_path_factory.mktemp("run") / "animals" / "bundle")
-
-
-@contextlib.contextmanager
-def program(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen, Address]]:
-    """The program in a process of its own, as soon as it listens."""
-    process = subprocess.Popen(
-        [*PROGRAM, *arguments, "--port", "0", "--engine", "torch", "--precision", "fp32"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **variables},
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("listening at "):
-                break
-        else:
-            raise AssertionError(process.communicate()[1])
-        yield process, Address(int(line.rpartition(":")[2]))
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_told_to_stop_under_load_it_answers_what_is_under_way_and_ends_well(bundle: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run asks of its images: classes that stay, labels of the right kind, and a place apart from its own."""
 
 import csv
+import io
 import json
 from dataclasses import replace
 
@@ -68,6 +69,31 @@ def test_a_run_is_not_resumed_on_other_classes(change, message, folder, tmp_path
     change(folder)
     with pytest.raises(UserError, match=message):
         train(replace(recipe, epochs=3), tmp_path / "run", console=QUIET)
+    assert content_of(tmp_path / "run") == before
+
+
+def test_a_run_goes_on_with_the_same_images_at_another_place_and_not_with_others(folder, tmp_path):
+    link, said = tmp_path / "scratch", io.StringIO()
+    link.symlink_to(folder)
+    train(replace(BRIEF, data=str(link)), tmp_path / "run", console=QUIET)
+    moved = folder.rename(tmp_path / "job2")
+    link.unlink()
+    link.symlink_to(moved)
+    train(replace(BRIEF, data=str(link), epochs=3), tmp_path / "run", console=Console(file=said, width=1000))
+    assert f"the images of {folder} are now those of {moved}, with the same names" in said.getvalue()
+    train(replace(BRIEF, data=str(moved), epochs=3), tmp_path / "run", console=Console(file=said, width=1000))
+    assert "is finished; its bundle is evaluated again" in said.getvalue()
+
+    image(moved / "red" / "99.png", "red")
+    train(replace(BRIEF, data=str(moved), epochs=4), tmp_path / "run", console=Console(file=said, width=1000))
+    assert f"the images of {moved} are others than when the run began" in said.getvalue()
+    again = moved.rename(tmp_path / "job3")
+    (again / "red" / "99.png").unlink()
+    before = content_of(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"with data .*job2, not .*job3 with other images, .* for training and .* where"
+    ):
+        train(replace(BRIEF, data=str(again), epochs=5), tmp_path / "run", console=QUIET)
     assert content_of(tmp_path / "run") == before
 
 

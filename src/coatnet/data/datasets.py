@@ -87,6 +87,12 @@ class Dataset(Protocol):
         """The order in which training reads the images: every image once per epoch."""
         return EpochSampler(len(self), seed)
 
+    def content(self) -> Iterator[bytes]:
+        """Bytes to hash that are equal for the same images at another place: their names within the data, labels."""
+        for index in range(len(self)):
+            yield f"{self.describe(index).removeprefix(self.name)}\n".encode()
+        yield np.ascontiguousarray(self.labels).tobytes()
+
     def identity(self) -> Iterator[bytes]:
         """Bytes to hash that distinguish these images from others: their names in order."""
         for index in range(len(self)):

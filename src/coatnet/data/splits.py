@@ -70,6 +70,17 @@ class Splits:
         return self.training.multilabel
 
     @cached_property
+    def content(self) -> dict[str, dict[str, int | str]]:
+        """The number of images of each split and a hash of their names within the data, the same wherever it lies."""
+        found: dict[str, dict[str, int | str]] = {}
+        for split, dataset in (("training", self.training), ("validation", self.validation)):
+            hashed = hashlib.sha256()
+            for part in dataset.content():
+                hashed.update(part)
+            found[split] = {"images": len(dataset), "sha256": hashed.hexdigest()}
+        return found
+
+    @cached_property
     def summary(self) -> Summary:
         """Sizes and color of a sample of the training images, or of validation without any; read when first used."""
         return summarize(self.training if len(self.training) else self.validation)

@@ -33,6 +33,7 @@ class RunFolder:
     Attributes:
         given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
         warn: Takes a line about what cannot be written, for the user.
+        notes: What `check_config` found different and took, in a line each.
     """
 
     def __init__(self, path: str | Path, given: Recipe) -> None:
@@ -42,6 +43,8 @@ class RunFolder:
         self.bundle = self.path / "bundle"
         self.metrics = self.path / "metrics.jsonl"
         self._recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
+        self._images_file, self._images = self.path / "images.json", {}
+        self.notes: list[str] = []
         self._held: ExitStack | None = None
         self._log_failed = False
         self.warn: Callable[[str], None] = warnings.warn
@@ -80,20 +83,23 @@ class RunFolder:
         """Whether the run has come to its end with the configuration that `check_config` took."""
         return self._before == self.config and (self.path / "report.json").exists() and self.bundle.exists()
 
-    def check_config(self, config: TrainingConfig, classes: Sequence[str]) -> TrainingConfig:
-        """Take the configuration and the classes.
+    def check_config(
+        self, config: TrainingConfig, classes: Sequence[str], images: Mapping[str, Any] | None = None
+    ) -> TrainingConfig:
+        """Take the configuration, the classes and the images, as `Splits.content` describes them.
 
         Raises UserError if the folder's run was started with others, or if it lies among its images.
         """
-        self.config, self._classes = config, list(classes)
+        self.config, self._classes, self._images = config, list(classes), dict(images or {})
         self._before = None if self.stored is None else configuration_before(self.stored, config)
         if self.path.resolve().is_relative_to(config.data):
             raise UserError(
                 f"{self.path} lies in {config.data}, where its curves would become images of a class: "
                 "give a folder outside for out"
             )
-        if (before := self._before) is None:
+        if self._before is None:
             return config
+        self._before = before = self._compare_images(self._before)
         ours, theirs = config.to_dict(), before.to_dict()
         for name in ours:
             if ours[name] != theirs[name] and name not in MAY_CHANGE:
@@ -106,6 +112,25 @@ class RunFolder:
         if self._classes_file.exists():
             self._compare_classes(read_json(self._classes_file))
         return config
+
+    def _compare_images(self, before: TrainingConfig) -> TrainingConfig:
+        """What the run was started with, with the data's new place if the same images lie there. Raises UserError."""
+        data, then = self.config.data, read_json(self._images_file) if self._images_file.exists() else None
+        if data == before.data:
+            if then not in (None, self._images):
+                self.notes.append(
+                    f"the images of {data} are others than when the run began: {_numbers(self._images)} now, "
+                    f"{_numbers(then)} then; the run goes on with those of now, unlike one that never stopped"
+                )
+            return before
+        if then is not None and then == self._images:
+            self.notes.append(f"the images of {before.data} are now those of {data}, with the same names")
+            return replace(before, data=data)
+        found = f" with other images, {_numbers(self._images)} where it had {_numbers(then)}" if then else ""
+        raise UserError(
+            f"{self.path} holds a run with data {before.data}, not {data}{found}: give the same to resume it, or "
+            "another folder for a new run"
+        )
 
     def _compare_classes(self, before: Any) -> None:
         """Raises UserError unless they are the same: the rows of the classifier belong to them by their order."""
@@ -133,6 +158,8 @@ class RunFolder:
             remove_leftovers(self.path, only_hidden=True)
             atomic_write(self._recipe_file, relative_to(self.config, self.path).to_yaml())
             atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
+            if self._images:
+                atomic_write(self._images_file, json.dumps(self._images))
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}): choose another folder for out"
@@ -201,6 +228,14 @@ def relative_to(config: TrainingConfig, folder: Path) -> TrainingConfig:
         return f"~/{os.path.relpath(place, home)}" if in_home else place
 
     return replace(config, data=named(config.data), init=named(config.init))
+
+
+def _numbers(images: Any) -> str:
+    """`90 for training and 10 for validation`."""
+    try:
+        return " and ".join(f"{int(part['images']):,} for {split}" for split, part in images.items())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "unknown"
 
 
 def fill_from(stored: Recipe, given: Recipe) -> Recipe:

@@ -610,9 +610,11 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                     folder.hold()
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
             init = load(folder.given.init) if folder.given.init else None
-            config = folder.check_config(resolve(folder.given, splits, init), splits.classes)
+            config = folder.check_config(resolve(folder.given, splits, init), splits.classes, splits.content)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
+        for note in folder.notes:
+            progress.say(note)
         if folder.finished:
             folder.release()
             progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")

@@ -164,8 +164,10 @@ class ShardDataset(Dataset):
     def class_counts(self) -> NDArray[np.int64]:
         return self._class_counts
 
-    def identity(self) -> Iterator[bytes]:
+    def content(self) -> Iterator[bytes]:
         yield self.table.tobytes()
+
+    identity = content
 
     def describe(self, index: int) -> str:
         shard, row = self._find(index)

@@ -6,6 +6,7 @@ shielded from the signals that launchers and schedulers send to every process of
 them to finish its step and save; they do not outlive the run, nor fill a shared memory that is too small.
 """
 
+import functools
 import math
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from coatnet.data.transforms import (
 from coatnet.errors import UserError
 from coatnet.system.hardware import num_cores
 from coatnet.system.parents import end_with_parent
+from coatnet.system.terminal import warn
 
 Item = TypeVar("Item")
 
@@ -100,6 +102,18 @@ def with_timeout(produced: Iterator[Item], seconds: float) -> Iterator[Item]:
                 if "timed out" not in str(error) or time.monotonic() - began >= seconds:
                     raise
         yield item
+
+
+def may_start_processes() -> bool:
+    """Whether Python lets this process start others; if not, as in a worker of Celery or of a Pool, a line says so."""
+    return not multiprocessing.current_process().daemon or _told_that_none_start(os.getpid())
+
+
+@functools.cache
+def _told_that_none_start(_: int) -> Literal[False]:
+    """Tell it once in a process."""
+    warn("this process is daemonic and cannot start workers: it decodes by itself")
+    return False
 
 
 def require_shared_memory(num_workers: int, bytes_per_batch: int) -> None:
@@ -407,6 +421,8 @@ def _load(
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
         num_workers = max(0, min(MAX_WORKERS, num_cores(), len(numbers) - 1))
+    if num_workers and not may_start_processes():
+        num_workers = 0
     loaded = _from_workers(batches, numbers, num_workers) if num_workers else (batches[number] for number in numbers)
     for batch in loaded:
         for name, reason in batch.bad.items():

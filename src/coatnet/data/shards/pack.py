@@ -31,7 +31,7 @@ from PIL import Image
 
 from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, evenly_spaced, links_outside
 from coatnet.data.decode import BadImage, decode
-from coatnet.data.loader import hide_main_script
+from coatnet.data.loader import hide_main_script, may_start_processes
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import EpochSampler
 from coatnet.data.shards.dataset import WORK
@@ -404,7 +404,7 @@ def write_pieces(
     """
     work = _Work(datasets, folder, records)
     num_workers = min(num_workers or num_cores(), len(pieces))
-    if num_workers == 1:
+    if num_workers == 1 or not may_start_processes():
         yield from ((piece, work.write(piece)) for piece in pieces)
         return
     # Fork would copy the locks of threads that do not exist in the child; a forkserver has no threads.

@@ -20,12 +20,13 @@ OLDEST_PYTHON ?= python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-oldest check format bench docs release-check clean
+.PHONY: help install demo test test-slow test-faults fuzz test-oldest check format bench docs release-check clean
 
 help:
 	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
 	@echo 'make test           the tests (make test-slow: those that train for minutes;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
+	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
 	@echo 'make test-oldest    the tests with the oldest dependencies allowed, in .venv-oldest (6 GB)'
 	@echo 'make check          format, lint, types and architecture'
 	@echo 'make format         rewrite the files as make check wants them'
@@ -79,6 +80,10 @@ test-slow: $(INSTALLED)
 # One after the other: they take times, and each uses two processes or the whole disk.
 test-faults: $(INSTALLED)
 	@$(PYTEST) -m faults tests/faults
+
+# What it finds is kept in tests/fuzz/found, which `make test` reads.
+fuzz: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz
 
 # Warnings of the dependencies about each other and about Python are no errors here: they would not be mended any more.
 test-oldest: .venv-oldest/.installed

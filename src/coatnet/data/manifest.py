@@ -80,7 +80,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
         rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
         raise UserError(f"{path} has no rows; it needs the columns path and label and one row per image")
-    if not any((root / row.path).exists() for row in rows[:CHECKED_ROWS]):
+    if not any(os.path.exists(root / row.path) for row in rows[:CHECKED_ROWS]):  # False for a name that cannot be
         others = f", nor that of the next {len(rows[:CHECKED_ROWS]) - 1} rows" if len(rows) > 1 else ""
         raise UserError(
             f"{path}, row {rows[0].number}: no file {rows[0].path!r:.200} in {root}{others}; paths start from there"

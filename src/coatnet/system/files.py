@@ -366,7 +366,9 @@ def translate_write_errors(path: str | Path, advice: str = "") -> Iterator[None]
 
 
 def user_path(path: str | Path) -> Path:
-    """The path with the user's home in place of a leading `~`. Raises UserError if there is no such home."""
+    """The path with the user's home in place of a leading `~`. Raises UserError without such a home, or for a NUL."""
+    if "\0" in os.fspath(path):
+        raise UserError(f"{path} is no path: it holds a NUL")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import UserError, nearest_option
-from coatnet.system.files import read_regular
+from coatnet.system.files import read_regular, user_path
 from coatnet.system.validated import (
     Boolean,
     FractionBelowOne,
@@ -306,11 +306,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Its constructors let through what Python says of a number of 5,000 digits, of 2026-99-99 or of `!!bool x`.
+_YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError)
+
+
 def read_value(text: str) -> Any:
     """A value as YAML reads it: a number, true, [0.5, 0.5], ...; what is no YAML stays the text that it is."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError):
+    except _YAML_ERRORS:
         return text
 
 
@@ -324,7 +328,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a recipe in YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         raise UserError(f"{path} is not a recipe in YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
@@ -332,5 +336,5 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     for name in ("data", "init"):
         if isinstance(place := values.get(name), str) and place.startswith((FROM_FILE, "~")):
             place = place.replace(FROM_FILE, f"{os.path.realpath(Path(path).parent)}/", 1)
-            values[name] = os.path.realpath(os.path.expanduser(place))
+            values[name] = os.path.realpath(user_path(place))
     return values

@@ -206,7 +206,7 @@ class ShardDataset(Dataset):
             name, hashed = self.shard_name(number), sha256()
             for chunk in chunks(self._files, name):
                 hashed.update(chunk)
-            if shard["sha256"] and hashed.hexdigest() != shard["sha256"].decode():
+            if shard["sha256"] and hashed.hexdigest() != shard["sha256"].decode("ascii", "replace"):
                 raise UserError(f"{self._files}/{name}: changed, its checksum differs; fetch or pack it again")
             yield int(shard["num_bytes"])
 
@@ -227,7 +227,7 @@ class ShardDataset(Dataset):
     def _load(self, shard: int) -> NDArray:
         row = self.table[shard]
         name, num_bytes = index_name(self.shard_name(shard)), int(row["index_bytes"])
-        checksum = row["index_sha256"].decode()
+        checksum = row["index_sha256"].decode("ascii", "replace")
         descriptor = self._index_files.open(name, num_bytes, checksum)
         try:
             if not num_bytes or os.fstat(descriptor).st_size != num_bytes:

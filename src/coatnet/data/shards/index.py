@@ -196,8 +196,16 @@ def from_npy(data: bytes | mmap.mmap, columns: Mapping[str, Any], num_rows: int,
 def check_shards(table: NDArray, num_samples: int, where: str) -> None:
     """Raise UserError unless a table of shards has names within its folder and the given number of samples."""
     for name in table["name"].tolist():
-        parts = name.decode("utf-8", "replace").split("/")
-        if not name.endswith(b".tar") or not all(parts) or {".", ".."} & set(parts) or b"\\" in name or b"\0" in name:
+        text = name.decode("utf-8", "replace")
+        parts = text.split("/")
+        if (
+            text.encode() != name
+            or not name.endswith(b".tar")
+            or not all(parts)
+            or {".", ".."} & set(parts)
+            or b"\\" in name
+            or b"\0" in name
+        ):
             raise UserError(f"{where}: {name!r:.80} is not the name of a tar in this folder; pack the images again")
     for column in ("num_bytes", "num_samples", "index_bytes"):
         if table[column].min() < 0 or table[column].max() > MAX_INTEGER:

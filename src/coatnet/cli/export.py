@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def print_export(exported: "ExportResult") -> None:
     """Print what was written, how far it is from the bundle, and how to open it."""
-    parity, small, signature = exported.parity, exported.quantization, exported.signature
+    parity, small = exported.parity, exported.quantization
     echo_summary(
         f"{exported.folder}: on {parity.num_images} images of {parity.data} within "
         f"{parity.probability_difference:.1e} of the bundle's probabilities, the same likeliest class for "
@@ -102,7 +102,5 @@ def print_export(exported: "ExportResult") -> None:
             f"{small.num_images:,} images of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
             f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
         )
-    side = "H, W" if signature.any_size else "R, R"
-    taken = f"float32 (B, C, {side}), normalized" if signature.logits else "uint8 (B, H, W, 3), RGB"
-    echo_summary(f"Details are in parity.md. With images {taken}:")
+    echo_summary(f"Details are in parity.md. This classifies an image, as {exported.folder}/classify.py does:")
     echo_summary(indent(exported.snippet, "  "))

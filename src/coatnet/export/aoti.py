@@ -37,10 +37,11 @@ def reopen(folder: Path, signature: Signature) -> Run:
     return lambda given: model(torch.from_numpy(given)).numpy()
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the file and runs the model."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
         "import torch\n"
-        f'model = torch._inductor.aoti_load_package("{folder / FILE}")\n'
-        f"{signature.output} = model(torch.from_numpy(images))"
+        f'model = torch._inductor.aoti_load_package(str(folder / "{FILE}"))\n'
+        "with torch.inference_mode():\n"
+        f"    {signature.output} = model(torch.from_numpy(images)).numpy()"
     )

@@ -3,24 +3,27 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import getsource
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, first_line, nearest
-from coatnet.export import FORMATS
-from coatnet.export.parity import Parity, compare, open_check_images, require_parity
+from coatnet.export import FORMATS, decode_image
+from coatnet.export.parity import Parity, compare, example_file, open_check_images, require_parity
 from coatnet.export.quantization import Quantization, open_calibration, quantize
 from coatnet.export.signature import Signature, describe
 from coatnet.system.files import atomic_folder, translate_write_errors
 
 STEPS = 3
+EXAMPLE = "example.png"
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The folder that was written, how far its answers are from the bundle's, and code that opens it."""
+    """The folder that was written, how far its answers are from the bundle's, and code that classifies an image."""
 
     folder: Path
     signature: Signature
@@ -41,7 +44,7 @@ def export_bundle(
     max_drop: float = 0.01,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
-    """Write a model into a new folder, with metadata.json, parity.json and parity.md beside it.
+    """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and example.png.
 
     Args:
         bundle: the model.
@@ -55,7 +58,7 @@ def export_bundle(
         progress: called with the steps done and the steps in all.
 
     Returns:
-        The folder, the largest differences from the bundle, and a snippet that opens the export.
+        The folder, the largest differences from the bundle, and code that classifies an image with the export.
 
     Raises:
         UserError: the format cannot do that or is not installed, the folder exists, the export differs from the
@@ -90,12 +93,15 @@ def export_bundle(
             parity = compare(bundle, signature, module.reopen(staged, signature), name, images)
             page = f"{parity.to_markdown()}\n{quantization.to_markdown()}"
             figures = parity.to_dict() | {"int8": quantization.to_dict()}
+        snippet = module.snippet(bundle, signature)
         texts = {"metadata.json": readable_json(metadata), "parity.json": readable_json(figures), "parity.md": page}
+        texts["classify.py"] = script(bundle, signature, snippet)
         for file, text in texts.items():
             (staged / file).write_text(text, encoding="utf-8", errors="backslashreplace")
-        snippet = module.snippet(staged, signature).replace(str(staged), str(out))
+        (staged / EXAMPLE).write_bytes(example_file())
         progress(3, STEPS)
-    return ExportResult(Path(out), signature, parity, quantization, snippet)
+    program = classify(bundle, signature, snippet, f"Path({str(out)!r})", f'folder / "{EXAMPLE}"')
+    return ExportResult(Path(out), signature, parity, quantization, f"{functions(signature)}\n\n{program}")
 
 
 def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -109,6 +115,45 @@ def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[s
         while root.__cause__ is not None:
             root = root.__cause__
         raise UserError(f"{metadata['format']} cannot represent this network: {first_line(root)}") from error
+
+
+def functions(signature: Signature) -> str:
+    """The source of what the code of an export needs before its model: decoding, and preparing for a network alone."""
+    needed = (decode_image.decode, decode_image.prepare, decode_image.crop)[: 3 if signature.logits else 1]
+    imports = ("import json", "from contextlib import suppress", "from pathlib import Path", "from typing import Any")
+    libraries = ("import numpy", "from PIL import Image, ImageOps")
+    return "\n\n\n".join(["\n".join((*imports, "", *libraries)), *(getsource(each).rstrip() for each in needed)]) + "\n"
+
+
+def classify(bundle: Bundle, signature: Signature, snippet: str, folder: str, image: str) -> str:
+    """Code that prints the likeliest classes of an image; `folder` and `image` are expressions."""
+    lines = [
+        f"folder = {folder}",
+        'metadata = json.loads((folder / "metadata.json").read_text("utf-8"))',
+        f"images = decode({image})[None]  # or an image of yours",
+    ]
+    if signature.logits:
+        lines.append('images = prepare(images[0], metadata["preprocessing"])')
+    lines.append(snippet)
+    if signature.logits:
+        odds = "numpy.exp(logits - logits.max())"
+        lines.append(
+            "probabilities = 1 / (1 + numpy.exp(-logits))"
+            if bundle.multilabel
+            else f"odds = {odds}\nprobabilities = odds / odds.sum()"
+        )
+    lines.append("for index in (-probabilities[0]).argsort()[:5]:")
+    lines.append("    print(f\"{probabilities[0, index]:7.2%}  {metadata['classes'][index]}\")")
+    return "\n".join(lines) + "\n"
+
+
+def script(bundle: Bundle, signature: Signature, snippet: str) -> str:
+    """The content of classify.py."""
+    image = f'sys.argv[1] if len(sys.argv) > 1 else folder / "{EXAMPLE}"'
+    program = classify(bundle, signature, snippet, "Path(__file__).parent", image)
+    about = '"""Classify an image file: `python classify.py image.jpg`. Images are decoded as coatnet does."""'
+    code = functions(signature).replace("import json\n", "import json\nimport sys\n", 1)
+    return f'{about}\n\n{code}\n\nif __name__ == "__main__":\n{indent(program, "    ")}'
 
 
 def find_format(name: str) -> Any:

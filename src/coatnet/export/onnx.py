@@ -44,10 +44,10 @@ def open_file(path: Path, signature: Signature) -> Run:
     return lambda given: np.asarray(session.run(None, {signature.input: given})[0])
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the file and runs the model."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
         "import onnxruntime\n"
-        f'session = onnxruntime.InferenceSession("{folder / FILE}")\n'
+        f'session = onnxruntime.InferenceSession(folder / "{FILE}")\n'
         f'{signature.output} = session.run(None, {{"{signature.input}": images}})[0]'
     )

@@ -49,10 +49,10 @@ def compiled(model: "openvino.Model | Path", settings: Mapping[str, str] = Mappi
     return lambda given: ready(given)[0].copy()
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the files and runs the model."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
         "import openvino\n"
-        f'model = openvino.compile_model("{folder / FILE}")\n'
+        f'model = openvino.compile_model(folder / "{FILE}")\n'
         f'{signature.output} = model(images)["{signature.output}"]'
     )

@@ -3,20 +3,22 @@
 Shapes: B batch, N images in all, H W any size, K classes.
 """
 
+import io
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.decode import BadImage
+from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import (
@@ -29,6 +31,7 @@ from coatnet.data.transforms import (
     resize,
 )
 from coatnet.errors import UserError, first_line
+from coatnet.export import decode_image
 from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import to_probabilities
 
@@ -54,7 +57,8 @@ class Parity:
     """How far an export is from its bundle, on `num_images` images of `data`.
 
     Differences are the largest of all. Without logits in the export, those are of log-probabilities (of log-odds for
-    several labels). `agreement` is the share of images with the same likeliest class.
+    several labels). `agreement` is the share of images with the same likeliest class. `files` has that of a probability
+    for each kind of image file, decoded by the code of the export.
     """
 
     data: str
@@ -65,6 +69,7 @@ class Parity:
     logit_limit: float
     agreement: float
     latency: tuple[Latency, ...]
+    files: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of parity.json."""
@@ -84,6 +89,7 @@ class Parity:
             f"| largest difference of a probability | {self.probability_difference:.1e} |",
             f"| largest difference of a logit | {self.logit_difference:.1e} |",
             f"| same likeliest class | {100 * self.agreement:.1f} % |",
+            *(f"| a probability of a file that is {kind} | {apart:.1e} |" for kind, apart in self.files.items()),
             "",
             "| batch | export, ms | torch, ms |",
             "|---:|---:|---:|",
@@ -160,6 +166,7 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
         given - logits if signature.logits else log_probabilities(found, bundle) - log_probabilities(expected, bundle)
     )
     return Parity(
+        files=compare_files(reference, run),
         data=data,
         num_images=len(images),
         batch_sizes=BATCH_SIZES,
@@ -169,6 +176,55 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
         agreement=float((found.argmax(1) == expected.argmax(1)).float().mean()),
         latency=tuple(measure(reference, run, batch) for batch in (batches[0], batches[min(2, len(batches) - 1)])),
     )
+
+
+def compare_files(reference: Reference, run: Run) -> dict[str, float]:
+    """The largest difference of a probability for each kind of file: the bundle decodes it as it does, the export by
+    the code that is given with it."""
+    found = {}
+    for kind, data in image_files().items():
+        batches = [
+            decode(data, kind)[None],
+            torch.from_numpy(decode_image.decode(io.BytesIO(data))).permute(2, 0, 1)[None],
+        ]
+        if reference.signature.any_size:
+            side = reference.bundle.preprocessing.resolution
+            batches = [resize(batch, (side, side), "bilinear") for batch in batches]
+        given = attempt(run, reference.given(batches[1]))
+        theirs = reference.probabilities(given) if reference.signature.logits else given
+        found[kind] = float((theirs - reference.probabilities(reference.logits(batches[0]))).abs().max())
+    return found
+
+
+def image_files() -> dict[str, bytes]:
+    """A small colored image as a file of each kind that decoders treat in different ways."""
+    rows, columns = np.mgrid[0:1:48j, 0:1:64j]
+    color = Image.fromarray((255 * np.stack([rows, columns, (1 - rows) * columns], axis=-1)).astype(np.uint8))
+    alpha = Image.fromarray((510 * np.hypot(rows - 0.5, columns - 0.5)).clip(0, 255).astype(np.uint8))
+    transparent, palette, upright = color.copy(), color.quantize(16), Image.Exif()
+    transparent.putalpha(alpha)
+    upright[0x0112] = 6
+    wide = Image.fromarray((65535 * rows * columns).astype(np.uint16))
+    return {
+        "transparent": _encoded(transparent, "PNG"),
+        "grey and transparent": _encoded(transparent.convert("LA"), "PNG"),
+        "a transparent palette": _encoded(palette, "PNG", transparency=bytes(16 * number for number in range(16))),
+        "turned by EXIF data": _encoded(color, "JPEG", exif=upright),
+        "of 16 bits": _encoded(wide, "PNG"),
+        "CMYK": _encoded(color.convert("CMYK"), "JPEG"),
+        "grey": _encoded(color.convert("L"), "JPEG"),
+    }
+
+
+def example_file() -> bytes:
+    """The image beside an export: a PNG with transparent parts."""
+    return image_files()["transparent"]
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def attempt(run: Run, given: NDArray) -> Tensor:
@@ -183,6 +239,12 @@ def attempt(run: Run, given: NDArray) -> Tensor:
 
 def require_parity(parity: Parity) -> None:
     """Raise UserError, with the figures, if the export differs by more than rounding."""
+    for kind, apart in parity.files.items():
+        if not apart <= PROBABILITY_LIMIT:
+            raise UserError(
+                f"the export differs from the bundle, and nothing was written: for a file that is {kind} by "
+                f"{apart:.2g} in a probability ({PROBABILITY_LIMIT:g} at most)"
+            )
     if parity.probability_difference <= PROBABILITY_LIMIT and parity.logit_difference <= parity.logit_limit:
         return
     raise UserError(

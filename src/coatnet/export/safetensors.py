@@ -30,12 +30,13 @@ def reopen(folder: Path, signature: Signature) -> Run:
     return run_with_torch(model)
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the file."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
-        "import coatnet, json, safetensors\n"
-        f'with safetensors.safe_open("{folder / FILE}", "pt") as file:\n'
+        "import coatnet, safetensors, torch\n"
+        f'with safetensors.safe_open(folder / "{FILE}", "pt") as file:\n'
         '    model = coatnet.create_model(**json.loads(file.metadata()["model_args"])).eval()\n'
         "    model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})\n"
-        "logits = model(images)"
+        "with torch.inference_mode():\n"
+        "    logits = model(torch.from_numpy(images)).numpy()"
     )

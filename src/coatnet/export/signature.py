@@ -23,6 +23,20 @@ from coatnet.version import __version__
 Run = Callable[[NDArray], NDArray[np.float32]]
 
 
+# How an image file becomes pixels, in training, prediction and the code of an export alike.
+DECODING = {
+    "transparency": "laid on white",
+    "palette": "converted to RGB, with its transparency",
+    "exif_orientation": "applied",
+    "sixteen_bits": "divided by 257 and rounded",
+    "cmyk": "converted to RGB as Pillow does",
+    "grey": "repeated in three channels",
+    "color_profile": "not applied",
+    "animation": "the first frame",
+    "above_50_megapixels": "halved until there are no more",
+}
+
+
 @dataclass(frozen=True)
 class Signature:
     """uint8 images of any size to probabilities; or, with `logits`, the bare network: normalized float32 to logits.
@@ -87,6 +101,7 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
             "meaning": _meaning(signature),
         },
         "output": {"name": signature.output, "shape": [-1, len(bundle.classes)], "activation": activation},
+        "decoding": DECODING,
         "preprocessing": asdict(bundle.preprocessing) | {"inside": _inside(signature)},
     }
 
@@ -112,7 +127,7 @@ def run_with_torch(module: nn.Module) -> Run:
 def _meaning(signature: Signature) -> str:
     if signature.logits:
         return "resized, cut and normalized as the preprocessing says; channels first"
-    return "RGB, 0 to 255, height and width as they are; channels last"
+    return "RGB, 0 to 255, decoded as `decoding` says, height and width as they are; channels last"
 
 
 def _inside(signature: Signature) -> list[str]:

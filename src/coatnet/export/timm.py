@@ -33,8 +33,11 @@ def reopen(folder: Path, signature: Signature) -> Run:
     return run_with_torch(model)
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the folder with timm."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
-        f"import timm\nmodel = timm.create_model('local-dir:{folder}', pretrained=True).eval()\nlogits = model(images)"
+        "import timm, torch\n"
+        'model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()\n'
+        "with torch.inference_mode():\n"
+        "    logits = model(torch.from_numpy(images)).numpy()"
     )

@@ -29,10 +29,11 @@ def reopen(folder: Path, signature: Signature) -> Run:
     return run_with_torch(module)
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that opens the file and runs the model."""
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     return (
         "import torch\n"
-        f'model = torch.export.load("{folder / FILE}").module()\n'
-        f"{signature.output} = model(torch.from_numpy(images))"
+        f'model = torch.export.load(folder / "{FILE}").module()\n'
+        "with torch.inference_mode():\n"
+        f"    {signature.output} = model(torch.from_numpy(images)).numpy()"
     )

@@ -52,15 +52,13 @@ def reopen(folder: Path, signature: Signature) -> Run:
     return open_file(path, signature)
 
 
-def snippet(folder: Path, signature: Signature) -> str:
-    """Code that serves the repository and sends a request."""
-    (name,) = (path.name for path in folder.iterdir() if path.is_dir())
+def snippet(bundle: Bundle, signature: Signature) -> str:
+    """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     wire = "FP32" if signature.logits else "UINT8"
     return (
-        f"# tritonserver --model-repository={folder}\n"
-        "import tritonclient.http\n"
-        f'given = tritonclient.http.InferInput("{signature.input}", images.shape, "{wire}")\n'
-        f"given.set_data_from_numpy(images)\n"
-        f'answer = tritonclient.http.InferenceServerClient("localhost:8000").infer("{name}", [given])\n'
-        f'{signature.output} = answer.as_numpy("{signature.output}")'
+        "import tritonclient.http  # tritonserver --model-repository=FOLDER runs\n"
+        f'tensor = tritonclient.http.InferInput("{signature.input}", images.shape, "{wire}")\n'
+        "tensor.set_data_from_numpy(images)\n"
+        'client = tritonclient.http.InferenceServerClient("localhost:8000")\n'
+        f'{signature.output} = client.infer("{bundle.model.variant.name}", [tensor]).as_numpy("{signature.output}")'
     )

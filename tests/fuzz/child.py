@@ -22,7 +22,7 @@ from tests.fuzz import targets
 
 MEMORY = 2 << 30  # bytes, above what the imports and the seeds take
 SECONDS = 20  # of one input
-EXAMPLES = 100  # of a target, before the next one's turn
+EXAMPLES = 50  # of a target, before the next one's turn
 FAULT = 3  # exit code
 
 # What numbers, names and structures of strangers are: huge, deep, none, of other types.

@@ -100,6 +100,12 @@ class Plan:
     def mend_fsync(self) -> None:
         os.fsync = self._fsync
 
+    def block(self, names: list[str]) -> None:
+        """Put folders where the run writes files."""
+        for name in names:
+            (self.out / name).unlink(missing_ok=True)
+            (self.out / name).mkdir()
+
     def remove_run(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)  # a checkpoint may be on its way
 

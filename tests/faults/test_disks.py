@@ -8,6 +8,8 @@ import pytest
 import torch
 from tests.faults.running import LAST_STEP, RECIPE, event, last_checkpoint, last_step, leftovers, run
 
+from coatnet.bundle import load
+
 needs_mounts = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 
@@ -57,6 +59,40 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(disk, tmp_path)
     (ended.out / "filler").unlink()
     again = run(tmp_path, out=disk / "run")
     assert again.code == 0, again.output
+
+
+def hidden(out):
+    return [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.fault("B17", "metrics.jsonl a folder from step 5 on", "one warning; report and bundle are there")
+def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path):
+    ended = run(tmp_path, event("step", 5, "block", names=["metrics.jsonl"]))
+    assert ended.code == 0 and ended.output.count("metrics.jsonl cannot be written") == 1, ended.output
+    assert (ended.out / "bundle/model.safetensors").exists() and (ended.out / "report.json").exists()
+    assert hidden(ended.out) == []
+
+
+@pytest.mark.fault(
+    "B17", "{blocked} a folder at the end", "one line, exit 2, the bundle whole; then the same command completes"
+)
+@pytest.mark.parametrize("blocked", ["report.md", "report.json", "calibration.png"])
+def test_a_report_that_cannot_be_written_does_not_cost_the_bundle(tmp_path, blocked):
+    ended = run(tmp_path, event("step", 9, "block", names=[blocked]))
+    assert ended.code == 2 and "the same command writes the report" in ended.output, ended.output
+    assert "Traceback" not in ended.output and load(ended.out).classes and hidden(ended.out) == []
+    (ended.out / blocked).rmdir()
+    again = run(tmp_path)
+    assert again.code == 0 and (ended.out / "report.json").is_file() and (ended.out / blocked).is_file(), again.output
+
+
+@pytest.mark.fault("B17", "files limited to 100 kB from step 9 to the end (EFBIG)", "one line; resumes and completes")
+def test_a_limit_on_file_sizes_at_the_end_leaves_what_the_same_command_completes(tmp_path):
+    ended = run(tmp_path, event("step", 9, "limit_files", num_bytes=100_000))
+    assert ended.code == 2 and "Traceback" not in ended.output, ended.output
+    assert hidden(ended.out) == [] and leftovers(ended.out) == []
+    again = run(tmp_path)
+    assert again.code == 0 and (ended.out / "report.json").is_file(), again.output
 
 
 @pytest.mark.fault(

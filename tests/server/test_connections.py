@@ -102,6 +102,13 @@ def test_a_header_that_comes_in_pieces_is_bounded(server: Address) -> None:
     assert said.startswith(b"HTTP/1.1 431") and b'"code": "header"' in said
 
 
+def test_bodies_in_tiny_chunks_are_refused(server: Address) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert server.raw(head + b"1\r\na\r\n" * 20_000).startswith(b"HTTP/1.1 400")
+    whole = head + b"40\r\n" + b"a" * 64 + b"\r\n" + b"80\r\n" + (b"a" * 128 + b"\r\n80\r\n") * 2000
+    assert server.raw(whole + b"a" * 128 + b"\r\n0\r\n\r\n").startswith(b"HTTP/1.1 415")
+
+
 def test_ranges_multiply_nothing(server: Address) -> None:
     path = "/docs/files/swagger-ui-bundle.js"
     whole = server.ask("GET", path)

@@ -17,9 +17,10 @@ from coatnet.errors import UserError
 from coatnet.server import Settings
 from coatnet.server.errors import RequestError, error_response
 
-MAX_HEADER_BYTES = 16_384  # also h11's bound of a header that is not complete
+MAX_HEADER_BYTES = 16_384
 WRITE_BYTES = 65_536  # of one answer in memory until the client reads
 LINGER_SECONDS = 1.0
+FREE_CHUNKS, MEAN_CHUNK_BYTES = 1000, 64  # of a body: chosen, a file sent line by line has 256
 ACCEPTED_AT_ONCE = 16  # in each turn of the event loop
 SPARE_DESCRIPTORS = 64 + 6 * ACCEPTED_AT_ONCE  # some turns pass before a connection too many is closed
 CROWDED_SECONDS = 1.0  # for the request of a connection that is one too many
@@ -101,6 +102,25 @@ def reserve_descriptors(max_connections: int) -> int:
     return max_connections
 
 
+class Parser(h11.Connection):
+    """h11's parser, which refuses bodies in tiny chunks: each takes as long as thousands of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self._chunks = self._bytes = 0
+
+    def next_event(self) -> Any:
+        """The next event. Raises RemoteProtocolError as h11 does, and for too many chunks."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks, self._bytes = self._chunks + 1, self._bytes + len(event.data)
+            if self._chunks > FREE_CHUNKS + self._bytes // MEAN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the chunks of the body are too small")
+        return event
+
+
 class Connection(H11Protocol):
     """HTTP/1.1 with bounds: of connections (`Crowd`), of the time for a header, of the time in which a client reads.
 
@@ -111,6 +131,7 @@ class Connection(H11Protocol):
 
     def __init__(self, crowd: Crowd, write_seconds: float, **given: Any) -> None:
         super().__init__(**given)
+        self.conn = Parser()
         self._crowd, self._write_seconds = crowd, write_seconds
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -162,15 +183,16 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         begun = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
-        if self.cycle is not None:  # its answer can no longer be sent
+        in_body = self.cycle is not None and not self.cycle.response_complete
+        if in_body:  # its answer can no longer be sent
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if begun:  # a second answer is impossible
             self.transport.close()
-        elif len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
+        elif not in_body and len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
             self._refuse(header_error())
         else:
-            self._refuse(RequestError("http", "this is not a request of HTTP/1.1"))
+            self._refuse(RequestError("http", "this is not HTTP/1.1, or a body in tiny chunks"))
 
     def _refuse(self, error: RequestError, *, linger: bool = True) -> None:
         """Answer without a request. Without reading for a while after it, a client that still sends may miss it."""

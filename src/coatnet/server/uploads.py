@@ -54,7 +54,9 @@ class Uploads:
             except TimeoutError:
                 seconds = self.settings.body_seconds
                 raise RequestError("slow", f"the body did not arrive within {seconds:g} seconds") from None
-            yield b"".join(chunks)
+            body = b"".join(chunks)
+            chunks.clear()
+            yield body
         finally:
             self.num_bytes -= size
 

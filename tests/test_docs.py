@@ -84,17 +84,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clothes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle, after half an epoch of grey images of clothes."""
-    run = tmp_path_factory.mktemp("clothes") / "run"
-    recipe = coatnet.Recipe(
-        data="fashion-mnist-small", model="coatnet-femto-16", resolution=16, epochs=0.5, num_workers=0
-    )
-    coatnet.train(recipe, run)
-    return run / "bundle"
-
-
-@pytest.fixture(scope="session")
 def folder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the two classes in `path/to/folder`."""
     folder = tmp_path_factory.mktemp("folder")

@@ -15,6 +15,10 @@ from tests.bundle.hub_server import Hub
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
+from coatnet.bundle import Bundle
+from coatnet.data.transforms import Preprocessing
+from coatnet.model.network import create_model
+
 ID = "timm/coatnet_nano_rw_224.sw_in1k"
 SMALL_ID = "timm/test_coatnet.made_up"
 
@@ -91,13 +95,13 @@ def test_a_wrong_hub_id_suggests_the_nearest(coatnet: Run, tmp_path: Path) -> No
 
 
 def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
-    publish(hub, SMALL_ID, tmp_path / "small", num_classes=2, img_size=64)
-    folder, run = images(tmp_path / "pictures", number=4), tmp_path / "run"
-    options = ("--epochs", "1", "--data", folder, "--out", run)
-    assert coatnet("train", "finetune", "--init", SMALL_ID, *options).returncode == 0
-    refused = coatnet("push", run / "bundle", "ana/brightness")
+    torch.manual_seed(0)
+    model = create_model("test_coatnet", num_classes=2, resolution=64).eval()
+    folder = images(tmp_path / "pictures", number=4)
+    bundle = Bundle(model, ("dark", "light"), Preprocessing(resolution=64)).save(tmp_path / "bundle")
+    refused = coatnet("push", bundle, "ana/brightness")
     assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
-    pushed = coatnet("push", run / "bundle", "ana/brightness", HF_TOKEN="hf_ana")
+    pushed = coatnet("push", bundle, "ana/brightness", HF_TOKEN="hf_ana")
     assert pushed.returncode == 0 and "ana/brightness" in pushed.stdout, pushed.stderr
-    here, there = (coatnet("predict", source, folder, "--json") for source in (run / "bundle", "hf://ana/brightness"))
+    here, there = (coatnet("predict", source, folder, "--json") for source in (bundle, "hf://ana/brightness"))
     assert here.returncode == 0 and here.stdout == there.stdout

@@ -6,24 +6,14 @@ import pytest
 import torch
 
 from coatnet.bundle import Bundle, load
-from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import create_model
 
 
 @pytest.fixture(scope="session")
-def clothes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of grey images of clothes, after half an epoch."""
-    run = tmp_path_factory.mktemp("clothes") / "run"
-    quick = ["--model", "coatnet-femto-16", "--resolution", "16", "--epochs", "0.5", "--num_workers", "0"]
-    assert main(["train", "--data", "fashion-mnist-small", "--out", str(run), *quick]) == 0
-    return run / "bundle"
-
-
-@pytest.fixture(scope="session")
-def clothes(clothes_folder: Path) -> Bundle:
-    return load(clothes_folder)
+def clothes(clothes_bundle: Path) -> Bundle:
+    return load(clothes_bundle)
 
 
 @pytest.fixture(scope="session")

@@ -36,19 +36,19 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> st
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_error_is_one_line_that_says_what_would_be_right(
-    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+    clothes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    assert said in error_line(capsys, clothes_folder, "--out", tmp_path / "out", *options)
+    assert said in error_line(capsys, clothes_bundle, "--out", tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_overwritten(
-    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clothes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_bytes() for path in clothes_folder.iterdir()}
-    for out in (clothes_folder, tmp_path):
-        assert "give a new folder" in error_line(capsys, clothes_folder, "--format", "onnx", "--out", out)
-    assert {path: path.read_bytes() for path in clothes_folder.iterdir()} == before
+    before = {path: path.read_bytes() for path in clothes_bundle.iterdir()}
+    for out in (clothes_bundle, tmp_path):
+        assert "give a new folder" in error_line(capsys, clothes_bundle, "--format", "onnx", "--out", out)
+    assert {path: path.read_bytes() for path in clothes_bundle.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_existing_folder_is_not_overwritten(
     [("onnx", "onnxscript", "onnx"), ("openvino", "openvino", "openvino"), ("triton", "onnxruntime", "onnx")],
 )
 def test_a_missing_package_is_named_with_its_extra(
-    clothes_folder: Path,
+    clothes_bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -65,15 +65,15 @@ def test_a_missing_package_is_named_with_its_extra(
     extra: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)  # as where it is not installed
-    said = error_line(capsys, clothes_folder, "--format", format, "--out", tmp_path / "out")
+    said = error_line(capsys, clothes_bundle, "--format", format, "--out", tmp_path / "out")
     assert f"pip install 'coatnet[{extra}]'" in said and list(tmp_path.iterdir()) == []
 
 
 def test_aoti_without_a_compiler_is_an_error(
-    clothes_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    clothes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    said = error_line(capsys, clothes_folder, "--format", "aoti", "--out", tmp_path / "out")
+    said = error_line(capsys, clothes_bundle, "--format", "aoti", "--out", tmp_path / "out")
     assert "needs a C++ compiler, and there is none" in said and list(tmp_path.iterdir()) == []
 
 

@@ -58,10 +58,10 @@ def network_inputs(images: torch.Tensor) -> NDArray[np.uint8]:
 @pytest.mark.filterwarnings("default")  # torch's own, on opening
 @pytest.mark.parametrize("format", GRAPHS)
 def test_images_of_any_size_become_the_probabilities_of_the_bundle(
-    clothes_folder: Path, images: Images, tmp_path: Path, format: str, capfd: pytest.CaptureFixture[str]
+    clothes_bundle: Path, images: Images, tmp_path: Path, format: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(clothes_folder), "--format", format, "--out", str(out)]) == 0
+    assert main(["export", str(clothes_bundle), "--format", format, "--out", str(out)]) == 0
     printed = capfd.readouterr()
     assert printed.out.startswith(f"{out}: on 64 images of fashion-mnist-small within ") and str(out) in printed.out
     # torch 2.6 says so on a machine with nvcc and no GPU.
@@ -70,7 +70,7 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     files = {"openvino": ["model.bin", "model.xml"], "onnx": ["model.onnx"]}.get(format, ["model.pt2"])
     assert sorted(path.name for path in out.iterdir()) == sorted([*files, "metadata.json", "parity.json", "parity.md"])
     run, inside = open_export(out, format, "pictures", "probabilities")
-    bundle = load(clothes_folder)
+    bundle = load(clothes_bundle)
     for batch in images.values():
         with torch.no_grad():
             expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).softmax(1)
@@ -126,13 +126,13 @@ def test_with_logits_it_is_the_bare_network(colorful: Path, tmp_path: Path, form
 @pytest.mark.parametrize("logits", [False, pytest.param(True, marks=SLOW)], ids=["pictures", "images"])
 @pytest.mark.parametrize("format", FEW)
 def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
-    clothes_folder: Path, images: Images, tmp_path: Path, format: str, logits: bool
+    clothes_bundle: Path, images: Images, tmp_path: Path, format: str, logits: bool
 ) -> None:
     out = tmp_path / "out"
     options = ["--dynamic-size", *(["--logits"] if logits else [])]
-    assert main(["export", str(clothes_folder), "--format", format, "--out", str(out), *options]) == 0
+    assert main(["export", str(clothes_bundle), "--format", format, "--out", str(out), *options]) == 0
     run, _ = open_export(out, format, *(("images", "logits") if logits else ("pictures", "probabilities")))
-    bundle = load(clothes_folder)
+    bundle = load(clothes_bundle)
     for batch in (images["five"], images["two"][..., :64, :96], images["tall"][..., :33, :32]):
         inputs = normalize(match_channels(batch, bundle.preprocessing), bundle.preprocessing)
         with torch.no_grad():
@@ -142,11 +142,11 @@ def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
 
 
 def test_weights_too_large_for_one_file_lie_beside_it(
-    clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clothes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100_000)
     out = tmp_path / "out"
-    assert main(["export", str(clothes_folder), "--format", "onnx", "--out", str(out)]) == 0
+    assert main(["export", str(clothes_bundle), "--format", "onnx", "--out", str(out)]) == 0
     written = {path.name: path.stat().st_size for path in out.iterdir()}
     assert written["model.onnx.data"] > written["model.onnx"]
     assert json.loads((out / "parity.json").read_text())["agreement"] == 1

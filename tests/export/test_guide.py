@@ -28,9 +28,9 @@ TRITON = ROOT / "docs/guides/triton.md"
 
 
 @pytest.fixture
-def desk(clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(clothes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the guide takes it for granted."""
-    shutil.copytree(clothes_folder, tmp_path / "runs/mine/bundle")
+    shutil.copytree(clothes_bundle, tmp_path / "runs/mine/bundle")
     noise = np.random.default_rng(0).integers(0, 255, (120, 90, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)

@@ -65,7 +65,7 @@ def test_logits_that_are_shifted_are_found_though_their_softmax_is_the_same(clot
 
 
 def test_a_damaged_export_is_refused_and_nothing_is_left(
-    clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clothes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = writer.write
 
@@ -77,7 +77,7 @@ def test_a_damaged_export_is_refused_and_nothing_is_left(
         onnx.save(model, folder / "model.onnx")
 
     monkeypatch.setattr(writer, "write", write_damaged)
-    assert main(["export", str(clothes_folder), "--format", "onnx", "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(clothes_bundle), "--format", "onnx", "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "differs from the bundle" in printed.err
     assert list(tmp_path.iterdir()) == []

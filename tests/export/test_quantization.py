@@ -20,9 +20,9 @@ INT8 = ["--format", "openvino", "--int8", "--calibration", "fashion-mnist-small"
 
 
 @pytest.fixture(scope="module")
-def small(clothes_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(clothes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "out"
-    assert main(["export", str(clothes_folder), *INT8, "--out", str(out)]) == 0
+    assert main(["export", str(clothes_bundle), *INT8, "--out", str(out)]) == 0
     return out
 
 
@@ -82,7 +82,7 @@ def test_it_is_smaller_and_its_speed_is_told(small: Path) -> None:
 
 
 def test_what_costs_too_much_is_refused_with_figures(
-    clothes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clothes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import nncf
 
@@ -95,17 +95,17 @@ def test_what_costs_too_much_is_refused_with_figures(
         return openvino.Model([turned], model.get_parameters())
 
     monkeypatch.setattr(nncf, "quantize_with_accuracy_control", spoil)
-    assert main(["export", str(clothes_folder), *INT8, "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(clothes_bundle), *INT8, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("coatnet: error: int8 costs too much, and nothing was written: top1 falls from ")
     assert "on 2,000 images of fashion-mnist-small, by more than 1 points" in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_bare_network_can_be_int8_too(clothes_folder: Path, tmp_path: Path) -> None:
+def test_the_bare_network_can_be_int8_too(clothes_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(clothes_folder), *INT8, "--logits", "--out", str(out)]) == 0
-    bundle = load(clothes_folder)
+    assert main(["export", str(clothes_bundle), *INT8, "--logits", "--out", str(out)]) == 0
+    bundle = load(clothes_bundle)
     images = torch.randn(3, bundle.preprocessing.channels, 16, 16)
     assert openvino.compile_model(out / "model.xml")({"images": images.numpy()})["logits"].shape == (3, 10)
     assert json.loads((out / "parity.json").read_text())["int8"]["after"] > 0.5

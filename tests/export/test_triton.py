@@ -13,14 +13,14 @@ from coatnet.data.transforms import EvaluationTransform
 
 
 @pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pictures", "images"])
-def test_the_repository_is_one_of_tritons(clothes_folder: Path, tmp_path: Path, logits: bool, capsys) -> None:
+def test_the_repository_is_one_of_tritons(clothes_bundle: Path, tmp_path: Path, logits: bool, capsys) -> None:
     model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
 
     out, options = tmp_path / "repository", ["--logits"] if logits else []
-    assert main(["export", str(clothes_folder), "--format", "triton", "--out", str(out), *options]) == 0
+    assert main(["export", str(clothes_bundle), "--format", "triton", "--out", str(out), *options]) == 0
     assert f"--model-repository={out}" in capsys.readouterr().out
-    bundle = load(clothes_folder)
+    bundle = load(clothes_bundle)
     model = out / bundle.model.variant.name
     config = text_format.Parse((model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
@@ -39,10 +39,10 @@ def test_the_repository_is_one_of_tritons(clothes_folder: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_the_model_in_it_answers_as_the_bundle_does(clothes_folder: Path, tmp_path: Path, images) -> None:
+def test_the_model_in_it_answers_as_the_bundle_does(clothes_bundle: Path, tmp_path: Path, images) -> None:
     out = tmp_path / "repository"
-    assert main(["export", str(clothes_folder), "--format", "triton", "--out", str(out)]) == 0
-    bundle = load(clothes_folder)
+    assert main(["export", str(clothes_bundle), "--format", "triton", "--out", str(out)]) == 0
+    bundle = load(clothes_bundle)
     session = onnxruntime.InferenceSession(str(out / bundle.model.variant.name / "1" / "model.onnx"))
     for batch in images.values():
         with torch.no_grad():

@@ -26,10 +26,10 @@ def timm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Bundle(model.eval(), ("a", "b", "c"), Preprocessing(resolution=64)).save(folder)
 
 
-def test_safetensors_hold_the_network_and_say_which(clothes_folder: Path, tmp_path: Path) -> None:
+def test_safetensors_hold_the_network_and_say_which(clothes_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["export", str(clothes_folder), "--format", "safetensors", "--out", str(out)]) == 0
-    bundle = load(clothes_folder)
+    assert main(["export", str(clothes_bundle), "--format", "safetensors", "--out", str(out)]) == 0
+    bundle = load(clothes_bundle)
     with safe_open(out / "model.safetensors", "pt") as file:
         told = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -10,7 +10,7 @@ import torch
 from tests.data.loaders import train
 
 from coatnet.data.decode import BadImage
-from coatnet.data.hugging_face import open_hugging_face
+from coatnet.data.hugging_face import HuggingFaceDataset, open_hugging_face
 from coatnet.data.loader import BadImages
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
@@ -119,6 +119,38 @@ def test_images_in_files_are_read_from_there(images, tmp_path):
     datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / "saved", max_shard_size="1GB")
     splits = open_dataset(tmp_path / "saved")
     assert splits.training.read(1) == (images[1], 1)
+
+
+def test_files_that_a_table_names_are_read_from_its_own_folder_only(images, tmp_path, monkeypatch):
+    inside, outside = tmp_path / "data/0.png", tmp_path / "secret/1.png"
+    for path in (inside, outside):
+        path.parent.mkdir()
+        path.write_bytes(images[0])
+    (tmp_path / "data/link.png").symlink_to(outside)
+    paths = ["0.png", str(inside), str(outside), "../secret/1.png", "link.png", "", "a\0b.png", "/dev/zero"]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    part = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in paths]}, features)
+    rows = np.arange(len(paths))
+    found = HuggingFaceDataset("x", ("a", "b"), part, "image", rows, rows % 2, [str(tmp_path / "data")])
+    assert [found.read(row)[0] for row in (0, 1)] == [images[0]] * 2
+    for row in (2, 3, 4, 7):
+        with pytest.raises(BadImage, match="is not in the data's folder; COATNET_DATA_ROOTS"):
+            found.read(row)
+    for row in (5, 6):
+        with pytest.raises(BadImage, match=r"unreadable: (a folder|no name)"):
+            found.read(row)
+    monkeypatch.setenv("COATNET_DATA_ROOTS", str(tmp_path / "secret"))
+    assert [found.read(row)[0] for row in (2, 3, 4)] == [images[0]] * 3
+
+
+def test_one_class_and_a_test_split_alone_can_be_evaluated(images, tmp_path):
+    root = saved(tmp_path, **{split: table(images[:4], [0, 0, 1, 2], ANIMALS) for split in ("test", "validation")})
+    assert "no split is called train" in one_line(root)
+    splits = open_dataset(root, evaluation=True)
+    assert (len(splits.training), len(splits.validation)) == (0, 4) and splits.describe()
+    table(images[:2], ["x", "x"], datasets.Value("string")).save_to_disk(tmp_path / "one")
+    assert "one class" in one_line(tmp_path / "one")
+    assert len(open_dataset(tmp_path / "one", evaluation=True).validation) == 1
 
 
 def test_a_row_without_an_image_is_a_bad_image(images, tmp_path):

@@ -1,5 +1,7 @@
 """Inspection names every bad file and every leak, and calls a source without them healthy."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,29 @@ def test_duplicates_and_contradictions_in_training_are_reported_but_not_unhealth
     assert inspection.num_repeated == 2
     assert inspection.contradictions == (("train/a/1.png", "train/b/wrong.png"),)
     assert inspection.healthy
+
+
+def test_links_out_of_the_data_are_told_and_others_are_not(make_folder, tmp_path):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "outside/b": 2, "elsewhere": 1})
+    for name in ("outside", "elsewhere"):
+        (root / name).rename(tmp_path / name)
+    (root / "val/b").symlink_to(tmp_path / "outside/b")
+    (root / "train/a/near.png").symlink_to("0.png")
+    (root / "train/a/far.png").symlink_to(tmp_path / "elsewhere/0.png")
+    inspection = inspect(root)
+    assert [name for name, _ in inspection.links_outside] == ["train/a/far.png", "val/b/0.png", "val/b/1.png"]
+    assert inspection.healthy and f"  train/a/far.png -> {tmp_path}/elsewhere/0.png\n" in inspection.describe()
+
+
+def test_special_files_among_the_images_are_bad_ones(make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    os.mkfifo(root / "train/a/pipe.jpg")
+    for name in ("zero", "random", "tty"):
+        (root / f"train/b/{name}.png").symlink_to(f"/dev/{name}")
+    (root / "val/a/kernel.jpg").symlink_to("/proc/kmsg")
+    found = inspect(root)
+    assert found.bad["train/a/pipe.jpg"] == "unreadable: a named pipe, not a regular file"
+    assert len(found.bad) == 5 and found.bad["train/b/zero.png"] == "unreadable: a device, not a regular file"
 
 
 @pytest.mark.parametrize(("one", "other"), [("train/a", "val/b"), ("val/a", "val/b")])

@@ -14,6 +14,7 @@ from coatnet.data.decode import decode
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
 from coatnet.data.splits import Splits
+from coatnet.errors import UserError
 
 
 def images_of(dataset) -> list[tuple[bytes, int]]:
@@ -183,3 +184,18 @@ def test_packing_restores_the_number_of_threads(make_folder, tmp_path):
     before = torch.get_num_threads()
     pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("link", ["train/a/secret.png", "train/a/sub", "train"])
+def test_links_out_of_the_data_are_not_packed_unless_their_folder_is_trusted(link, make_folder, tmp_path, monkeypatch):
+    root = make_folder({"train/a": 6, "train/b": 6, "secret": 2})
+    (root / "secret").rename(tmp_path / "secret")
+    if link == "train":
+        (root / "train").rename(tmp_path / "secret/train")
+    target = {"train/a/secret.png": "secret/0.png", "train/a/sub": "secret", "train": "secret/train"}[link]
+    (root / link).symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"is a link to .*secret/.*out of the data's folder.*COATNET_DATA_ROOTS"):
+        pack(root, tmp_path / "packed", num_workers=1)
+    assert not (tmp_path / "packed").exists() and not list(tmp_path.glob(".packed*"))
+    monkeypatch.setenv("COATNET_DATA_ROOTS", str(tmp_path / "secret"))
+    assert pack(root, tmp_path / "packed", num_workers=1).num_images >= 12

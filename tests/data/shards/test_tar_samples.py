@@ -137,10 +137,10 @@ PAX = header(b"pax", 512, b"x")
         (header(b"@LongLink", -1024, b"L"), "headers of more than"),
         (header(b"pax", 2**40, b"x"), "headers of more than"),
         (header(b"pax", -1024, b"x"), "headers of more than"),
-        (LONG * 100_000, "truncated"),
+        (LONG * 5_000, "truncated"),
         (PAX + b"99999 path=a.png\n".ljust(512, b"\0"), "truncated"),
         (PAX + (b"9" * 400 + b" path=a\n").ljust(512, b"\0"), "truncated"),
-        ((PAX + b"14 comment=abc\n".ljust(512, b"\0")) * 20_000, "truncated"),
+        ((PAX + b"14 comment=abc\n".ljust(512, b"\0")) * 5_000, "truncated"),
         (PAX + b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n30 GNU.sparse.realsize=99999\n".ljust(512, b"\0")
          + header(b"a.png", 2**33) + b"1" * 4_096, "truncated"),
         (b"\x80" * 512 * 8, "truncated"),

@@ -218,7 +218,7 @@ class Parts:
             ) from error
         with file:
             plan = (file.schema_arrow.metadata or {}).get(_PLAN_METADATA)
-            if plan is None or (difference := self.plan.difference(plan.decode())):
+            if plan is None or (difference := self.plan.difference(plan.decode(errors="replace"))):
                 why = f"made with {difference}" if plan else "not made by this program"
                 raise UserError(f"{exists}, {why}; give another name, or remove it first")
             num_bad, bad = 0, []

@@ -30,10 +30,16 @@ from coatnet.inference.batch.parts import Plan
 from coatnet.model.config import Stage
 from coatnet.model.network import create_model
 from coatnet.model.registry import find_variant
+from coatnet.server.errors import RequestError
+from coatnet.server.protocol import read_request
 from coatnet.training.checkpoint import CorruptCheckpoint, load_checkpoint, part_name, publish, stage, write_part
 from coatnet.training.config import Recipe
 
-ALLOWED: tuple[type[BaseException], ...] = (UserError, CorruptCheckpoint)  # the one kind of error of each reader
+ALLOWED: tuple[type[BaseException], ...] = (
+    UserError,
+    CorruptCheckpoint,
+    RequestError,
+)  # the one kind of error of each reader
 SUFFIXES = {"jpeg": "JPEG", "png": "PNG", "gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "webp": "WEBP", "ppm": "PPM"}
 SUFFIXES |= {"avif": "AVIF"} if features.check("avif") else {}
 
@@ -51,6 +57,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     os.environ["COATNET_CACHE_DIR"] = str(folder / "cache")
     images = {name: image_seeds(kind) for name, kind in SUFFIXES.items()}
     targets = {f"decode-{name}": Target(seeds, read_image) for name, seeds in images.items()}
+    targets["protocol"] = protocol_target()
     return targets | bundles(folder, images["png"][0]) | data(folder, images["png"][0]) | texts(folder)
 
 
@@ -225,6 +232,23 @@ def file_target(path: Path, seeds: tuple[bytes, ...], read: Callable[[Path], obj
         read(path)
 
     return Target(seeds, write_and_read)
+
+
+def protocol_target() -> Target:
+    """Bodies of the Open Inference Protocol, for a model of 4 x 4 pixels."""
+    model: Any = SimpleNamespace(image_shape=(1, 4, 4, 3))
+
+    def request(datatype: str, shape: list[int], data: Any) -> bytes:
+        tensor = {"name": "pictures", "datatype": datatype, "shape": shape, "data": data}
+        return json.dumps({"id": "a", "inputs": [tensor], "outputs": [{"name": "class"}]}).encode()
+
+    pixels = np.arange(96).reshape(2, 4, 4, 3)
+    seeds = (
+        request("UINT8", [2, 4, 4, 3], pixels.tolist()),
+        request("UINT8", [2, 4, 4, 3], pixels.ravel().tolist()),
+        request("BYTES", [2], ["aGVsbG8=", "AAAA"]),
+    )
+    return Target(seeds, lambda content: read_request(content, model, 8))
 
 
 def texts(folder: Path) -> dict[str, Target]:

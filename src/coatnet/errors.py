@@ -1,7 +1,7 @@
 """Errors that a user can correct, and the wording they share: one line, with the nearest right name."""
 
 import errno
-import os
+import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -144,9 +144,13 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
     """
     try:
         return import_module(module)
-    except ImportError:
+    except ImportError as error:
+        if is_memory_shortage(error):
+            raise
         package = module.partition(".")[0]
-        raise UserError(f"{purpose} needs {package}: pip install 'coatnet[{extra}]'") from None
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name in (package, module)
+        reason = "" if is_missing else f" (what is installed does not work: {cut(first_line(error))})"
+        raise UserError(f"{purpose} needs {package}: pip install 'coatnet[{extra}]'{reason}") from None
 
 
 def nearest(given: str, known: Iterable[str], most: int = 1) -> str:
@@ -189,7 +193,9 @@ _SHORTAGE = re.compile(
     r"|CUBLAS_STATUS_ALLOC_FAILED|can't start new thread",
     re.IGNORECASE,
 )
-_ADDRESS_SPACE = 8e9  # chosen: torch with CUDA takes 3.3 GB of addresses when it is imported, its threads and data more
+_ENOUGH_ADDRESS_SPACE = (
+    8e9  # chosen: torch with CUDA takes 3.3 GB of addresses when it is imported, its threads and data more
+)
 
 
 def is_memory_shortage(error: BaseException) -> bool:
@@ -199,22 +205,28 @@ def is_memory_shortage(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if type(error) is ImportError and _address_space() < _ENOUGH_ADDRESS_SPACE:
+        return True  # a module that is half there, as memory ended while it was imported
     has_many_reasons = type(error) in (RuntimeError, ImportError) or type(error).__name__ == "AcceleratorError"
     return has_many_reasons and _SHORTAGE.search(str(error)) is not None
 
 
 def explain_memory_shortage(error: BaseException) -> str:
     """A line for a user whose command has met a shortage of memory: what is limited, and what would help."""
-    said = f" ({first_line(error)})" if str(error) else ""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    except (ImportError, MemoryError):  # on Windows, or as there is no memory for it
-        limit = -1 if os.name == "nt" else 10**8
-    if 0 <= limit < _ADDRESS_SPACE:  # -1 is no limit
+    reason = f" ({cut(first_line(error))})" if str(error) else ""
+    if (limit := _address_space()) < _ENOUGH_ADDRESS_SPACE:
         return (
-            f"the address space of a process is limited to {limit / 1e9:.1f} GB{said}; this needs about "
-            f"{_ADDRESS_SPACE / 1e9:.0f} GB: `ulimit -v {_ADDRESS_SPACE / 1e3:.0f}` or unlimited"
+            f"the address space of a process is limited to {limit / 1e9:.1f} GB{reason}; this needs about "
+            f"{_ENOUGH_ADDRESS_SPACE / 1e9:.0f} GB: `ulimit -v {_ENOUGH_ADDRESS_SPACE / 1e3:.0f}` or unlimited"
         )
-    return f"there is not enough memory{said}: give fewer images at once (--batch-size), or end other programs"
+    return f"there is not enough memory{reason}: give fewer images at once (--batch-size), or end other programs"
+
+
+def _address_space() -> float:
+    """The bytes that this process may address at most. The module `resource` might find no memory to be imported."""
+    try:
+        with open("/proc/self/limits") as file:
+            found = re.search(r"^Max address space +(\d+)", file.read(), re.MULTILINE)
+    except (OSError, MemoryError):
+        return math.inf
+    return int(found[1]) if found else math.inf

@@ -152,6 +152,9 @@ def _translate_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         hint = "the token is not accepted; log in with `hf auth login` or set HF_TOKEN anew"
         reason = hint if status == 401 else first_line(error.server_message or error)
         raise UserError(f"{repo_id}: {endpoint} answers {status}: {reason}") from error
+    except PermissionError as error:
+        place = error.filename or constants.HF_HUB_CACHE
+        raise UserError(f"{repo_id}: {place} cannot be written; HF_HOME names another folder for the cache") from error
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"{repo_id}: the exchange with {endpoint} failed: {reason}; try again") from error

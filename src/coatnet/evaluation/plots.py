@@ -1,6 +1,7 @@
 """Plots of a run and of a report: learning curves, confusion matrix, calibration, worst mistakes."""
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +42,14 @@ _MAX_COUNTED_CLASSES = 16  # with numbers in its cells
 @contextmanager
 def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure, width and height in inches, saved to `path` at the end of the block."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # without a home it tells at length where it keeps its fonts
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        logging.disable(disabled)
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # characters that the font lacks become boxes

@@ -32,6 +32,7 @@ HOSTILE = (
     b"\x00", b"\xff\xfe", b"\r\n", b"\n", b",", b";", b"'", b'"', b"/dev/zero", b"../../../etc/passwd", b"&a [*a, *a]",
     b"!!bool x", b"!!timestamp x", b"2026-99-99", b"!!int x", b"9" * 5_000,
 )  # fmt: skip
+_PART = re.compile(rb"\{[^{}]*\}|\[[^\[\]]*\]")
 _TOKEN = re.compile(rb'"[^"]*"|-?[0-9.]+(?:[eE][-+]?[0-9]+)?|true|false|null|\w+')
 
 
@@ -42,7 +43,7 @@ def mutated(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         end = len(content)
         place = draw(st.integers(0, max(0, end - 1)))
-        match draw(st.sampled_from(("cut", "flip", "bytes", "remove", "repeat", "token", "token"))):
+        match draw(st.sampled_from(("cut", "flip", "bytes", "remove", "repeat", "part", "token", "token"))):
             case "cut":
                 del content[place:]
             case "flip" if end:
@@ -54,6 +55,9 @@ def mutated(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
                 del content[place : place + draw(st.integers(1, 64))]
             case "repeat":
                 content[place:place] = bytes(content[place : place + 64]) * draw(st.sampled_from([1, 3, 100]))
+            case "part" if parts := list(_PART.finditer(content[:100_000])):
+                first, last = parts[draw(st.integers(0, len(parts) - 1))].span()
+                content[first:last] = draw(st.sampled_from(HOSTILE))
             case "token" if tokens := list(_TOKEN.finditer(content[:100_000])):
                 first, last = tokens[draw(st.integers(0, len(tokens) - 1))].span()
                 content[first:last] = draw(st.sampled_from(HOSTILE))

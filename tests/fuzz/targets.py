@@ -27,6 +27,8 @@ from coatnet.data.shards.webdataset import read_samples
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Plan
+from coatnet.inference.predictor import Predictor
+from coatnet.model.complexity import inference_bytes
 from coatnet.model.config import Stage
 from coatnet.model.network import create_model
 from coatnet.model.registry import find_variant
@@ -93,11 +95,17 @@ def bundles(folder: Path, image: bytes) -> dict[str, Target]:
     length = struct.unpack("<Q", weights[:8])[0]
     header, tensors = weights[8 : 8 + length], weights[8 + length :]
 
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+
     def read_config(content: bytes) -> None:
         (saved / "model.safetensors").write_bytes(weights)
         (saved / "config.json").write_bytes(content)
         loaded = load(saved)
         loaded.card(), repr(loaded)
+        seen = loaded.preprocessing
+        if seen.resized_side < 1_000 and inference_bytes(loaded.model.variant, seen.resolution) < 1e8:
+            (found,) = Predictor(loaded, "torch", "fp32")(pixels)
+            assert found.error or np.isfinite(found.probabilities).all()
 
     def read_weights(content: bytes) -> None:
         (saved / "config.json").write_bytes(config)

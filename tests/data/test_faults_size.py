@@ -262,3 +262,14 @@ def test_hundreds_of_scans_of_a_large_jpeg_are_refused_and_the_usual_ten_are_not
     refused(in_tiff, "large")
     assert time.perf_counter() - started < 1
     assert distance(decode(encode(photo, "JPEG", progressive=True, quality=95), "usual"), photo) < 2
+
+
+def test_millions_of_precincts_of_a_jpeg_2000_are_refused(encode, memory_growth, refused):
+    data = bytearray(encode(Image.new("L", (4500, 4500)), "JPEG2000", no_jp2=True, precinct_size=(32, 32)))
+    decode(bytes(data), "usual precincts")
+    coding = data.index(b"\xff\x52")
+    levels = data[coding + 9]
+    data[coding + 14 : coding + 15 + levels] = b"\0" + b"\x11" * levels
+    assert "precincts" in refused(bytes(data), "large").reason
+    data[coding + 6 : coding + 8] = b"\xff\xff"  # layers
+    assert memory_growth(lambda: refused(bytes(data), "large")) < 20e6

@@ -26,6 +26,7 @@ from coatnet.data.image_headers import (
     TIFF_EXIF,
     JpegHeader,
     Webp,
+    count_jpeg2000_pieces,
     has_end_marker,
     jpeg_without_metadata,
     orientation,
@@ -69,6 +70,9 @@ REDUCED_PIXELS = 50_000_000  # larger images are halved until they have no more
 MAX_SIDE = 65_535  # pixels, the most that JPEG allows
 _SCANNED = 10  # the scans of a JPEG may pass over this many times the pixels that an image may have
 MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"
+_JPEG2000_PIECES = (
+    5_000_000  # half a gigabyte in the decoder; an image of 64 megapixels in blocks of 8 x 8 has one million
+)
 _STRIP_PIXELS = 4_000_000  # converted to RGB at once
 
 # EXIF orientation: how to turn the stored pixels upright.
@@ -314,6 +318,8 @@ def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
         data = webp.first_frame
     elif kind.name == "TIFF":
         _check_tiff(data, limits)
+    elif kind.name == "JPEG2000" and (pieces := count_jpeg2000_pieces(data)) > _JPEG2000_PIECES:
+        raise BadImage(limits.name, f"large: {pieces:,} precincts and code blocks would take too long to decode")
     # Pillow warns about odd metadata, and about sizes, which are checked here.
     with warnings.catch_warnings(action="ignore"), _open(data, kind, limits.name) as image:
         limits.check(*image.size, kind.weight)

@@ -205,3 +205,53 @@ def _webp_bitstream_size(chunks: dict[bytes, bytes]) -> tuple[int, int]:
 def _uint24(data: bytes, position: int) -> int:
     low, middle, high = data[position : position + 3]
     return low | middle << 8 | high << 16
+
+
+def count_jpeg2000_pieces(data: bytes) -> int:
+    """How many precincts in all layers and code blocks a JPEG 2000 decoder keeps, of about 100 bytes each.
+
+    All code streams are looked at, since which one is decoded depends on the boxes around it. What cannot be read
+    counts nothing: the decoder refuses it.
+    """
+    most, start = 0, -1
+    while (start := data.find(b"\xff\x4f\xff\x51", start + 1)) >= 0:
+        try:
+            right, bottom, left, top = struct.unpack_from(">IIII", data, start + 8)
+            (components,) = struct.unpack_from(">H", data, start + 40)
+            for body in _jpeg2000_coding(data, start + 2, 1 if components < 257 else 2):
+                most = max(most, components * _pieces(body, right - left, bottom - top))
+        except HEADER_ERRORS:
+            continue
+    return most
+
+
+def _jpeg2000_coding(data: bytes, position: int, index_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the layers and the coding parameters of COD and COC segments, in the main and all tile-part headers."""
+    layers, part_end = 1, 0
+    while position + 4 <= len(data):
+        marker, length = struct.unpack_from(">HH", data, position)
+        body = data[position + 4 : position + 2 + length]
+        if marker == 0xFF90:  # a tile part
+            (size,) = struct.unpack_from(">I", body, 2)
+            part_end = position + size if size else len(data)
+        elif marker == 0xFF93:  # its data
+            position = part_end
+            continue
+        elif marker == 0xFF52:
+            (layers,) = struct.unpack_from(">H", body, 2)
+            yield layers, body[:1] + body[5:]
+        elif marker == 0xFF53:
+            yield layers, body[index_bytes:]
+        position += 2 + length
+
+
+def _pieces(coding: tuple[int, bytes], width: int, height: int) -> int:
+    layers, (style, levels, block_width, block_height, *rest) = coding
+    blocks = precincts = 0
+    for level in range(min(levels, 32) + 1):
+        # From the full size down; the sizes of precincts come in the other order.
+        precinct = rest[2 + levels - level] if style & 1 else 0xFF
+        columns, rows = (-(-side >> level) for side in (width, height))
+        precincts += max(1, columns >> (precinct & 15)) * max(1, rows >> (precinct >> 4))
+        blocks += (columns >> (2 + block_width)) * (rows >> (2 + block_height))
+    return blocks + precincts * layers

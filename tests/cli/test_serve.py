@@ -67,6 +67,8 @@ def test_a_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         (("a", "--host", "no.such.host.invalid"), "no address no.such.host.invalid"),
         (("a", "--batch-size", "0"), "batch_size is 0"),
         (("a", "--token", "x"), "--token-file"),
+        (("a", "--allowed-host", "https://models.example.com"), "no name of a host"),
+        (("a", "--allowed-host", ""), "no name of a host"),
     ],
 )
 def test_an_error_is_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
 from coatnet.errors import UserError, import_extra
 from coatnet.system.files import read_regular
+from coatnet.system.terminal import telling
 
+HOST_NAME = re.compile(r"[\w.-]+|\*")
 NAME = re.compile(r"[\w.-]{1,100}")
 TOKEN = re.compile(r"[\x21-\x7e]{8,}")  # the characters that a header can carry
 MAX_TOKEN_BYTES = 65_536
@@ -58,6 +60,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_device()
     given = parser.parse(arguments)
     given.bundles = named_bundles(given.bundles)
+    for host in given.allowed_host:
+        if not HOST_NAME.fullmatch(host):
+            raise UserError(f"--allowed-host {host!r} is no name of a host, such as models.example.com, and not '*'")
     return given
 
 
@@ -110,10 +115,11 @@ def run(arguments: Sequence[str]) -> int:
     """Serve trained models until a signal ends it."""
     given = parse_arguments(arguments)
     token = read_token(given.token_file)
-    for package in ("fastapi", "prometheus_client", "uvicorn"):
-        import_extra(package, "serve", "the server")
-    from coatnet.server import Settings
-    from coatnet.server.main import serve
+    with telling("loading torch"):
+        for package in ("fastapi", "prometheus_client", "uvicorn"):
+            import_extra(package, "serve", "the server")
+        from coatnet.server import Settings
+        from coatnet.server.main import serve
 
     limits = {
         "batch_size": given.batch_size,

@@ -8,7 +8,7 @@ const ITEM = /^[-*] +(.*)$/;
 const FENCE = /^```/;
 const ROW = /^\|/;
 const RULE = /^\|[\s|:-]+$/;
-const INLINE = /`([^`]+)`|\*\*([^*]+)\*\*|\\([\\`*_|#<>-])|&(amp|lt|gt|quot);/g;
+const INLINE = /`([^`]+)`|\*\*([^*]+)\*\*|\\([!-/:-@[-`{-~])|&(?:(amp|lt|gt|quot)|#(\d+));/g;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"' };
 const MOST_CHARACTERS = 50_000; // ten times a card with its recipe and a hundred class names
 const SHIFT = 2; // the card's first heading stands under the page's second
@@ -62,11 +62,11 @@ function inline(text) {
   const parts = [];
   let end = 0;
   for (const match of text.matchAll(INLINE)) {
-    const [whole, code, strong, escaped, entity] = match;
+    const [whole, code, strong, escaped, entity, number] = match;
     parts.push(text.slice(end, match.index));
     if (code) parts.push(element("code", "", code));
     else if (strong) parts.push(element("strong", "", ...inline(strong)));
-    else parts.push(escaped ?? ENTITIES[entity]);
+    else parts.push(escaped ?? ENTITIES[entity] ?? String.fromCharCode(number));
     end = match.index + whole.length;
   }
   return [...parts, text.slice(end)];

@@ -50,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.hub.faults.status:
                 raise Refusal(self.hub.faults.status, "", "the hub is being mended")
+            if self.hub.faults.listing is not None:
+                return self.send_json(self.hub.faults.listing)
             for method, pattern, name in self.routes:
                 if method == self.command and (match := re.fullmatch(pattern, urlsplit(self.path).path)):
                     return getattr(self, name)(*(part and unquote(part) for part in match.groups()))

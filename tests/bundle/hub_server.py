@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from tests.bundle.hub_protocol import Handler
 from tests.bundle.hub_repository import Repository
@@ -24,6 +25,7 @@ class Faults:
     missing: int | None = None  # the answer ends so many bytes early, and calls that its length
     wrong_sha256: bool = False  # another checksum is announced
     status: int | None = None  # every request is answered so
+    listing: Any = None  # what every request is answered, as JSON
     held: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 

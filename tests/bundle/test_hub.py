@@ -162,6 +162,12 @@ def test_unknown_private_and_gated_models_have_different_messages(hub, client, r
     assert "the token is not accepted" in refused("download", "ana/gated", environment={"HF_TOKEN": "hf_wrong"})
 
 
+@pytest.mark.parametrize("listing", [[], {"id": "ana/cats", "siblings": [5]}], ids=["list", "file that is none"])
+def test_a_listing_of_other_types_is_one_line(hub, refused, listing):
+    hub.faults.listing = listing
+    assert f"ana/cats: the exchange with {hub.endpoint} failed: " in refused("download", "ana/cats")
+
+
 def test_offline_the_message_says_where_the_cache_is_and_how_to_fill_it(hub, client, refused, model, tmp_path):
     hub.add("ana/cats", model)
     place = f"ana/cats is not in the cache at {tmp_path / 'home' / 'hub'}, and"

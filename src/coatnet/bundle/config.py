@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, FiniteFloat
 
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.model.complexity import inference_bytes
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.system.json_reader import Texts, read_json, require_object, validate
@@ -155,7 +155,10 @@ def config_json(
         },
         "record": dict(record),
     }
-    return readable_json(config)
+    try:
+        return readable_json(config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the record holds what JSON cannot: {first_line(error)}") from None
 
 
 def readable_json(values: Mapping[str, Any]) -> str:

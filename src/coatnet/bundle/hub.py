@@ -155,7 +155,7 @@ def _translate_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     except PermissionError as error:
         place = error.filename or constants.HF_HUB_CACHE
         raise UserError(f"{repo_id}: {place} cannot be written; HF_HOME names another folder for the cache") from error
-    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (errors.HTTPError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"{repo_id}: the exchange with {endpoint} failed: {reason}; try again") from error
 

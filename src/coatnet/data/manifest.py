@@ -313,7 +313,9 @@ def _open_parquet(path: Path, required: Sequence[str]) -> _Table:
         names = [None if column is None else header[column] for column in columns]
         with parquet.ParquetFile(path) as file:
             dictionaries = _check_expansion(path, file.metadata, {name for name in names if name})
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise _not_parquet(path, error) from error
 
     def rows() -> Generator[tuple[int, tuple[str, object, str]]]:
@@ -326,7 +328,10 @@ def _open_parquet(path: Path, required: Sequence[str]) -> _Table:
                         number += 1
                         missing = label is None or label != label
                         yield number, (str(image or ""), "" if missing else label, str(split or ""))
-        except (pyarrow.ArrowException, OSError) as error:
+        except UserError:
+            raise
+        # Also texts that are not UTF-8, dates that Python lacks, and columns of one name.
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
             raise _not_parquet(path, error) from error
 
     return _Table(names, rows())

@@ -97,6 +97,11 @@ def test_data_may_stand_anywhere_in_the_input() -> None:
     assert read_files([b"YQ==", b"Yg\\u003d=", b"Pz8\\/"], [3]) == [b"a", b"b", b"???"]
 
 
+def test_an_error_shows_what_is_no_whole_number() -> None:
+    with pytest.raises(RequestError, match=r"data has '21.5, 3\]"):
+        cut_out_data(b'{"data": [1, 21.5, 3]}', 64)
+
+
 def test_a_request_that_nobody_waits_for_ends_at_the_next_block() -> None:
     blocks = 0
 

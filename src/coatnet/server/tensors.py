@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ from coatnet.server.errors import RequestError
 
 BLOCK_BYTES = 2**18
 MAX_ENVELOPE_BYTES = 2**16  # of a request without its data
-PLACEHOLDER = "the data"
+PLACEHOLDER = secrets.token_hex()  # so that no request can hold it
 
 _SPACE = b" \t\r\n"
 # A quoted name before a colon is a key; behind a backslash it is a part of a text.
@@ -72,7 +73,8 @@ def _list_of_numbers(body: bytes, start: int) -> tuple[bytes, int]:
     data = run[0].rstrip(b", \t\r\n") if run else b""
     end = start + len(data)
     if body[end:].lstrip(_SPACE)[:1] not in (b",", b"}"):
-        found = body[end : end + 20].decode("ascii", "replace")
+        number = start + len(data.rstrip(b"0123456789"))  # where it begins
+        found = body[number : number + 20].decode("ascii", "replace").strip()
         refuse(f"data has {found!r} where a whole number or the end of the list should be")
     return data, end
 

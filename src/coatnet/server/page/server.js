@@ -8,7 +8,7 @@ const MOST_TRIES = 6; // of an image that a busy server sends back
 const WAITS = [0.2, 30]; // seconds at least and at most, whatever Retry-After says
 
 // No mending: the same image would be refused again.
-const FINAL = new Set([400, 404, 413, 415, 422]);
+const FINAL = new Set([400, 403, 404, 413, 415, 421, 422]);
 
 /** The server answered, and the answer is no. */
 export class Refusal extends Error {

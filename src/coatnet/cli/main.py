@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # a full disk, a folder without permission
             reason = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # of tempfile, for a library
+            reason = f"{error.strerror}; TMPDIR names another"
         elif is_memory_shortage(error):
             reason = explain_memory_shortage(error)
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coatnet.bundle import Bundle
 from coatnet.export.signature import Run, Signature, string_metadata
-from coatnet.inference.graph import to_openvino
+from coatnet.inference.graph import save_openvino, to_openvino
 
 if TYPE_CHECKING:
     import openvino
@@ -27,13 +27,11 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
 
 def save(model: "openvino.Model", signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
     """Name input and output, add the metadata, and write model.xml and model.bin."""
-    import openvino
-
     model.inputs[0].get_tensor().set_names({signature.input})
     model.outputs[0].get_tensor().set_names({signature.output})
     for key, value in string_metadata(metadata).items():
         model.set_rt_info(value, ["coatnet", key])
-    openvino.save_model(model, folder / FILE, compress_to_fp16=False)
+    save_openvino(model, folder / FILE)
 
 
 def reopen(folder: Path, signature: Signature) -> Run:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError, first_line
-from coatnet.inference.graph import NormalizedNetwork, example_images, to_onnx, to_openvino, to_program
+from coatnet.inference.graph import NormalizedNetwork, example_images, save_openvino, to_onnx, to_openvino, to_program
 from coatnet.inference.graph_cache import cached_graph
 from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, explain_compiler, multiplies_bf16, num_cores, require_compiler
@@ -97,8 +97,7 @@ class OpenVinoEngine:
         import openvino
 
         def write(path: Path) -> None:
-            graph = to_openvino(to_program(NormalizedNetwork(bundle), example_images(bundle)))
-            openvino.save_model(graph, path, compress_to_fp16=False)
+            save_openvino(to_openvino(to_program(NormalizedNetwork(bundle), example_images(bundle))), path)
 
         self.precision = precision
         self._core = openvino.Core()

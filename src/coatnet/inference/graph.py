@@ -5,10 +5,12 @@ rounding; the result cannot be trained. Shapes: N images, R resolution, C channe
 """
 
 import copy
+import errno
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -193,6 +195,18 @@ def to_openvino(program: ExportedProgram) -> "openvino.Model":
     openvino = import_extra("openvino", "openvino", "an OpenVINO model")
     with silence_exporters():
         return openvino.convert_model(program)
+
+
+def save_openvino(model: "openvino.Model", path: Path) -> None:
+    """Write model.xml and model.bin. Raises OSError if the disk refuses, where OpenVINO has a RuntimeError."""
+    import openvino
+
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(
+            errno.EIO, f"OpenVINO could not write it, perhaps for lack of space ({error})", str(path)
+        ) from error
 
 
 def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str = "logits") -> "torch.onnx.ONNXProgram":

@@ -182,6 +182,11 @@ def _plain_name(option: str) -> str:
     return option.lstrip("-").replace("-", "_")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: `1 image`, `12,000 images`, `2 classes`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def shorten(names: Sequence[str]) -> str:
     """The first five names and the number of the others: `cat, dog, fox, hen, owl and 7 more`."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -62,9 +62,9 @@ def test_a_file_in_an_unreadable_folder_is_reported_as_unreadable(folder: Path) 
 
 def test_predict_names_an_unreadable_folder_and_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = create_model("coatnet-femto", num_classes=2, resolution=32)
-    bundle = Bundle(model, ("a", "b"), Preprocessing(resolution=32)).save(folder / "bundle")
+    Bundle(model, ("a", "b"), Preprocessing(resolution=32)).save(folder / ".bundle")  # hidden, so it is not searched
     with no_privileges():
-        assert main(["predict", str(bundle), str(folder)]) == 1
+        assert main(["predict", str(folder / ".bundle"), str(folder)]) == 1
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1 and str(folder / "seen.png") in printed.out
     assert printed.err == f"coatnet: error: {folder / 'locked'}: {DENIED}\n"

@@ -36,7 +36,7 @@ def test_the_same_pixels_in_training_and_validation_are_a_leak(make_folder, enco
     inspection = inspect(root)
     assert inspection.leaks == (("train/a/2.png", "val/b/copy.webp"),)
     assert not inspection.healthy
-    assert "1 images of validation are in training too" in inspection.describe()
+    assert "1 image of validation found in training too" in inspection.describe()
 
 
 def test_duplicates_and_contradictions_in_training_are_reported_but_not_unhealthy(make_folder):

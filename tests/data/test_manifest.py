@@ -55,7 +55,7 @@ def test_several_labels_make_a_matrix(write, separator):
     assert splits.multilabel and splits.classes == ("cat", "dog", "fox")
     assert splits.training.labels.tolist() == [[1, 1, 0], [0, 0, 1]]
     assert splits.validation.labels.tolist() == [[1, 0, 1], [0, 0, 0]]
-    assert any("1 images carry no label" in note for note in splits.notes)
+    assert any("1 image without a label" in note for note in splits.notes)
 
 
 def test_without_a_split_column_some_of_each_class_are_held_out(write):

@@ -6,6 +6,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, Parser
+from coatnet.errors import counted
 from coatnet.export import FORMATS
 from coatnet.system.terminal import echo_summary
 
@@ -91,7 +92,7 @@ def print_export(exported: "ExportResult") -> None:
     """Print what was written, how far it is from the bundle, and how to open it."""
     parity, small = exported.parity, exported.quantization
     echo_summary(
-        f"{exported.folder}: on {parity.num_images} images of {parity.data} within "
+        f"{exported.folder}: on {counted(parity.num_images, 'image')} of {parity.data} within "
         f"{parity.probability_difference:.1e} of the bundle's probabilities, the same likeliest class for "
         f"{100 * parity.agreement:.1f} %"
     )
@@ -99,7 +100,7 @@ def print_export(exported: "ExportResult") -> None:
         first = small.speed[0]
         echo_summary(
             f"int8: {small.figure} {100 * small.after:.2f} % against {100 * small.before:.2f} % on "
-            f"{small.num_images:,} images of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
+            f"{counted(small.num_images, 'image')} of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
             f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
         )
     echo_summary(f"Details are in parity.md. This classifies an image, as {exported.folder}/classify.py does:")

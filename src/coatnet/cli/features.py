@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser, print_unreadable
+from coatnet.errors import counted
 from coatnet.system.terminal import echo_summary
 
 
@@ -46,5 +47,5 @@ def run(arguments: Sequence[str]) -> int:
     data = given.data or open_images(given.images)
     features = extract_features(given.bundle, data, split=given.split, batch_size=given.batch_size, device=given.device)
     num_images = write_features(features, given.out)
-    echo_summary(f"{given.out}: {num_images:,} images, {features.num_features:,} features each")
+    echo_summary(f"{given.out}: {counted(num_images, 'image')}, {features.num_features:,} features each")
     return print_unreadable(features.bad_images)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coatnet.cli.parser import DATA_HELP, Parser, print_unreadable
 from coatnet.data.shards.storage import parse_bytes
-from coatnet.errors import UserError
+from coatnet.errors import UserError, counted
 from coatnet.system.terminal import echo_summary
 
 
@@ -44,6 +44,6 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.data.shards.pack import pack
 
     packed = pack(given.data, given.out, shard_bytes=given.shard_size, num_workers=given.workers)
-    size = f"{packed.num_shards:,} shards, {packed.num_bytes / 1e6:,.1f} MB"
-    echo_summary(f"{given.out}: {packed.num_images:,} images in {size}, each read back and checked")
+    size = f"{counted(packed.num_shards, 'shard')}, {packed.num_bytes / 1e6:,.1f} MB"
+    echo_summary(f"{given.out}: {counted(packed.num_images, 'image')} in {size}, each read back and checked")
     return print_unreadable(packed.bad_images)

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
-from coatnet.errors import one_line
+from coatnet.errors import counted, one_line
 from coatnet.system.launcher import read_launcher
 from coatnet.system.terminal import echo, echo_summary, telling
 
@@ -138,7 +138,7 @@ def predict_to_parquet(given: argparse.Namespace) -> int:
     if more := written.num_bad - len(written.bad):
         echo(f"coatnet: error: and {more:,} more, in the column error", error=True)
     left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
-    echo_summary(f"{given.out}: {written.num_images:,} images{left_out}")
+    echo_summary(f"{given.out}: {counted(written.num_images, 'image')}{left_out}")
     return FAILED if written.num_bad else 0
 
 

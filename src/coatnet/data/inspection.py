@@ -13,7 +13,7 @@ from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError, cut, one_line, shorten
+from coatnet.errors import UserError, counted, cut, one_line, shorten
 from coatnet.system.terminal import telling
 
 MAX_LISTED = 20
@@ -60,16 +60,16 @@ class Inspection:
             lines = [self.splits.describe(self.bad)]
         except UserError:  # not one image can be read: the list below says so
             lines = [one_line(f"{self.splits.name}:")]
-        lines += _section("images cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
+        lines += _section("cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
         if self.bad:
             lines.append(self._consequence())
-        lines += _section("images decode with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
-        lines += _section("images of validation are in training too", _equations(self.leaks))
-        lines += _section("images have a duplicate with another label", _equations(self.contradictions))
+        lines += _section("decoded with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
+        lines += _section("of validation found in training too", _equations(self.leaks))
+        lines += _section("with a duplicate of another label", _equations(self.contradictions))
         if self.num_repeated:
-            lines.append(f"{self.num_repeated:,} training images repeat an earlier one")
+            lines.append(f"{counted(self.num_repeated, 'training image')} repeating an earlier one")
         lines += _section(
-            "images are links out of the data's folder", [f"{name} -> {file}" for name, file in self.links_outside]
+            "leading out of the data's folder", [f"{name} -> {file}" for name, file in self.links_outside]
         )
         return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
 
@@ -152,8 +152,12 @@ def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:
     return [f"{one} = {other}" for one, other in pairs]
 
 
-def _section(title: str, entries: list[str]) -> list[str]:
+def _section(what: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
     more = [f"  and {len(entries) - MAX_LISTED:,} more"] if len(entries) > MAX_LISTED else []
-    return [f"{len(entries):,} {title}", *(f"  {cut(one_line(entry))}" for entry in entries[:MAX_LISTED]), *more]
+    return [
+        f"{counted(len(entries), 'image')} {what}",
+        *(f"  {cut(one_line(entry))}" for entry in entries[:MAX_LISTED]),
+        *more,
+    ]

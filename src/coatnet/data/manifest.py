@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from coatnet.data.datasets import TRUSTED_ROOTS, FileDataset, empty_label_table, is_below, trusted_roots
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
-from coatnet.errors import UserError, import_extra, one_line, shorten
+from coatnet.errors import UserError, counted, import_extra, one_line, shorten
 from coatnet.system.files import check_regular, open_regular
 
 REQUIRED = ("path", "label")
@@ -102,7 +102,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
         given = ", ".join(f"{usual} from {name!r}" for name, usual in zip(columns, _NAMES, strict=True) if name)
         notes.append(f"columns: {given}")
     if multilabel and (unlabelled := sum(not row.labels for row in rows)):
-        notes.append(f"{unlabelled:,} images carry no label: all their classes are counted as absent")
+        notes.append(f"{counted(unlabelled, 'image')} without a label: every class is counted as absent")
     datasets = []
     for part in (~held_out, held_out):
         chosen = [rows[index] for index in np.flatnonzero(part)]
@@ -157,7 +157,7 @@ def _split(
     used_names = [name for name in ("training", held_out_name) if name in named]
     notes = [f"split by its column split: {' and '.join(used_names)}"]
     if len(used) < len(rows):
-        notes.append(f"{len(rows) - len(used):,} rows of the test split left out")
+        notes.append(f"{counted(len(rows) - len(used), 'row')} of the test split left out")
     return used, np.array([row.split == held_out_name for row in used]), notes
 
 

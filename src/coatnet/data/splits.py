@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode, image_size
-from coatnet.errors import UserError, cut, one_line
+from coatnet.errors import UserError, counted, cut, one_line
 
 NONE_TO_HOLD_OUT = "no class has two images, so all are measured"
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
@@ -112,7 +112,7 @@ class Splits:
         if len(self.classes) > 10:
             shown += f", ... ({len(self.classes) - 10} more)"
         lines = [
-            f"{self.name}: {num_images:,} images, {len(self.classes)} classes, {kind}",
+            f"{self.name}: {counted(num_images, 'image')}, {counted(len(self.classes), 'class')}, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
             f"  images   {_describe_sizes(summary)}, {'grey' if summary.grey else 'color'}",
             f"  classes  {shown}",

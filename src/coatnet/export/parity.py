@@ -30,7 +30,7 @@ from coatnet.data.transforms import (
     normalize,
     resize,
 )
-from coatnet.errors import UserError, first_line
+from coatnet.errors import UserError, counted, first_line
 from coatnet.export import decode_image
 from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import to_probabilities
@@ -82,7 +82,7 @@ class Parity:
         lines = [
             "# The export beside its bundle",
             "",
-            f"{self.num_images} images of {self.data}, in batches of {sizes}; both in float32.",
+            f"{counted(self.num_images, 'image')} of {self.data}, in batches of {sizes}; both in float32.",
             "",
             "| | |",
             "|---|---|",
@@ -248,7 +248,7 @@ def require_parity(parity: Parity) -> None:
     if parity.probability_difference <= PROBABILITY_LIMIT and parity.logit_difference <= parity.logit_limit:
         return
     raise UserError(
-        f"the export differs from the bundle, and nothing was written: on {parity.num_images} images of "
+        f"the export differs from the bundle, and nothing was written: on {counted(parity.num_images, 'image')} of "
         f"{parity.data} by up to {parity.probability_difference:.2g} in a probability ({PROBABILITY_LIMIT:g} at most) "
         f"and {parity.logit_difference:.2g} in a logit ({parity.logit_limit:.2g} at most), with the same likeliest "
         f"class for {100 * parity.agreement:.1f} %"

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from coatnet.errors import counted
 from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import num_steps
 
@@ -62,7 +63,7 @@ class Duration:
     def describe(self) -> str:
         """The length in words."""
         limit = "" if self.limit_seconds is None else f" or {self.limit_seconds / 60:g} minutes"
-        return f"{self.recipe_steps:,} steps of {self.batch_size} images{limit}"
+        return f"{counted(self.recipe_steps, 'step')} of {counted(self.batch_size, 'image')}{limit}"
 
     def add_step(self, seconds: float) -> None:
         """Take in the duration of a step."""

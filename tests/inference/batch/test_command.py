@@ -29,7 +29,7 @@ def test_exit_code_is_zero_if_all_files_are_readable(
 ) -> None:
     out = tmp_path / "out.parquet"
     assert main(["predict", str(bundle), str(images / "0.png"), "--out", str(out), "--engine", "torch"]) == 0
-    assert capsys.readouterr() == (f"{out}: 1 images\n", "")
+    assert capsys.readouterr() == (f"{out}: 1 image\n", "")
 
 
 @pytest.mark.parametrize(

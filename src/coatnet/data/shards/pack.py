@@ -50,7 +50,7 @@ from coatnet.data.shards.index import (
     to_npy,
 )
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError
+from coatnet.errors import UserError, counted
 from coatnet.system.files import (
     atomic_files,
     atomic_write,
@@ -367,11 +367,11 @@ def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piec
             shutil.rmtree(staged, ignore_errors=True)  # there is nothing to continue with
             raise
     left_out = {name: reason for _, result in results for name, reason in result.left_out.items()}
-    notes = [f"packed from {splits.name} in {len(results):,} shards", *splits.notes]
+    notes = [f"packed from {splits.name} in {counted(len(results), 'shard')}", *splits.notes]
     if left_out:
         lines = [json.dumps({"picture": name, "reason": reason}) + "\n" for name, reason in left_out.items()]
         atomic_write(staged / BAD_IMAGES_FILE, "".join(lines).encode())
-        notes.append(f"{len(left_out):,} images were left out when it was packed, see {BAD_IMAGES_FILE}")
+        notes.append(f"{counted(len(left_out), 'image')} left out when it was packed, see {BAD_IMAGES_FILE}")
     if empty := [name for name, count in zip(splits.classes, heads[TRAINING].class_counts, strict=True) if not count]:
         notes.append(f"no training image of {', '.join(empty[:5])} could be used")
     head = Head(splits.name, splits.classes, splits.multilabel, heads, tuple(notes))

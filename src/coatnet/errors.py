@@ -210,7 +210,7 @@ def is_memory_shortage(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if type(error) is ImportError and _address_space() < _ENOUGH_ADDRESS_SPACE:
+    if type(error) is ImportError and address_space() < _ENOUGH_ADDRESS_SPACE:
         return True  # a module that is half there, as memory ended while it was imported
     has_many_reasons = type(error) in (RuntimeError, ImportError) or type(error).__name__ == "AcceleratorError"
     return has_many_reasons and _SHORTAGE.search(str(error)) is not None
@@ -219,7 +219,7 @@ def is_memory_shortage(error: BaseException) -> bool:
 def explain_memory_shortage(error: BaseException) -> str:
     """A line for a user whose command has met a shortage of memory: what is limited, and what would help."""
     reason = f" ({cut(first_line(error))})" if str(error) else ""
-    if (limit := _address_space()) < _ENOUGH_ADDRESS_SPACE:
+    if (limit := address_space()) < _ENOUGH_ADDRESS_SPACE:
         return (
             f"the address space of a process is limited to {limit / 1e9:.1f} GB{reason}; this needs about "
             f"{_ENOUGH_ADDRESS_SPACE / 1e9:.0f} GB: `ulimit -v {_ENOUGH_ADDRESS_SPACE / 1e3:.0f}` or unlimited"
@@ -227,7 +227,7 @@ def explain_memory_shortage(error: BaseException) -> str:
     return f"there is not enough memory{reason}: give fewer images at once (--batch-size), or end other programs"
 
 
-def _address_space() -> float:
+def address_space() -> float:
     """The bytes that this process may address at most. The module `resource` might find no memory to be imported."""
     try:
         with open("/proc/self/limits") as file:

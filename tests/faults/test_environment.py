@@ -284,7 +284,7 @@ def test_a_daemonic_process(place: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(tmp_path / "program.py"), str(place), str(tmp_path / "run")]
     done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "[(True, 12)]\n", done.stderr[-2000:]
-    assert done.stderr.count("daemonic") == 1
+    assert done.stderr.count("this process is daemonic") == 1
 
 
 @pytest.mark.fault("E30", "a signal during the first second of a command", "no traceback; 130 or 143")

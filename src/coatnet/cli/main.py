@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from coatnet.cli.parser import FAILED, INTERRUPTED, PIPE_CLOSED, USER_ERROR
-from coatnet.errors import UserError, explain_memory_shortage, is_memory_shortage, nearest_option, one_line
+from coatnet.errors import (
+    UserError,
+    address_space,
+    explain_memory_shortage,
+    is_memory_shortage,
+    nearest_option,
+    one_line,
+)
 from coatnet.system.terminal import echo, prepare_streams
 from coatnet.version import __version__
 
@@ -30,6 +37,7 @@ COMMANDS = {
     "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
 }
 
+LEAST_ADDRESS_SPACE = 1e9  # chosen: less than any build of torch takes when it is imported
 COMPUTING = ("train", "evaluate", "features", "probe")  # commands that compute with torch, for minutes or hours
 
 HELP = """\
@@ -90,6 +98,8 @@ def run_command(arguments: Sequence[str]) -> int:
         raise UserError(
             f"there is no command {command!r}{nearest_option(command, COMMANDS)}; there are {', '.join(COMMANDS)}"
         )
+    if address_space() < LEAST_ADDRESS_SPACE and not {"-h", "--help"} & set(rest):
+        raise MemoryError  # before a library of numpy's or torch's ends the process in its own way
     if command in COMPUTING and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
         from coatnet.system.hardware import sleep_while_waiting_if_busy
 

@@ -108,6 +108,7 @@ def test_the_keys_of_parity_json_stay() -> None:
         "logit_limit",
         "agreement",
         "latency",
+        "files",
     ]
     quantization = Quantization("data", 1, 2, "top1", 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1.0, 4, 1, ())
     assert list(quantization.to_dict())[:3] == ["data", "num_calibrating", "num_pictures"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.data.test_faults_size import gif_header, progressive, tiff, webp_header
 
 from coatnet.bundle import Bundle
 from coatnet.data.transforms import Preprocessing
@@ -95,3 +96,43 @@ def test_a_tar_whose_headers_lie(kind: str, tmp_path: Path) -> None:
     ended = coatnet("doctor", tmp_path / "tars", folder=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "") and "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith(f"coatnet: error: {tmp_path}/tars/train.tar: truncated")
+
+
+@pytest.mark.fault("D8", "images that inflate beyond their size", "each refused in a line by doctor and predict")
+def test_decompression_bombs_among_images(bundle: Path, tmp_path: Path) -> None:
+    bombs = {
+        "tile.tif": tiff({256: 100, 257: 100, 258: 8, 259: 8, 262: 1, 277: 1, 322: 45_008, 323: 45_008}, b""),
+        "scans.jpg": progressive(4000, 300),
+        "large.gif": gif_header(65_000, 65_000),
+        "large.webp": webp_header(16_000, 16_000),
+    }
+    for name in ("cat", "dog"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (20, 20), (40 * number, 90, 200)).save(folder / f"{number}.png")
+    for name, data in bombs.items():
+        (tmp_path / "images/cat" / name).write_bytes(data)
+    for ended in (
+        coatnet("doctor", tmp_path / "images", folder=tmp_path),
+        coatnet("predict", bundle, tmp_path / "images", folder=tmp_path),
+    ):
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        lines = (ended.stdout + ended.stderr).splitlines()
+        for name in bombs:
+            assert [": large: " in line for line in lines if f"cat/{name}:" in line] == [True]
+    assert "training uses others in their place" in coatnet("doctor", tmp_path / "images", folder=tmp_path).stdout
+
+
+@pytest.mark.fault("D9", "valid images of 60 megapixels", "they train, at half their size, and doctor finds nothing")
+def test_large_images_train(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/0.jpg", "a/1.png", "b/0.jpg", "b/1.png")):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9504, 6336), 60 * number).save(path, quality=30, compress_level=1)
+    assert coatnet("doctor", tmp_path / "images", folder=tmp_path).returncode == 0
+    brief = ("--epochs", 1, "--num_workers", 0, "--model", "coatnet-femto-16", "--resolution", 16)
+    ended = coatnet("train", "--data", tmp_path / "images", "--out", tmp_path / "run", *brief, folder=tmp_path)
+    assert ended.returncode == 0 and "unreadable" not in ended.stderr
+    refused = coatnet("predict", tmp_path / "run", tmp_path / "images/a/1.png", "--max-megapixels", 50, folder=tmp_path)
+    assert refused.returncode == 1 and "--max-megapixels 61 or COATNET_MAX_MEGAPIXELS=61 admits it" in refused.stderr

@@ -16,6 +16,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.model.network import create_model
 
@@ -180,3 +181,19 @@ def test_data_is_split_as_it_was_for_training() -> None:
     held_out = open_dataset("digits", validation_fraction=0.02).validation
     report = evaluate(trained, "digits")
     assert report.figures["n"] == len(held_out) < len(open_dataset("digits").validation)
+
+
+@pytest.mark.parametrize("counts", [{"a": 3}, {"a": 1, "b": 1}, {"test/a": 2, "test/b": 1}])
+def test_what_is_too_little_to_train_on_is_measured(counts: dict[str, int], bundle: Bundle, tmp_path: Path) -> None:
+    for name, count in counts.items():
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(tmp_path / name / f"{number}.png")
+    assert evaluate(bundle, tmp_path, split="all").figures["n"] == sum(counts.values())
+    features, labels, names = extract_features(bundle, tmp_path, split="all").gather()
+    assert len(features) == len(labels) == len(names) == sum(counts.values())
+    assert evaluate(bundle, tmp_path).figures["n"] >= 1
+    if "a" in counts and len(counts) == 1:
+        return
+    with pytest.raises(UserError, match="the training split holds no images; --split all"):
+        evaluate(bundle, tmp_path, split="training")

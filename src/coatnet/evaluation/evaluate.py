@@ -73,6 +73,8 @@ def evaluate(
     bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
     for number, dataset in enumerate(datasets):
+        if not len(dataset):
+            continue
         translate = label_translation(dataset, bundle)
         batches = infer(
             bundle.model,
@@ -148,11 +150,10 @@ def choose_datasets(
         return data.name, (data,), "all"
     if split not in ("validation", "training", "all"):
         raise UserError(f"split {split!r} is unknown; it is validation, training or all")
-    datasets = [part for part in (data.training, data.validation) if len(part)]
-    if split != "all":
-        datasets = [getattr(data, split)]
+    datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
     if not any(map(len, datasets)):
-        raise UserError(f"{data.name}: its {split} split holds no images; --split all takes those of every split")
+        advice = "; --split all takes the images of every split" if split != "all" else ""
+        raise UserError(f"{data.name}: the {split} split holds no images{advice}")
     return data.name, datasets, split
 
 

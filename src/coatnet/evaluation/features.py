@@ -95,7 +95,7 @@ class Features:
         bad_images = BadImages(len(self), budget=1.0)
         found_any = False
         try:
-            for dataset in self.datasets:
+            for dataset in filter(len, self.datasets):
                 batches = infer(
                     self.bundle.model,
                     dataset,

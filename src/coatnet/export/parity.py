@@ -295,8 +295,8 @@ def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tenso
     """
     if data is None:
         data = "digits" if set(bundle.classes) == set(map(str, range(10))) else "fashion-mnist-small"
-    splits = open_dataset(data)
-    dataset = splits.validation
+    splits = open_dataset(data, evaluation=True)
+    dataset = splits.validation if len(splits.validation) else splits.training
     images = [image for image, _ in spread_images(dataset, MAX_CHECKED_IMAGES)]
     if not images:
         raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")

@@ -96,7 +96,7 @@ def open_samples(sources: Sequence[str], left_out: Counter[str] | None = None) -
     path = user_path(sources[0])
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return SampleSource([_open_manifest(path)])
-    splits = open_dataset(sources[0])
+    splits = open_dataset(sources[0], evaluation=True)
     return SampleSource([splits.training, splits.validation])
 
 
@@ -181,7 +181,7 @@ def _is_dataset(source: str) -> bool:
 
 
 def _open_manifest(path: Path) -> FileDataset:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file")
     paths, labels, numbers = [], array("q"), {"": -1}
     for image, label in read_manifest(path):

@@ -179,7 +179,8 @@ def write_features(features: Features, out: str | Path) -> int:
     Args:
         features: from `extract`.
         out: a new file. `.npy`: an array (N, D) of float32, and beside it a .csv with the columns path and label,
-            whose rows are the same images. `.parquet`: the columns path, label and features, a list of D float32.
+            whose rows are the same images: a manifest, in the folder of the data. `.parquet`: the columns path, label
+            and features, a list of D float32.
 
     Returns:
         The number of rows.
@@ -195,7 +196,7 @@ def write_features(features: Features, out: str | Path) -> int:
             with _new_files(target.with_suffix(".csv"), target) as (table, array):
                 return _write_npy(features, array, table)
         case ".parquet":
-            import_extra("pyarrow.parquet", "parquet", f"{target}: Parquet")
+            import_extra("pyarrow", "parquet", f"{target}: Parquet")
             with _new_files(target) as (file,):
                 return _write_parquet(features, file)
     raise UserError(f"{out}: features are written to a .npy (with a .csv beside it) or to a .parquet")

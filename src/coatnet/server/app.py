@@ -58,6 +58,7 @@ class Middleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        crowded = scope.get("state", {}).get(CROWDED, "")
         unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         begun = False
 
@@ -71,7 +72,7 @@ class Middleware:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                close = unread or scope["state"][CROWDED]
+                close = unread or crowded
                 extra = _headers(scope["path"]) + ([(b"connection", b"close")] if close else [])
                 await send({**message, "headers": [*message.get("headers", ()), *extra]})
                 return
@@ -89,6 +90,8 @@ class Middleware:
 
         app = self.app
         try:
+            if crowded:
+                raise RequestError("full", crowded)
             self._check(scope)
         except RequestError as error:
             self.service.metrics.rejections.labels(error.code).inc()
@@ -104,8 +107,6 @@ class Middleware:
 
     def _check(self, scope: Scope) -> None:
         """Raise RequestError for what no route is to see."""
-        if crowded := scope["state"][CROWDED]:
-            raise RequestError("full", crowded)
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
             raise RequestError("target", f"the path with its parameters may have {MAX_TARGET_BYTES:,} bytes")
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:

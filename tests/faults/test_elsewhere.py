@@ -42,3 +42,16 @@ def test_optimization():
 @pytest.mark.fault("B16", "recipes with unknown keys, wrong types, NaN, alias bombs, 10 MB", "the key by its name")
 def test_recipes():
     passes("tests/training/test_config.py")
+
+
+@pytest.mark.fault("B30", "named pipes, devices, endless files as image or table", "one line, at once")
+@pytest.mark.fault("B30", "links and paths out of the data's folder", "told, and never copied")
+def test_special_files_and_links():
+    files = ("tests/system/test_files.py", "tests/data/test_inspection.py", "tests/data/test_manifest.py")
+    packing = ("tests/data/shards/test_pack.py", "tests/data/test_hugging_face.py")
+    passes(*files, *packing, "-k", "regular or special or links or folder_only")
+
+
+@pytest.mark.fault("B31", "the same images at another place; other images", "resumes with a line; refused")
+def test_moved_images():
+    passes("tests/training/test_images_of_a_run.py", "-k", "another_place")

@@ -37,7 +37,7 @@ def test_fashion_mnist_small_has_1000_and_200_images_of_each_class():
     assert splits.validation.images.shape == (2_000, 28, 28)
     assert np.bincount(splits.training.labels).tolist() == [1000] * 10
     assert np.bincount(splits.validation.labels).tolist() == [200] * 10
-    assert splits.grey and splits.native_resolution == 28
+    assert splits.gray and splits.native_resolution == 28
 
 
 def test_digits_hold_1797_images_as_scikit_learn_has_them():

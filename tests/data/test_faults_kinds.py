@@ -77,10 +77,10 @@ def test_ycck_jpeg_becomes_rgb(photo, encode, distance):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_grey_images_have_three_equal_channels(photo, encode, kind, distance):
-    grey = Image.fromarray(photo).convert("L")
-    pixels = decode(encode(grey, kind, quality=95, lossless=True), "grey")
-    assert distance(pixels, np.repeat(np.asarray(grey)[..., None], 3, axis=2)) < 2
+def test_gray_images_have_three_equal_channels(photo, encode, kind, distance):
+    gray = Image.fromarray(photo).convert("L")
+    pixels = decode(encode(gray, kind, quality=95, lossless=True), "gray")
+    assert distance(pixels, np.repeat(np.asarray(gray)[..., None], 3, axis=2)) < 2
     assert torch.equal(pixels[0], pixels[1])
 
 
@@ -104,10 +104,10 @@ def test_alpha_is_laid_on_white(photo, encode, kind, distance):
     assert distance(decode(encode(rgba, kind, **options), "alpha"), on_white(photo, alpha)) < 1
 
 
-def test_grey_alpha_is_laid_on_white(photo, encode, distance):
-    grey, alpha = photo[..., 0], photo[..., 1]
-    pixels = decode(encode(Image.fromarray(np.dstack([grey, alpha]), "LA")), "grey alpha")
-    assert distance(pixels, on_white(np.repeat(grey[..., None], 3, axis=2), alpha)) < 1
+def test_gray_alpha_is_laid_on_white(photo, encode, distance):
+    gray, alpha = photo[..., 0], photo[..., 1]
+    pixels = decode(encode(Image.fromarray(np.dstack([gray, alpha]), "LA")), "gray alpha")
+    assert distance(pixels, on_white(np.repeat(gray[..., None], 3, axis=2), alpha)) < 1
 
 
 def test_palette_with_transparency_is_laid_on_white(photo, encode, distance):
@@ -131,7 +131,7 @@ def test_both_decoders_agree_on_jpegs_to_the_bit(photo, encode, monkeypatch):
 # A6: deep pixels
 
 
-def test_16_bit_grey_png_keeps_its_mean(encode):
+def test_16_bit_gray_png_keeps_its_mean(encode):
     wide = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     pixels = decode(encode(Image.fromarray(wide)), "deep")
     assert pixels.float().mean().item() == pytest.approx(wide.mean() / 257, abs=0.1)
@@ -213,7 +213,7 @@ def test_heic_needs_a_package_and_its_error_names_it(photo, distance):
         decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1", "phone.heic")
 
 
-def test_transparent_16_bit_grey_is_white(encode):
+def test_transparent_16_bit_gray_is_white(encode):
     wide = np.array([[0, 1000], [1000, 65535]], np.uint16)
     pixels = decode(encode(Image.fromarray(wide), transparency=1000), "deep")
     assert pixels[0].tolist() == [[0, 255], [255, 255]]

@@ -58,8 +58,8 @@ def arrays(shape: tuple[int, ...], labels: np.ndarray) -> ArrayDataset:
 
 def test_summary_of_arrays():
     summary = summarize(arrays((8, 6), np.arange(30) % 3))
-    assert (summary.median, summary.uniform, summary.grey, summary.num_sampled) == ((8, 6), True, True, 30)
-    assert not summarize(arrays((8, 6, 3), np.arange(30) % 3)).grey
+    assert (summary.median, summary.uniform, summary.gray, summary.num_sampled) == ((8, 6), True, True, 30)
+    assert not summarize(arrays((8, 6, 3), np.arange(30) % 3)).gray
 
 
 def test_summary_of_files_samples_200_and_skips_bad_ones(tmp_path, encode):
@@ -68,7 +68,7 @@ def test_summary_of_files_samples_200_and_skips_bad_ones(tmp_path, encode):
         (tmp_path / f"{number}.png").write_bytes(encode(np.full((*size, 3), 9, np.uint8)) if number else b"")
     dataset = FileDataset("some", "abc", tmp_path, [f"{number}.png" for number in range(300)], np.arange(300) % 3)
     summary = summarize(dataset)
-    assert (summary.num_sampled, summary.median, summary.grey) == (199, (12, 20), True)
+    assert (summary.num_sampled, summary.median, summary.gray) == (199, (12, 20), True)
     assert (summary.smallest, summary.largest) == ((10, 20), (14, 20))
 
 
@@ -82,7 +82,7 @@ def test_description_says_images_classes_sizes_balance_and_split():
     assert splits.describe().splitlines() == [
         "some: 36 images, 3 classes, one label an image",
         "  split    30 for training, 6 for validation",
-        "  images   6 x 8 pixels, grey",
+        "  images   6 x 8 pixels, gray",
         "  classes  class0, class1, class2",
         "  balance  10 training images in every class",
         "  note     mind the gap",

@@ -24,7 +24,7 @@ from coatnet.data.transforms import (
 )
 from coatnet.errors import UserError
 
-GREY = Preprocessing(resolution=28, crop_fraction=1.0, mean=(0.3,), std=(0.4,))
+GRAY = Preprocessing(resolution=28, crop_fraction=1.0, mean=(0.3,), std=(0.4,))
 SEEDS = hash_words(0, np.arange(16))
 
 
@@ -64,7 +64,7 @@ def test_images_are_normalized_by_mean_and_std():
         Preprocessing(8, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)),
         Preprocessing(8, mean=(0.3,), std=(0.4,)),
     ],
-    ids=["equal", "by channel", "grey"],
+    ids=["equal", "by channel", "gray"],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("num_channels", [1, 3])
@@ -91,16 +91,16 @@ def test_results_do_not_depend_on_the_memory_format(placement):
 def test_a_small_image_of_the_right_size_only_changes_its_scale():
     array = noise(28, 28).numpy()
     expected = (torch.from_numpy(array)[None] / 255 - 0.3) / 0.4
-    torch.testing.assert_close(EvaluationTransform(GREY)(array), expected)
+    torch.testing.assert_close(EvaluationTransform(GRAY)(array), expected)
 
 
-def test_color_is_averaged_for_a_grey_model():
+def test_color_is_averaged_for_a_gray_model():
     image = noise(3, 28, 28)
     expected = (image.float().mean(0, keepdim=True).round() / 255 - 0.3) / 0.4
-    torch.testing.assert_close(EvaluationTransform(GREY)(image), expected)
+    torch.testing.assert_close(EvaluationTransform(GRAY)(image), expected)
 
 
-def test_grey_is_repeated_for_a_color_model():
+def test_gray_is_repeated_for_a_color_model():
     preprocessing = Preprocessing(resolution=28, crop_fraction=1.0)
     array = noise(28, 28).numpy()
     color = np.repeat(array[..., None], 3, axis=-1)
@@ -241,9 +241,9 @@ def test_arrays_become_channels_first():
     assert as_images(noise(7, 5, 4, 3).numpy()).shape == (7, 3, 5, 4)
 
 
-def test_matching_channels_rounds_to_the_nearest_grey():
+def test_matching_channels_rounds_to_the_nearest_gray():
     image = torch.tensor([10, 20, 31], dtype=torch.uint8).view(1, 3, 1, 1)
-    assert match_channels(image, GREY).item() == 20
+    assert match_channels(image, GRAY).item() == 20
 
 
 def test_lists_become_tuples_so_that_values_from_json_are_equal():

@@ -117,7 +117,7 @@ def test_what_the_command_prints_names_the_classes_of_its_example(
     (expected,) = Predictor(bundle, "torch", "fp32")(["out/example.png"], top_k=1)
     assert expected.classes[0] in printed.splitlines()[0] and printed.count("%") == min(5, len(bundle.classes))
     share = float(printed.split("%")[0])
-    # Pillow resizes as torch does but for single grey levels
+    # Pillow resizes as torch does but for single gray levels
     assert share == pytest.approx(100 * expected.probabilities[0], abs=0.006 if format in ("onnx", "openvino") else 0.5)
 
 

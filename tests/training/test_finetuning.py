@@ -141,7 +141,7 @@ def test_a_folder_is_stored_by_its_full_path_and_an_id_as_it_is(letters, monkeyp
 
 
 @pytest.mark.parametrize(("asked", "flip_rate"), [({}, 0.0), ({"augmentation": {"flip_rate": 0.5}}, 0.5)])
-def test_small_grey_images_are_enlarged_and_shifted_for_a_color_model_of_224_pixels(asked, flip_rate):
+def test_small_gray_images_are_enlarged_and_shifted_for_a_color_model_of_224_pixels(asked, flip_rate):
     start = learned(variant="coatnet-femto", resolution=224, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     splits = splits_of(noise(40, 28, 28))
     recipe = finetune("x", data="fashion-mnist-small", batch_size=2, **asked)

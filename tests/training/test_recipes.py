@@ -60,16 +60,16 @@ def test_small_images_keep_their_size_and_color_and_are_shifted():
         ("x-rays", 200, 1, 0.5),
     ],
 )
-def test_only_small_grey_images_are_not_mirrored_whatever_their_name(name, side, channels, flip_rate):
+def test_only_small_gray_images_are_not_mirrored_whatever_their_name(name, side, channels, flip_rate):
     fitted = resolve(Recipe(data="digits"), splits_of(side, channels, name=name))
     assert fitted.augmentation.flip_rate == flip_rate
 
 
 def test_the_recipe_fashion_mnist_is_the_stored_one_of_the_published_result():
     stored = yaml.safe_load((ROOT / "docs" / "results" / "fashion-mnist" / "recipe.yaml").read_text())
-    # 60,000 grey garments of 28 pixels are what fashion-mnist is; their brightness is in the file.
+    # 60,000 gray garments of 28 pixels are what fashion-mnist is; their brightness is in the file.
     (mean,), (std,) = stored["preprocessing"]["mean"], stored["preprocessing"]["std"]
-    garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, grey=True, mean=mean, std=std)
+    garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, gray=True, mean=mean, std=std)
     asked = {name: stored[name] for name in ("data", "model", "max_minutes")}
     config = resolve_for(named_recipe("fashion-mnist", asked), garments)
     # Since then unreadable images end no run by default.

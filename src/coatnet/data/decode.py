@@ -384,9 +384,9 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits
         # Pillow's own conversion clips to white; dividing by 257 maps 65,535 to 255.
         wide = np.asarray(image).astype(np.uint32)
-        grey = ((wide + 128) // 257).astype(np.uint8)
-        grey[wide == image.info.get("transparency", -1)] = 255
-        return Image.fromarray(grey).convert("RGB")
+        gray = ((wide + 128) // 257).astype(np.uint8)
+        gray[wide == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         page = Image.new("RGBA", image.size, "white")

@@ -83,7 +83,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def has_end_marker(data: bytes, header: JpegHeader | None) -> bool:
-    """Whether the scans end. Some decoders add a missing marker, and grey pixels for missing data."""
+    """Whether the scans end. Some decoders add a missing marker, and gray pixels for missing data."""
     return data.rfind(_JPEG_END, header.scan if header else 0) >= 0  # searched from the end, where it usually is
 
 

@@ -101,8 +101,8 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
     if any(name not in (None, usual) for name, usual in zip(columns, _NAMES, strict=True)):
         given = ", ".join(f"{usual} from {name!r}" for name, usual in zip(columns, _NAMES, strict=True) if name)
         notes.append(f"columns: {given}")
-    if multilabel and (unlabelled := sum(not row.labels for row in rows)):
-        notes.append(f"{counted(unlabelled, 'image')} without a label: every class is counted as absent")
+    if multilabel and (unlabeled := sum(not row.labels for row in rows)):
+        notes.append(f"{counted(unlabeled, 'image')} without a label: every class is counted as absent")
     datasets = []
     for part in (~held_out, held_out):
         chosen = [rows[index] for index in np.flatnonzero(part)]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, counted, cut, one_line
+from coatnet.public_names import renamed_attribute
 
 NONE_TO_HOLD_OUT = "no class has two images, so all are measured"
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
@@ -27,14 +28,14 @@ class Summary:
         median: median height and median width, in pixels.
         smallest: (height, width) of the image with the smallest area.
         largest: (height, width) of the image with the largest area.
-        grey: whether every image is without color.
+        gray: whether every image is without color.
         num_sampled: how many images were read.
     """
 
     median: tuple[int, int]
     smallest: tuple[int, int]
     largest: tuple[int, int]
-    grey: bool
+    gray: bool
     num_sampled: int
 
     @property
@@ -91,9 +92,11 @@ class Splits:
         return min(self.summary.median)
 
     @property
-    def grey(self) -> bool:
+    def gray(self) -> bool:
         """Whether every sampled training image is without color."""
-        return self.summary.grey
+        return self.summary.gray
+
+    grey = renamed_attribute("grey", "gray", since="0.2", removed_in="0.3")
 
     def __str__(self) -> str:
         return self.describe()
@@ -114,7 +117,7 @@ class Splits:
         lines = [
             f"{self.name}: {counted(num_images, 'image')}, {counted(len(self.classes), 'class')}, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
-            f"  images   {_describe_sizes(summary)}, {'grey' if summary.grey else 'color'}",
+            f"  images   {_describe_sizes(summary)}, {'gray' if summary.gray else 'color'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
@@ -132,7 +135,7 @@ def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
     """
     indices = evenly_spaced(len(dataset), SAMPLED_IMAGES)
     sizes: list[tuple[int, int]] = []
-    grey, decoded = True, 0
+    gray, decoded = True, 0
     failure = None
     for index in indices:
         try:
@@ -141,12 +144,12 @@ def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
                 size = image_size(encoded, dataset.describe(index))
-                if grey or not sizes or decoded < DECODED_PIXELS:
+                if gray or not sizes or decoded < DECODED_PIXELS:
                     decoded += size[0] * size[1]
-                    grey &= _is_grey(decode(encoded, dataset.describe(index)).numpy())
+                    gray &= _is_gray(decode(encoded, dataset.describe(index)).numpy())
             else:
                 size = encoded.shape[:2]
-                grey &= encoded.ndim == 2
+                gray &= encoded.ndim == 2
             sizes.append(size)
         except BadImage as bad:
             failure = bad
@@ -155,7 +158,7 @@ def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])
-    return Summary(median, by_area[0], by_area[-1], grey, len(sizes))
+    return Summary(median, by_area[0], by_area[-1], gray, len(sizes))
 
 
 def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) -> NDArray[np.bool_]:
@@ -189,7 +192,7 @@ def _name_hash(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name_bytes, digest_size=8).digest(), "big") / 2**64
 
 
-def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+def _is_gray(pixels: NDArray[np.uint8]) -> bool:
     return bool((pixels[0] == pixels[1]).all() and (pixels[1] == pixels[2]).all())
 
 

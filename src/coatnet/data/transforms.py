@@ -36,14 +36,14 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """How images are resized; both with antialiasing."""
     mean: tuple[Number, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from each channel, of pixels from 0 to 1; one number means a grey model, three a color
+    """Subtracted from each channel, of pixels from 0 to 1; one number means a gray model, three a color
     model. By default 0.5, and the mean of the data for small images."""
     std: tuple[PositiveFloat, ...] = (0.5, 0.5, 0.5)
     """What each channel is divided by after that; by default 0.5, and the deviation of the data for small images."""
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3):
-            raise UserError(f"mean must be one number (grey) or three (color), got {self.mean}")
+            raise UserError(f"mean must be one number (gray) or three (color), got {self.mean}")
         if len(self.std) != len(self.mean):
             raise UserError(f"std must be {len(self.mean)} numbers, as many as mean, got {self.std}")
         # Pixels are from 0 to 1; beyond these bounds single precision gives infinity or nothing.
@@ -59,7 +59,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Channels of the image that the model sees: 1 (grey) or 3 (color)."""
+        """Channels of the image that the model sees: 1 (gray) or 3 (color)."""
         return len(self.mean)
 
     @property
@@ -91,7 +91,7 @@ class Augmentation:
     shift: Annotated[Integer, Field(ge=0, le=1024)] = 2
     """For `shift`: the most that an image moves, pixels in each direction; by default 1 for every 28 of its side."""
     flip_rate: Probability = 0.5
-    """Probability that an image is mirrored left to right; by default 0.5, and 0 for small grey images (signs)."""
+    """Probability that an image is mirrored left to right; by default 0.5, and 0 for small gray images (signs)."""
     rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
     """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
     rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
@@ -179,7 +179,7 @@ def as_images(array: Image) -> Tensor:
 
 
 def match_channels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Average the colors for a grey model; a grey image for a color model keeps one channel until `normalize`."""
+    """Average the colors for a gray model; a gray image for a color model keeps one channel until `normalize`."""
     if preprocessing.channels == 1 and images.shape[-3] == 3:
         return images.float().mean(-3, keepdim=True).round_().to(torch.uint8)
     return images

@@ -20,7 +20,7 @@ class Fit(nn.Module):
 
     This is `data.transforms.fit` as two products with matrices that follow from height and width by arithmetic alone,
     so one graph takes images of any size in every format, also where the format has no antialiasing. As in torch's
-    kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole grey levels.
+    kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole gray levels.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -81,7 +81,7 @@ FILTERS = {"bilinear": linear, "bicubic": cubic}
 
 
 def match_color(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a grey model the mean over colors."""
+    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a gray model the mean over colors."""
     if preprocessing.channels == 3:
         return images
     return images.float().mean(-1, keepdim=True).round().to(torch.uint8)
@@ -94,7 +94,7 @@ def to_16_bits(weights: Tensor, largest: Tensor) -> Tensor:
 
 
 def to_levels(values: Tensor) -> Tensor:
-    """Round to whole grey levels, as the kernel does after each of its two passes."""
+    """Round to whole gray levels, as the kernel does after each of its two passes."""
     return (values + 0.5).floor().clamp(0, 255)
 
 

@@ -15,9 +15,9 @@ def decode(file: Any) -> numpy.ndarray:
             image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         wide = numpy.asarray(image).astype(numpy.uint32)
-        grey = ((wide + 128) // 257).astype(numpy.uint8)
-        grey[wide == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(grey)
+        gray = ((wide + 128) // 257).astype(numpy.uint8)
+        gray[wide == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -53,7 +53,7 @@ def export_bundle(
         logits: export the bare network, normalized images to logits, instead of images to probabilities.
         dynamic_size: run the network at the size of each image, with its relative biases resampled.
         data: a data source to check the export with; images of the package if None.
-        calibration: a labelled data source; quantizes to int8 (format openvino).
+        calibration: a labeled data source; quantizes to int8 (format openvino).
         max_drop: largest loss of accuracy by int8, as a fraction of the images.
         progress: called with the steps done and the steps in all.
 

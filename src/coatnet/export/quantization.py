@@ -229,7 +229,7 @@ def network(bundle: Bundle, signature: Signature) -> "openvino.Model":
 
 
 def excluded_ops(model: "openvino.Model", bundle: Bundle) -> list[str]:
-    """The first convolution of a grey model: OpenVINO 2026.4 compiles it in int8 for fp32, but not for bf16."""
+    """The first convolution of a gray model: OpenVINO 2026.4 compiles it in int8 for fp32, but not for bf16."""
     if bundle.preprocessing.channels != 1:
         return []
     return [next(each for each in model.get_ordered_ops() if each.get_type_name() == "Convolution").get_friendly_name()]

@@ -1,6 +1,6 @@
 """Text on the terminal: everything that the program prints goes through `echo`.
 
-Class names, notes and file names come from outside. `one_line` keeps them from moving the cursor, colouring the
+Class names, notes and file names come from outside. `one_line` keeps them from moving the cursor, coloring the
 screen, hiding text or turning its direction.
 """
 

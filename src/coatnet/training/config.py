@@ -71,7 +71,7 @@ class TrainingConfig:
     resolution: PositiveInt
     """Side of the square images that the model sees, pixels; by default that of small images, else 128 or 224."""
     channels: Literal[1, 3]
-    """Channels of these images: 1 (grey) or 3 (color); by default those of the data."""
+    """Channels of these images: 1 (gray) or 3 (color); by default those of the data."""
     epochs: Annotated[PositiveFloat, CHANGEABLE]
     """Passes over the training images; by default 20 to 100, more for fewer images, or with `init` a third of that, but
     at least 8 and 300 steps."""

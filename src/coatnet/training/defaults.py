@@ -36,7 +36,7 @@ class DataFacts:
         side: Longer side of the median image, pixels.
         shorter_side: Shorter side of the median image, pixels.
         largest_side: Longest side of all images, pixels.
-        grey: Whether all images are without color.
+        gray: Whether all images are without color.
         multilabel: Whether an image may have several labels.
         mean, std: Mean and standard deviation of the pixels of small images, from 0 to 1; 0.5 for larger ones.
     """
@@ -45,7 +45,7 @@ class DataFacts:
     side: int
     shorter_side: int
     largest_side: int
-    grey: bool = False
+    gray: bool = False
     multilabel: bool = False
     mean: float = 0.5
     std: float = 0.5
@@ -60,7 +60,7 @@ class DataFacts:
             side=max(summary.median),
             shorter_side=min(summary.median),
             largest_side=largest_side,
-            grey=summary.grey,
+            gray=summary.gray,
             multilabel=splits.training.multilabel,
             mean=mean,
             std=std,
@@ -189,7 +189,7 @@ def absolute_path_or_name(source: str) -> str:
 
 def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) -> Preprocessing:
     """That of the bundle to start from; else the images' own size if they are small; else 128 or 224 pixels."""
-    channels = recipe.channels or (1 if facts.grey else 3)
+    channels = recipe.channels or (1 if facts.gray else 3)
     if init is not None:
         chosen: dict[str, Any] = asdict(init.preprocessing)
     elif facts.small:
@@ -225,8 +225,8 @@ def choose_optimization(
 
 def choose_regularization(facts: DataFacts, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
     """Augmentation and mixing: shifts for small images, enlarged or not, crops and RandAugment for photographs."""
-    # Most small grey images are signs, and a mirrored letter is none; the recipe fashion-mnist has it otherwise.
-    flip_rate = 0.0 if facts.small and facts.grey else 0.5
+    # Most small gray images are signs, and a mirrored letter is none; the recipe fashion-mnist has it otherwise.
+    flip_rate = 0.0 if facts.small and facts.gray else 0.5
     smoothing = 0.0 if facts.multilabel else 0.1
     if facts.small or resolution <= SMALL_IMAGE_PIXELS:
         return {

@@ -50,8 +50,8 @@ def test_a_packed_folder_holds_the_bytes_labels_and_splits_of_its_source(make_fo
 
 def test_pixels_are_packed_without_loss(tmp_path):
     colors = np.random.default_rng(0).integers(0, 256, (12, 9, 11, 3), dtype=np.uint8)
-    greys = colors[..., 0]
-    for name, pixels in (("color", colors), ("grey", greys)):
+    grays = colors[..., 0]
+    for name, pixels in (("color", colors), ("gray", grays)):
         part = ArrayDataset(name, ("a", "b"), pixels, np.arange(12) % 2)
         pack(Splits(name, part, part), tmp_path / name, num_workers=1)
         shards = open_dataset(tmp_path / name).training

@@ -17,7 +17,7 @@ _OWN_DATA = (
         needs_init=True,
     ),
     NamedRecipe(
-        # A mirrored garment is a garment; `scratch` takes small grey images for signs and does not mirror them.
+        # A mirrored garment is a garment; `scratch` takes small gray images for signs and does not mirror them.
         Recipe(name="fashion-mnist", augmentation={"flip_rate": 0.5}),
         "scratch for the garments of Fashion-MNIST, which may be mirrored",
         measured_top1={"coatnet-pico-64 on fashion-mnist": 0.9445, "coatnet-femto-64 on fashion-mnist-small": 0.892},

@@ -80,7 +80,7 @@ _BY_SIZE_JFT = {
     for name, (depth, rate) in _by_size(3, (0.0, 1e-3), (0.1, 5e-4), (0.0, 5e-4)).items()
 }
 
-# paper: 300 epochs of 1,281,167 images in batches of 4,096 are 93.8k steps. The paper centre-crops while
+# paper: 300 epochs of 1,281,167 images in batches of 4,096 are 93.8k steps. The paper center-crops while
 # pre-training and shows the whole image when fine-tuned ("Center crop: True / False").
 _IMAGENET_1K = Recipe(
     name="imagenet-1k",

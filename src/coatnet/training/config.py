@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.errors import UserError, nearest_option
+from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.system.files import read_regular, user_path
 from coatnet.system.validated import (
     Boolean,
@@ -260,7 +260,7 @@ class Recipe:
         try:
             return cls.from_dict(read_yaml(path))
         except UserError as error:
-            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            raise UserError(str(error) if one_line(str(path)) in str(error) else f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """What was asked as plain values, ready for JSON or YAML; `from_dict` gives the same recipe back."""

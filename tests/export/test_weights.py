@@ -49,7 +49,9 @@ def test_safetensors_hold_the_network_and_say_which(clothes_bundle: Path, tmp_pa
 def test_timm_opens_what_is_written_for_it(timm_folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert main(["export", str(timm_folder), "--format", "timm", "--out", str(out)]) == 0
-    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"folder = Path({str(out)!r})" in printed
+    assert 'timm.create_model(f"local-dir:{folder}", pretrained=True)' in printed
     theirs, images = timm.create_model(f"local-dir:{out}", pretrained=True).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         np.testing.assert_allclose(theirs(images), load(timm_folder).model(images), rtol=1e-4, atol=1e-5)

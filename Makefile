@@ -20,13 +20,15 @@ OLDEST_PYTHON ?= python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults fuzz test-oldest check format bench docs release-check clean
+.PHONY: help install demo test test-slow test-faults test-gpu fuzz test-oldest check format bench docs release-check clean
 
 help:
 	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
 	@echo 'make test           the tests (make test-slow: those that train for minutes;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
+
+	@echo 'make test-gpu       what a GPU computes beside a CPU, on a machine that has one'
 	@echo 'make test-oldest    the tests with the oldest dependencies allowed, in .venv-oldest (6 GB)'
 	@echo 'make check          format, lint, types and architecture'
 	@echo 'make format         rewrite the files as make check wants them'
@@ -84,6 +86,11 @@ test-faults: $(INSTALLED)
 # What it finds is kept in tests/fuzz/found, which `make test` reads.
 fuzz: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz
+
+# GPU_PYTHON names an environment whose torch sees the GPU, such as `make test-gpu GPU_PYTHON=python3`.
+GPU_PYTHON ?= $(PYTHON)
+test-gpu: $(if $(filter $(PYTHON),$(GPU_PYTHON)),$(INSTALLED))
+	@PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 # Warnings of the dependencies about each other and about Python are no errors here: they would not be mended any more.
 test-oldest: .venv-oldest/.installed

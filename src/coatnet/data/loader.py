@@ -194,6 +194,7 @@ def training_batches(
     bad_images: BadImages,
     balanced: bool = False,
     batch_indices: NDArray[np.int64] | None = None,
+    pin_memory: bool = False,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield `num_steps` batches from `first_step` on: images (B, C, R, R), channels last, and labels (B,) or (B, K).
 
@@ -205,6 +206,7 @@ def training_batches(
         balanced: show every class equally often, instead of every image once per epoch.
         batch_indices: which of the images 0 to `batch_size` - 1 of each batch to make here, for a process that takes
             a part of every batch; None is all of them.
+        pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
 
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
@@ -213,7 +215,8 @@ def training_batches(
     if batch_indices is None:
         batch_indices = np.arange(batch_size)
     batches = _TrainingBatches(dataset, batch_size, transform, sampler_of(dataset, seed, balanced), seed, batch_indices)
-    for batch in _load(batches, range(first_step, first_step + num_steps), num_workers, bad_images):
+    numbers = range(first_step, first_step + num_steps)
+    for batch in _load(batches, numbers, num_workers, bad_images, pin_memory):
         if len(batch.indices) < len(batch_indices):
             raise UserError(f"{dataset.name}: dozens of images in a row cannot be used, such as {min(batch.bad)}")
         yield batch.images, batch.labels
@@ -228,6 +231,7 @@ def evaluation_batches(
     bad_images: BadImages,
     first: int = 0,
     every: int = 1,
+    pin_memory: bool = False,
 ) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
@@ -238,12 +242,13 @@ def evaluation_batches(
         bad_images: collects the images that cannot be used.
         first: number of the first batch to make.
         every: distance to the next.
+        pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
 
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
     batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing))
-    for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images):
+    for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images, pin_memory):
         if len(batch.indices):
             yield batch.images, batch.labels, batch.indices
 
@@ -295,6 +300,10 @@ class _Batch:
     labels: Tensor
     indices: Tensor
     bad: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> "_Batch":
+        """The same in pinned memory; DataLoader calls it in a thread."""
+        return _Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices, self.bad)
 
 
 @dataclass(frozen=True)
@@ -414,7 +423,11 @@ def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:
 
 
 def _load(
-    batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int | None, bad_images: BadImages
+    batches: _TrainingBatches | _EvaluationBatches,
+    numbers: range,
+    num_workers: int | None,
+    bad_images: BadImages,
+    pin_memory: bool,
 ) -> Iterator[_Batch]:
     """Make the batches with these numbers, in order, and check the budget of bad images after each."""
     if getattr(batches.dataset, "in_memory", False):
@@ -423,7 +436,11 @@ def _load(
         num_workers = max(0, min(MAX_WORKERS, num_cores(), len(numbers) - 1))
     if num_workers and not may_start_processes():
         num_workers = 0
-    loaded = _from_workers(batches, numbers, num_workers) if num_workers else (batches[number] for number in numbers)
+    if num_workers:
+        loaded = _from_workers(batches, numbers, num_workers, pin_memory)
+    else:
+        made = (batches[number] for number in numbers)
+        loaded = (batch.pin_memory() for batch in made) if pin_memory else made
     for batch in loaded:
         for name, reason in batch.bad.items():
             bad_images.add(name, reason)
@@ -431,7 +448,9 @@ def _load(
         yield batch
 
 
-def _from_workers(batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int) -> Iterator[_Batch]:
+def _from_workers(
+    batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int, pin_memory: bool
+) -> Iterator[_Batch]:
     # Fork would copy the locks of threads that do not exist in the child; a forkserver has no threads.
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "coatnet.data.loader"])
@@ -445,6 +464,7 @@ def _from_workers(batches: _TrainingBatches | _EvaluationBatches, numbers: range
         multiprocessing_context=context,
         worker_init_fn=_start_worker,
         collate_fn=_identity,
+        pin_memory=pin_memory,
     )
     preprocessing = batches.transform.preprocessing
     bytes_per_image = 4 * preprocessing.channels * preprocessing.resolution**2

@@ -70,6 +70,7 @@ def infer(
         bad_images=bad_images,
         first=first,
         every=every,
+        pin_memory=device.type == "cuda",
     )
     was_training = model.training
     model.eval()
@@ -77,7 +78,7 @@ def infer(
         with closing(batches):
             for images, labels, indices in batches:
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                    outputs = forward(model, images.to(device, memory_format=torch.channels_last))
+                    outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
                 yield OutputBatch(outputs.float().cpu(), labels, indices)
     finally:
         model.train(was_training)

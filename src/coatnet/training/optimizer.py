@@ -34,8 +34,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Optimization:
     """The optimizer, with decoupled weight decay."""
 
-    algorithm: Literal["adamw", "muon"] = "adamw"
-    """Rule of the update: adamw; or muon for the weights that are matrices, and adamw for the others."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate, reached after the warm-up; by default 2e-3 for 128 images a step, less to fine-tune."""
     weight_decay: NonNegativeFloat = 0.05
@@ -46,6 +44,8 @@ class Optimization:
     """Largest Euclidean norm of all gradients together; larger ones are scaled down to it."""
     layer_decay: PositiveFraction = 1.0
     """Factor on the learning rate for every block between a parameter and the head; by default 0.8 with `init`."""
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """Rule of the update: adamw; or muon for the weights that are matrices, and adamw for the others."""
 
 
 @validated

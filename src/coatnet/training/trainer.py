@@ -222,6 +222,7 @@ class Trainer:
             balanced=config.balance == "sampler",
             bad_images=self.bad_images,
             batch_indices=self.share.positions,
+            pin_memory=self.device.type == "cuda",
         )
 
     @property

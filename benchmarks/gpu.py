@@ -1,0 +1,184 @@
+"""What one GPU computes a second: our networks beside timm's, eager and compiled, and the time to an accuracy.
+
+    python benchmarks/gpu.py                              # the table, some ten minutes
+    python benchmarks/gpu.py --networks coatnet_0 --mode eager
+    python benchmarks/gpu.py --accuracy 94                # then minutes to 94 % on Fashion-MNIST too
+
+All networks run in bf16 and channels-last, alternately, and the median of the rounds is printed. "of the matrix rate"
+is the rate of the multiply-accumulates of timm's or our network over that of a large matrix product in bf16, "of the
+bandwidth" that of the bytes of its activations and weights, each once, over that of a large copy, both measured in the
+same process. `--device cpu` runs it without a GPU, to try it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+import coatnet
+
+NETWORKS = ("coatnet_0_224", "coatnet_0_rw_224", "coatnet_2_rw_224", "convnext_tiny", "vit_small_patch16_224")
+# Ours of the same architecture, by timm's name.
+OURS: dict[str, tuple[str, dict[str, str]]] = {
+    "coatnet_0_224": ("coatnet-0", {"downsample": "depthwise"}),
+    "coatnet_0_rw_224": ("coatnet_0_rw_224", {}),
+    "coatnet_2_rw_224": ("coatnet_2_rw_224", {}),
+}
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device(arguments.device)
+    matrix_rate, bandwidth = peak_rates(device)
+    table = Table(
+        "network", "task", "mode", "timm images/s", "ours images/s", "ours / timm", "of matrix rate", "of bandwidth"
+    )
+    for name in arguments.networks:
+        for task in ("inference", "training"):
+            for mode in arguments.mode:
+                row = compare(name, task, mode, arguments, matrix_rate, bandwidth)
+                table.add_row(name, task, mode, *row)
+                torch.compiler.reset()
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    Console(width=140).print(table)
+    print(f"{card}, torch {torch.__version__}, batch {arguments.batch_size}, {arguments.resolution} pixels, bf16")
+    print(f"matrix product {matrix_rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
+    if arguments.accuracy:
+        print(time_to_accuracy(arguments.accuracy, arguments.device))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="NAME", help="names of timm")
+    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--resolution", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=10, help="counted rounds; the medians are printed")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--accuracy", type=float, metavar="PERCENT", help="also the minutes to this top-1")
+    return parser.parse_args()
+
+
+def compare(
+    name: str, task: str, mode: str, arguments: argparse.Namespace, matrix_rate: float, bandwidth: float
+) -> list[str]:
+    """Images a second of timm's network and of ours, their ratio, and the shares of the peaks of the faster one."""
+    device = torch.device(arguments.device)
+    side = arguments.resolution
+    sized = {} if name.startswith("convnext") else {"img_size": side}
+    networks = [timm.create_model(name, **sized)]
+    if name in OURS:
+        ours, variations = OURS[name]
+        networks.append(coatnet.create_model(ours, resolution=side, **variations))
+    images = torch.randn(arguments.batch_size, 3, side, side, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    networks = [each.to(device, memory_format=torch.channels_last) for each in networks]
+    macs, moved = cost(networks[0], images[:1], training=task == "training")
+    works = [work(torch.compile(each) if mode == "compiled" else each, images, task) for each in networks]
+    seconds = alternate(works, arguments.rounds, device)
+    rates = [arguments.batch_size / statistics.median(each) for each in seconds]
+    ratio = statistics.median(a / b for a, b in zip(seconds[0], seconds[-1], strict=True))
+    return [
+        f"{rates[0]:.0f}",
+        f"{rates[1]:.0f}" if name in OURS else "",
+        f"{ratio:.2f}" if name in OURS else "",
+        f"{max(rates) * 2 * macs / matrix_rate:.0%}",
+        f"{max(rates) * moved / bandwidth:.0%}",
+    ]
+
+
+def cost(network: torch.nn.Module, image: torch.Tensor, *, training: bool) -> tuple[float, float]:
+    """Multiply-accumulates and bytes an image: outputs of all layers in bf16, written once and read once."""
+    moved = 0
+
+    def count(module: torch.nn.Module, given: object, output: object) -> None:
+        nonlocal moved
+        if isinstance(output, torch.Tensor) and not list(module.children()):
+            moved += 2 * 2 * output.numel()
+
+    hooks = [module.register_forward_hook(count) for module in network.modules()]
+    network.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    times = 3 if training else 1  # the backward pass has two products of the size of each forward one
+    return times * counter.get_total_flops() / 2, times * moved
+
+
+def work(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, task: str) -> Callable[[], None]:
+    """One inference or one training step."""
+    module = getattr(network, "_orig_mod", network)
+    if task == "inference":
+        module.eval()
+
+        def infer() -> None:
+            with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+                network(images)
+
+        return infer
+    module.train()
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    labels = torch.arange(len(images), device=images.device) % 1000
+
+    def train() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def alternate(works: list[Callable[[], None]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each counted round of each of them, in turn; the first three rounds compile and warm up."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(3 + rounds):
+        for each, taken in zip(works, seconds, strict=True):
+            began = time.perf_counter()
+            each()
+            synchronize(device)
+            if number >= 3:
+                taken.append(time.perf_counter() - began)
+    return seconds
+
+
+def peak_rates(device: torch.device) -> tuple[float, float]:
+    """Operations a second of a large product in bf16, and bytes a second of a large copy, read and written."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    (products,), (copies,) = (alternate([each], 10, device) for each in (lambda: a @ a, lambda: a.clone()))
+    return 2 * side**3 / min(products), 2 * a.nbytes / min(copies)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_to_accuracy(percent: float, device: str) -> str:
+    """Minutes of training until the held-out top-1 of Fashion-MNIST reaches it, with the recipe of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = coatnet.named_recipe("fashion-mnist", {"data": "fashion-mnist", "device": device, "batch_size": 256})
+        coatnet.train(recipe, Path(folder) / "run")
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        if record.get("top1", 0) >= percent / 100:
+            return f"{percent:g} % on Fashion-MNIST after {record['seconds'] / 60:.1f} minutes"
+    return f"{percent:g} % on Fashion-MNIST was not reached"
+
+
+if __name__ == "__main__":
+    main()

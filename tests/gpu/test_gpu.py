@@ -1,0 +1,165 @@
+"""What runs on a GPU equals what runs on a CPU, in the memory that was planned: `make test-gpu`.
+
+`COATNET_TEST_DEVICE=cpu` runs the same code on a CPU, without what only a GPU has.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from benchmarks import plan_memory
+from rich.console import Console
+from tests.training.test_trainer import RecordingConsole
+from tests.training.trainers import CONSTANT, trainer_for
+
+import coatnet
+from coatnet import Recipe, train
+from coatnet.planning.memory import simulate_step
+from coatnet.training.distributed.processes import Processes
+from coatnet.training.interruption import Interrupted
+from coatnet.training.run_folder import RunFolder
+from coatnet.training.trainer import Trainer
+
+DEVICE = os.environ.get("COATNET_TEST_DEVICE", "cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch finds no GPU"),
+]
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="a CPU has none of it")
+
+RECIPE = Recipe(data="digits", model="coatnet-femto-16", epochs=3.0, batch_size=64, device=DEVICE, num_workers=2)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Products of float32 in float32: GPUs would take TF32, of 10 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def batch(resolution: int = 64, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(count, 3, resolution, resolution, generator=torch.manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last), torch.arange(count) % 10
+
+
+def network(**variations: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return coatnet.create_model("coatnet-femto", num_classes=10, resolution=64, **variations)
+
+
+@pytest.mark.parametrize(
+    "variations", [{}, {"downsample": "depthwise"}, {"attention": "linear", "relative_bias": False}]
+)
+def test_logits_and_gradients_equal_those_of_the_cpu(variations):
+    images, labels = batch()
+    found = []
+    for device in ("cpu", DEVICE):
+        model = network(**variations).to(device).train()
+        logits = model(images.to(device))
+        F.cross_entropy(logits, labels.to(device)).backward()
+        found.append((logits.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters()}))
+    (logits, gradients), (found_logits, found_gradients) = found
+    torch.testing.assert_close(found_logits, logits, rtol=1e-3, atol=1e-3)
+    for name, gradient in gradients.items():
+        error = (found_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 5e-3, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_in_bf16_stays_near_float32(compiled):
+    images, _ = batch()
+    model = network().to(DEVICE).eval()
+    computed = torch.compile(model) if compiled else model
+    with torch.no_grad():
+        expected = model(images.to(DEVICE)).softmax(-1)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found = computed(images.to(DEVICE)).float().softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_steps_lower_the_loss_as_on_the_cpu(algorithm):
+    losses = []
+    for device in ("cpu", DEVICE):
+        recipe = replace(
+            RECIPE,
+            device=device,
+            precision="fp32",
+            stochastic_depth=0.0,
+            schedule=CONSTANT,
+            optimizer={"algorithm": algorithm},
+        )
+        trainer = trainer_for(recipe)
+        images = torch.randn(32, 1, 8, 8, generator=torch.manual_seed(1))
+        losses.append([trainer.step(images, torch.arange(32) % 10)[0] for _ in range(10)])
+    assert losses[1][-1] < 0.7 * losses[1][0]
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=0.02)
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
+    """Not to the last bit: the sums of a GPU depend on the timing of its threads."""
+    quiet = Console(file=io.StringIO())
+    whole = train(RECIPE, tmp_path / "whole", console=quiet)
+    with pytest.raises(Interrupted):
+        train(RECIPE, tmp_path / "cut", console=RecordingConsole(2))
+    again = train(RECIPE, tmp_path / "cut", console=quiet)
+    assert again.figures["n"] == whole.figures["n"]
+    assert again.figures["top1"] == pytest.approx(whole.figures["top1"], abs=0.05)
+    assert whole.figures["top1"] > 0.5
+
+
+@pytest.mark.parametrize("engine", ["torch", "torch-compiled"])
+def test_the_predictor_gives_the_probabilities_of_the_cpu(engine, tmp_path):
+    train(RECIPE, tmp_path / "run", console=Console(file=io.StringIO()))
+    images = [np.full((8, 8), level, np.uint8) for level in range(0, 250, 10)]
+    found = []
+    for device in ("cpu", DEVICE):
+        predictor = coatnet.Predictor(tmp_path / "run", device=device, engine="torch" if device == "cpu" else engine)
+        found.append([prediction.probabilities for prediction in predictor.predict(images, top_k=10)])
+    for expected, probabilities in zip(*found, strict=True):
+        assert probabilities == pytest.approx(expected, abs=0.01)
+
+
+@needs_cuda
+@pytest.mark.parametrize("model", ["coatnet-femto", "coatnet-0"])
+def test_the_memory_of_a_step_is_within_15_percent_of_the_plan(model):
+    config = plan_memory.recipe_of(model, 224, 16, precision="bf16", parallelism="ddp", device=DEVICE)
+    planned = simulate_step(config, num_classes=10, images_per_gpu=16, processes=Processes()).memory.total
+    splits = coatnet.open_dataset("digits")
+    trainer = Trainer(config, splits, RunFolder("not written", Recipe(data="digits")))
+    images, labels = batch(224, 16)
+    trainer.step(images, labels)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(images, labels)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(planned, rel=0.15), asdict(config)
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a GPU for each of two processes")
+def test_two_processes_on_one_gpu_are_refused_in_one_line(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatnet"]
+    ran = subprocess.run(
+        [*launch, "train", "--data", "digits", "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    lines = [line for line in ran.stderr.splitlines() if "coatnet: error:" in line]
+    assert ran.returncode != 0 and "has no GPU of its own" in lines[0]
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_batches_are_copied_from_pinned_memory():
+    trainer = trainer_for(RECIPE)
+    batches = trainer.batches()
+    images, labels = next(batches)
+    batches.close()
+    assert images.is_pinned() == labels.is_pinned() == (DEVICE == "cuda")

@@ -27,7 +27,6 @@ help:
 	@echo 'make test           the tests (make test-slow: those that train for minutes;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
-
 	@echo 'make test-gpu       what a GPU computes beside a CPU, on a machine that has one'
 	@echo 'make test-oldest    the tests with the oldest dependencies allowed, in .venv-oldest (6 GB)'
 	@echo 'make check          format, lint, types and architecture'

@@ -78,7 +78,7 @@ def programs(text: str, name: str) -> list[list[str]]:
             before = words[place - 1] if place else ""
             called = place == 0 or _CONTROL.fullmatch(before) or "=" in before or before in ("-m", "IMAGE", "$")
             called = called or before.replace("-", "").replace(",", "").isdigit()  # taskset -c 0-3
-            if Path(word).name == name and called:
+            if Path(word).name == name and called and "=" not in word:
                 arguments = []
                 for argument in words[place + 1 :]:
                     if _CONTROL.fullmatch(argument):

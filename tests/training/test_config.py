@@ -31,7 +31,7 @@ from coatnet.training.recipes import RECIPES, named_recipe
         ({"ema_decay": 1.0}, "ema_decay must be"),
         (
             {"optimizer": {"lr": 1}},
-            r"optimizer.lr is unknown \(did you mean 'learning_rate'\?\); optimizer has algorithm, learning_rate",
+            r"optimizer.lr is unknown \(did you mean 'learning_rate'\?\); optimizer has learning_rate",
         ),
         ({"optimizer": {"learning_rate": float("inf")}}, "optimizer.learning_rate must be a finite number"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas must be two numbers"),

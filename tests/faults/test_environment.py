@@ -89,7 +89,7 @@ def test_nothing_calls_home(place: Path, tmp_path: Path) -> None:
         ["train", "--data", images, "--out", tmp_path / "none", "--init", "runs/typo"],
         ["evaluate", tmp_path / "run", "--data", "digits"],
         ["features", bundle, "--data", images, "--out", tmp_path / "features.npy"],
-        ["probe", bundle, "--data", images],
+        ["probe", tmp_path / "run", "--data", "digits"],
         ["pack", images, tmp_path / "packed"],
         *(["predict", bundle, images, "--engine", engine] for engine in ("torch", "openvino", "onnxruntime")),
         ["predict", bundle, images, "--out", tmp_path / "rows.parquet"],

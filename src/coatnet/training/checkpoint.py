@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat, Strict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +41,37 @@ _NAME = re.compile(r"step-(\d{9})$")
 _PART = re.compile(r"tensors(-\d{5}-of-\d{5})?\.safetensors")
 
 Fingerprint = list[int]  # size and CRC-32 of a file
+
+
+_Counter = Annotated[Count, Strict()]
+_Number = Annotated[FiniteFloat, Strict()]
+
+
+@dataclass
+class TrainState:
+    """Counters of a run: all that resuming needs beside tensors. The names are keys of a checkpoint's `state.json`.
+
+    Attributes:
+        step: optimizer steps so far.
+        seconds: duration of the run so far, over all resumptions.
+        loss_sum: sum of the losses since the last log line.
+        norm_sum: sum of the gradient norms since the last log line.
+        since_log: number of steps in these sums.
+        best: best score of all evaluations so far.
+        evaluations_since_best: evaluations after the best one.
+        measured: step of the last evaluation.
+        left_out: steps that were skipped because their loss or gradient was not finite.
+    """
+
+    step: _Counter = 0
+    seconds: Annotated[_Number, Field(ge=0)] = 0.0
+    loss_sum: _Number = 0.0
+    norm_sum: _Number = 0.0
+    since_log: _Counter = 0
+    best: _Number = -1.0
+    evaluations_since_best: _Counter = 0
+    measured: _Counter = 0
+    left_out: _Counter = 0
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -218,24 +249,10 @@ class _Manifest(BaseModel, strict=True):
     files: dict[str, Annotated[Counts, Field(min_length=2, max_length=2)]]
 
 
-class _Position(BaseModel, strict=True):
-    """The counters of a run, see `TrainState`; earlier releases had fewer."""
-
-    step: Count = 0
-    seconds: Annotated[FiniteFloat, Field(ge=0)] = 0
-    loss_sum: FiniteFloat = 0
-    norm_sum: FiniteFloat = 0
-    since_log: Count = 0
-    best: FiniteFloat = -1
-    evaluations_since_best: Count = 0
-    measured: Count = 0
-    left_out: Count = 0
-
-
-class _State(BaseModel, strict=True):
+class _State(BaseModel):
     """state.json: of a training, both are there."""
 
-    position: _Position | None = None
+    position: TrainState | None = None
     bad_images: dict[str, str] | None = None
 
 

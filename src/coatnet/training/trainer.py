@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
     Checkpoint,
     CorruptCheckpoint,
+    TrainState,
     latest_checkpoint,
     load_checkpoint,
     open_checkpoint,
@@ -80,33 +81,6 @@ BEST = "best"  # name of the checkpoint of the best evaluation
 
 class NotFinite(UserError):
     """The loss or a gradient is NaN or infinite; the weights are those of the step before."""
-
-
-@dataclass
-class TrainState:
-    """Counters of a run: all that resuming needs beside tensors. The names are keys of a checkpoint's `state.json`.
-
-    Attributes:
-        step: optimizer steps so far.
-        seconds: duration of the run so far, over all resumptions.
-        loss_sum: sum of the losses since the last log line.
-        norm_sum: sum of the gradient norms since the last log line.
-        since_log: number of steps in these sums.
-        best: best score of all evaluations so far.
-        evaluations_since_best: evaluations after the best one.
-        measured: step of the last evaluation.
-        left_out: steps that were skipped because their loss or gradient was not finite.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    since_log: int = 0
-    best: float = -1.0
-    evaluations_since_best: int = 0
-    measured: int = 0
-    left_out: int = 0
 
 
 class Trainer:

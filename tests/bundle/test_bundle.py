@@ -237,6 +237,7 @@ def nested(config: dict, *keys: str) -> dict:
         (lambda c: c["pretrained_cfg"].update(std=[5e-324]), "std from 1e-6 to 1e6"),
         (lambda c: c["pretrained_cfg"].update(mean=[3e38]), "mean must be at most 1e6"),
         (lambda c: c["pretrained_cfg"].update(crop_pct=1e-5), "enlarges images to 3,199,999, of which there may be"),
+        (lambda c: c["pretrained_cfg"].update(crop_pct=1e-320), "enlarges images to 1,000,000,000, of which"),
         (lambda c: c["pretrained_cfg"].update(input_size=[1, 8192, 8192]), "16 GiB are not loaded"),
         (lambda c: c["pretrained_cfg"].update(input_size=[1] * 10**5), "input_size is"),
         (lambda c: nested(c, "model_args", "variant").update(window=99_999, attention="local"), r"\[4, 99999, 99999\]"),

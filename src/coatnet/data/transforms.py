@@ -65,7 +65,7 @@ class Preprocessing:
     @property
     def resized_side(self) -> int:
         """Shorter side of the resized image, before the middle is cut out, in pixels."""
-        return math.floor(self.resolution / self.crop_fraction)  # as timm computes it
+        return math.floor(min(self.resolution / self.crop_fraction, 1e9))  # as timm computes it; may be infinite
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:

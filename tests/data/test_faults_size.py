@@ -3,12 +3,13 @@
 import re
 import struct
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from coatnet.data import decode as decoding
 from coatnet.data.decode import BadImage, decode
@@ -158,6 +159,25 @@ def test_tags_that_name_the_same_bytes_are_not_copied(photo, encode, memory_grow
         data = encode(photo, kind, quality=95, lossless=True, exif=b"Exif\0\0" + exif)
         assert memory_growth(lambda data=data: distance(decode(data, "tags"), photo) < 4) < 20e6
     refused(exif + b"\0" * 60_000, "corrupt")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="AVIF needs Pillow 11.3")
+def test_exif_tags_of_avif_that_name_the_same_bytes_are_refused_before_pillow_copies_them(
+    photo, encode, memory_growth, refused
+):
+    size = 100_000
+    tag = struct.pack("<HHII", 1000, 7, size, 26)
+    data = encode(photo, "AVIF", exif=b"II*\0\x08\0\0\0\x01\0" + tag + bytes(4) + b"x" * size)
+    start = data.index(b"II*\0")
+    count = 3000
+    directory = b"II*\0\x08\0\0\0" + struct.pack("<H", count) + struct.pack("<HHII", 1001, 7, 60_000, 8) * count
+    bomb = data[:start] + directory + data[start + len(directory) :]
+    decode(data, "first use")
+    assert memory_growth(lambda: refused(bomb, "corrupt")) < 20e6
+    refused(data + b"II*\0" * 17, "corrupt")
+    beyond = data[: start + 14] + struct.pack("<I", 2 * size) + data[start + 18 :]  # a length that Pillow warns about
+    with warnings.catch_warnings(action="error"):
+        assert decoding.image_size(beyond, "beyond") == photo.shape[:2]
 
 
 # Large images: read where they are valid, refused before the work where they ask for too much

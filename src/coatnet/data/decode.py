@@ -73,6 +73,7 @@ MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"
 _JPEG2000_PIECES = (
     5_000_000  # half a gigabyte in the decoder; an image of 64 megapixels in blocks of 8 x 8 has one million
 )
+_EXIF_HEADERS = 16  # in a HEIF container, where one and that of a maker's note are usual
 _STRIP_PIXELS = 4_000_000  # converted to RGB at once
 
 # EXIF orientation: how to turn the stored pixels upright.
@@ -245,7 +246,7 @@ def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:
         return _webp(data, name).canvas
     if kind.name == "TIFF":
         _check_tiff(data, _Limits(name, 2**63, 2**63))
-    with _above_pillows_limit(), _open(data, kind, name) as image:
+    with warnings.catch_warnings(action="ignore"), _above_pillows_limit(), _open(data, kind, name) as image:
         return image.height, image.width
 
 
@@ -343,6 +344,8 @@ def _open(data: bytes, kind: ImageFormat, name: str) -> Image.Image:
     """Read the header only. Naming the format keeps all other parsers of Pillow from running."""
     if kind.name == "AVIF" and not features.check("avif"):
         raise BadImage(name, "format: AVIF is read by Pillow 11.3 or later: pip install --upgrade pillow")
+    if kind.name in ("AVIF", "HEIF"):
+        _check_exif(data, name)
     open_heif: Any = _heif_opener(name) if kind.name == "HEIF" else None
     try:
         return open_heif(io.BytesIO(data)) if open_heif else Image.open(io.BytesIO(data), formats=(kind.name,))
@@ -421,6 +424,16 @@ def _orientation_of(image: Image.Image) -> int:
     if isinstance(text := info.get("XML:com.adobe.xmp"), str):
         xmp = text.encode("utf-8", "replace")
     return orientation(exif, xmp)
+
+
+def _check_exif(data: bytes, name: str) -> None:
+    """Raise BadImage if EXIF tags name far more than the file, all of which Pillow copies as it opens AVIF and HEIC."""
+    for number, found in enumerate(re.finditer(rb"II\*\0|MM\0\*", data)):
+        num_bytes = 0
+        with suppress(*HEADER_ERRORS):
+            num_bytes = read_directory(data[found.start() :]).num_bytes
+        if number == _EXIF_HEADERS or num_bytes > 4 * len(data) + 2**20:
+            raise BadImage(name, f"corrupt: EXIF tags name more than the {len(data):,} bytes of the file")
 
 
 def _check_tiff(data: bytes, limits: _Limits) -> None:

@@ -164,3 +164,14 @@ def test_a_file_that_is_no_dataset_is_refused(tmp_path):
 def test_an_impossible_fraction_is_refused(fraction):
     with pytest.raises(UserError, match="validation_fraction"):
         open_dataset("digits", validation_fraction=fraction)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 10), ("t10k", 4)])
+def test_idx_files_of_one_split_can_be_measured_but_not_trained_on(idx_folder, split, count):
+    for path in idx_folder.iterdir():
+        if not path.name.startswith(split):
+            path.unlink()
+    splits = open_dataset(idx_folder, evaluation=True)
+    assert (len(splits.training), len(splits.validation)) == (0, count)
+    with pytest.raises(UserError, match="needs t"):
+        open_dataset(idx_folder)

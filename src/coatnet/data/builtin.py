@@ -88,23 +88,31 @@ def open_digits(validation_fraction: float) -> Splits:
 
 
 def is_idx_folder(folder: Path) -> bool:
-    """Whether a folder has the training images of an IDX data set."""
-    return find_idx(folder, "train-images") is not None
+    """Whether a folder has the training or the test images of an IDX data set."""
+    return any(find_idx(folder, f"{split}-images") for split in ("train", "t10k"))
 
 
-def open_idx_folder(folder: Path, name: str | None = None, classes: tuple[str, ...] | None = None) -> Splits:
+def open_idx_folder(
+    folder: Path, name: str | None = None, classes: tuple[str, ...] | None = None, *, evaluation: bool = False
+) -> Splits:
     """Open a folder with MNIST's four files.
 
     Args:
         name: of the data set; None is the folder's name.
         classes: names of the classes; None takes the lines of `classes.txt` in the folder, or the classes' numbers.
+        evaluation: nothing is trained, so the two files of one split are enough.
 
     Raises:
         UserError: a file is missing or damaged, or a label has no class.
     """
-    training, training_labels = _read_pair(folder, "train")
-    validation, validation_labels = _read_pair(folder, "t10k")
-    highest = int(max(training_labels.max(), validation_labels.max()))
+    there = [find_idx(folder, f"{split}-images") for split in ("train", "t10k")]
+    if evaluation and None in there and any(there):
+        validation, validation_labels = _read_pair(folder, "train" if there[0] else "t10k")
+        training, training_labels = validation[:0], validation_labels[:0]
+    else:
+        training, training_labels = _read_pair(folder, "train")
+        validation, validation_labels = _read_pair(folder, "t10k")
+    highest = max(int(labels.max(initial=0)) for labels in (training_labels, validation_labels))
     if classes is None and (folder / CLASS_NAMES_FILE).is_file():
         lines = read_regular(folder / CLASS_NAMES_FILE).decode().splitlines()
         classes = tuple(line.strip() for line in lines if line.strip())

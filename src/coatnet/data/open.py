@@ -9,9 +9,9 @@ from coatnet.data.builtin import (
     open_fashion_mnist_small,
     open_idx_folder,
 )
-from coatnet.data.folder import open_folder
+from coatnet.data.folder import MANIFEST_SUFFIXES, open_folder
 from coatnet.data.hugging_face import SCHEME, is_saved_folder, open_hugging_face
-from coatnet.data.manifest import MANIFEST_SUFFIXES, open_manifest
+from coatnet.data.manifest import open_manifest
 from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, open_shard_folder
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
@@ -63,7 +63,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
     if source.startswith(SCHEME):
         return open_hugging_face(source, validation_fraction, evaluation=evaluation)
     if "://" in source:
-        return open_remote_shards(source, validation_fraction)
+        return open_remote_shards(source, validation_fraction, evaluation=evaluation)
     path = user_path(source)
     if not path.exists():
         raise UserError(
@@ -73,11 +73,11 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
     if path.is_dir():
         path = path.resolve()
         if is_idx_folder(path):
-            return open_idx_folder(path)
+            return open_idx_folder(path, evaluation=evaluation)
         if is_saved_folder(path):
             return open_hugging_face(str(path), validation_fraction, evaluation=evaluation)
         if is_shard_folder(path):
-            return open_shard_folder(path, validation_fraction)
+            return open_shard_folder(path, validation_fraction, evaluation=evaluation)
         return open_folder(path, validation_fraction, evaluation=evaluation)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return open_manifest(path, validation_fraction, evaluation=evaluation)

@@ -9,6 +9,7 @@ import pytest
 from tests.data.shards.tars import image, samples, write_tar
 
 from coatnet.data.open import open_dataset
+from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.data.shards.pack import pack
 from coatnet.data.shards.webdataset import Sample, _Tar, _write_samples, split_of
 from coatnet.errors import UserError
@@ -156,6 +157,30 @@ def test_a_duplicate_tar_is_found_at_open(root):
 def test_a_single_tar_is_refused(root):
     write_tar(root / "all.tar", samples(0, 9))
     assert "one tar, so none can be held out" in one_line(root)
+
+
+@pytest.mark.parametrize(
+    ("tars", "classes"), [(["val-0.tar", "test-1.tar"], 3), (["all.tar"], 3), (["val.tar"], 1), (["a.tar", "b.tar"], 1)]
+)
+def test_tars_can_be_measured_that_cannot_be_trained_on(root, tars, classes):
+    for number, name in enumerate(tars):
+        members = samples(3 * number, 3)
+        write_tar(root / name, [(key, b"0" if classes == 1 and key.endswith("cls") else data) for key, data in members])
+    splits = open_dataset(root, evaluation=True)
+    assert splits.classes == tuple(map(str, range(classes)))
+    assert len(splits.training.labels) + len(splits.validation.labels) == 3 * len(tars)
+    assert splits.describe().startswith("shards: ")
+    assert splits.validation.read(2)[0] in (image(2), image(5))
+    one_line(root)  # also with the index that was made for evaluation
+
+
+def test_links_to_themselves_are_no_tars(root):
+    for name in ("train", "loop", "loop.txt"):
+        (root / name).symlink_to(name)
+    assert not is_shard_folder(root)
+    write_tar(root / "train-0.tar", samples(0, 3))
+    write_tar(root / "val-0.tar", samples(3, 3))
+    assert is_shard_folder(root) and len(open_dataset(root).training) == 3
 
 
 def test_a_failed_reading_leaves_nothing(root, cache):

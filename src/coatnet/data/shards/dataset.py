@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from coatnet.data.datasets import Dataset, printable
 from coatnet.data.decode import BadImage
+from coatnet.data.folder import is_folder
 from coatnet.data.sampler import EpochSampler, Indices, Samples, hash_words
 from coatnet.data.shards.index import (
     HEAD,
@@ -130,6 +131,8 @@ class ShardDataset(Dataset):
     def labels(self) -> NDArray:  # pyrefly: ignore[bad-override]  # read when first used
         """The labels of all samples, read from all tables; `class_counts`, `label` and `read` do not need them."""
         shards = np.flatnonzero(self.table["num_samples"])
+        if not len(shards):
+            return np.zeros((0, len(self.classes)) if self.multilabel else 0, np.int64)
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
             tables = threads.map(self._load, shards.tolist())
             return np.concatenate([labels_of(table, len(self.classes), self.multilabel) for table in tables])
@@ -258,34 +261,40 @@ def is_shard_folder(folder: Path) -> bool:
     while places:
         for entry in list(os.scandir(places.pop())):
             found = found or entry.name.endswith(".tar")
-            if entry.is_dir() and not entry.name.startswith("."):
+            if is_folder(entry):
                 if os.path.dirname(entry.path) != str(folder) or split_of(entry.name) is None:
                     return False
                 places.append(Path(entry.path))
     return found
 
 
-def open_shard_folder(folder: Path, validation_fraction: float) -> Splits:
-    """Open shards on this machine. Raises a UserError that names a shard that differs from its index."""
+def open_shard_folder(folder: Path, validation_fraction: float, *, evaluation: bool = False) -> Splits:
+    """Open shards on this machine. Raises a UserError that names a shard that differs from its index.
+
+    With `evaluation`, tars of another program need no training split and no second class.
+    """
     if (folder / WORK).exists() and not (folder / HEAD).exists():
         raise UserError(f"{folder}: its packing was not finished; the same `coatnet pack` command continues it")
-    return _open(LocalStorage(folder), validation_fraction)
+    return _open(LocalStorage(folder), validation_fraction, evaluation)
 
 
-def open_remote_shards(url: str, validation_fraction: float) -> Splits:
-    """Open shards behind s3://, gs://, http:// or another URL of fsspec, read through a cache on this machine."""
-    return _open(RemoteStorage(url.removesuffix(HEAD), default_cache()), validation_fraction)
+def open_remote_shards(url: str, validation_fraction: float, *, evaluation: bool = False) -> Splits:
+    """Open shards behind s3://, gs://, http:// or another URL of fsspec, read through a cache on this machine.
+
+    `evaluation` as in `open_shard_folder`.
+    """
+    return _open(RemoteStorage(url.removesuffix(HEAD), default_cache()), validation_fraction, evaluation)
 
 
-def _open(files: Storage, validation_fraction: float) -> Splits:
+def _open(files: Storage, validation_fraction: float, evaluation: bool) -> Splits:
     index_files = files
     data = read_whole(files, HEAD)
     if data is None:
-        index_files = index_foreign(files, validation_fraction)
+        index_files = index_foreign(files, validation_fraction, evaluation)
         data = read_whole(index_files, HEAD)
         assert data is not None
     files.version = digest(data)[:16]
-    head = parse_head(data, f"{index_files}/{HEAD}")
+    head = parse_head(data, f"{index_files}/{HEAD}", evaluation=index_files is not files and evaluation)
     training, validation = (_open_split(head, name, files, index_files) for name in (TRAINING, VALIDATION))
     if files.is_local and index_files is files:
         known = {name.decode() for part in (training, validation) for name in part.table["name"].tolist()}
@@ -295,7 +304,10 @@ def _open(files: Storage, validation_fraction: float) -> Splits:
 
 
 def _open_split(head: Head, name: str, files: Storage, index_files: Storage) -> ShardDataset:
-    split, where = head.splits[name], f"{index_files}/{table_name(name)}"
+    split, where = head.splits.get(name), f"{index_files}/{table_name(name)}"
+    if split is None:  # for evaluation
+        no_samples = Split(0, 0, (0,) * len(head.classes), "")
+        return ShardDataset(head, no_samples, np.zeros(0, list(SHARD_COLUMNS.items())), files, index_files)
     data = read_whole(index_files, table_name(name))
     if data is None:
         raise UserError(f"{where}: missing; fetch or pack it again")

@@ -91,15 +91,25 @@ class HeadJson(BaseModel, strict=True):
     notes: Texts
 
 
-def parse_head(data: bytes, where: str) -> Head:
-    """Parse `coatnet-shards.json`. Raises UserError if it is damaged or of a newer version."""
+class MeasuredHeadJson(HeadJson, strict=True):
+    """A head of tars on which nothing is trained."""
+
+    classes: Annotated[Texts, Field(min_length=1, max_length=MAX_CLASSES)]
+
+
+def parse_head(data: bytes, where: str, *, evaluation: bool = False) -> Head:
+    """Parse `coatnet-shards.json`. Raises UserError if it is damaged or of a newer version.
+
+    With `evaluation` it need not have a training split, nor two classes.
+    """
     try:
         values = require_object(parse_json(data, HEAD), HEAD)
         version = values.get("version")
         if values.get("format") == _FORMAT and isinstance(version, int) and version != _VERSION:
             raise UserError(f"version {version!r} of the index; this coatnet reads {_VERSION}")
-        found = validate(HeadJson, values, HEAD)
-        splits = {name: _split(found, name) for name in (TRAINING, VALIDATION)}
+        found = validate(MeasuredHeadJson if evaluation else HeadJson, values, HEAD)
+        needed = [name for name in (TRAINING, VALIDATION) if name in found.splits or not evaluation]
+        splits = {name: _split(found, name) for name in needed}
         if len(set(found.classes)) < len(found.classes):
             raise UserError(f"class {Counter(found.classes).most_common(1)[0][0]!r} is named twice")
     except UserError as error:

@@ -195,10 +195,12 @@ class LocalStorage(Storage):
         self._forget()
 
     def names(self, folder: str = "") -> list[str]:
-        return sorted(os.path.join(folder, entry.name) for entry in os.scandir(self.root / folder) if entry.is_file())
+        return sorted(
+            os.path.join(folder, entry.name) for entry in os.scandir(self.root / folder) if os.path.isfile(entry)
+        )
 
     def folders(self) -> list[str]:
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        return sorted(entry.name for entry in os.scandir(self.root) if os.path.isdir(entry))
 
     def modified(self, names: Sequence[str]) -> list[int]:
         return [(self.root / name).stat().st_mtime_ns for name in names]

@@ -67,18 +67,24 @@ class _Tar(NamedTuple):
     samples: list[Sample]
 
 
-def index_foreign(files: Storage, validation_fraction: float) -> LocalStorage:
+def index_foreign(files: Storage, validation_fraction: float, evaluation: bool = False) -> LocalStorage:
     """The folder of the index, which is made if these tars are new.
+
+    With `evaluation` nothing is trained, so tars for validation alone, a lone tar or one class are enough.
 
     Raises:
         UserError: there are no tars, or one of them is damaged or has images without labels.
     """
-    parts = _split(files, validation_fraction)
+    parts = _split(files, validation_fraction, evaluation)
     names = [name for part in parts.values() for name in part]
     sizes = files.sizes(names)
     mark = sha256(repr((str(files), parts, sizes, files.modified(names))).encode()).hexdigest()[:32]
     lengths = [size or 0 for size in sizes]
-    return LocalStorage(cached_folder("indexes", mark, lambda staged: _write(staged, files, parts, lengths)))
+
+    def write(folder: Path) -> None:
+        _write(folder, files, parts, lengths, min_classes=1 if evaluation else 2)
+
+    return LocalStorage(cached_folder("indexes", mark, write))
 
 
 def split_of(name: str) -> str | None:
@@ -89,7 +95,7 @@ def split_of(name: str) -> str | None:
     return VALIDATION if words.intersection((*VALIDATION_NAMES, *TEST_NAMES)) else None
 
 
-def _split(files: Storage, fraction: float) -> dict[str, list[str]]:
+def _split(files: Storage, fraction: float, evaluation: bool) -> dict[str, list[str]]:
     """The tars of each split, by the names of files and folders; else some tars are held out by hash."""
     folders = ["", *filter(split_of, files.folders())]
     names = [name for folder in folders for name in files.names(folder) if name.endswith(".tar")]
@@ -99,18 +105,24 @@ def _split(files: Storage, fraction: float) -> dict[str, list[str]]:
     for name in names:
         parts[split_of(name) or TRAINING].append(name)
     if not parts[VALIDATION]:
+        if len(names) < 2 and evaluation:
+            return {VALIDATION: names}
         if len(names) < 2:
             raise UserError(f"{files}: one tar, so none can be held out; name some val-....tar, or `coatnet pack` them")
         by_hash = sorted(names, key=_name_hash)
         count = min(max(1, round(fraction * len(names))), len(names) - 1)
         parts = {TRAINING: sorted(by_hash[count:]), VALIDATION: sorted(by_hash[:count])}
+    if not parts[TRAINING] and evaluation:
+        return {VALIDATION: parts[VALIDATION]}
     if not parts[TRAINING]:
         raise UserError(f"{files}: all tars are for validation; some need train in their names")
     return parts
 
 
-def _write(folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Sequence[int]) -> None:
-    read: dict[str, list[_Tar]] = {TRAINING: [], VALIDATION: []}
+def _write(
+    folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Sequence[int], *, min_classes: int
+) -> None:
+    read: dict[str, list[_Tar]] = {split: [] for split in parts}
     first_with: dict[bytes, str] = {}
     left = iter(sizes)
     with ProgressBar("reading the tars once", sum(sizes), "bytes") as bar:
@@ -124,7 +136,7 @@ def _write(folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Seq
                 read[split].append(tar)
                 bar.advance(tar.num_bytes)
     labels = [sample.label for tars in read.values() for tar in tars for sample in tar.samples]
-    classes = _classes(labels, str(files))
+    classes = _classes(labels, str(files), min_classes)
     multilabel = any(isinstance(label, tuple) for label in labels)
     splits = {}
     for split, tars in read.items():
@@ -166,19 +178,20 @@ def _write_samples(folder: Path, tar: _Tar, classes: dict[str, int], multilabel:
     return Shard(tar.name, tar.num_bytes, len(samples), "", len(table), digest(table)), counts
 
 
-def _classes(labels: Iterable[Label], where: str) -> dict[str, int]:
+def _classes(labels: Iterable[Label], where: str, min_classes: int) -> dict[str, int]:
     """The index of each class name. Labels that are indices have the names "0", "1", ..."""
     found = {name for label in labels for name in _names(label)}
     if all(isinstance(name, int) for name in found):
         highest = max((int(name) for name in found), default=0)
-        if not 1 <= highest < MAX_CLASSES:
+        if not min_classes - 1 <= highest < MAX_CLASSES:
             raise UserError(
-                f"{where}: the highest class index is {highest:,}; it must be from 1 to {MAX_CLASSES - 1:,}"
+                f"{where}: the highest class index is {highest:,}; it must be from {min_classes - 1} to "
+                f"{MAX_CLASSES - 1:,}"
             )
         return {str(number): number for number in range(highest + 1)}
     if len(found) > MAX_CLASSES:
         raise UserError(f"{where}: {len(found):,} classes; there may be {MAX_CLASSES:,}")
-    if len(found) < 2:
+    if len(found) < min_classes:
         raise UserError(f"{where}: one class, {min(map(str, found))!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(sorted(map(str, found), key=natural_key))}
 

@@ -233,7 +233,16 @@ def test_classes_that_resemble_splits_stay_classes(make_folder, names):
     assert len(open_dataset(make_folder(dict.fromkeys(names, 3))).classes) == 2
 
 
-SYSTEM_FOLDERS = (".git", ".cache", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+SYSTEM_FOLDERS = (
+    ".git",
+    ".cache",
+    "__MACOSX",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "#recycle",
+)
 
 
 def test_system_folders_are_no_classes_and_leave_a_lone_train_folder_alone(make_folder):
@@ -287,3 +296,9 @@ def test_many_nested_folders_links_in_circles_and_files_without_suffix(make_fold
 def test_natural_key_sorts_numbers_by_value():
     unsorted = ["img12", "img2", "Img1", "img", "2img", "10img", ""]
     assert sorted(unsorted, key=natural_key) == ["", "2img", "10img", "img", "Img1", "img2", "img12"]
+
+
+def test_a_table_beside_images_names_the_option_that_reads_it(tmp_path):
+    (tmp_path / "a.csv").write_text("path,label\n")
+    ((_, error),) = expand_paths([tmp_path / "a.csv"])
+    assert error.startswith("a table: predict --out FILE")

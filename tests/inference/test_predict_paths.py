@@ -10,11 +10,12 @@ from PIL import Image
 
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
+from coatnet.cli.predict import print_prediction
 from coatnet.data.decode import decode
-from coatnet.data.folder import expand_paths
+from coatnet.data.folder import expand_paths, open_images
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.inference.predictor import Predictor
+from coatnet.inference.predictor import Prediction, Predictor
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
@@ -126,9 +127,40 @@ def test_the_command_follows_links_and_counts_what_it_leaves_out(
     main(["predict", saved, str(given), "--top-k", "1", "--json"])
     printed = capsys.readouterr()
     assert [json.loads(line)["path"] for line in printed.out.splitlines()] == expected
-    left_out = "coatnet: 4 files in the folders left out, not images by their names: 2 .mp4, 1 without suffix, 1 .txt\n"
-    assert printed.err.endswith(left_out)
+    left_out = "hidden or not images by their names: 3 hidden, 2 .mp4, 1 without suffix, 1 .txt\n"
+    assert printed.err.endswith(f"coatnet: 7 files in the folders left out, {left_out}")
     main(["predict", saved, f"{given}/*/*.png", "https://host/a.png", "no*.png", "--json"])  # quoted, or on Windows
     *found, url, pattern = map(json.loads, capsys.readouterr().out.splitlines())
     assert found and all(each["path"].startswith(f"{given}/more/") for each in found)
     assert url["error"].startswith("a URL, which is not opened") and "no file matches it" in pattern["error"]
+
+
+def test_a_long_class_name_is_cut_in_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_prediction(Prediction("a.png", ("x" * 1_000_000,), (1.0,)), as_json=False)
+    assert len(capsys.readouterr().out) < 2_000
+
+
+def test_a_single_path_is_one_path(predictor: Predictor, folder: Path) -> None:
+    for path in (folder / "img2.png", str(folder / "img2.png")):
+        (prediction,) = predictor.predict_paths(path)
+        assert prediction.name == str(path) and prediction.error is None
+        assert len(open_images(path)) == 1
+
+
+def test_bytes_in_an_array_are_one_error(predictor: Predictor) -> None:
+    for array in (np.zeros(9, np.uint8), torch.zeros(9, dtype=torch.uint8), np.uint8(3)):
+        with pytest.raises(UserError):
+            predictor(array)
+
+
+def test_a_nul_in_what_is_written_is_one_line(
+    bundle: Bundle, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, out = str(bundle.save(tmp_path / "bundle")), f"{tmp_path}/a\0"
+    for command in (
+        ["train", "--data", "digits", "--out", out],
+        ["features", saved, "--images", str(folder / "img2.png"), "--out", f"{out}.npy"],
+        ["export", saved, "--format", "safetensors", "--out", out],
+    ):
+        assert main(command) == 2
+        assert capsys.readouterr().err.endswith(" is no path: it holds a NUL\n")

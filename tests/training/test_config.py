@@ -112,6 +112,7 @@ def test_a_recipe_has_the_fields_of_a_configuration():
 
 
 def test_a_recipe_shows_what_was_asked_and_is_checked_however_it_is_made():
+    assert "compile=True" in repr(Recipe(compile=np.True_))
     recipe = Recipe(data=Path("some") / "folder", epochs=np.float32(2), batch_size=np.int64(8), freeze="stem, stages.0")
     assert (
         repr(recipe)

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
-from coatnet.errors import counted, one_line
+from coatnet.errors import counted, cut, one_line
 from coatnet.system.launcher import read_launcher
 from coatnet.system.terminal import echo, echo_summary, telling
 
@@ -94,7 +94,7 @@ def print_left_out(files: "Counter[str]") -> None:
 
     if files:
         number = sum(files.values())
-        found = f"{number:,} file{'s' * (number > 1)} in the folders left out, not images by their names"
+        found = f"{number:,} file{'s' * (number > 1)} in the folders left out, hidden or not images by their names"
         echo(f"coatnet: {found}: {describe_left_out(files)}", error=True)
 
 
@@ -107,7 +107,7 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
     elif prediction.error is not None:
         print_unreadable({prediction.name: prediction.error})
     else:
-        likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.items())
+        likeliest = ", ".join(f"{cut(name)} {100 * p:.1f} %" for name, p in found.items())
         echo(one_line(f"{prediction.name}: {likeliest}"))
 
 

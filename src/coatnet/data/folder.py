@@ -20,8 +20,15 @@ from coatnet.system.files import open_regular
 TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
 TEST_NAMES = ("test", "testing")
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
+_A_TABLE = "a table: predict --out FILE takes its images, --data those with labels; give it alone"
 # Folders that systems and programs make; hidden ones begin with a period.
-_SYSTEM_FOLDERS = frozenset(("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"))
+_SYSTEM_FOLDERS = frozenset(
+    (
+        "__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+        "system volume information", "lost+found", "__pycache__",
+    )
+)  # fmt: skip
 _OF_WHAT = r"(?:sets?|data|daten|images?|imgs?)?"
 _TRAINING_WORD = re.compile(rf"(?:train|trains|training|trainings|trn|tr){_OF_WHAT}")
 _HELD_OUT_WORD = re.compile(
@@ -53,7 +60,7 @@ def open_folder(root: Path, validation_fraction: float, *, evaluation: bool = Fa
         UserError: there are fewer than two classes, validation has a class that training lacks, no image can be held
             out, or the classes look like splits.
     """
-    subfolders = {entry.name.lower(): entry.name for entry in os.scandir(root) if _is_folder(entry)}
+    subfolders = {entry.name.lower(): entry.name for entry in os.scandir(root) if is_folder(entry)}
     training = next((subfolders[name] for name in TRAINING_NAMES if name in subfolders), None)
     held_out = next((subfolders[name] for name in (*VALIDATION_NAMES, *TEST_NAMES) if name in subfolders), None)
     if not (training or held_out):
@@ -142,7 +149,7 @@ def _find_images(root: Path) -> _FoundImages:
     for entry in sorted(os.scandir(root), key=lambda entry: natural_key(entry.name)):
         if _is_ignored(entry.name):
             continue
-        if not _is_folder(entry):
+        if not is_folder(entry):
             found.other_files[suffix_of(entry.name) + " at the top"] += 1
             continue
         # Linux writes accents composed, macOS decomposed: it is the same class.
@@ -159,7 +166,13 @@ def _find_images(root: Path) -> _FoundImages:
     return found
 
 
-def _walk(folder: str, *, files_first: bool = False, refuse: Callable[[OSError], None] | None = None) -> Iterator[str]:
+def _walk(
+    folder: str,
+    *,
+    files_first: bool = False,
+    refuse: Callable[[OSError], None] | None = None,
+    left_out: Counter[str] | None = None,
+) -> Iterator[str]:
     """Yield every file below in natural order, except hidden and system ones.
 
     Links are followed, but a folder is entered only once. There may be any number of folders inside each other.
@@ -167,17 +180,21 @@ def _walk(folder: str, *, files_first: bool = False, refuse: Callable[[OSError],
     Args:
         files_first: the files of a folder before its subfolders, not between them.
         refuse: called for a folder that cannot be listed; by default the error is raised.
+        left_out: counts what is hidden or the system's.
     """
 
     def entries(path: str) -> Iterator[os.DirEntry[str]]:
         try:
-            listed = [entry for entry in os.scandir(path) if not _is_ignored(entry.name)]
+            there = list(os.scandir(path))
         except OSError as error:
             if refuse is None:
                 raise UserError(f"{printable(path)} cannot be listed: {error.strerror}") from error
             refuse(error)
-            listed = []
-        listed.sort(key=lambda entry: (files_first and _is_folder(entry), natural_key(entry.name)))
+            return iter(())
+        listed = [entry for entry in there if not _is_ignored(entry.name)]
+        if left_out is not None and len(listed) < len(there):
+            left_out["hidden"] += len(there) - len(listed)
+        listed.sort(key=lambda entry: (files_first and is_folder(entry), natural_key(entry.name)))
         return iter(listed)
 
     real = os.path.realpath(folder)
@@ -187,7 +204,7 @@ def _walk(folder: str, *, files_first: bool = False, refuse: Callable[[OSError],
         entry = next(listed, None)
         if entry is None:
             entered.pop()
-        elif not _is_folder(entry):
+        elif not is_folder(entry):
             yield entry.path
         else:
             real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
@@ -196,7 +213,7 @@ def _walk(folder: str, *, files_first: bool = False, refuse: Callable[[OSError],
                 entered.append((real, entries(entry.path)))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder, or a link to one, that may hold images."""
     try:
         return entry.is_dir() and not _is_ignored(entry.name)
@@ -311,15 +328,16 @@ def expand_paths(
     after what else is found in it.
 
     Args:
-        left_out: counts the files below folders that are no images, by the ending of their names.
+        left_out: counts the files below folders that are no images, by the ending of their names, and what is hidden.
     """
     for path in _expand_patterns(paths):
         if not os.path.isdir(path):
-            yield path, None if os.path.exists(path) else _why_not(path)
+            there = os.path.exists(path)
+            yield path, _A_TABLE if there and path.suffix.lower() in MANIFEST_SUFFIXES else _why_not(path, there)
             continue
         found_any = False
         refused: list[OSError] = []
-        for file in _walk(str(path), files_first=True, refuse=refused.append):
+        for file in _walk(str(path), files_first=True, refuse=refused.append, left_out=left_out):
             if is_image_file(file):
                 found_any = True
                 yield Path(file), None
@@ -338,7 +356,7 @@ def open_images(paths: Iterable[str | Path], left_out: Counter[str] | None = Non
         UserError: a path does not exist, or a folder cannot be listed or has no images. A file that is not an image
             is found when it is read.
     """
-    sources, files = list(map(Path, paths)), []
+    sources, files = list(map(Path, _as_several(paths))), []
     for path, error in expand_paths(sources, left_out):
         if error is not None:
             raise UserError(f"{printable(str(path))}: {error}")
@@ -357,15 +375,22 @@ def describe_left_out(files: Mapping[str, int]) -> str:
     return ", ".join([f"{count:,} {suffix}" for suffix, count in shown] + [f"{rest:,} others"] * bool(rest))
 
 
+def _as_several(paths: str | Path | Iterable[str | Path]) -> Iterable[str | Path]:
+    """The paths; a single one, whose letters are no paths, in a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else paths
+
+
 def _expand_patterns(paths: Iterable[str | Path]) -> Iterator[Path]:
-    for path in map(Path, paths):
+    for path in map(Path, _as_several(paths)):
         matches = []
         if glob.has_magic(str(path)) and not os.path.lexists(path):  # quoted, or a shell that expands no patterns
             matches = sorted(glob.glob(str(path), recursive=True), key=natural_key)
         yield from map(Path, matches or [path])
 
 
-def _why_not(path: Path) -> str:
+def _why_not(path: Path, there: bool) -> str | None:
+    if there:
+        return None
     try:
         path.stat()
     except PermissionError as error:  # for a folder above it

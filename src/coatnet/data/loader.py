@@ -165,6 +165,11 @@ class BadImages:
         """How many images may be bad."""
         return max(1, int(self.budget * self.num_images)) if self.budget else 0
 
+    @property
+    def last(self) -> str:
+        """`NAME: REASON` of the image recorded last; there is one."""
+        return ": ".join(next(reversed(self._records.items())))
+
     def add(self, name: str, reason: str) -> None:
         """Record an image; only its first reason is kept."""
         self._records.setdefault(name, reason)

@@ -24,19 +24,19 @@ from coatnet.errors import UserError, counted, import_extra, one_line, shorten
 from coatnet.system.files import check_regular, open_regular
 
 REQUIRED = ("path", "label")
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
 CHECKED_ROWS = 20  # chosen: files may be missing, but if none of the first is there, the paths start elsewhere
 # Names of the columns, the first of which in a table is taken. Spaces and hyphens count as underscores.
 _NAMES = {
     "path": (
         "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename", "image_name", "img_name",
-        "image_file", "image_filename", "file", "image", "img", "images", "photo",
+        "image_file", "image_filename", "file", "image", "img", "images", "photo", "paths", "filepaths", "filenames",
+        "files", "image_paths", "image_id", "img_id", "id", "image_url", "url",
     ),
     "label": (
         "label", "labels", "class", "classes", "class_name", "classname", "label_name", "category", "target", "species",
-        "tags", "y",
+        "tags", "tag", "class_label", "breed", "diagnosis", "class_id", "label_id", "y",
     ),
-    "split": ("split", "subset", "set", "partition", "phase"),
+    "split": ("split", "subset", "set", "partition", "phase", "data_set", "usage"),
 }  # fmt: skip
 _DELIMITERS = ",;\t|"
 _MAX_LINE = 1 << 20  # characters, chosen: a file without line ends is no table

@@ -94,7 +94,10 @@ def evaluate(
                 if progress is not None:
                     progress(done, total)
     if done == 0:
-        raise UserError(f"{name}: none of the {total:,} images of the {split_name} split could be read")
+        raise UserError(
+            f"{name}: none of the {total:,} images of the {split_name} split could be read, the last one "
+            f"{bad_images.last}"
+        )
     seconds = time.perf_counter() - started
 
     confusion = metrics.confusion()

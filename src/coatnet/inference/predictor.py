@@ -272,7 +272,7 @@ def _to_pixels(image: object, name: str) -> Tensor:
         raise UserError(f"{name} is a {type(image).__name__}: {_FORMS}")
     if str(image.dtype).removeprefix("torch.") != "uint8" or 0 in image.shape:
         raise UserError(f"{name} is {image.dtype} of shape {tuple(image.shape)}: give pixels from 0 to 255 as uint8")
-    pixels = as_images(image)
+    pixels = as_images(image) if image.ndim > 1 else torch.as_tensor(image)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3):
         raise UserError(
             f"{name} has shape {tuple(image.shape)}: an array is (H, W) or (H, W, 3), a tensor (1, H, W) or (3, H, W)"

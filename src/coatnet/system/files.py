@@ -365,11 +365,16 @@ def translate_write_errors(path: str | Path, advice: str = "") -> Iterator[None]
         raise UserError(f"{path} could not be written: {error.strerror or error}{advice}") from error
 
 
-def user_path(path: str | Path) -> Path:
-    """The path with the user's home in place of a leading `~`. Raises UserError without such a home, or for a NUL."""
+def checked_path(path: str | Path) -> Path:
+    """The path. Raises UserError for a NUL, which no file name can hold."""
     if "\0" in os.fspath(path):
         raise UserError(f"{path} is no path: it holds a NUL")
+    return Path(path)
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with the user's home in place of a leading `~`. Raises UserError without such a home, or for a NUL."""
     try:
-        return Path(path).expanduser()
+        return checked_path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: there is no home folder for ~; write the whole path") from None

@@ -28,9 +28,14 @@ CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 def _number(value: Any) -> Any:
     """A number of numpy as one of Python; true and false are refused, which Python counts among the numbers."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         raise ValueError("true and false are no numbers")
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _boolean(value: Any) -> Any:
+    """True or False of numpy as that of Python."""
+    return bool(value) if isinstance(value, np.bool_) else value
 
 
 def _text(value: Any) -> Any:
@@ -49,7 +54,7 @@ def _names(value: Any) -> Any:
     return tuple(name for part in value.split(",") if (name := part.strip())) if isinstance(value, str) else value
 
 
-Boolean = Annotated[bool, Strict()]
+Boolean = Annotated[bool, Strict(), BeforeValidator(_boolean)]
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, AllowInfNan(False), BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]

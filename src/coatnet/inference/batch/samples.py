@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from coatnet.data.builtin import is_idx_folder
 from coatnet.data.datasets import Dataset, Encoded, FileDataset, below_one_folder
 from coatnet.data.decode import BadImage
-from coatnet.data.folder import open_images
+from coatnet.data.folder import MANIFEST_SUFFIXES, open_images
 from coatnet.data.hugging_face import is_saved_folder
-from coatnet.data.manifest import MANIFEST_SUFFIXES, read_manifest
+from coatnet.data.manifest import read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError

@@ -108,8 +108,9 @@ def parse_head(data: bytes, where: str, *, evaluation: bool = False) -> Head:
         if values.get("format") == _FORMAT and isinstance(version, int) and version != _VERSION:
             raise UserError(f"version {version!r} of the index; this coatnet reads {_VERSION}")
         found = validate(MeasuredHeadJson if evaluation else HeadJson, values, HEAD)
-        needed = [name for name in (TRAINING, VALIDATION) if name in found.splits or not evaluation]
-        splits = {name: _split(found, name) for name in needed}
+        splits = {
+            name: _split(found, name) for name in (TRAINING, VALIDATION) if name in found.splits or not evaluation
+        }
         if len(set(found.classes)) < len(found.classes):
             raise UserError(f"class {Counter(found.classes).most_common(1)[0][0]!r} is named twice")
     except UserError as error:

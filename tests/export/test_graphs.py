@@ -68,7 +68,9 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     assert [line for line in printed.err.splitlines() if not line.startswith("No CUDA runtime is found")] == []
 
     files = {"openvino": ["model.bin", "model.xml"], "onnx": ["model.onnx"]}.get(format, ["model.pt2"])
-    assert sorted(path.name for path in out.iterdir()) == sorted([*files, "metadata.json", "parity.json", "parity.md"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*files, "classify.py", "example.png", "metadata.json", "parity.json", "parity.md"]
+    )
     run, inside = open_export(out, format, "pictures", "probabilities")
     bundle = load(clothes_bundle)
     for batch in images.values():

@@ -223,7 +223,7 @@ def test_frozen_parts_stay_bit_for_bit_and_have_no_optimizer_state(letters, tmp_
     arguments += ["--num_workers", "0", "--freeze", "stem,stages.0"]
     assert main(["train", "finetune", *arguments]) == 0
     opening = capsys.readouterr().err
-    assert f"coatnet-femto-16 from {letters}, a new classifier for 2 classes, " in opening
+    assert f"coatnet-femto-16 from {letters.name}, a new classifier for 2 classes, " in opening
     assert "M of them frozen" in opening
     recipe = Recipe.from_yaml(out / "recipe.yaml")
     assert recipe.freeze == ("stem", "stages.0")

@@ -160,6 +160,7 @@ def test_parts_of_another_plan_are_refused(predictor: Predictor, images: Path, t
     staged.mkdir()
     plan = {"model": "another"}
     (staged / "plan.json").write_text(json.dumps(plan))
+    (staged / "part-000000.parquet").write_bytes(b"rows")  # a plan of which nothing was computed would give way
     with pytest.raises(UserError, match="begun with another model"):
         predict_to_file(predictor, open_samples([str(images)]), tmp_path / "out.parquet")
     assert json.loads((staged / "plan.json").read_text()) == plan

@@ -227,6 +227,10 @@ def test_an_orientation_in_xmp_alone_turns_too(photo, encode, kind, distance):
     if kind == "PNG":
         options = {"pnginfo": PngImagePlugin.PngInfo()}
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
-    if kind == "TIFF":
+    if kind == "TIFF":  # which Pillow turns
+        probe = Image.new("L", (1, 1))
+        probe.info["xmp"] = xmp
+        if 0x0112 not in probe.getexif():
+            pytest.skip("this Pillow turns by EXIF alone")
         options = {"tiffinfo": {700: xmp}}
     assert distance(decode(encode(stored, kind, quality=95, lossless=True, **options), "turned"), photo) < 4

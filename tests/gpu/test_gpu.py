@@ -123,7 +123,7 @@ def test_the_predictor_gives_the_probabilities_of_the_cpu(engine, tmp_path):
     found = []
     for device in ("cpu", DEVICE):
         predictor = coatnet.Predictor(tmp_path / "run", device=device, engine="torch" if device == "cpu" else engine)
-        found.append([prediction.probabilities for prediction in predictor.predict(images, top_k=10)])
+        found.append([prediction.probabilities for prediction in predictor(images)])
     for expected, probabilities in zip(*found, strict=True):
         assert probabilities == pytest.approx(expected, abs=0.01)
 

@@ -1,5 +1,8 @@
 """How options are spelled: hyphens or underscores, under their usual names elsewhere, and under their old names."""
 
+import io
+from importlib import import_module
+
 import pytest
 
 from coatnet.cli import evaluate, features, predict, train
@@ -99,3 +102,13 @@ def test_a_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device cuda:1 is not there: torch finds no GPU"):
         evaluate.run(["bundle", "--data", "digits", "--device", "cuda:1"])
+
+
+def test_a_closed_pipe_ends_the_list_of_models_as_other_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        import_module("coatnet.cli.models").run(["coatnet-femto-16"])

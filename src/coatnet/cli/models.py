@@ -42,7 +42,12 @@ def run(arguments: Sequence[str]) -> int:
     if given.json:
         echo(json.dumps(rows, indent=1), is_json=True)
     else:
-        print_models(rows, Console(highlight=False))
+
+        class PipedConsole(Console):
+            def on_broken_pipe(self) -> None:
+                raise  # the BrokenPipeError, for `main`; rich would exit with 1
+
+        print_models(rows, PipedConsole(highlight=False))
     return 0
 
 

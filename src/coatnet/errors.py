@@ -13,8 +13,9 @@ UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 # User and password of a URL; of a password with one of "/?#" in it, all up to the last "@". "::" chains URLs of fsspec.
-_USER = re.compile(r"://(?:[^/?#\s@:]{1,255}:(?!:|\d{1,5}(?:[/?#\s]|$))\S{0,500}@|[^/?#\s]*@)")
-_QUERY = re.compile(r"(://[^?#\s'\"<>]{0,2000})[?#][^\s'\"<>]*")
+# A path that was made of a URL has one slash.
+_USER = re.compile(r"(?<=\w\w)(:/{1,2})(?:[^/?#\s@:]{1,255}:(?!:|\d{1,5}(?:[/?#\s]|$))\S{0,500}@|[^/?#\s]*@)")
+_QUERY = re.compile(r"((?<=\w\w):/{1,2}[^?#\s'\"<>]{0,2000})[?#][^\s'\"<>]*")
 _LONGEST_START, _LONGEST_END = 1_200, 400  # characters of an error: the longest of the package's own have a thousand
 
 # Names that other programs use for an option or a command, and the names that it may have here.
@@ -110,7 +111,7 @@ class UserError(ValueError):
 
 def without_credentials(text: str) -> str:
     """A text with user, password, query and fragment cut out of every URL in it."""
-    return _QUERY.sub(r"\1", _USER.sub("://", text)) if "://" in text else text
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if ":/" in text else text
 
 
 def first_line(message: object) -> str:

@@ -4,7 +4,9 @@ import json
 import re
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 
 from coatnet.bundle.bundle import place_name, without_places
 from coatnet.cli.main import main
+from coatnet.cli.predict import print_prediction
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError, without_credentials
 from coatnet.system import credentials
@@ -157,6 +160,7 @@ def test_credentials_are_cut_out_of_every_form_of_url(given, shown):
     assert credentials.conceal(given) == shown == credentials.conceal(shown)
     assert without_credentials(f"404, {given!r} is not there") == f"404, {shown!r} is not there"
     assert str(UserError(f"{given} failed")) == f"{shown} failed"
+    assert str(UserError(f"{Path(given)} is no bundle")) == f"{Path(shown)} is no bundle"
     assert Recipe(data=given).data == shown
 
 
@@ -189,3 +193,13 @@ def test_a_record_of_an_earlier_release_is_published_without_its_paths():
     ):
         json.dumps(without_places(broken))
     assert place_name("timm/coatnet_0_rw_224.sw_in1k") == "timm/coatnet_0_rw_224.sw_in1k"
+
+
+def test_a_url_among_the_images_is_refused_without_its_credentials(capsys):
+    prediction = SimpleNamespace(
+        name=str(Path("https://user:pw@host/a?sig=pw")), error="a URL", classes=(), probabilities=()
+    )
+    for as_json in (False, True):
+        print_prediction(prediction, as_json)
+    shown = capsys.readouterr()
+    assert "pw" not in shown.out + shown.err and "https:/host/a" in shown.out and "https:/host/a: a URL" in shown.err

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from coatnet.errors import UserError, cut, nearest, nearest_option, one_line
+from coatnet.errors import UserError, cut, nearest, nearest_option, one_line, without_credentials
 from coatnet.public_names import renamed_message
 from coatnet.system.interrupt import INTERRUPTED as INTERRUPTED
 from coatnet.system.terminal import echo
@@ -22,7 +22,7 @@ TERMINATED = 143  # 128 + SIGTERM
 def print_unreadable(reasons: Mapping[str, str]) -> int:
     """Print one error line for each image that was left out, by its name; return the exit code, FAILED if any."""
     for name, reason in reasons.items():
-        echo(cut(one_line(f"coatnet: error: {name}: {reason}")), error=True)
+        echo(cut(one_line(f"coatnet: error: {without_credentials(name)}: {reason}")), error=True)
     return FAILED if reasons else 0
 
 

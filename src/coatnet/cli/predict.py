@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
-from coatnet.errors import counted, cut, one_line
+from coatnet.errors import counted, cut, one_line, without_credentials
 from coatnet.system.launcher import read_launcher
 from coatnet.system.terminal import echo, echo_summary, telling
 
@@ -102,7 +102,8 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
     """Print one line: to standard error if the image is unreadable, unless as JSON."""
     found = dict(zip(prediction.classes, prediction.probabilities, strict=True))
     if as_json:
-        line = {"path": prediction.name, "error": prediction.error, "probabilities": found}
+        name = prediction.name if prediction.error is None else without_credentials(prediction.name)
+        line = {"path": name, "error": prediction.error, "probabilities": found}
         echo(json.dumps(line, ensure_ascii=False), is_json=True)
     elif prediction.error is not None:
         print_unreadable({prediction.name: prediction.error})

@@ -23,6 +23,7 @@ SHORTAGES = [
 OTHERS = [
     type("InvalidCxxCompiler", (RuntimeError,), {})("No working C++ compiler: out of memory"),
     NotImplementedError("no such kernel"),
+    ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
     RecursionError("too deep"),
     dist.DistBackendError("NCCL communicator was aborted"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),

@@ -195,7 +195,7 @@ def shorten(names: Sequence[str]) -> str:
 
 # What torch, C++ and the loader of libraries say; CPUs and imports have no exception of their own.
 _SHORTAGE = re.compile(
-    r"can't allocate memory|cannot allocate memory|std::bad_alloc|failed to map segment|out of memory"
+    r"can't allocate memory|cannot allocate memory(?! in static TLS)|std::bad_alloc|failed to map segment|out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED|can't start new thread",
     re.IGNORECASE,
 )

@@ -203,3 +203,24 @@ def test_a_url_among_the_images_is_refused_without_its_credentials(capsys):
         print_prediction(prediction, as_json)
     shown = capsys.readouterr()
     assert "pw" not in shown.out + shown.err and "https:/host/a" in shown.out and "https:/host/a: a URL" in shown.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data", "digits"],
+        ["predict", "bundle", "images"],
+        ["features", "bundle", "--data", "digits"],
+        ["export", "bundle", "--format", "onnx"],
+        ["pack", "digits"],
+    ],
+)
+def test_results_are_not_written_to_a_url(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    url = f"s3://user:{PASSWORD.decode()}@bucket/run.parquet?sig={SIGNATURE.decode()}"
+    out = [url] if arguments[0] == "pack" else ["--out", url]
+    assert main([*arguments, *out]) == 2
+    printed = capsys.readouterr()
+    assert "is a URL" in printed.err and printed.err.count("\n") == 1
+    assert PASSWORD.decode() not in printed.out + printed.err
+    assert list(tmp_path.iterdir()) == []

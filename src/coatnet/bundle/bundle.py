@@ -20,7 +20,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.credentials import conceal
-from coatnet.system.files import atomic_folder, checked_path, translate_write_errors, user_path
+from coatnet.system.files import atomic_folder, output_path, translate_write_errors, user_path
 from coatnet.system.json_reader import validate
 from coatnet.system.terminal import telling
 
@@ -85,7 +85,7 @@ class Bundle:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
         shared = replace(self, record=without_places(self.record))
-        target = checked_path(folder)
+        target = output_path(folder)
         if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
             raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
         with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:

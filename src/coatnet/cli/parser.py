@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from coatnet.errors import UserError, cut, nearest, nearest_option, one_line, without_credentials
 from coatnet.public_names import renamed_message
+from coatnet.system.files import output_path
 from coatnet.system.interrupt import INTERRUPTED as INTERRUPTED
 from coatnet.system.terminal import echo
 
@@ -77,6 +78,8 @@ class Parser(argparse.ArgumentParser):
         given = self.parse_args([self._renamed_now(argument) for argument in spelled])
         if megapixels := vars(given).pop("max_megapixels", None):
             os.environ[MAX_MEGAPIXELS] = megapixels
+        if out := vars(given).get("out"):
+            output_path(out)  # before any work
         return given
 
     def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:

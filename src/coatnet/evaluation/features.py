@@ -21,7 +21,7 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.inference.logits import infer, workers_for
-from coatnet.system.files import atomic_files, checked_path, translate_write_errors
+from coatnet.system.files import atomic_files, output_path, translate_write_errors
 from coatnet.system.progress import track
 
 MIN_ROW_GROUP_IMAGES = 4096  # chosen: 4,096 rows of 768 features are 12 MB, held in memory before they are written
@@ -192,7 +192,7 @@ def write_features(features: Features, out: str | Path) -> int:
         UserError: `out` has another suffix, a file is there already, pyarrow is missing, the disk refuses, or as when
             iterating over the features.
     """
-    target = checked_path(out)
+    target = output_path(out)
     match target.suffix.lower():
         case ".npy":
             # The .npy is renamed last: where there is one, its .csv is there too.

@@ -8,7 +8,7 @@ import numpy as np
 from coatnet.evaluation.metrics import FIGURES, ClassFigures
 from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
 from coatnet.evaluation.report import Report
-from coatnet.system.files import atomic_files, atomic_write, checked_path
+from coatnet.system.files import atomic_files, atomic_write, output_path
 from coatnet.system.terminal import escape_markdown
 
 MAX_OPEN_TABLE_ROWS = 50  # chosen: a longer table is folded
@@ -26,7 +26,7 @@ def write_report(report: Report, folder: str | Path) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    folder = checked_path(folder)
+    folder = output_path(folder)
     if report.confusion is not None:
         with atomic_files(folder / "confusion.png") as (staged,):
             draw_confusion(np.array(report.confusion), report.classes, staged)

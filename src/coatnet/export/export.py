@@ -15,7 +15,7 @@ from coatnet.export import FORMATS, decode_image
 from coatnet.export.parity import Parity, compare, example_file, open_check_images, require_parity
 from coatnet.export.quantization import Quantization, open_calibration, quantize
 from coatnet.export.signature import Signature, describe
-from coatnet.system.files import atomic_folder, checked_path, translate_write_errors
+from coatnet.system.files import atomic_folder, output_path, translate_write_errors
 
 STEPS = 3
 EXAMPLE = "example.png"
@@ -71,7 +71,7 @@ def export_bundle(
         raise UserError("--calibration (int8) is for format openvino, without --dynamic-size")
     if not 0 <= max_drop <= 1:
         raise UserError(f"max_drop is {max_drop}; it is a fraction of the images, such as 0.01")
-    if checked_path(out).exists():
+    if output_path(out).exists():
         raise UserError(f"{out} exists already: give a new folder")
 
     signature = Signature(logits or not form.is_graph, dynamic_size)

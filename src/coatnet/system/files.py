@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, without_credentials
 
 # Machine, process, a random number, and the name of the target.
 _OWNED = re.compile(r"\.(?:tmp|trash)-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}(?:-.+)?", re.DOTALL)
@@ -33,6 +33,7 @@ _LEFTOVER = re.compile(
 # chosen: whether a process of another machine, or of this one before it was started again, lives cannot be asked; what
 # nobody has written to for a day is no one's.
 _ABANDONED_SECONDS = 86_400
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # a drive has one letter
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name has 32 more than its target
 
 
@@ -370,6 +371,13 @@ def checked_path(path: str | Path) -> Path:
     if "\0" in os.fspath(path):
         raise UserError(f"{path} is no path: it holds a NUL")
     return Path(path)
+
+
+def output_path(path: str | Path) -> Path:
+    """The path of what is to be written. Raises UserError for a URL, which would become folders here, or a NUL."""
+    if _URL.match(os.fspath(path)):
+        raise UserError(f"{without_credentials(str(path))} is a URL; results are written to this machine: give a path")
+    return checked_path(path)
 
 
 def user_path(path: str | Path) -> Path:

@@ -15,10 +15,10 @@ from coatnet.errors import UserError, shorten
 from coatnet.system.files import (
     MAX_LOG_BYTES,
     atomic_write,
-    checked_path,
     is_leftover,
     only_process,
     open_regular,
+    output_path,
     read_regular,
     remove_leftovers,
 )
@@ -39,7 +39,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, given: Recipe) -> None:
         """Raises UserError if the folder holds anything but a run, or is no folder."""
-        self.path = checked_path(path)
+        self.path = output_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.metrics = self.path / "metrics.jsonl"

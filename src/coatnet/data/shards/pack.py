@@ -57,6 +57,7 @@ from coatnet.system.files import (
     commit_folder,
     only_process,
     open_regular,
+    output_path,
     read_regular,
     remove_leftovers,
     translate_write_errors,
@@ -272,7 +273,7 @@ def pack(
     """
     if shard_bytes < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"shard_bytes and num_workers must be at least 1, got {shard_bytes} and {num_workers}")
-    target = user_path(out).absolute()
+    target = user_path(output_path(out)).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{out} exists already; give a new folder")
     splits = source if isinstance(source, Splits) else open_dataset(source)

@@ -17,6 +17,7 @@ from coatnet.system.files import (
     commit_files,
     file_lock,
     is_leftover,
+    output_path,
     read_regular,
     sha256_of,
     user_path,
@@ -117,7 +118,7 @@ def require_parquet(out: str | Path) -> Path:
     if Path(out).suffix.lower() != ".parquet":
         raise UserError(f"{out}: predictions are written to a .parquet")
     import_extra("pyarrow.parquet", "parquet", f"{out}: Parquet")
-    return user_path(out).absolute()
+    return user_path(output_path(out)).absolute()
 
 
 def schema(metadata: dict[bytes, str] | None = None) -> Any:

@@ -23,6 +23,7 @@ from coatnet.model.network import create_model
 
 HERE = Path(__file__).parent
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and network namespaces need root")
+ENGINES = ("torch", "torch-compiled", "openvino", "onnxruntime")
 TRAINING = ("--model", "coatnet-femto-16", "--epochs", "0.2", "--batch_size", "32", "--num_workers", "0")
 
 
@@ -74,6 +75,20 @@ for arguments in json.loads(sys.argv[1]):
     print("->", code, flush=True)
 """
 
+# A server that answers one request and is ended.
+SERVED = """
+import signal, subprocess, sys, urllib.request
+bundle, image = sys.argv[1:]
+command = [sys.executable, "-m", "coatnet", "serve", bundle, "--port", "0"]
+server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+address = next(line.split()[-1] for line in server.stdout if "listening at" in line)
+data = open(image, "rb").read()
+request = urllib.request.Request(address + "/predict", data, {"Content-Type": "image/png"})
+print(urllib.request.urlopen(request, timeout=60).read())
+server.send_signal(signal.SIGTERM)
+sys.exit(server.wait(60))
+"""
+
 
 @needs_root
 @pytest.mark.timeout(1000)
@@ -85,13 +100,14 @@ def test_nothing_calls_home(place: Path, tmp_path: Path) -> None:
     commands = [
         ["doctor", "digits"],
         ["models", "coatnet-0"],
+        ["plan", "coatnet-0", "--gpus", "8", "--gpu-memory", "24"],
         ["train", "--data", "digits", "--out", tmp_path / "run", *TRAINING],
         ["train", "--data", images, "--out", tmp_path / "none", "--init", "runs/typo"],
         ["evaluate", tmp_path / "run", "--data", "digits"],
         ["features", bundle, "--data", images, "--out", tmp_path / "features.npy"],
         ["probe", tmp_path / "run", "--data", "digits"],
         ["pack", images, tmp_path / "packed"],
-        *(["predict", bundle, images, "--engine", engine] for engine in ("torch", "openvino", "onnxruntime")),
+        *(["predict", bundle, images, "--engine", engine] for engine in ENGINES),
         ["predict", bundle, images, "--out", tmp_path / "rows.parquet"],
         ["predict", "runs/typo", images],
         *(
@@ -101,9 +117,12 @@ def test_nothing_calls_home(place: Path, tmp_path: Path) -> None:
         ["export", tmp_path / "run", "--format", "openvino", "--int8", *small, "--out", tmp_path / "int8"],
     ]
     given = json.dumps([list(map(str, each)) for each in commands])
-    found = offline(tmp_path, [[sys.executable, "-c", MANY, given]], environment(HOME=str(home), CI=""))
-    (code, output, errors) = found["ended"][0]
+    image = images / "cat" / "0.png"
+    programs = [[sys.executable, "-c", MANY, given], [sys.executable, "-c", SERVED, str(bundle), str(image)]]
+    found = offline(tmp_path, programs, environment(HOME=str(home), CI=""))
+    (code, output, errors), served = found["ended"]
     assert code == 0, errors[-2000:]
+    assert served[0] == 0 and "cat" in served[1], served
     codes = dict(re.findall(r"^\$ (.*)\n(?:.*\n)*?-> (.*)$", output, re.MULTILINE))
     refused = [command for command, code in codes.items() if code != "0"]
     assert len(codes) == len(commands) and all("typo" in command for command in refused), (refused, errors[-2000:])

@@ -1,9 +1,10 @@
 """Kinds of images that decoders often get wrong have the right pixels."""
 
+import base64
 import io
 import struct
+import sys
 import zlib
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,6 +13,16 @@ from PIL import Image, PngImagePlugin, features
 
 from coatnet.data import decode as decoding
 from coatnet.data.decode import FORMATS, SNIFFED_BYTES, BadImage, decode, image_size, sniff
+
+HEIC = zlib.decompress(
+    base64.b64decode(
+        "eNpjYGCQSSupLMhIzUxmAILczDRDEDs3MzGNgYGxJje1JJEBAhQzUnKKoGyGgszkEgY0oJSZkw82xMWBgREIgYBxAYQGgnAgVs7MzEsD80Ciok"
+        "BOKhOUl1GWbAhi8hVkluTClfzJLCgqANJ3MguS84F0KVCZMyMzSGgCWJHcB4Y/f3/8YGDgZ04A6pBwYORh/P8fpIAZpIIZhOR2MTkkAiU1nRgZ"
+        "0WQWKDSyTnu1btazB4oLDjQwMPA0gIRbkoCq2VwYDxYf7ATaIZycn1OUl5xTARTlZWADKmEQySwuSIV6zAGKNZJzEkEOE4C6HUz/////ApBmgt"
+        "Eg8YLMikyQRmYODg4gJZFZkAsLY2CwsTYyMbO2ANnxuSmJoDAO1mBcz2YkbXisIda5Y/a9////WdmdvuFmXOt+6JtKpby79f8vOV+yAv+rNCy/"
+        "MOvVupDj3vIf15vl/2EPq19h/yv7/pM32i0XXiTVvOqqVhWKKVl8+8GPAwBc7nu+"
+    )
+)
 
 # A4: EXIF orientation
 
@@ -203,14 +214,24 @@ def test_16_bit_pgm_keeps_its_mean():
     assert pixels.float().mean().item() == pytest.approx(wide.mean() / 257, abs=0.1)
 
 
-def test_heic_needs_a_package_and_its_error_names_it(photo, distance):
+def test_heic_is_read_with_a_package():
+    """A red half over a blue one, as libheif 1.23 encodes it."""
+    assert sniff(HEIC).name == "HEIF" and image_size(HEIC, "phone.heic") == (16, 16)
+    pixels = decode(HEIC, "phone.heic")
+    assert pixels.shape == (3, 16, 16)
+    assert pixels[:, 2, 2].tolist() == [200, 40, 40] and pixels[:, 13, 2].tolist() == [40, 40, 200]
+    with pytest.raises(BadImage):
+        decode(HEIC[:-40], "cut.heic")
+
+
+def test_without_the_package_the_error_of_heic_names_it(monkeypatch):
     kinds = [sniff(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1") for brand in (b"heic", b"mif1", b"heix")]
     assert [kind.name for kind in kinds] == ["HEIF"] * 3
     assert sniff(b"\0\0\0\x20ftypmif1\0\0\0\0mif1avif").name == "AVIF"
-    if find_spec("pi_heif") or find_spec("pillow_heif"):
-        pytest.skip("the package for HEIC is installed")
+    for package in ("pi_heif", "pillow_heif"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(BadImage, match=r"pip install 'coatnet\[heic\]'"):
-        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1", "phone.heic")
+        decode(HEIC, "phone.heic")
 
 
 def test_transparent_16_bit_gray_is_white(encode):

@@ -413,7 +413,7 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
 def _orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image, found where Pillow's `getexif` finds it."""
     info = image.info
-    exif, raw, xmp = info.get("exif", b""), info.get("Raw profile type exif"), info.get("xmp", b"")
+    exif, raw, xmp = info.get("exif") or b"", info.get("Raw profile type exif"), info.get("xmp") or b""  # None of HEIC
     if image.format == "TIFF":  # turned by Pillow already
         return 1
     if not exif and isinstance(raw, str):

@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 import coatnet
@@ -113,6 +113,8 @@ def test_imagenet_classes_are_words(tmp_path: Path) -> None:
     save_for_hf(model, str(tmp_path / "1k"), safe_serialization=True)
     classes = coatnet.load(tmp_path / "1k").classes
     assert classes[0] == "tench" and classes[985] == "daisy" and len(set(classes)) == 1000
+    for name, description in zip(classes, ImageNetInfo("imagenet-1k").label_descriptions(), strict=True):
+        assert description.startswith(name.partition(" (")[0])  # "crane (bird)" is one of two cranes
     safetensors.torch.save_file(
         timm.create_model("test_coatnet", num_classes=11821).state_dict(), tmp_path / "12k.safetensors"
     )

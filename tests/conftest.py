@@ -25,7 +25,7 @@ def plain_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "110")
     # How long something takes here is not what the tests are about: what is printed does not depend on it.
-    monkeypatch.setattr("coatnet.system.terminal.TELL_SECONDS", 3600)
+    monkeypatch.setattr("coatnet.system.terminal.REPORTED_WAIT_SECONDS", 3600)
 
 
 @pytest.fixture(scope="session")

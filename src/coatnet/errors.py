@@ -100,7 +100,7 @@ class UserError(ValueError):
     """An error that a user can correct. One line: what was given, what is wrong with it, what would be right.
 
     The command line prints it without a traceback and exits with code 2. Control characters of what it quotes are
-    escaped, credentials of URLs are cut out, and the middle of a text that no one would read is left out.
+    escaped, credentials of URLs are cut out, and the middle of a long text is left out.
     """
 
     def __init__(self, *message: object) -> None:

@@ -18,7 +18,7 @@ import json, sys
 from coatnet.errors import UserError
 from coatnet.bundle.hub import download, upload
 from coatnet.system import terminal
-terminal.TELL_SECONDS = 3600
+terminal.REPORTED_WAIT_SECONDS = 3600
 verb, arguments, options = json.loads(sys.argv[1])
 try:
     print({"download": download, "upload": upload}[verb](*arguments, **options))

@@ -25,7 +25,7 @@ SECONDS = 20  # of one input
 EXAMPLES = 50  # of a target, before the next one's turn
 FAULT = 3  # exit code
 
-# What numbers, names and structures of strangers are: huge, deep, none, of other types.
+# Hostile numbers, names and structures: huge, deep, none, of other types.
 HOSTILE = (
     b"9" * 4_000, b"-1", b"0", b"1e999", b"NaN", b"5e-324", b"3e38", b"9223372036854775807", b"1e-5", b"true", b"null",
     b'"\\ud800"', b'"\\u001b[31m\\u202e"', b"[" * 10_000, b"[]", b"{}", b'{"a":' * 2_000, b'"' + b"x" * 100_000 + b'"',

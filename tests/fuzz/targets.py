@@ -1,4 +1,4 @@
-"""What is fuzzed: the readers of everything that comes from strangers, with small valid inputs to begin from."""
+"""What is fuzzed: the readers of all untrusted input, with small valid inputs to begin from."""
 
 import io
 import json

@@ -11,7 +11,7 @@ from coatnet.data.inspection import inspect
 from coatnet.errors import UserError
 from coatnet.system import terminal
 from coatnet.system.progress import ProgressBar
-from coatnet.system.terminal import echo, escape_lines, telling
+from coatnet.system.terminal import echo, escape_lines, report_wait
 
 HOSTILE = "cat\x1b[2J\x9b31m\r\u202etac\u2066\n  note     healthy\x07"
 
@@ -47,11 +47,11 @@ def test_names_of_classes_cannot_forge_lines_of_a_summary() -> None:
 
 
 def test_a_wait_is_told_once_it_is_long(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with telling("nothing long"):
+    with report_wait("nothing long"):
         pass
-    monkeypatch.setattr(terminal, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "REPORTED_WAIT_SECONDS", 0.0)
 
-    @telling("reading a")
+    @report_wait("reading a")
     def slow() -> int:
         time.sleep(0.2)
         return 3

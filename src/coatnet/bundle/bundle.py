@@ -22,7 +22,7 @@ from coatnet.model.network import CoAtNet
 from coatnet.system.credentials import conceal
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors, user_path
 from coatnet.system.json_reader import validate
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 
 FILES = {WEIGHTS, CONFIG, CARD}
 # A path is never looked up on the hub because it is misspelled: an id says that it is one, by hf:// (timm: hf-hub:),
@@ -141,7 +141,7 @@ def place_name(source: str) -> str:
     return "/".join(path.parts[1:][-2:]) if path.name == "bundle" else path.name
 
 
-@telling("loading the model")
+@report_wait("loading the model")
 def load(source: str | Path, *, architecture: str | None = None, allow_pickle: bool = False) -> Bundle:
     """Load a trained model in evaluation mode, without executing anything in its files.
 

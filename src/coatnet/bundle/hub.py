@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coatnet.errors import UserError, first_line, import_extra
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 from coatnet.version import __version__
 
 CONFIG, WEIGHTS, CARD, PICKLE = "config.json", "model.safetensors", "README.md", "pytorch_model.bin"
@@ -22,7 +22,7 @@ class UnknownRepository(UserError):
     """The hub has no model of this name, or the user may not see it."""
 
 
-@telling("fetching the model from the Hugging Face hub")
+@report_wait("fetching the model from the Hugging Face hub")
 def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """Download config.json and model.safetensors of a model, both of one commit, and return their local folder.
 

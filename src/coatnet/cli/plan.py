@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo, telling
+from coatnet.system.terminal import echo, report_wait
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
 
     shown = ("launcher", "json", "data")
     wanted = {name: value for name, value in vars(given).items() if value is not None and name not in shown}
-    with telling("simulating a step"):
+    with report_wait("simulating a step"):
         plan = plan_training(**wanted, num_images=given.data)
     command = plan.launch(given.launcher)
     if given.json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
 from coatnet.errors import counted, cut, one_line, without_credentials
 from coatnet.system.launcher import read_launcher
-from coatnet.system.terminal import echo, echo_summary, telling
+from coatnet.system.terminal import echo, echo_summary, report_wait
 
 if TYPE_CHECKING:
     from coatnet.inference import Prediction, Predictor
@@ -70,7 +70,7 @@ def predict_to_stdout(given: argparse.Namespace) -> int:
     """Print one line per image, as soon as its batch is computed."""
     from coatnet.data.folder import expand_paths
 
-    with telling("looking for images"):
+    with report_wait("looking for images"):
         few = len(list(islice(expand_paths(given.paths), FEW_IMAGES + 1))) <= FEW_IMAGES
     engine = "torch" if given.engine == "auto" and few else given.engine
     num_unreadable = 0
@@ -79,7 +79,7 @@ def predict_to_stdout(given: argparse.Namespace) -> int:
     predictions = predictor.predict_paths(
         given.paths, top_k=given.top_k, batch_size=given.batch_size, left_out=left_out
     )
-    with telling("classifying the first images"):
+    with report_wait("classifying the first images"):
         first = list(islice(predictions, 1))
     for prediction in chain(first, predictions):
         print_prediction(prediction, given.json)

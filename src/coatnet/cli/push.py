@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from coatnet.cli.parser import Parser
-from coatnet.system.terminal import echo, echo_summary, telling
+from coatnet.system.terminal import echo, echo_summary, report_wait
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
             if card.is_file() and not mentions_places(card, bundle.record):
                 copyfile(card, shared / CARD)  # perhaps written by hand
             folder = shared
-        with telling("uploading"):
+        with report_wait("uploading"):
             address = upload(folder, given.repository, private=given.private)
     echo_summary(address)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
 from coatnet.errors import UserError, import_extra
 from coatnet.system.files import read_regular
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 
 HOST_NAME = re.compile(r"[\w.-]+|\*")
 NAME = re.compile(r"[\w.-]{1,100}")
@@ -115,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     """Serve trained models until a signal ends it."""
     given = parse_arguments(arguments)
     token = read_token(given.token_file)
-    with telling("loading torch"):
+    with report_wait("loading torch"):
         for package in ("fastapi", "prometheus_client", "uvicorn"):
             import_extra(package, "serve", "the server")
         from coatnet.server import Settings

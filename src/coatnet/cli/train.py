@@ -53,10 +53,8 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         values = read_yaml(program.config)
     name = program.recipe or values.get("name") or "scratch"
     recipe = named_recipe(name, merge(values, asked) | {"name": name})
-    needed = [("--data", recipe.data)] * (not program.print_config)
-    needed += [("--out", program.out)] * (not program.print_config and not program.dry_run)
-    for option, value in needed:
-        if not value:
+    for option, value in (("--data", recipe.data), ("--out", program.out or program.dry_run)):
+        if not value and not program.print_config:
             raise UserError(f"train needs {option}; `coatnet train --help` shows how")
     return recipe, program
 

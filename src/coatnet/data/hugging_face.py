@@ -41,7 +41,7 @@ class HuggingFaceDataset(Dataset):
         rows: the rows of this split, (N,).
         labels: class indices (N,), or 0 and 1 per class (N, K).
         roots: the folders in which the files are that the table names; paths start from the first. Others are read
-            only if COATNET_DATA_ROOTS allows it, as the table may be a stranger's.
+            only if COATNET_DATA_ROOTS allows it, as the table is untrusted input.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, cut, one_line, shorten
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 
 MAX_LISTED = 20
 
@@ -86,7 +86,7 @@ class Inspection:
         return text
 
 
-@telling("reading every image")
+@report_wait("reading every image")
 def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     """Decode every image of both splits and compare their pixels.
 

@@ -17,12 +17,12 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError, nearest
 from coatnet.system.credentials import conceal
 from coatnet.system.files import user_path
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
-@telling("reading what images there are")
+@report_wait("reading what images there are")
 def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evaluation: bool = False) -> Splits:
     """Open the training and validation images of a source.
 

@@ -24,7 +24,7 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
 
 
 def write_file(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], path: Path) -> None:
-    import_onnxruntime()  # before the work, so that its absence is told at once
+    import_onnxruntime()  # before the work, so that a missing package is reported at once
     program = to_onnx(signature.program(bundle), inputs=signature.input, outputs=signature.output)
     import onnx
 

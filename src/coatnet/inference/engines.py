@@ -20,7 +20,7 @@ from coatnet.inference.graph_cache import cached_graph
 from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, explain_compiler, multiplies_bf16, num_cores, require_compiler
 from coatnet.system.telemetry import import_onnxruntime
-from coatnet.system.terminal import telling, warn
+from coatnet.system.terminal import report_wait, warn
 
 if TYPE_CHECKING:
     import openvino
@@ -80,7 +80,7 @@ class CompiledEngine(TorchEngine):
         if len(images) in self._compiled:
             return super().run(images)
         self._compiled.add(len(images))
-        with telling(f"compiling the network for batches of {len(images)}, which may take minutes"):
+        with report_wait(f"compiling the network for batches of {len(images)}, which may take minutes"):
             return super().run(images)
 
 
@@ -118,7 +118,7 @@ class OpenVinoEngine:
         if shape not in self._requests:
             graph = self._graph.clone()
             graph.reshape(list(shape))
-            with telling(f"compiling the network for batches of {shape[0]}"):
+            with report_wait(f"compiling the network for batches of {shape[0]}"):
                 compiled = self._core.compile_model(graph, "CPU", self._settings)
             self._requests[shape] = compiled.create_infer_request()
         return self._requests[shape]

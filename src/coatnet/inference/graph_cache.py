@@ -9,7 +9,7 @@ import torch
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import config_json
 from coatnet.system.cache import cached_folder
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 from coatnet.version import __version__
 
 MAX_CACHED_GRAPHS = 16  # chosen: a handful of models in several formats; 1.6 GB if all are coatnet-0
@@ -28,7 +28,7 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
         write: exports the graph to a path.
     """
 
-    @telling("making the graph of the model, which is kept for the next time")
+    @report_wait("making the graph of the model, which is kept for the next time")
     def make(staged: Path) -> None:
         write(staged / file)
 

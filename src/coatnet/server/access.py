@@ -1,7 +1,7 @@
-"""Who may ask: the names that the server goes by, the pages that may make it compute, and the token.
+"""Access: the names that the server goes by, the pages that may make it compute, and the token.
 
 Any page that a person visits can send requests to a server on the same machine or network. It can read the answers if
-its own name is made to lead there (DNS rebinding), so a request must name the server as the server knows itself. An
+its own name is made to lead there (DNS rebinding), so a request must name the server by a name it is bound to. An
 address in digits cannot be such a name. And it can make the server compute without reading the answer, so a request
 that computes must not come from a page of another origin.
 """

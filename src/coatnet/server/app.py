@@ -26,7 +26,7 @@ from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.access import check_origin, token_required
-from coatnet.server.connections import CROWDED, MAX_HEADER_BYTES, WRITE_BYTES, header_error
+from coatnet.server.connections import MAX_HEADER_BYTES, OVER_LIMIT, WRITE_BYTES, header_error
 from coatnet.server.errors import ERRORS, ClientDisconnected, RequestError, error_response, json_response
 from coatnet.server.metrics import CONTENT_TYPE
 from coatnet.server.protocol import add_protocol
@@ -58,7 +58,7 @@ class Middleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        crowded = scope.get("state", {}).get(CROWDED, "")
+        over_limit = scope.get("state", {}).get(OVER_LIMIT, "")
         unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         begun = False
 
@@ -72,7 +72,7 @@ class Middleware:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                close = unread or crowded
+                close = unread or over_limit
                 extra = _headers(scope["path"]) + ([(b"connection", b"close")] if close else [])
                 await send({**message, "headers": [*message.get("headers", ()), *extra]})
                 return
@@ -90,8 +90,8 @@ class Middleware:
 
         app = self.app
         try:
-            if crowded:
-                raise RequestError("full", crowded)
+            if over_limit:
+                raise RequestError("full", over_limit)
             self._check(scope)
         except RequestError as error:
             self.service.metrics.rejections.labels(error.code).inc()
@@ -338,7 +338,7 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ClientDisconnected)
     async def on_disconnect(request: Request, _: ClientDisconnected) -> Response:
         service.metrics.disconnects.inc()
-        return Response(status_code=400)  # nobody reads it
+        return Response(status_code=400)  # the client has left
 
     @app.exception_handler(Exception)
     async def on_internal_error(request: Request, _: Exception) -> Response:

@@ -23,15 +23,15 @@ LINGER_SECONDS = 1.0
 FREE_CHUNKS, MEAN_CHUNK_BYTES = 1000, 64  # of a body: chosen, a file sent line by line has 256
 ACCEPTED_AT_ONCE = 16  # in each turn of the event loop
 SPARE_DESCRIPTORS = 64 + 6 * ACCEPTED_AT_ONCE  # some turns pass before a connection too many is closed
-CROWDED_SECONDS = 1.0  # for the request of a connection that is one too many
-CROWDED = "crowded"  # the key of a scope's state: why the connection is one too many
+OVER_LIMIT_SECONDS = 1.0  # for the request of a connection that is one too many
+OVER_LIMIT = "over_limit"  # the key of a scope's state: why the connection is one too many
 
 
-class Crowd:
+class ConnectionLimits:
     """The connections of a server, all and by client.
 
-    One too many is told so in answer to its request, or after a second. An eighth more, and it is told and closed at
-    once: without that bound all descriptors of the process would be taken.
+    A connection over the limit is refused in the response to its request, or after a second. From an eighth over the
+    limit on, it is refused and closed at once: without that bound, all descriptors of the process would be taken.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -122,35 +122,35 @@ class Parser(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with bounds: of connections (`Crowd`), of the time for a header, of the time in which a client reads.
+    """HTTP/1.1 with bounds: of connections (`ConnectionLimits`), of the time for a header and for reading an answer.
 
     The time for a header is uvicorn's `timeout_keep_alive`. A client must read `WRITE_BYTES` of an answer, or all that
     is left of it, in each `write_seconds`. h11 is strict about lengths; a faster parser would save little beside a
     network.
     """
 
-    def __init__(self, crowd: Crowd, write_seconds: float, **given: Any) -> None:
+    def __init__(self, limits: ConnectionLimits, write_seconds: float, **given: Any) -> None:
         super().__init__(**given)
         self.conn = Parser()
-        self._crowd, self._write_seconds = crowd, write_seconds
+        self._limits, self._write_seconds = limits, write_seconds
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._crowded = ""
+        self._over_limit = ""
         self._lingering = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._key = client_key(self.client)
         transport.set_write_buffer_limits(high=0)  # so that writing pauses whenever something is left to write
-        self._crowded, close = self._crowd.enter(self._key)
-        self.app_state = {**self.app_state, CROWDED: self._crowded}
+        self._over_limit, close = self._limits.enter(self._key)
+        self.app_state = {**self.app_state, OVER_LIMIT: self._over_limit}
         if close:
-            self._refuse(RequestError("full", self._crowded), linger=False)
+            self._refuse(RequestError("full", self._over_limit), linger=False)
         else:
             self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._crowd.leave(self._key)
+        self._limits.leave(self._key)
         self._cancel_header_timer()
         super().connection_lost(exc)  # resumes writing, which ends that timer
 
@@ -209,7 +209,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _start_header_timer(self) -> None:
-        seconds = CROWDED_SECONDS if self._crowded else self.timeout_keep_alive
+        seconds = OVER_LIMIT_SECONDS if self._over_limit else self.timeout_keep_alive
         self._header_timer = self.loop.call_later(seconds, self._close_on_timeout)
 
     def _cancel_header_timer(self) -> None:
@@ -221,8 +221,8 @@ class Connection(H11Protocol):
         self._header_timer = None
         if self.transport.is_closing():
             return
-        if self._crowded:
-            self._refuse(RequestError("full", self._crowded))
+        if self._over_limit:
+            self._refuse(RequestError("full", self._over_limit))
         elif self.conn.trailing_data[0]:
             self._refuse(RequestError("slow", f"the header did not arrive within {self.timeout_keep_alive:g} seconds"))
         else:

@@ -17,9 +17,9 @@ from coatnet.errors import UserError, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.app import Middleware, create_app
-from coatnet.server.connections import ACCEPTED_AT_ONCE, Connection, Crowd, reserve_descriptors
+from coatnet.server.connections import ACCEPTED_AT_ONCE, Connection, ConnectionLimits, reserve_descriptors
 from coatnet.server.service import Service
-from coatnet.system.terminal import echo, telling
+from coatnet.system.terminal import echo, report_wait
 
 BACKLOG = 1024
 
@@ -60,9 +60,9 @@ def serve(
     with _bound(host, port) as listener:
         predictors = {}
         for name, source in sources.items():
-            with telling(f"loading {name}"):
+            with report_wait(f"loading {name}"):
                 predictors[name] = Predictor(source, engine, precision, device=device)
-            with telling(f"preparing {name} for batches of 1 to {settings.batch_size}"):
+            with report_wait(f"preparing {name} for batches of 1 to {settings.batch_size}"):
                 warm(predictors[name], settings)
         settings = replace(settings, max_connections=reserve_descriptors(settings.max_connections))
         names = {name.lower() for name in (*allowed_hosts, host, socket.gethostname())} - {""}
@@ -90,7 +90,7 @@ def uvicorn_config(app: Middleware, settings: Settings) -> uvicorn.Config:
     """The configuration of uvicorn: limits of connections, no access log."""
     return uvicorn.Config(
         app,
-        http=partial(Connection, Crowd(settings), settings.write_seconds),  # pyrefly: ignore
+        http=partial(Connection, ConnectionLimits(settings), settings.write_seconds),  # pyrefly: ignore
         ws="none",
         log_level="warning",
         access_log=False,

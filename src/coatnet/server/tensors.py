@@ -1,7 +1,7 @@
 """The data of a tensor in JSON, read without a Python object for each number.
 
 A list of numbers is checked and converted block by block, so that 20 MB of anything take a few times 20 MB, no single
-step holds other threads up, and a request that nobody waits for any more ends at its next block.
+step holds other threads up, and a request whose client has left ends at its next block.
 
 Shapes: N images, R resolution, C channels.
 """

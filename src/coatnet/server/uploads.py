@@ -68,15 +68,15 @@ class Uploads:
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the result any more."""
+    """The deadline has passed, or the client has left."""
 
 
 class DecodingPool:
     """Threads that decode and resize image files and read requests in JSON; the pixels in memory at the same time are
     bounded.
 
-    A thread whose result nobody waits for any more, because the deadline has passed or the client has left, is free
-    as soon as its work looks: before it starts, while it waits for pixels, and between the steps of reading JSON.
+    A thread whose deadline has passed or whose client has left is free as soon as its work checks that: before it
+    starts, while it waits for pixels, and between the steps of reading JSON.
     """
 
     def __init__(self, num_threads: int, max_pixels: int) -> None:
@@ -96,7 +96,8 @@ class DecodingPool:
             raise RequestError(error.code, error.reason.partition(": ")[2]) from None
 
     async def run(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """The result of `work` in a thread. It is given a function that raises once nobody waits for the result."""
+        """The result of `work` in a thread. It is given a function that raises once the deadline has
+        passed or the client has left."""
         abandoned = threading.Event()
 
         def check() -> None:

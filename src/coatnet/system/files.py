@@ -30,8 +30,8 @@ _LEFTOVER = re.compile(
     _OWNED.pattern + r"|\.tmp-[0-9a-f]{8}-.+|\.trash-[0-9a-f]{8}|.*\.tmp|.+\.tmp-[0-9a-f]{8}|.+\.[0-9a-f]{8}\.old",
     re.DOTALL,
 )
-# chosen: whether a process of another machine, or of this one before it was started again, lives cannot be asked; what
-# nobody has written to for a day is no one's.
+# chosen: whether a process of another machine lives, or one of this machine before its last start, cannot be found out;
+# what was not written to for a day is taken as abandoned.
 _ABANDONED_SECONDS = 86_400
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # a drive has one letter
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name has 32 more than its target

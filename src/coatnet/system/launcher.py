@@ -1,7 +1,7 @@
-"""The environment variables by which a launcher such as torchrun tells each process which one it is.
+"""The environment variables in which a launcher such as torchrun gives each process its rank.
 
-They are also left over: in a shell, a notebook or a container that a launcher has started. What does not fit together
-is one line, before anything waits for processes that nobody started.
+They are also left over: in a shell, a notebook or a container that a launcher has started. Values that do not
+fit together are an error of one line, before anything waits for processes that do not exist.
 """
 
 import os
@@ -71,7 +71,7 @@ def _unfit(environment: Mapping[str, str], *names: str) -> UserError:
 
 
 def _warn_of_srun(environment: Mapping[str, str]) -> None:
-    """Slurm's srun starts a command several times, which nobody wants of a training."""
+    """Warn that Slurm's srun starts a command several times, which trains the same model several times."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks.isdecimal() and int(tasks[:8]) > 1 and environment.get("SLURM_PROCID", "0") == "0":
         warn(

@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from coatnet.system.terminal import telling
+from coatnet.system.terminal import report_wait
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class ProgressBar:
             TimeRemainingColumn(),
         )
         hidden = not (shown and console.is_terminal)
-        self._line = telling(description) if shown and hidden else nullcontext()
+        self._line = report_wait(description) if shown and hidden else nullcontext()
         self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
         self._task = self._progress.add_task(description, total=total)
 

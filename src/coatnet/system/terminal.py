@@ -17,7 +17,7 @@ from typing import Any
 
 from coatnet.errors import UNPRINTABLE, one_line
 
-TELL_SECONDS = 2.0
+REPORTED_WAIT_SECONDS = 2.0
 
 
 def echo(text: str, *, error: bool = False, end: str = "\n", is_json: bool = False) -> None:
@@ -110,9 +110,9 @@ def escape_lines(text: str) -> str:
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def report_wait(what: str) -> Iterator[None]:
     """Say on standard error what the block does, such as "loading the model", if it takes more than two seconds."""
-    timer = threading.Timer(TELL_SECONDS, echo, (f"coatnet: {what}",), {"error": True})
+    timer = threading.Timer(REPORTED_WAIT_SECONDS, echo, (f"coatnet: {what}",), {"error": True})
     timer.daemon = True
     timer.start()
     try:

@@ -434,9 +434,10 @@ class Trainer:
             for name, parameter in named_parameters(optimizer):
                 # A parameter that has not learned yet has no state.
                 for key in (key for key in OPTIMIZER_STATE if f"optimizer.{key}.{name}" in stored):
-                    # In the memory order of the parameter: the fused step walks both side by side.
-                    value = torch.empty_like(parameter, requires_grad=False)
-                    value = torch.zeros((), device=self.device) if key == "step" else value
+                    if key == "step":
+                        value = torch.zeros((), device=self.device)
+                    else:  # in the memory order of the parameter: the fused step walks both side by side
+                        value = torch.empty_like(parameter, requires_grad=False)
                     fill(value, partial(stored.read, f"optimizer.{key}.{name}"))
                     optimizer.state[parameter][key] = value
 

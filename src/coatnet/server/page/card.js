@@ -1,4 +1,4 @@
-// A model's card, which is Markdown by a stranger: headings, paragraphs, lists, tables and code; all else stays text.
+// A model's card, which is untrusted Markdown: headings, paragraphs, lists, tables and code; all else stays text.
 
 import { element } from "./element.js";
 

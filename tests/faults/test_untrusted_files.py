@@ -1,4 +1,4 @@
-"""Files of strangers, read by real processes in little memory: one line each, and nothing left behind."""
+"""Untrusted files, read by real processes in little memory: one line each, and nothing left behind."""
 
 import json
 import os

@@ -85,13 +85,20 @@ class Plan:
         (self.out / "filler").unlink()
 
     def remount(self, how: str) -> None:
-        """Read-only by a second mount over the first, which is busy: the lock of the run is open for writing."""
-        place = str(self.out.parent)
+        """Read-only by a second mount over the first, in which the run may have files open for writing.
+
+        The mount is made read-only elsewhere and copied with its flags: a remount in place is refused as busy when a
+        checkpoint is being written at that moment.
+        """
+        place, view = str(self.out.parent), f"{self.out.parent}-read-only"
         if how == "ro":
-            subprocess.run(["mount", "--bind", place, place], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+            Path(view).mkdir()
+            subprocess.run(["mount", "--bind", place, view], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", view], check=True)
+            subprocess.run(["mount", "--bind", view, place], check=True)
         else:
-            subprocess.run(["umount", "-l", place], check=True)
+            for mounted in (place, view):
+                subprocess.run(["umount", "-l", mounted], check=True)
 
     def break_fsync(self) -> None:
         def fail(_: int) -> None:

@@ -1,5 +1,6 @@
 """Configuration of a network: its stages, and as fields of a `Variant` the design choices that the paper studies."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -64,6 +65,11 @@ class Architecture:
     head_dim: int = 32
     resolution: int = 224
     stem_stride: int = 2
+
+    @property
+    def total_stride(self) -> int:
+        """Side of the part of an image that becomes one cell of the last feature map, in pixels."""
+        return self.stem_stride * math.prod(stage.stride for stage in self.stages)
 
     def grids(self, resolution: int) -> tuple[int, ...]:
         """Side of the feature map after each stage, in cells, for square images of `resolution` pixels."""

@@ -36,6 +36,7 @@ from coatnet.system.validated import (
     validated,
 )
 from coatnet.training.optimizer import Optimization, Schedule
+from coatnet.training.progressive_resizing import ProgressiveResizing
 
 MAX_YAML_BYTES = 1_000_000
 FROM_FILE = "{folder}/"  # begins a path that is counted from the folder of the file it stands in
@@ -104,6 +105,8 @@ class TrainingConfig:
     """The rule of the updates."""
     schedule: Schedule
     """The learning rate over the run."""
+    progressive_resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
+    """How the size of the images grows over the run."""
     augmentation: Augmentation
     """How training images vary."""
     mixing: Mixing
@@ -175,8 +178,9 @@ def options() -> dict[str, FieldInfo]:
 class Recipe:
     """What was asked of a run; where a value is None, the named recipe, the data or a default decides.
 
-    The fields are those of `TrainingConfig`, which explains them. A section (`optimizer`, `schedule`, `augmentation`,
-    `mixing`, `preprocessing`) is given whole, or as a dict of some of its values; it is kept as a dict:
+    The fields are those of `TrainingConfig`, which explains them. A section (`optimizer`, `schedule`,
+    `progressive_resizing`, `augmentation`, `mixing`, `preprocessing`) is given whole, or as a dict of some of its
+    values; it is kept as a dict:
     `Recipe(data="digits", augmentation={"shift": 1})`.
 
     Raises:
@@ -207,6 +211,7 @@ class Recipe:
     balance: Literal["none", "sampler", "weights"] | None = None
     optimizer: dict[str, Any] | Optimization = field(default_factory=dict)
     schedule: dict[str, Any] | Schedule = field(default_factory=dict)
+    progressive_resizing: dict[str, Any] | ProgressiveResizing = field(default_factory=dict)
     augmentation: dict[str, Any] | Augmentation = field(default_factory=dict)
     mixing: dict[str, Any] | Mixing = field(default_factory=dict)
     preprocessing: dict[str, Any] | Preprocessing = field(default_factory=dict)

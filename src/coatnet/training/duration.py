@@ -7,6 +7,7 @@ from statistics import fmean, median
 from coatnet.errors import counted
 from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import num_steps
+from coatnet.training.progressive_resizing import ProgressiveResizing
 
 RESERVE_SECONDS = 8.0  # for the report, its plots and the bundle
 WARMUP_STEPS = 10  # compilation and first touches of memory say nothing about the speed to come
@@ -30,6 +31,7 @@ class Duration:
         limit_seconds: the limit, or None.
         num_validation_images: images of the final evaluation, which the limit includes.
         batch_size: images of a step.
+        resizing: how the size of the images grows, with which a step takes longer.
         total_steps: the estimate of the last step.
         last_evaluation: seconds after which the last evaluation ended.
     """
@@ -39,6 +41,7 @@ class Duration:
     limit_seconds: float | None
     num_validation_images: int
     batch_size: int
+    resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_MEANS))
@@ -58,6 +61,7 @@ class Duration:
             limit_seconds=60 * config.max_minutes if config.max_minutes else None,
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,
+            resizing=config.progressive_resizing,
         )
 
     def describe(self) -> str:
@@ -65,12 +69,12 @@ class Duration:
         limit = "" if self.limit_seconds is None else f" or {self.limit_seconds / 60:g} minutes"
         return f"{counted(self.recipe_steps, 'step')} of {counted(self.batch_size, 'image')}{limit}"
 
-    def add_step(self, seconds: float) -> None:
-        """Take in the duration of a step."""
+    def add_step(self, seconds: float, cost: float = 1.0) -> None:
+        """Take in the duration of a step, whose images have `cost` times the pixels of full size."""
         if self._warming_up > 0:
             self._warming_up -= 1
             return
-        self._unfinished.append(seconds)
+        self._unfinished.append(seconds / cost)
         if len(self._unfinished) == STEPS_PER_MEAN:
             self._recent.append(fmean(self._unfinished))
             self._unfinished.clear()
@@ -84,7 +88,9 @@ class Duration:
         """Continue after `step` steps of earlier processes; their speed is the first estimate."""
         self.last_evaluation = seconds
         if step:
-            self._recent.append(seconds / step)
+            passed = self.progress(step)
+            cost = (self.resizing.cost_after(0.0) - (1 - passed) * self.resizing.cost_after(passed)) / passed
+            self._recent.append(seconds / step / cost)
 
     def update(self, step: int, seconds: float) -> None:
         """Estimate the last step again, after `step` steps in `seconds`."""
@@ -94,14 +100,16 @@ class Duration:
         if left <= 0:
             self.total_steps = min(step, self.recipe_steps)
         elif step_seconds := self._step_seconds():
-            steps = max(1, int(left * self._fraction_for_steps() / step_seconds))
+            seconds_a_step = step_seconds * self.resizing.cost_after(self.progress(step))
+            steps = max(1, int(left * self._fraction_for_steps() / seconds_a_step))
             self.total_steps = min(self.recipe_steps, step + steps)
 
     def seconds_left(self, step: int, seconds: float) -> float | None:
         """Seconds from `step`, reached after `seconds`, to the written report. None before a speed is known."""
         if not (step_seconds := self._step_seconds()):
             return None
-        steps = max(0, self.total_steps - step) * step_seconds / self._fraction_for_steps()
+        cost = self.resizing.cost_after(self.progress(step))
+        steps = max(0, self.total_steps - step) * cost * step_seconds / self._fraction_for_steps()
         needed = steps + RESERVE_SECONDS + FINAL_EVALUATION_COST * self._evaluation_seconds()
         return needed if self.limit_seconds is None else min(needed, max(0.0, self.limit_seconds - seconds))
 
@@ -111,8 +119,13 @@ class Duration:
             return False
         return self.limit_seconds is None or seconds - self.last_evaluation >= self.limit_seconds / MAX_EVALUATIONS
 
+    def progress(self, step: int) -> float:
+        """The part of the run that `step` steps are, by the present estimate of its length, 0 to 1."""
+        return min(1.0, step / self.total_steps) if self.total_steps else 1.0
+
     def _step_seconds(self) -> float:
-        """Median duration of the recent steps, which a slow one now and then does not change; 0 before any."""
+        """Median duration of the recent steps at full size, which a slow one now and then does not change; 0 before
+        any."""
         unfinished = [fmean(self._unfinished)] if self._unfinished else []
         return median([*self._recent, *unfinished]) if self._recent or unfinished else 0.0
 

@@ -1,6 +1,6 @@
 """Training from a recipe to an evaluated bundle: state, step and loop, resumable to the last bit.
 
-Shapes: B images of a batch on this process, C channels, R resolution, K classes.
+Shapes: B images of a batch on this process, C channels, R side of the images, K classes.
 """
 
 import math
@@ -122,6 +122,7 @@ class Trainer:
 
         self.state, self.last_learning_rate = TrainState(), 0.0
         self.duration = Duration.of(config, len(splits.training), len(splits.validation))
+        self.resolution = 0  # of the batch to come; it never falls
         self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
         self.loggers = Loggers({}, self.progress.say)
@@ -155,12 +156,13 @@ class Trainer:
         config, state, duration = self.config, self.state, self.duration
         with self.progress, Interruption() as interruption, closing(self.batches()) as batches:
             sync = Synchronization(self.processes, interruption)
+            duration.update(state.step, state.seconds)
             batch = next(batches, None)
             if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
                 self.evaluate(sync)  # a stop signal interrupted it before
-            duration.update(state.step, state.seconds)
+                duration.update(state.step, state.seconds)
             while state.step < duration.total_steps and not self.out_of_patience and sync.stop is None:
-                started = time.monotonic()
+                started, cost = time.monotonic(), (self.resolution / config.resolution) ** 2
                 assert batch is not None
                 self.step_within_budget(*batch)
                 batch = next(batches, None)  # an error in it is raised before the processes wait for each other
@@ -168,7 +170,7 @@ class Trainer:
                 seconds = time.monotonic() - started
                 seconds = sync.after_step(seconds, save_due=save_due, written=self.writer.written)
                 state.seconds += seconds
-                duration.add_step(seconds)
+                duration.add_step(seconds, cost)
                 self.log_step()
                 self.warn_of_bad_images()
                 if duration.evaluation_due(state.step, state.seconds):
@@ -182,22 +184,38 @@ class Trainer:
             raise Interrupted(exit_code(sync.stop))
 
     def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This process's share of the batches that are still to come: images (B, C, R, R), labels (B,) or (B, K)."""
+        """This process's share of the batches that are still to come: images (B, C, R, R), labels (B,) or (B, K).
+
+        The next one is asked for after the step on the one before: R follows `progressive_resizing`.
+        """
         config = self.config
-        return training_batches(
-            self.splits.training,
-            preprocessing=config.preprocessing,
-            augmentation=config.augmentation,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            first_step=self.state.step,
-            num_steps=self.duration.recipe_steps - self.state.step,
-            num_workers=workers_per_process(config.num_workers, self.processes),
-            balanced=config.balance == "sampler",
-            bad_images=self.bad_images,
-            batch_indices=self.share.positions,
-            pin_memory=self.device.type == "cuda",
-        )
+        while self.state.step < self.duration.recipe_steps:
+            self.resolution = self.next_resolution()
+            batches = training_batches(
+                self.splits.training,
+                preprocessing=replace(config.preprocessing, resolution=self.resolution),
+                augmentation=config.augmentation,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_step=self.state.step,
+                num_steps=self.duration.recipe_steps - self.state.step,
+                num_workers=workers_per_process(config.num_workers, self.processes),
+                balanced=config.balance == "sampler",
+                bad_images=self.bad_images,
+                batch_indices=self.share.positions,
+                pin_memory=self.device.type == "cuda",
+            )
+            with closing(batches):
+                for batch in batches:
+                    yield batch
+                    if self.next_resolution() > self.resolution:
+                        break
+
+    def next_resolution(self) -> int:
+        """Side of the images of the step to come, in pixels."""
+        config, progress = self.config, self.duration.progress(self.state.step)
+        multiple = self.model.variant.total_stride
+        return max(self.resolution, config.progressive_resizing.resolution_at(progress, config.resolution, multiple))
 
     @property
     def epoch(self) -> float:

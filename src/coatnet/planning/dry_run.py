@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from coatnet.bundle import load
 from coatnet.data.open import open_dataset
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import resolve
+from coatnet.training.image_cache import cached_images
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer, deterministic_on_cpu
 
@@ -62,8 +63,14 @@ def dry_run(recipe: Recipe) -> DryRun:
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     init = load(recipe.init) if recipe.init else None
     config = resolve(recipe, splits, init)
-    with deterministic_on_cpu(config.device):
+    with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(Path("not written"), recipe), init=init)
+        num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
+        trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
+        decoding = 0.0  # seconds for all images
+        if kept:
+            images = len(splits.training) + len(splits.validation)
+            decoding = (time.monotonic() - started) * images / min(len(splits.training), num_steps * config.batch_size)
         durations: list[float] = []
         with closing(trainer.batches()) as batches:
             started = before = time.monotonic()
@@ -78,9 +85,10 @@ def dry_run(recipe: Recipe) -> DryRun:
     duration = trainer.duration
     duration.resume(len(counted), sum(counted))
     duration.last_evaluation = 0.0
-    duration.update(0, 0.0)
-    seconds = duration.seconds_left(0, 0.0)
-    assert seconds is not None
+    duration.update(0, decoding)
+    left = duration.seconds_left(0, decoding)
+    assert left is not None
+    seconds = left + decoding
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)
     else:

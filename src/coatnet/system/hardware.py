@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 BUSY_SHARE = 0.2  # chosen: one busy core of five; with fewer cores, part of one
 
 # From glibc's malloc.h.
@@ -41,6 +42,25 @@ def keep_freed_memory() -> bool:
 def num_cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of memory that programs may still take: of the machine, or of the control group that bounds this process.
+
+    Where the system does not say what is available, it is half of the memory.
+    """
+    try:
+        known = [1024 * int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0])]
+    except (OSError, IndexError):
+        known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    versions = ((".", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes"))  # 2 and 1 of control groups
+    for folder, limit, used in versions:
+        group = CONTROL_GROUP / folder
+        with suppress(OSError, ValueError, IndexError):  # "max" is no number
+            free = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{used}").read_text())
+            # What is kept of files that were read counts as used, but is given up when memory is needed.
+            known.append(free + int(re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[0]))
+    return max(0, min(known))
 
 
 def cpu_times(stat: str, cores: set[int]) -> tuple[int, int]:

@@ -129,6 +129,9 @@ class TrainingConfig:
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
     num_workers: Annotated[NonNegativeInt | Literal["auto"], CHANGEABLE] = "auto"
     """Processes that read images; 0: the training process reads them; auto: as many as the cores, up to 8."""
+    cache: Literal["auto", "memory", "disk", "none"] = "none"
+    """Where images that are files are kept decoded, reduced to what training looks at: memory, disk (for later runs
+    too), or none; by default (auto) memory, if they take at most a quarter of what is available, else none."""
     bad_image_budget: Annotated[Probability, CHANGEABLE] = 1.0
     """Fraction of the images that may be unreadable before the run stops; by default none stops it (1)."""
     non_finite_budget: Annotated[NonNegativeInt, CHANGEABLE] = 0
@@ -223,6 +226,7 @@ class Recipe:
     keep_every_hours: float | None = None
     validation_fraction: float = TrainingConfig.validation_fraction
     num_workers: int | Literal["auto"] | None = None
+    cache: Literal["auto", "memory", "disk", "none"] | None = None
     bad_image_budget: float | None = None
     non_finite_budget: int | None = None
     loggers: Sequence[str] | str | None = None

@@ -4,8 +4,8 @@ Every figure here is `chosen`: the paper trains on ImageNet and larger only.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.open import NAMES
+from coatnet.data.pixel_cache import Reduction, memory_room
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
@@ -39,6 +40,8 @@ class DataFacts:
         gray: Whether all images are without color.
         multilabel: Whether an image may have several labels.
         mean, std: Mean and standard deviation of the pixels of small images, from 0 to 1; 0.5 for larger ones.
+        num_held_out: Number of images to evaluate on.
+        cache_room: Bytes that decoded images may take in memory; 0 for images that are in memory as they are.
     """
 
     num_images: int
@@ -49,6 +52,8 @@ class DataFacts:
     multilabel: bool = False
     mean: float = 0.5
     std: float = 0.5
+    num_held_out: int = 0
+    cache_room: int = 0
 
     @classmethod
     def of(cls, splits: Splits) -> "DataFacts":
@@ -64,6 +69,8 @@ class DataFacts:
             multilabel=splits.training.multilabel,
             mean=mean,
             std=std,
+            num_held_out=len(splits.validation),
+            cache_room=0 if splits.training.in_memory else memory_room()[1],
         )
 
     @property
@@ -143,7 +150,18 @@ def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) ->
         "channels": preprocessing.channels,
         "preprocessing": preprocessing,
     }
-    return TrainingConfig(**merge(merge(chosen, named.by_model.get(model, {})), asked) | settled)
+    config = TrainingConfig(**merge(merge(chosen, named.by_model.get(model, {})), asked) | settled)
+    return config if recipe.cache not in (None, "auto") else replace(config, cache=choose_cache(config, facts))
+
+
+def choose_cache(config: TrainingConfig, facts: DataFacts) -> Literal["memory", "none"]:
+    """Memory where all images have room, by the size of the median one."""
+    reductions = (
+        Reduction.for_training(config.preprocessing, config.augmentation),
+        Reduction(config.preprocessing),
+    )
+    training, held_out = (reduction.bytes_of(facts.shorter_side, facts.side) for reduction in reductions)
+    return "memory" if facts.num_images * training + facts.num_held_out * held_out <= facts.cache_room else "none"
 
 
 def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:

@@ -103,7 +103,8 @@ class RunFolder:
         self._before = before = self._compare_images(self._before)
         ours, theirs = config.to_dict(), before.to_dict()
         for name in ours:
-            if ours[name] != theirs[name] and name not in MAY_CHANGE:
+            same = ours[name] == theirs[name] or (name == "cache" and "none" not in (ours[name], theirs[name]))
+            if not same and name not in MAY_CHANGE:
                 raise UserError(
                     f"{self.path} holds a run with {difference(name, theirs[name], ours[name])}: "
                     "give the same to resume it, or another folder for a new run"
@@ -246,7 +247,10 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     """
     reset = [name for name in MAY_CHANGE if name not in REQUIRED]
     kept = {name: value for name, value in stored.to_dict().items() if name not in reset}
+    kept.setdefault("cache", "none")  # as in earlier releases
     filled = Recipe.from_dict(kept).changed(given.to_dict())
+    if given.cache == "auto":
+        filled = replace(filled, cache=kept["cache"])
     return replace(filled, model=stored.model) if given.model in (None, "auto") or stored.init else filled
 
 

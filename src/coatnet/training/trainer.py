@@ -56,6 +56,7 @@ from coatnet.training.distributed.processes import (
 )
 from coatnet.training.distributed.shards import fill
 from coatnet.training.duration import Duration
+from coatnet.training.image_cache import cached_images
 from coatnet.training.initialization import HeadFirst, describe_init, init_batch_norm_statistics
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
 from coatnet.training.loggers import Loggers, check_loggers, open_loggers
@@ -101,6 +102,7 @@ class Trainer:
     ) -> None:
         """Raises UserError if the configuration, the bundle to start from and the processes do not fit together."""
         self.config, self.splits, self.folder, self.processes = config, splits, folder, processes
+        self.images = splits  # the same, kept decoded or not
         self.progress = progress or TrainingProgress(Console(quiet=True))
         self.device = device_of(config, processes)
         self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
@@ -192,7 +194,7 @@ class Trainer:
         while self.state.step < self.duration.recipe_steps:
             self.resolution = self.next_resolution()
             batches = training_batches(
-                self.splits.training,
+                self.images.training,
                 preprocessing=replace(config.preprocessing, resolution=self.resolution),
                 augmentation=config.augmentation,
                 batch_size=config.batch_size,
@@ -363,7 +365,7 @@ class Trainer:
 
     def validation_figures(self, sync: Synchronization) -> dict[str, float] | None:
         """Figures over all validation images, which the processes share; None if a stop signal came before the end."""
-        processes, dataset = self.processes, self.splits.validation
+        processes, dataset = self.processes, self.images.validation
         metrics, first_images = Metrics(len(dataset.classes), dataset.multilabel), []
         batches = infer(
             self.average.whole(),
@@ -607,6 +609,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             config = folder.check_config(resolve(folder.given, splits, init), splits.classes, splits.content)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
+        config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
         for note in folder.notes:
             progress.say(note)
         if folder.finished:
@@ -620,6 +623,9 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 if processes.is_main:
                     folder.start()
             progress.say(splits.describe())  # only now: a mistake before here is answered by one line
+            trainer.images, kept = cleanup.enter_context(cached_images(config, splits, processes))
+            if kept:
+                progress.say(kept)
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
             try:

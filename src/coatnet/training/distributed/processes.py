@@ -71,12 +71,12 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value: Value) -> list[Value]:
-        """The values of all processes, by rank."""
+    def gather(self, value: Value, *, slow: bool = False) -> list[Value]:
+        """The values of all processes, by rank; `slow` if one of them may take hours to come."""
         values: list[Any] = [value] * self.world_size
         if self.is_distributed:
             with translate_errors():
-                dist.all_gather_object(values, value)
+                dist.all_gather_object(values, value, self.slow_group if slow else None)
         return values
 
     def broadcast(self, value: Value) -> Value:
@@ -99,8 +99,11 @@ class Processes:
         return error if self.is_main else SystemExit(2)
 
     @contextmanager
-    def collective(self) -> Iterator[None]:
-        """A UserError that any process meets in the block ends all of them; the lowest such rank reports it."""
+    def collective(self, *, slow: bool = False) -> Iterator[None]:
+        """A UserError that any process meets in the block ends all of them; the lowest such rank reports it.
+
+        Give `slow` if the block may take hours.
+        """
         if not self.is_distributed:
             yield
             return
@@ -109,7 +112,7 @@ class Processes:
             yield
         except UserError as raised:
             error = raised
-        failed = self.gather(error is not None)
+        failed = self.gather(error is not None, slow=slow)
         if any(failed):
             raise error if error is not None and failed.index(True) == self.rank else SystemExit(2)
 

@@ -255,10 +255,9 @@ def memory_room(share: float = SHARE_OF_MEMORY) -> tuple[str | None, int]:
     if not free:
         return None, 0
     memory = int(share * available_memory())
-    room, place = max((min(memory, int(SHARE_OF_DISK * free[place])), place == SHARED_MEMORY, place) for place in free)[
-        ::2
-    ]
-    return place, room
+    rooms = {place: min(memory, int(SHARE_OF_DISK * room)) for place, room in free.items()}
+    place = max(rooms, key=lambda place: (rooms[place], place == SHARED_MEMORY))
+    return place, rooms[place]
 
 
 def fingerprint(source: Dataset, reduction: Reduction) -> str:
@@ -332,7 +331,7 @@ def _fill(
 
 def _written(file: int, pixels: NDArray[np.uint8], offset: int) -> bool:
     """Whether the pixels are in the file from `offset` on; not if the disk or the memory is full."""
-    left = memoryview(pixels).cast("B")
+    left = pixels.data.cast("B")
     try:
         while left:
             count = os.pwrite(file, left, offset)

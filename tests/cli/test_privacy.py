@@ -180,11 +180,11 @@ def test_credentials_of_a_web_server_come_from_netrc_too(tmp_path, monkeypatch):
 def test_a_record_of_an_earlier_release_is_published_without_its_paths():
     mistakes = [{"image": "/planted/x/images/a/1.png", "truth": "/a", "predicted": "b", "probability": 0.9}]
     record = {
-        "recipe": {"data": "/planted/x/images", "init": "/planted/runs/first/bundle", "seed": 1},
+        "recipe": {"data": "/planted/x/images", "init": "/planted/runs/first/bundle", "teacher": "/else/t", "seed": 1},
         "report": {"mistakes": mistakes, "bad_images": {"/else/where/2.png": "cut"}, "data": "images"},
     }
     shared = without_places(record)
-    assert shared["recipe"] == {"data": "images", "init": "first/bundle", "seed": 1}
+    assert shared["recipe"] == {"data": "images", "init": "first/bundle", "teacher": "t", "seed": 1}
     assert shared["report"]["mistakes"] == [mistakes[0] | {"image": "a/1.png"}]
     assert shared["report"]["bad_images"] == {"2.png": "cut"} and without_places(shared) == shared
     for broken in (

@@ -160,6 +160,6 @@ def test_two_processes_on_one_gpu_are_refused_in_one_line(tmp_path):
 def test_batches_are_copied_from_pinned_memory():
     trainer = trainer_for(RECIPE)
     batches = trainer.batches()
-    images, labels = next(batches)
+    images, labels, _ = next(batches)
     batches.close()
     assert images.is_pinned() == labels.is_pinned() == (DEVICE == "cuda")

@@ -106,13 +106,14 @@ class Bundle:
 def without_places(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without what is of its machine alone: folders above the data, credentials of URLs.
 
-    Data and the bundle to start from keep their names, images their path below the data.
+    Data, the bundle to start from and the teacher keep their names, images their path below the data.
     """
     shared, recipe, report = dict(record), record.get("recipe"), record.get("report")
     data = ""
     if isinstance(recipe, Mapping):
         data = str(recipe.get("data"))
-        named = {name: place_name(place) for name in ("data", "init") if isinstance(place := recipe.get(name), str)}
+        places = {name: recipe.get(name) for name in ("data", "init", "teacher")}
+        named = {name: place_name(place) for name, place in places.items() if isinstance(place, str)}
         shared["recipe"] = {**recipe, **named}
 
     def shorten_path(text: Any) -> Any:

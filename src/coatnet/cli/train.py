@@ -22,6 +22,7 @@ MAIN_OPTIONS = (
     "init",
     "freeze",
     "head_first_epochs",
+    "teacher",
     "epochs",
     "batch_size",
     "resolution",

@@ -200,7 +200,8 @@ def training_batches(
     balanced: bool = False,
     batch_indices: NDArray[np.int64] | None = None,
     pin_memory: bool = False,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+    with_indices: bool = False,
+) -> Generator[tuple[Tensor, ...], None, None]:
     """Yield `num_steps` batches from `first_step` on: images (B, C, R, R), channels last, and labels (B,) or (B, K).
 
     An image that cannot be used is replaced by the next good one of the dataset.
@@ -212,6 +213,7 @@ def training_batches(
         batch_indices: which of the images 0 to `batch_size` - 1 of each batch to make here, for a process that takes
             a part of every batch; None is all of them.
         pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
+        with_indices: yield the indices (B,) of the images as a third tensor.
 
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
@@ -224,7 +226,7 @@ def training_batches(
     for batch in _load(batches, numbers, num_workers, bad_images, pin_memory):
         if len(batch.indices) < len(batch_indices):
             raise UserError(f"{dataset.name}: dozens of images in a row cannot be used, such as {min(batch.bad)}")
-        yield batch.images, batch.labels
+        yield (batch.images, batch.labels, batch.indices) if with_indices else (batch.images, batch.labels)
 
 
 def evaluation_batches(

@@ -67,28 +67,34 @@ def dry_run(recipe: Recipe) -> DryRun:
         trainer = Trainer(config, splits, RunFolder(Path("not written"), recipe), init=init)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
-        decoding = 0.0  # seconds for all images
+        beforehand = 0.0  # seconds before the first step: to decode all images, for a teacher to see them
         if kept:
             images = len(splits.training) + len(splits.validation)
-            decoding = (time.monotonic() - started) * images / min(len(splits.training), num_steps * config.batch_size)
+            decoded = min(len(splits.training), num_steps * config.batch_size)
+            beforehand = (time.monotonic() - started) * images / decoded
         durations: list[float] = []
         with closing(trainer.batches()) as batches:
             started = before = time.monotonic()
-            for images, labels in batches:
-                trainer.step(images, labels)
+            for batch in batches:
+                trainer.step(*batch)
                 now = time.monotonic()
                 durations.append(now - before)
                 before = now
                 if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > MEASURED_SECONDS):
                     break
+            if trainer.teacher is not None and config.distillation.views == "fixed":
+                before = time.monotonic()
+                with trainer.autocast():
+                    trainer.teacher(batch[0].to(trainer.device), config.micro_batch_size)
+                beforehand += (time.monotonic() - before) * len(splits.training) / config.batch_size
     counted = durations[2:] or durations[-1:]  # the first ones wait for workers and allocate memory
     duration = trainer.duration
     duration.resume(len(counted), sum(counted))
     duration.last_evaluation = 0.0
-    duration.update(0, decoding)
-    left = duration.seconds_left(0, decoding)
+    duration.update(0, beforehand)
+    left = duration.seconds_left(0, beforehand)
     assert left is not None
-    seconds = left + decoding
+    seconds = left + beforehand
     if trainer.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(trainer.device)
     else:

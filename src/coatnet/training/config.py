@@ -35,6 +35,7 @@ from coatnet.system.validated import (
     is_validated,
     validated,
 )
+from coatnet.training.distillation import Distillation
 from coatnet.training.optimizer import Optimization, Schedule
 from coatnet.training.progressive_resizing import ProgressiveResizing
 
@@ -69,6 +70,8 @@ class TrainingConfig:
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
     head_first_epochs: NonNegativeFloat = 0.0
     """With `init`: epochs at the start in which only the classifier learns; by default 0."""
+    teacher: Source = ""
+    """Trained model whose answers the network follows: a bundle, or an id of the hub; by default none."""
     resolution: PositiveInt
     """Side of the square images that the model sees, pixels; by default that of small images, else 128 or 224."""
     channels: Literal[1, 3]
@@ -113,6 +116,8 @@ class TrainingConfig:
     """How images and labels are blended."""
     preprocessing: Preprocessing
     """What the model sees of an image; it is stored with the weights. With `init`, by default that of the bundle."""
+    distillation: Distillation = Distillation()
+    """With `teacher`: how the network learns from its answers."""
     patience: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
     max_minutes: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
@@ -182,8 +187,8 @@ class Recipe:
     """What was asked of a run; where a value is None, the named recipe, the data or a default decides.
 
     The fields are those of `TrainingConfig`, which explains them. A section (`optimizer`, `schedule`,
-    `progressive_resizing`, `augmentation`, `mixing`, `preprocessing`) is given whole, or as a dict of some of its
-    values; it is kept as a dict:
+    `progressive_resizing`, `augmentation`, `mixing`, `preprocessing`, `distillation`) is given whole, or as a dict of
+    some of its values; it is kept as a dict:
     `Recipe(data="digits", augmentation={"shift": 1})`.
 
     Raises:
@@ -197,6 +202,7 @@ class Recipe:
     init: str | None = None
     freeze: Sequence[str] | str | None = None
     head_first_epochs: float | None = None
+    teacher: str | None = None
     resolution: int | None = None
     channels: Literal[1, 3] | None = None
     epochs: float | None = None
@@ -218,6 +224,7 @@ class Recipe:
     augmentation: dict[str, Any] | Augmentation = field(default_factory=dict)
     mixing: dict[str, Any] | Mixing = field(default_factory=dict)
     preprocessing: dict[str, Any] | Preprocessing = field(default_factory=dict)
+    distillation: dict[str, Any] | Distillation = field(default_factory=dict)
     patience: int | None = None
     max_minutes: float | None = None
     evaluate_every: float | None = None
@@ -330,7 +337,8 @@ def read_value(text: str) -> Any:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping, bounded in size, without aliases or tags: a file can name values, never code.
 
-    Where `data` or `init` begins with `{folder}/`, as in the recipe.yaml of a run, that is the folder of the file.
+    Where `data`, `init` or `teacher` begins with `{folder}/`, as in the recipe.yaml of a run, that is the folder of the
+    file.
     """
     try:
         text = read_regular(path, MAX_YAML_BYTES)
@@ -342,7 +350,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")
-    for name in ("data", "init"):
+    for name in ("data", "init", "teacher"):
         if isinstance(place := values.get(name), str) and place.startswith((FROM_FILE, "~")):
             place = place.replace(FROM_FILE, f"{os.path.realpath(Path(path).parent)}/", 1)
             values[name] = os.path.realpath(user_path(place))

@@ -21,6 +21,7 @@ from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
 from coatnet.system.files import user_path
 from coatnet.training.config import Recipe, TrainingConfig, merge
+from coatnet.training.distillation import Distillation
 from coatnet.training.recipes import find_recipe
 
 SMALL_IMAGE_PIXELS = 64  # up to this side an image keeps its own size, if it may, and is shifted, not cropped
@@ -101,6 +102,7 @@ def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Train
     """
     check_start(recipe, splits, init)
     check_labels(recipe, splits)
+    check_teacher(recipe)
     return resolve_for(recipe, DataFacts.of(splits), init)
 
 
@@ -146,6 +148,7 @@ def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) ->
         "data": recipe.data if recipe.data in NAMES else absolute_path_or_name(recipe.data),
         "model": model,
         "init": absolute_path_or_name(recipe.init) if recipe.init else "",
+        "teacher": absolute_path_or_name(recipe.teacher) if recipe.teacher else "",
         "resolution": preprocessing.resolution,
         "channels": preprocessing.channels,
         "preprocessing": preprocessing,
@@ -197,6 +200,16 @@ def check_labels(recipe: Recipe, splits: Splits) -> None:
             raise UserError(
                 f"{name} {given} is for one label an image, but {splits.name} has several: give {name} {instead}"
             )
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Raises UserError if a recipe says how to follow a teacher, but not which."""
+    if (
+        not recipe.teacher
+        and recipe.distillation
+        and Distillation(**recipe.to_dict()["distillation"]) != Distillation()
+    ):
+        raise UserError("distillation is for a network that follows another: give teacher as well, or leave it out")
 
 
 def absolute_path_or_name(source: str) -> str:

@@ -216,8 +216,10 @@ def _step_of(line: str) -> float:
 
 
 def relative_to(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """A configuration for a file in `folder`, which may be passed on: it names data and init from there, or from the
-    user's home folder, unless they lie on another branch of the file system. `read_yaml` gives back the whole paths.
+    """A configuration for a file in `folder`, which may be passed on.
+
+    It names data, init and teacher from there, or from the user's home folder, unless they lie on another branch of the
+    file system. `read_yaml` gives back the whole paths.
     """
     start, home = os.path.realpath(folder), os.path.realpath(os.path.expanduser("~"))
 
@@ -229,7 +231,7 @@ def relative_to(config: TrainingConfig, folder: Path) -> TrainingConfig:
             return FROM_FILE + os.path.relpath(place, start)
         return f"~/{os.path.relpath(place, home)}" if in_home else place
 
-    return replace(config, data=named(config.data), init=named(config.init))
+    return replace(config, data=named(config.data), init=named(config.init), teacher=named(config.teacher))
 
 
 def _numbers(images: Any) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.bundle.bundle import without_places
+from coatnet.bundle.bundle import place_name, without_places
 from coatnet.data.loader import BadImages, require_readable, sampler_of, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.open import open_dataset
@@ -45,6 +45,7 @@ from coatnet.training.checkpoint import (
 )
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import head_first_steps, resolve
+from coatnet.training.distillation import Teacher
 from coatnet.training.distributed.parallelize import build_network, choose_parallelism, parallelize
 from coatnet.training.distributed.processes import (
     SINGLE_PROCESS,
@@ -121,6 +122,13 @@ class Trainer:
         if config.balance == "weights":
             weights = balancing_weights(splits.training.labels, len(splits.classes)).to(self.device)
         self.loss = build_loss(config.loss, weights)
+        self.teacher: Teacher | None = None
+        if config.teacher:
+            self.teacher = Teacher(
+                load(config.teacher), config.distillation, splits.training, config.preprocessing, self.model
+            )
+            self.loss = self.teacher.loss(self.loss)
+            self.optimizers += self.teacher.optimizers(config.optimizer.learning_rate)
 
         self.state, self.last_learning_rate = TrainState(), 0.0
         self.duration = Duration.of(config, len(splits.training), len(splits.validation))
@@ -141,6 +149,8 @@ class Trainer:
             words.append(f"{(size - learning) / 1e6:.2f} M of them frozen")
         if self.head_first.steps:
             words.append(f"for {self.head_first.steps:,} steps only the classifier learns")
+        if self.teacher is not None:
+            words.append(f"following {place_name(self.config.teacher)} ({self.teacher.model.variant.name})")
         words.append(f"{'bf16' if self.bf16 else 'fp32'} on {self.device.type}")
         if self.processes.is_distributed:
             words.append(f"{self.processes.world_size} processes ({self.parallelism})")
@@ -185,8 +195,9 @@ class Trainer:
             self.progress.say(f"stopped by {sync.stop.name} and saved; the same command resumes")
             raise Interrupted(exit_code(sync.stop))
 
-    def batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This process's share of the batches that are still to come: images (B, C, R, R), labels (B,) or (B, K).
+    def batches(self) -> Generator[tuple[Tensor, ...], None, None]:
+        """This process's share of the batches that are still to come: images (B, C, R, R), labels (B,) or (B, K), and
+        the place of each image in the dataset (B,).
 
         The next one is asked for after the step on the one before: R follows `progressive_resizing`.
         """
@@ -206,6 +217,7 @@ class Trainer:
                 bad_images=self.bad_images,
                 batch_indices=self.share.positions,
                 pin_memory=self.device.type == "cuda",
+                with_indices=True,
             )
             with closing(batches):
                 for batch in batches:
@@ -218,6 +230,26 @@ class Trainer:
         config, progress = self.config, self.duration.progress(self.state.step)
         multiple = self.model.variant.total_stride
         return max(self.resolution, config.progressive_resizing.resolution_at(progress, config.resolution, multiple))
+
+    def ask_teacher(self) -> None:
+        """For fixed views, get the teacher's answers to all training images, from the run folder if they are there."""
+        if self.teacher is None or self.config.distillation.views == "same":
+            return
+        images = str(self.splits.content["training"]["sha256"])
+        try:
+            self.teacher.answer(
+                self.splits.training,
+                self.processes,
+                self.folder.path / f"teacher-{self.teacher.key[:16]}-{images[:16]}.npy",
+                bf16=self.bf16,
+                bad_images=self.bad_images,
+                num_workers=workers_per_process(self.config.num_workers, self.processes),
+                quiet=self.progress.console.quiet,
+            )
+        except OSError as error:
+            if self.teacher.answers is None:  # an image, not the file
+                raise
+            self.progress.say(f"warning: the teacher's answers cannot be kept ({error}); a resumed run asks again")
 
     @property
     def epoch(self) -> float:
@@ -237,10 +269,13 @@ class Trainer:
 
     # One step
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[float, float]:
         """Take one optimizer step on this process's share of a batch: images (B, C, R, R), labels (B,) or (B, K).
 
         All random numbers of a step follow from its number.
+
+        Args:
+            indices: the place of each image in the dataset, (B,), for a teacher that has answered already.
 
         Returns:
             The loss per image and the norm of the gradients before clipping, both of the whole batch.
@@ -259,7 +294,7 @@ class Trainer:
         with translate_errors(), memory, explain_compiler("set compile to false"):
             # Gradients are averaged over processes, so each divides by the mean number of images of a process.
             num_images = config.batch_size / self.processes.world_size if self.processes.is_distributed else len(images)
-            images, targets = self.prepare_batch(images, labels)
+            images, targets = self.prepare_batch(images, labels, indices)
             micro_batches = list(zip(images.split(images_per_pass), targets.split(images_per_pass), strict=True))
             loss = torch.zeros((), device=self.device)
             for number, (micro_images, micro_targets) in enumerate(micro_batches, start=1):
@@ -269,10 +304,13 @@ class Trainer:
                     micro_loss = self.loss(logits, micro_targets) / num_images
                     micro_loss.backward()
                 loss += micro_loss.detach()
+            if self.teacher is not None:
+                self.teacher.average_gradient(self.processes)
             loss, norm = self.parallel.reduce(loss, gradient_norm(parameters))
             loss_value, norm_value = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self.model.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             for buffer, before in zip(self.model.buffers(), buffers_before, strict=False):  # none without a budget
                 buffer.copy_(before)  # BatchNorm has counted the batch already
             raise NotFinite(
@@ -289,8 +327,9 @@ class Trainer:
         state.since_log += 1
         return loss_value, norm_value
 
-    def prepare_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Move a batch to the device, seed the step and blend the images; images (B, C, R, R) and targets (B, K)."""
+    def prepare_batch(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Move a batch to the device, seed the step and blend the images; images (B, C, R, R) and targets (B, K), with
+        the columns of the teacher if there is one."""
         config, step, extra = self.config, self.state.step, self.share.num_extra
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if step == 0 and not config.init:
@@ -298,21 +337,32 @@ class Trainer:
                 init_batch_norm_statistics(self.model, images[extra:][: config.micro_batch_size])
         seed_step(config.seed, step, self.processes.rank)
         mix_seed, num_classes = step_seed(config.seed, step), len(self.splits.classes)
-        images, targets = mix(images, labels, num_classes=num_classes, mixing=config.mixing, seed=mix_seed)
-        return images[extra:], targets[extra:]
+        blended, targets = mix(images, labels, num_classes=num_classes, mixing=config.mixing, seed=mix_seed)
+        if self.teacher is None:
+            return blended[extra:], targets[extra:]
+        if config.distillation.views == "same":
+            with self.autocast():
+                answers = self.teacher(blended, config.micro_batch_size)
+        else:  # probabilities are blended like labels
+            assert indices is not None
+            unsmoothed = replace(config.mixing, label_smoothing=0.0)
+            stored = self.teacher.stored(indices)
+            _, answers = mix(images, stored, num_classes=num_classes, mixing=unsmoothed, seed=mix_seed)
+            answers = torch.where(answers.isfinite(), answers, targets)  # of an image that the teacher could not read
+        return blended[extra:], torch.cat([targets, answers], dim=1)[extra:]
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the run: weights in fp32, matrix products in bf16 if so configured."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=True)
 
-    def step_within_budget(self, images: Tensor, labels: Tensor) -> None:
+    def step_within_budget(self, *batch: Tensor) -> None:
         """As `step`, but skip the update if the loss is not finite, up to `non_finite_budget` times in the run.
 
         Raises NotFinite beyond that. The images of such a batch are in the log.
         """
         config, state = self.config, self.state
         try:
-            self.step(images, labels)
+            self.step(*batch)
         except NotFinite as error:
             order = sampler_of(self.splits.training, config.seed, config.balance == "sampler")
             first = state.step * config.batch_size
@@ -431,7 +481,8 @@ class Trainer:
     @property
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        return {"position": asdict(self.state), "bad_images": dict(self.bad_images.records)}
+        teacher = {"teacher": self.teacher.key} if self.teacher is not None else {}
+        return {"position": asdict(self.state), "bad_images": dict(self.bad_images.records), **teacher}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a step changes, by name: model, average and optimizer."""
@@ -441,6 +492,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for name, parameter in named_parameters(optimizer):
                 tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        if self.teacher is not None:
+            tensors |= self.teacher.tensors()
         return {name: value.detach() for name, value in tensors.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -484,6 +537,11 @@ class Trainer:
             )
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name.removeprefix(f"{self.config.data}/"), reason)  # whole in earlier releases
+            if self.teacher is not None and checkpoint.state.get("teacher") != self.teacher.key:
+                self.progress.say(
+                    f"warning: the teacher {place_name(self.config.teacher)}, or the release of coatnet or torch, is "
+                    "another than when the run began; the run goes on with it, unlike one that never stopped"
+                )
         self.state.seconds += time.monotonic() - started
         self.state = self.processes.broadcast(self.state)  # or runs with a limit in minutes would end at other steps
         if path is not None:
@@ -626,6 +684,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             trainer.images, kept = cleanup.enter_context(cached_images(config, splits, processes))
             if kept:
                 progress.say(kept)
+            trainer.ask_teacher()
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
             try:

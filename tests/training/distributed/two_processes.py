@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from tests.training.trainers import trainer_for
 
-from coatnet import Recipe, train
+import coatnet
+from coatnet import Bundle, Recipe, train
+from coatnet.data.transforms import Preprocessing
 from coatnet.training.distributed.processes import Processes, distributed_processes
 from coatnet.training.distributed.shards import full_tensor
 from coatnet.training.trainer import NotFinite, Trainer
@@ -30,13 +32,22 @@ RECIPE = Recipe(
     augmentation={"shift": 1, "flip_rate": 0.5, "erasing_rate": 0.3},
 )
 MUON = {"algorithm": "muon"}
+FOLLOWED = {"feature_weight": 0.5}  # the accumulating runs follow a teacher too
 RECIPES = {
     "ddp": RECIPE,
-    "ddp-accumulating": replace(RECIPE, micro_batch_size=6, activation_checkpointing="all", optimizer=MUON),
+    "ddp-accumulating": replace(
+        RECIPE, micro_batch_size=6, activation_checkpointing="all", optimizer=MUON, distillation=FOLLOWED
+    ),
     "fsdp": replace(RECIPE, parallelism="fsdp"),
     "fsdp-accumulating": replace(
-        RECIPE, parallelism="fsdp", micro_batch_size=6, activation_checkpointing="transformer", optimizer=MUON
+        RECIPE,
+        parallelism="fsdp",
+        micro_batch_size=6,
+        activation_checkpointing="transformer",
+        optimizer=MUON,
+        distillation=FOLLOWED | {"weight": 0.5},
     ),
+    "ddp-fixed-views": replace(RECIPE, distillation={"views": "fixed"}),
 }
 STOPPED_AFTER = 3
 
@@ -46,10 +57,10 @@ def signal_at(step: int, rank: int, number: signal.Signals):
     """Send process `rank` a signal in the middle of step `step` (1 is the first)."""
     original = Trainer.prepare_batch
 
-    def prepare_batch(self, images, labels):
+    def prepare_batch(self, *batch):
         if self.state.step == step - 1 and self.processes.rank == rank:
             signal.raise_signal(number)
-        return original(self, images, labels)
+        return original(self, *batch)
 
     Trainer.prepare_batch = prepare_batch
     yield
@@ -87,7 +98,14 @@ def spoiled_step(out: Path, processes: Processes, parallelism: str) -> dict:
 def main(folder: Path) -> None:
     with distributed_processes() as processes:
         found = {}
+        if processes.is_main:
+            classes = coatnet.open_dataset("digits").classes
+            teacher = coatnet.create_model("coatnet-femto-16", num_classes=10, in_channels=1).eval()
+            Bundle(teacher, classes[::-1], Preprocessing(8, mean=(0.3,), std=(0.4,))).save(folder / "teacher")
+        processes.gather("saved")
         for name, recipe in RECIPES.items():
+            if recipe.distillation:
+                recipe = replace(recipe, teacher=str(folder / "teacher"))
             report = train(recipe, folder / name / "whole")
             codes = [stopped(recipe, folder / name / "cut", rank=len(found) % 2)]
             again = train(recipe, folder / name / "cut")

@@ -105,3 +105,52 @@ def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path
     assert pushed.returncode == 0 and "ana/brightness" in pushed.stdout, pushed.stderr
     here, there = (coatnet("predict", source, folder, "--json") for source in (bundle, "hf://ana/brightness"))
     assert here.returncode == 0 and here.stdout == there.stdout
+
+
+SEVERAL = """
+import shutil
+from coatnet.cli.main import main
+from coatnet.system import terminal
+terminal.REPORTED_WAIT_SECONDS = 3600
+"""
+
+
+def test_auto_takes_one_network_and_keeps_it_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    """The nano's id, with a smaller network behind it; the commands of a situation share a process."""
+    publish(hub, SMALL_ID, tmp_path / "small", img_size=64)
+    first = hub.add(ID, tmp_path / "small")
+    folder, run, probed = images(tmp_path / "pictures", number=8), tmp_path / "run", tmp_path / "probed"
+    options = ["--data", str(folder), "--device", "cpu"]
+    train = ["train", *options, "--init", "auto", "--num_workers", "0", "--freeze", "stem,stages.0,stages.1"]
+
+    def call(*lines: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        program = SEVERAL + "\n".join(
+            f"print({line})" if isinstance(line, str) else f"print(main({line!r}))" for line in lines
+        )
+        surroundings = hub.environment(tmp_path / "home", OMP_NUM_THREADS="1", **environment)
+        return subprocess.run([sys.executable, "-c", program], env=surroundings, capture_output=True, text=True)
+
+    done = call(["probe", "auto", *options, "--out", str(probed)], [*train, "--epochs", "1", "--out", str(run)])
+    assert done.stdout.count("\n0\n") == 2, done.stderr
+    size = round((tmp_path / "small" / "model.safetensors").stat().st_size / 1e6)
+    lines = [line for line in done.stderr.splitlines() if "auto takes" in line]
+    assert lines[0].startswith(f"coatnet: auto takes {ID} (15.1 M parameters): the least work an image")
+    assert lines[0].endswith(f"; {size} MB to download") and lines[1].endswith("; in the cache already")
+    assert f"\ninit: {ID}@{first}\n" in (run / "recipe.yaml").read_text() and "--init auto would" not in done.stderr
+    assert json.loads((probed / "bundle" / "config.json").read_text())["record"]["probe"]["model"] == f"{ID}@{first}"
+
+    (tmp_path / "small" / "README.md").write_text("another commit")
+    assert hub.add(ID, tmp_path / "small") != first
+    hub.stop()
+    more = [*train, "--epochs", "2", "--out", str(run)]
+    new = [*train, "--epochs", "1", "--out", str(tmp_path / "new")]
+    gone = f"shutil.rmtree({str(tmp_path / 'home' / 'hub')!r})"
+    offline = call(more, gone, new, ["probe", "timm/coatnet_nano_rw_224.sw_in1", *options])
+    hub.start()
+    assert offline.stdout.split() == [*offline.stdout.split()[:-3], "None", "2", "2"], offline.stderr
+    assert "resuming" in offline.stderr and f"\ninit: {ID}@{first}\n" in (run / "recipe.yaml").read_text()
+    refused, misspelled = [line for line in offline.stderr.splitlines() if "error" in line]
+    assert refused.startswith(f"coatnet: error: auto takes {ID} (") and "cannot be reached" in refused
+    assert f"run `hf download {ID}" in refused and refused.endswith("folder of this machine, or leave init out")
+    assert not (tmp_path / "new").exists()
+    assert f"did you mean {ID!r}" in misspelled

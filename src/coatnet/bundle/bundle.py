@@ -213,7 +213,8 @@ def _download(source: str, allow_pickle: bool) -> Path:
         raise UserError(f"{error}{nearest(repository, hub_ids, most=3)}; `coatnet models` lists timm's") from None
     except UserError as error:
         where = "" if prefix else f"there is no folder {path}, and as a model of the hub: "
-        raise UserError(f"{where}{error}") from None
+        hint = nearest(repository, hub_ids, most=3) if repository.startswith("timm/") else ""
+        raise UserError(f"{where}{error}{'' if repository in hub_ids else hint}") from None
 
 
 def _folders_beside(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,13 @@ class UnknownRepository(UserError):
 
 
 @report_wait("fetching the model from the Hugging Face hub")
-def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    before: Callable[[int], None] = lambda num_bytes: None,
+) -> Path:
     """Download config.json and model.safetensors of a model, both of one commit, and return their local folder.
 
     Cached files are not downloaded again, and without a connection the cache alone is used. The SHA-256 of a file that
@@ -33,6 +39,7 @@ def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = 
         repo_id: "owner/name".
         revision: branch, tag or full commit hash; the main branch if None.
         allow_pickle: download pytorch_model.bin if there is no model.safetensors.
+        before: called with the bytes that are to be downloaded, 0 if the cache has them, before that begins.
 
     Raises:
         UnknownRepository: there is no such model, or it is private.
@@ -40,7 +47,7 @@ def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = 
             damaged; the hub is unreachable and the model not in the cache; huggingface_hub is not installed.
     """
     import_extra("huggingface_hub", "hub", "the Hugging Face hub")
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
 
     with _translate_errors(repo_id, revision):
         try:
@@ -52,9 +59,17 @@ def download(repo_id: str, *, revision: str | None = None, allow_pickle: bool = 
                 raise
             folder, weights = _find_in_cache(repo_id, revision, allow_pickle, reason)
             digests = {}
+            before(0)
         else:
             files = {file.rfilename: file.lfs for file in listing.siblings or ()}
             weights = _choose_weights(repo_id, files, allow_pickle)
+            sizes = {file.rfilename: file.size or 0 for file in listing.siblings or ()}
+            missing = [
+                name
+                for name in (CONFIG, weights)
+                if not isinstance(try_to_load_from_cache(repo_id, name, revision=listing.sha), str)
+            ]
+            before(sum(sizes[name] for name in missing))
             # Not snapshot_download, which draws a progress bar into pipes too, and for cached files.
             config = hf_hub_download(repo_id, CONFIG, revision=revision, **_CLIENT)
             folder = Path(config).parent  # named after the commit of the revision

@@ -15,6 +15,7 @@ from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, counted, cut, one_line
 from coatnet.public_names import renamed_attribute
 
+SMALL_IMAGE_PIXELS = 64  # up to this side an image keeps its own size, if it may, and is shifted, not cropped
 NONE_TO_HOLD_OUT = "no class has two images, so all are measured"
 SAMPLED_IMAGES = 200  # chosen: enough for a median, few enough for a slow disk
 DECODED_PIXELS = 100_000_000  # of these images: about a second

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from coatnet.bundle import load
 from coatnet.data.open import open_dataset
+from coatnet.system.terminal import echo
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import resolve
 from coatnet.training.image_cache import cached_images
+from coatnet.training.initialization import load_init
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer, deterministic_on_cpu
 
@@ -61,7 +62,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     Raises UserError as `train` does for a recipe and data that do not fit together.
     """
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
-    init = load(recipe.init) if recipe.init else None
+    recipe, init = load_init(recipe, splits, lambda line: echo(line, error=True))
     config = resolve(recipe, splits, init)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(Path("not written"), recipe), init=init)

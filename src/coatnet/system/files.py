@@ -380,6 +380,14 @@ def output_path(path: str | Path) -> Path:
     return checked_path(path)
 
 
+def require_outside(path: Path, data: str) -> None:
+    """Raise UserError if results would be written among the images of `data`, the whole path of a folder or a name."""
+    if os.path.isabs(data) and path.resolve().is_relative_to(os.path.realpath(data)):
+        raise UserError(
+            f"{path} lies in {data}, where its curves would become images of a class: give a folder outside for out"
+        )
+
+
 def user_path(path: str | Path) -> Path:
     """The path with the user's home in place of a leading `~`. Raises UserError without such a home, or for a NUL."""
     try:

@@ -118,6 +118,14 @@ def choose_device(device: str = "auto") -> "torch.device":
     return torch.device(device)
 
 
+def gpu_bytes(device: str) -> int:
+    """Bytes of memory of the GPU of that name; 0 if the device is a CPU. Raises as `choose_device`."""
+    import torch
+
+    chosen = choose_device(device)
+    return torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else 0
+
+
 def multiplies_bf16(device: "torch.device") -> bool:
     """Whether the hardware multiplies matrices in bf16, rather than converting them."""
     import torch

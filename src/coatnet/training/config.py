@@ -65,7 +65,8 @@ class TrainingConfig:
     variations: dict[str, Any] = field(default_factory=dict)
     """Changes of the variant's architecture, such as {downsample: depthwise}."""
     init: Source = ""
-    """Model to start from: a bundle, or an id of the hub such as timm/coatnet_0_rw_224.sw_in1k; by default none."""
+    """Model to start from: a bundle, an id of the hub such as timm/coatnet_0_rw_224.sw_in1k, or auto: the published one
+    that suits images and machine; by default none."""
     freeze: Names = ()
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
     head_first_epochs: NonNegativeFloat = 0.0

@@ -15,7 +15,7 @@ from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.open import NAMES
 from coatnet.data.pixel_cache import Reduction, memory_room
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
@@ -24,7 +24,6 @@ from coatnet.training.config import Recipe, TrainingConfig, merge
 from coatnet.training.distillation import Distillation
 from coatnet.training.recipes import find_recipe
 
-SMALL_IMAGE_PIXELS = 64  # up to this side an image keeps its own size, if it may, and is shifted, not cropped
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
 
@@ -174,7 +173,7 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
         if named.needs_init:
             raise UserError(
                 f"recipe {recipe.name!r} starts from a bundle: give init, "
-                "a folder such as RUN/bundle or an id of the hub"
+                "auto, a folder such as RUN/bundle, or an id of the hub"
             )
         for name in ("freeze", "head_first_epochs"):
             if getattr(recipe, name):

@@ -1,20 +1,56 @@
 """Where the weights of a run begin and which of them learn: untrained or from a bundle, frozen or not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coatnet.bundle import Bundle
+from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.config import require_memory
+from coatnet.bundle.timm.selection import AUTO, is_auto, is_small, load_pretrained, suggest_pretrained
 from coatnet.data.datasets import Dataset
+from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.model.freeze import freeze
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.resize import change_resolution
-from coatnet.training.config import TrainingConfig
+from coatnet.training.config import Recipe, TrainingConfig
+from coatnet.training.recipes import find_recipe
+
+FEW_IMAGES = 5_000  # chosen: up to here `train` without init says what `init: auto` would take
+
+
+def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tuple[Recipe, Bundle | None]:
+    """The bundle that a recipe starts from, or None, and the recipe, with an id in place of `init: auto`.
+
+    Args:
+        recipe: what is asked of a run.
+        splits: its images.
+        say: gets a line about what `auto` takes.
+
+    Raises:
+        UserError: there is no such bundle, or the recipe asks for another network beside `auto`.
+    """
+    if not is_auto(recipe.init):
+        return recipe, load(recipe.init) if recipe.init else None
+    given = "model" if recipe.model not in (None, AUTO, find_recipe(recipe.name).recipe.model) else ""
+    given = given or ("variations" if recipe.variations else "")
+    if given:
+        raise UserError(f"init auto chooses the network, and {given} is given as well: leave one of them out")
+    instead = "give init a bundle or folder of this machine, or leave init out"
+    init, bundle = load_pretrained(splits, recipe.device or "auto", say, instead=instead)
+    return replace(recipe, init=init), bundle
+
+
+def suggest_init(recipe: Recipe, splits: Splits) -> str:
+    """A line about what `init: auto` would take; empty where it is no better start, or the recipe is the paper's."""
+    is_few = len(splits.training) <= FEW_IMAGES
+    if recipe.init or find_recipe(recipe.name).data is not None or not is_few or is_small(splits):
+        return ""
+    return suggest_pretrained(splits, recipe.device or "auto")
 
 
 def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coatnet.bundle.timm.selection import AUTO, is_choice
 from coatnet.errors import UserError, shorten
 from coatnet.system.files import (
     MAX_LOG_BYTES,
@@ -21,6 +22,7 @@ from coatnet.system.files import (
     output_path,
     read_regular,
     remove_leftovers,
+    require_outside,
 )
 from coatnet.system.json_reader import read_json
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
@@ -53,6 +55,11 @@ class RunFolder:
         if self.stored is None and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
         self.given = given if self.stored is None else fill_from(self.stored, given)
+        if self.stored is not None and given.init == AUTO and not is_choice(self.stored.init or ""):
+            raise UserError(
+                f"{self.path} holds a run with {difference('init', self.stored.init or '', AUTO)}: "
+                "give the same to resume it, or another folder for a new run"
+            )
 
     def _is_empty(self) -> bool:
         """Whether nothing is in the folder but what a process left that was killed before it wrote the recipe."""
@@ -93,11 +100,7 @@ class RunFolder:
         """
         self.config, self._classes, self._images = config, list(classes), dict(images or {})
         self._before = None if self.stored is None else configuration_before(self.stored, config)
-        if self.path.resolve().is_relative_to(config.data):
-            raise UserError(
-                f"{self.path} lies in {config.data}, where its curves would become images of a class: "
-                "give a folder outside for out"
-            )
+        require_outside(self.path, config.data)
         if self._before is None:
             return config
         self._before = before = self._compare_images(self._before)
@@ -250,7 +253,10 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     reset = [name for name in MAY_CHANGE if name not in REQUIRED]
     kept = {name: value for name, value in stored.to_dict().items() if name not in reset}
     kept.setdefault("cache", "none")  # as in earlier releases
-    filled = Recipe.from_dict(kept).changed(given.to_dict())
+    asked = given.to_dict()
+    if asked.get("init") == AUTO:
+        del asked["init"]  # it has been chosen
+    filled = Recipe.from_dict(kept).changed(asked)
     if given.cache == "auto":
         filled = replace(filled, cache=kept["cache"])
     return replace(filled, model=stored.model) if given.model in (None, "auto") or stored.init else filled

@@ -58,7 +58,13 @@ from coatnet.training.distributed.processes import (
 from coatnet.training.distributed.shards import fill
 from coatnet.training.duration import Duration
 from coatnet.training.image_cache import cached_images
-from coatnet.training.initialization import HeadFirst, describe_init, init_batch_norm_statistics
+from coatnet.training.initialization import (
+    HeadFirst,
+    describe_init,
+    init_batch_norm_statistics,
+    load_init,
+    suggest_init,
+)
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
 from coatnet.training.loggers import Loggers, check_loggers, open_loggers
 from coatnet.training.optimizer import (
@@ -663,8 +669,8 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 with suppress(OSError):  # a finished run may lie where nothing can be written
                     folder.hold()
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
-            init = load(folder.given.init) if folder.given.init else None
-            config = folder.check_config(resolve(folder.given, splits, init), splits.classes, splits.content)
+            given, init = load_init(folder.given, splits, progress.say)
+            config = folder.check_config(resolve(given, splits, init), splits.classes, splits.content)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
         config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
@@ -685,6 +691,8 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             if kept:
                 progress.say(kept)
             trainer.ask_teacher()
+            if folder.stored is None and (suggestion := suggest_init(given, splits)):
+                progress.say(suggestion)
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
             try:

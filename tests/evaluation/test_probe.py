@@ -3,22 +3,26 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from tests.training.trainers import trainer_for
 
-from coatnet.bundle import Bundle
+from coatnet.bundle import Bundle, load
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
+from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import Metrics, wilson_interval
-from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, fit_logistic, knn_scores, linear_scores, probe
+from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, fit_linear, fit_logistic, knn_scores, probe
 from coatnet.model.network import create_model
+from coatnet.training.recipes import named_recipe
 
 
 def clusters(num_images: int, *, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +32,12 @@ def clusters(num_images: int, *, spread: float, seed: int = 0) -> tuple[torch.Te
     labels = generator.integers(0, 5, num_images)
     features = centers[labels] + spread * generator.normal(size=(num_images, 12))
     return torch.from_numpy(features).float(), torch.from_numpy(labels)
+
+
+def linear_scores(features, labels, others, num_classes: int) -> tuple[torch.Tensor, float]:
+    """Logits of others, and the L2 strength."""
+    fitted = fit_linear(features, labels, num_classes)
+    return fitted.scores(others), fitted.l2
 
 
 def several(num_images: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,3 +236,104 @@ def test_a_class_without_training_images_is_never_predicted(bundle: Bundle, digi
     report = probe(bundle, Splits("digits", part(digits.training, digits.training.labels != 3), digits.validation))
     missing = (digits.validation.labels == 3).mean()
     assert 0.4 < report.linear <= 1 - missing and 0.4 < report.knn <= 1 - missing
+
+
+# The linear probe as a model
+
+
+def colorful(splits: Splits, multilabel: bool) -> Splits:
+    """Digits in red, whose labels are a digit, or whether it is even and whether it is large."""
+
+    def painted(dataset: ArrayDataset) -> ArrayDataset:
+        images = np.stack([dataset.images, dataset.images // 2, dataset.images // 4], axis=-1)
+        if not multilabel:
+            return ArrayDataset("digits", dataset.classes, images, dataset.labels)
+        labels = np.stack([dataset.labels % 2 == 0, dataset.labels >= 5], axis=1)
+        return ArrayDataset("digits", ("even", "large"), images, labels)
+
+    return Splits("digits", painted(splits.training), painted(splits.validation))
+
+
+@pytest.fixture
+def one_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No search for the L2 strength, which takes most of the time."""
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "L2_STRENGTHS", (1e-2,))
+
+
+@pytest.fixture(scope="module")
+def timm_bundle() -> Bundle:
+    """A network of timm's, for color, that had several labels of other classes."""
+    torch.manual_seed(0)
+    model = create_model("test_coatnet", num_classes=3, resolution=32).eval()
+    return Bundle(model, ("a", "b", "c"), Preprocessing(resolution=32), multilabel=True)
+
+
+@pytest.mark.parametrize("kind", ["gray", "timm", "timm, several labels"])
+def test_the_model_of_a_probe_has_the_figures_of_the_probe(
+    kind, bundle, timm_bundle, digits, one_strength, tmp_path
+) -> None:
+    start, splits = (bundle, digits) if kind == "gray" else (timm_bundle, colorful(digits, multilabel="labels" in kind))
+    before = {name: value.clone() for name, value in start.model.state_dict().items()}
+    plain, report = probe(start, splits), probe(start, splits, out=tmp_path / "out")
+    assert replace(report, out=None) == plain and report.out == str(tmp_path / "out")
+    found = load(tmp_path / "out")
+    assert (found.classes, found.multilabel) == (splits.classes, splits.multilabel)
+    assert found.preprocessing == start.preprocessing
+    after = found.model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"head.classifier.weight", "head.classifier.bias"}
+    assert all(torch.equal(before[name], value) for name, value in start.model.state_dict().items())
+
+    evaluated = evaluate(found, splits)
+    assert evaluated.figures[report.figure] == report.linear == plain.linear > 0.5
+    features, labels, _ = extract_features(start, splits, split="training").gather()
+    others, _, _ = extract_features(start, splits, split="validation").gather()
+    fitted = fit_linear(features, labels, len(splits.classes))
+    with torch.no_grad():
+        folded = found.model.get_classifier()(others)
+    torch.testing.assert_close(folded, fitted.scores(others), rtol=1e-3, atol=1e-3)
+
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["figures"] == dict(evaluated.figures) == found.record["report"]["figures"]
+    pictures = {"calibration.png", "mistakes.png"} | ({"confusion.png"} if not splits.multilabel else set())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bundle", "report.md", "report.json"} | pictures
+    about = {"model": start.model.variant.name, "data": "digits", "num_training": 300, "l2": fitted.l2}
+    assert found.record["probe"] == about | {"validation_fraction": 0.1}
+    card = (tmp_path / "out" / "bundle" / "README.md").read_text()
+    assert f"the network is that of {start.model.variant.name.replace('_', chr(92) + '_')}, unchanged" in card
+    assert f"coatnet predict {tmp_path / 'out'} IMAGE" in report.to_text()
+
+
+def test_the_model_of_a_probe_is_measured_on_its_held_out_images_and_a_start(bundle, one_strength, tmp_path) -> None:
+    """The model that it starts from may have held out another fraction than the usual one."""
+    first = replace(bundle, record={"recipe": {"validation_fraction": 0.5}})
+    report = probe(first, "digits", k=1, out=tmp_path / "probe")
+    assert report.n == len(open_dataset("digits", validation_fraction=0.5).validation)
+    assert evaluate(tmp_path / "probe", "digits").figures["n"] == report.n
+
+    start = load(tmp_path / "probe")
+    trainer = trainer_for(named_recipe("finetune", {"init": str(tmp_path / "probe"), "data": "digits"}), init=start)
+    assert "probe, its classifier kept" in trainer.describe()
+    assert torch.equal(trainer.model.get_classifier().weight, start.model.get_classifier().weight)
+
+
+def test_a_folder_that_cannot_be_the_model_is_refused_before_any_work(bundle: Bundle, digits: Splits, tmp_path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists already: give a new folder"):
+        probe("no such model", "no such data", out=tmp_path / "there")
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="would become images of a class: give a folder outside"):
+        probe("no such model", tmp_path / "images", out=tmp_path / "images" / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out could not be written"):
+        probe("no such model", "digits", out=tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="no such model is not a bundle"):
+        probe("no such model", "digits", out=tmp_path / "new")
+    with pytest.raises(UserError, match="k is 301"):
+        probe(bundle, digits, k=301, out=tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "images", "there"]
+
+
+def test_few_images_are_all_neighbors(bundle: Bundle, digits: Splits, one_strength) -> None:
+    few = Splits("digits", part(digits.training, np.arange(0, 300, 20)), digits.validation)
+    assert probe(bundle, few).k == 15

@@ -47,6 +47,7 @@ def model_card(
         f"mean {list(seen.mean)}, standard deviation {list(seen.std)} (pixels in 0..1).",
         f"## Classes\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
         _recipe(record.get("recipe")),
+        _probe(record.get("probe")),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -63,6 +64,17 @@ def _figures(report: Mapping[str, Any] | None) -> str:
     table = "\n".join(("| figure | value | 95 % interval |", "| --- | ---: | ---: |", *rows))
     headline, data, split = (escape_markdown(report.get(name, "")) for name in ("headline", "data", "split"))
     return f"## How good it is\n\n{headline} ({data}, {split}).\n\n{table}"
+
+
+def _probe(probe: Mapping[str, Any] | None) -> str:
+    if not probe:
+        return ""
+    model, data = (escape_markdown(str(probe.get(name, "unknown"))) for name in ("model", "data"))
+    return (
+        f"## How it was trained\n\nBy `coatnet probe`: the network is that of {model}, unchanged; its classifier is a "
+        f"logistic regression on the network's features of {probe.get('num_training', 0):,} images of {data} "
+        f"(L2 {probe.get('l2', 0):g}, features standardized for the fit)."
+    )
 
 
 def _recipe(recipe: Mapping[str, Any] | None) -> str:

@@ -71,11 +71,21 @@ class RecipeJson(BaseModel, strict=True, extra="allow"):
     validation_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.1
 
 
+class ProbeJson(RecipeJson):
+    """How a linear probe was fitted: what the card shows, and how the data was split."""
+
+    model: str = ""
+    data: str = ""
+    num_training: int = 0
+    l2: FiniteFloat = 0.0
+
+
 class RecordJson(BaseModel, strict=True, extra="allow"):
     """The record of a training, for people; the few values that code reads are checked."""
 
     report: ReportJson | None = None
     recipe: RecipeJson | None = None
+    probe: ProbeJson | None = None
 
 
 class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()):

@@ -147,8 +147,7 @@ def choose_datasets(
     is among those held out.
     """
     if isinstance(data, str | Path):
-        fraction = (bundle.record.get("recipe") or {}).get("validation_fraction", 0.1)
-        data = open_dataset(data, validation_fraction=fraction, evaluation=True)
+        data = open_dataset(data, validation_fraction=recorded_fraction(bundle), evaluation=True)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
     if split not in ("validation", "training", "all"):
@@ -158,6 +157,12 @@ def choose_datasets(
         advice = "; --split all takes the images of every split" if split != "all" else ""
         raise UserError(f"{data.name}: the {split} split holds no images{advice}")
     return data.name, datasets, split
+
+
+def recorded_fraction(bundle: Bundle) -> float:
+    """The fraction of the images that was held out when the model was made; a tenth if its record does not say."""
+    recorded = (bundle.record.get(name) or {} for name in ("recipe", "probe"))
+    return next((each["validation_fraction"] for each in recorded if "validation_fraction" in each), 0.1)
 
 
 def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,10 @@ Neighbors vote as in DINO (Caron et al., 2021, arXiv:2104.14294, section 4.1). S
 images, D features, K classes; labels (N,), or (N, K) of 0 and 1 for multi-label.
 """
 
+import copy
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.bundle import place_name
 from coatnet.bundle.config import readable_json
+from coatnet.bundle.timm.selection import is_auto, load_pretrained
+from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
-from coatnet.evaluation.evaluate import choose_datasets, load_model
+from coatnet.evaluation.evaluate import choose_datasets, evaluate, load_model, recorded_fraction
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
-from coatnet.system.progress import track
+from coatnet.evaluation.report_markdown import write_report
+from coatnet.system.files import atomic_folder, output_path, require_outside, translate_write_errors, user_path
+from coatnet.system.progress import ProgressBar, track
+from coatnet.system.terminal import echo
 
+NUM_NEIGHBORS = 20
 TEMPERATURE = 0.07  # of the votes of neighbors; as in DINO
 # chosen: from almost nothing to a tenth of the mean loss, on standardized features; strongest first.
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -49,6 +58,7 @@ class ProbeReport:
         knn_interval: its interval.
         k: number of neighbors.
         bad_images: why each unreadable image was left out, by its name.
+        out: the folder that the linear probe was written to as a model, if it was.
     """
 
     data: str
@@ -65,6 +75,7 @@ class ProbeReport:
     knn_interval: Interval | None
     k: int
     bad_images: Mapping[str, str]
+    out: str | None = None
 
     def to_text(self) -> str:
         """The report in a few lines of text."""
@@ -76,6 +87,15 @@ class ProbeReport:
             f"{self.num_classes:,} classes, {self.num_features:,} features at {self.resolution} pixels",
         ]
         lines += [f"left out: {name}: {reason}" for name, reason in self.bad_images.items()]
+        if self.out is None:
+            lines.append("next: --out FOLDER writes the linear probe as a model, for predict, serve and fine-tuning")
+        else:
+            out = shlex.quote(self.out)
+            lines.append(f"The whole report is {self.out}/report.md, the linear probe as a model {self.out}/bundle.")
+            lines.append(
+                f"next: coatnet predict {out} IMAGE ..., or train all of it from here: "
+                f"coatnet train finetune --init {out} --data DATA --out RUN"
+            )
         return "\n".join(cut(one_line(line)) for line in lines) + "\n"
 
     def to_json(self) -> str:
@@ -87,35 +107,86 @@ def probe(
     bundle: Bundle | str | Path,
     data: str | Path | Splits,
     *,
-    k: int = 20,
+    k: int | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str | None = None,
+    out: str | Path | None = None,
 ) -> ProbeReport:
     """Measure how well the frozen features of a model separate classes, with a linear probe and with k-NN.
+
+    With `out` the linear probe becomes a model: a bundle of the frozen network with the classifier that was fitted, and
+    its evaluation on the validation split, whose figure is then that of the report.
 
     The classes of the data need not be the model's. The result is deterministic. For multi-label the probe is one
     logistic regression per class, and the figure is mean average precision. Memory holds the features three times.
 
     Args:
-        bundle: the model: a bundle, its folder, or its id on the hub.
+        bundle: the model: a bundle, its folder, or its id on the hub; "auto" is the published one that suits the images
+            and the machine.
         data: splits, or what `open_dataset` opens, with a training and a validation split.
-        k: number of nearest neighbors.
+        k: number of nearest neighbors; 20 if None, or all training images if there are fewer.
         batch_size: images per batch.
         num_workers: processes that decode, as in `extract_features`.
         device: as in `evaluate`.
+        out: a new folder for the model, in `out/bundle`, and its report, as a training leaves them: all or nothing.
 
     Raises:
         UserError: there is no such model, data or device, a split is missing or empty, fewer than two classes have
-            training images, or k is not in 1..N.
+            training images, k is not in 1..N, or `out` exists, lies among the images or cannot be written.
     """
+    if out is None:
+        _, bundle, splits = _open(bundle, data, device)
+        return _measure(bundle, splits, k, batch_size, num_workers)[0]
+    target = output_path(out)
+    if target.exists():
+        raise UserError(f"{out} exists already: give a new folder for the model and its report")
+    if isinstance(data, str | Path) and str(data) not in NAMES:
+        require_outside(target, str(user_path(data).absolute()))
+    with translate_write_errors(out), atomic_folder(out) as staged:
+        source, bundle, splits = _open(bundle, data, device)
+        found, linear = _measure(bundle, splits, k, batch_size, num_workers)
+        fitted = linear.replace_classifier(bundle, splits)
+        with ProgressBar("evaluating") as bar:
+            report = evaluate(fitted, splits, batch_size=batch_size, num_workers=num_workers, progress=bar.update)
+        report = replace(report, bad_images=found.bad_images)
+        about = {
+            "model": source,
+            "data": splits.name,
+            "num_training": found.num_training,
+            "l2": found.l2,
+            "validation_fraction": recorded_fraction(bundle),
+        }
+        replace(fitted, record={"probe": about, "report": report.to_dict()}).save(staged / "bundle")
+        write_report(report, staged)
+    return replace(
+        found, linear=report.figures[found.figure], linear_interval=report.intervals[found.figure], out=str(out)
+    )
+
+
+def _open(bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None) -> tuple[str, Bundle, Splits]:
+    """What is given, opened: where the model is from, the model on its device, the images."""
+    source = bundle.model.variant.name if isinstance(bundle, Bundle) else str(bundle)
+    if is_auto(bundle):
+        data = data if isinstance(data, Splits) else open_dataset(data, evaluation=True)
+        device = device or "auto"
+        source, bundle = load_pretrained(data, device, lambda line: echo(f"coatnet: {line}", error=True))
     bundle = load_model(bundle, device)
     name, datasets, _ = choose_datasets(data, "all", bundle)
     if len(datasets) != 2:
         raise UserError(f"{name} is one dataset; a probe is fitted on one split and measured on another")
-    splits, num_classes = Splits(name, datasets[0], datasets[1]), len(datasets[0].classes)
+    return place_name(source), bundle, Splits(name, datasets[0], datasets[1])
+
+
+def _measure(
+    bundle: Bundle, splits: Splits, k: int | None, batch_size: int, num_workers: int | None
+) -> tuple[ProbeReport, "LinearProbe"]:
+    """Fit both classifiers to the training split and measure them on the validation split."""
+    name, num_classes = splits.name, len(splits.classes)
     # Checked before the features are computed, and again without the unreadable images.
     _check(name, torch.from_numpy(splits.training.labels), num_classes, k)
+    if not len(splits.validation):
+        raise UserError(f"{name}: the validation split holds no images, on which a probe is measured")
     training, validation = (
         extract_features(bundle, splits, split=split, batch_size=batch_size, num_workers=num_workers)
         for split in ("training", "validation")
@@ -123,14 +194,15 @@ def probe(
     validation_features, validation_labels, _ = validation.gather()
     features, labels, _ = training.gather()
     _check(name, labels, num_classes, k)
+    k = min(NUM_NEIGHBORS, len(labels)) if k is None else k
     where = next(bundle.model.parameters()).device
     features, labels, validation_features = features.to(where), labels.to(where), validation_features.to(where)
 
     figure = _figure(labels)
     knn = _metrics(knn_scores(features, labels, validation_features, num_classes, k=k), validation_labels)
-    scores, l2 = linear_scores(features, labels, validation_features, num_classes)
-    linear = _metrics(scores, validation_labels)
-    return ProbeReport(
+    probe = fit_linear(features, labels, num_classes)
+    linear = _metrics(probe.scores(validation_features), validation_labels)
+    report = ProbeReport(
         data=name,
         resolution=bundle.preprocessing.resolution,
         num_features=training.num_features,
@@ -140,16 +212,51 @@ def probe(
         figure=figure,
         linear=linear.compute()[figure],
         linear_interval=linear.intervals()[figure],
-        l2=l2,
+        l2=probe.l2,
         knn=knn.compute()[figure],
         knn_interval=knn.intervals()[figure],
         k=k,
         bad_images=training.bad_images | validation.bad_images,
     )
+    return report, probe
 
 
-def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes: int) -> tuple[Tensor, float]:
-    """Fit a logistic regression to standardized features and compute the logits of others.
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """A logistic regression on standardized features.
+
+    Attributes:
+        mean, spread: of the features, (D,).
+        weight, bias: of the regression, (K, D) and (K,).
+        l2: its L2 strength.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    weight: Tensor
+    bias: Tensor
+    l2: float
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits (M, K) of features (M, D)."""
+        return F.linear((features - self.mean) / self.spread, self.weight, self.bias)
+
+    @torch.no_grad()
+    def replace_classifier(self, bundle: Bundle, splits: Splits) -> Bundle:
+        """A copy of a bundle for the classes of the images: its network with this classifier, on features as they are.
+
+        W (x - mean) / spread + b = (W / spread) x + (b - W mean / spread), in double precision until the end.
+        """
+        model = copy.deepcopy(bundle.model)
+        model.reset_classifier(len(splits.classes))
+        weight = self.weight.double() / self.spread.double()
+        bias = self.bias.double() - weight @ self.mean.double()
+        model.get_classifier().load_state_dict({"weight": weight, "bias": bias})
+        return Bundle(model.eval(), splits.classes, bundle.preprocessing, splits.multilabel)
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
+    """Fit a logistic regression to standardized features.
 
     The L2 strength is the one with the best figure on a held-out tenth of the features, the strongest of equals; the
     regression is then fitted to all features.
@@ -157,11 +264,7 @@ def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes:
     Args:
         features: (N, D).
         labels: (N,) or (N, K).
-        others: features to be classified, (M, D).
         num_classes: K.
-
-    Returns:
-        Logits (M, K), and the L2 strength.
 
     Raises:
         UserError: no class has two images, so none can be held out.
@@ -169,7 +272,7 @@ def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes:
     spread, mean = torch.std_mean(features, dim=0, correction=0)
     # A constant feature is not scaled: that would amplify its rounding errors.
     spread = torch.where(spread > 1e-5 * mean.abs(), spread, 1.0)
-    features, others = (features - mean) / spread, (others - mean) / spread
+    features = (features - mean) / spread
 
     held_out = _hold_out(labels)
     fitted, fitted_labels, figures = features[~held_out], labels[~held_out], {}
@@ -179,7 +282,7 @@ def linear_scores(features: Tensor, labels: Tensor, others: Tensor, num_classes:
         figures[l2] = _metrics(scores, labels[held_out]).compute()[_figure(labels)]
     best = max(figures, key=lambda l2: figures[l2])  # of equals the first, which is the strongest
     weight, bias = fit_logistic(features, labels, num_classes, l2=best)
-    return F.linear(others, weight, bias), best
+    return LinearProbe(mean, spread, weight, bias, best)
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, *, l2: float) -> tuple[Tensor, Tensor]:
@@ -251,12 +354,12 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
 
 
-def _check(name: str, labels: Tensor, num_classes: int, k: int) -> None:
+def _check(name: str, labels: Tensor, num_classes: int, k: int | None) -> None:
     """Raise UserError if a probe cannot be fitted to these labels."""
     num_found = len(labels.unique() if labels.ndim == 1 else labels.any(dim=0).nonzero())
     if num_found < 2:
         raise UserError(f"{name}: {num_found} of {num_classes} classes with training images; a probe needs two")
-    if not 1 <= k <= len(labels):
+    if k is not None and not 1 <= k <= len(labels):
         raise UserError(f"k is {k}; it must be 1 to {len(labels):,}, the training images of {name}")
 
 

@@ -1,6 +1,7 @@
 """The length of a run: fixed by the recipe, or planned to end within its minutes."""
 
 import pytest
+from tests.training.configs import config_of
 
 from coatnet.training.duration import Duration
 
@@ -89,7 +90,7 @@ def test_a_limit_shorter_than_the_reserve_still_trains():
 
 
 def test_a_resumed_run_has_an_estimate_at_once():
-    planned = plan(600.0)
+    planned = plan(600.0, paced=True)
     planned.resume(step=1_000, seconds=500.0)
     planned.update(1_000, 505.0)
     assert planned.total_steps == pytest.approx(1_000 + (95 - 8) / 0.5, rel=0.05)
@@ -110,6 +111,62 @@ def test_the_time_left_is_close_to_what_the_run_takes():
     for step in (150, 500, 850, 1000):
         at, left = guessed[step]
         assert at + left == pytest.approx(whole, abs=20)
+
+
+@pytest.mark.parametrize("limit_seconds", [None, 2_000.0])
+@pytest.mark.parametrize("evaluation", [0.5, 20.0, 70.0])
+def test_evaluations_take_a_twentieth_of_the_time_at_most(limit_seconds, evaluation):
+    planned, seconds, spent = plan(limit_seconds, recipe_steps=4_000, paced=True), 0.0, []
+    step = 0
+    while step < planned.total_steps:
+        step, seconds = step + 1, seconds + 0.5
+        planned.add_step(0.5)
+        if planned.evaluation_due(step, seconds):
+            seconds += evaluation
+            spent.append(evaluation)
+            planned.add_evaluation(seconds, evaluation)
+        planned.update(step, seconds)
+    assert spent and sum(spent) <= 0.053 * seconds  # the first one's duration is a guess
+    assert limit_seconds is None or seconds > 0.9 * limit_seconds - 1.5 * evaluation
+    if evaluation < 1:  # none is left out
+        assert len(spent) == (39 if limit_seconds is None else 9)
+
+
+def test_after_a_resumption_evaluations_are_paced_again():
+    planned = plan(recipe_steps=10_000, paced=True)
+    planned.resume(step=1_000, seconds=1_000.0)
+    planned.add_evaluation(1_000.0, 20.0)
+    assert not planned.evaluation_due(1_100, 1_100.0)
+    assert planned.evaluation_due(2_000, 2_000.0)
+
+
+def test_an_explicit_interval_is_obeyed_whatever_it_takes():
+    planned = plan(600.0, evaluate_steps=10)
+    planned.add_evaluation(100.0, 50.0)
+    assert planned.evaluation_due(10, 101.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs_between", "paced"),
+    [
+        ({}, 3, True),
+        ({"evaluate_every": 0.5}, 0.5, False),
+        ({"patience": 2}, 3, False),
+        ({"max_minutes": 5.0}, 2, True),
+        ({"max_minutes": 5.0, "patience": 2}, 2, True),
+        ({"epochs": 6.0, "patience": 2}, 2, False),
+        ({"epochs": 6.0, "progressive_resizing": {"initial_scale": 0.5}}, None, True),
+    ],
+)
+def test_where_evaluations_are_follows_from_the_recipe_and_the_numbers_of_images(asked, epochs_between, paced):
+    """200 images are measured by a third of the time of 200 of 1,000 training images: 6.7 % of an epoch."""
+    config = config_of(**{"epochs": 36.0, "batch_size": 10, **asked})
+    planned = Duration.of(config, 1_000, 200)
+    assert planned.paced is paced
+    if epochs_between:
+        assert planned.evaluate_steps == 100 * epochs_between
+    else:
+        assert planned.evaluate_steps > 200  # small images are cheaper, an evaluation is not
 
 
 def test_the_time_left_is_never_beyond_the_limit():

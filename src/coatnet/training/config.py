@@ -123,8 +123,9 @@ class TrainingConfig:
     """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
     max_minutes: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
     """Time limit in minutes, over all resumptions; the schedule is planned to end there; by default none (0)."""
-    evaluate_every: Annotated[PositiveFloat, CHANGEABLE]
-    """Epochs between evaluations on held-out images; by default a twelfth of the run, at least 1."""
+    evaluate_every: Annotated[PositiveFloat | Literal["auto"], CHANGEABLE]
+    """Epochs between evaluations on held-out images; by default (auto) a twelfth of the run, at least 1, and more where
+    evaluations would take more than a twentieth of the time."""
     checkpoint_every_minutes: Annotated[PositiveFloat, CHANGEABLE] = 10.0
     """Minutes between checkpoints."""
     keep_checkpoints: Annotated[PositiveInt, CHANGEABLE] = 2
@@ -228,7 +229,7 @@ class Recipe:
     distillation: dict[str, Any] | Distillation = field(default_factory=dict)
     patience: int | None = None
     max_minutes: float | None = None
-    evaluate_every: float | None = None
+    evaluate_every: float | Literal["auto"] | None = None
     checkpoint_every_minutes: float | None = None
     keep_checkpoints: int | None = None
     keep_every_hours: float | None = None

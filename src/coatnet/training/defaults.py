@@ -133,8 +133,7 @@ def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) ->
         "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS else 0.1,
         "ema_decay": default_ema_decay(total_steps),
         "loss": "sigmoid" if facts.multilabel else "softmax",
-        # At most a dozen evaluations: on small images one costs as much as a sixth of an epoch.
-        "evaluate_every": 1.0 if recipe.max_minutes else max(1.0, round(epochs / 12)),
+        "evaluate_every": "auto",
         "optimizer": {},
         "schedule": {},
         "augmentation": {},

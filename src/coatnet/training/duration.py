@@ -1,5 +1,6 @@
 """The length of a run: the steps of its epochs, or what fits into its limit in minutes."""
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -15,7 +16,8 @@ STEPS_PER_MEAN = 8  # averaged before the median is taken: every n-th step may w
 RECENT_MEANS = 64  # such means that the speed is the median of
 EVALUATION_COST = 1 / 3  # of a training image's time: there is no backward pass
 FINAL_EVALUATION_COST = 1.5  # of a validation's time: the last evaluation also gathers its report
-MAX_EVALUATIONS = 12  # under a limit in minutes
+MAX_EVALUATIONS = 12  # if evaluate_every is auto
+EVALUATION_SHARE = 1 / 20  # of the time, if evaluate_every is auto
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Duration:
         num_validation_images: images of the final evaluation, which the limit includes.
         batch_size: images of a step.
         resizing: how the size of the images grows, with which a step takes longer.
+        paced: whether evaluations wait until all of them have taken a twentieth of the time.
         total_steps: the estimate of the last step.
         last_evaluation: seconds after which the last evaluation ended.
     """
@@ -42,11 +45,13 @@ class Duration:
     num_validation_images: int
     batch_size: int
     resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
+    paced: bool = False
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_MEANS))
     _unfinished: list[float] = field(default_factory=list)  # steps of the mean to come
     _evaluations: list[float] = field(default_factory=list)
+    _evaluating: float = 0.0  # seconds of all evaluations, over all resumptions
     _warming_up: int = WARMUP_STEPS
 
     def __post_init__(self) -> None:
@@ -54,10 +59,20 @@ class Duration:
 
     @classmethod
     def of(cls, config: TrainingConfig, num_images: int, num_validation_images: int) -> "Duration":
-        """The length of a run over `num_images` training images."""
+        """The length of a run over `num_images` training images.
+
+        Where `evaluate_every` is auto, evaluations depend on measured times only if the weights of the bundle do not
+        depend on them: with `patience` and without a limit in minutes, the numbers of images alone decide.
+        """
+        every, chosen = config.evaluate_every, config.evaluate_every == "auto"
+        if every == "auto":
+            epochs = EVALUATION_COST * num_validation_images / num_images / config.progressive_resizing.cost_after(0.0)
+            every = max(1.0, math.ceil(epochs / EVALUATION_SHARE))
+            every = every if config.max_minutes else max(every, round(config.epochs / MAX_EVALUATIONS))
         return cls(
             recipe_steps=num_steps(config.epochs, num_images, config.batch_size),
-            evaluate_steps=num_steps(config.evaluate_every, num_images, config.batch_size),
+            evaluate_steps=num_steps(every, num_images, config.batch_size),
+            paced=chosen and bool(config.max_minutes or not config.patience),
             limit_seconds=60 * config.max_minutes if config.max_minutes else None,
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,
@@ -83,10 +98,12 @@ class Duration:
         """Take in an evaluation that ended after `seconds` and its duration."""
         self.last_evaluation = seconds
         self._evaluations.append(duration)
+        self._evaluating += duration
 
     def resume(self, step: int, seconds: float) -> None:
         """Continue after `step` steps of earlier processes; their speed is the first estimate."""
         self.last_evaluation = seconds
+        self._evaluating = EVALUATION_SHARE * seconds  # at most
         if step:
             passed = self.progress(step)
             cost = (self.resizing.cost_after(0.0) - (1 - passed) * self.resizing.cost_after(passed)) / passed
@@ -117,7 +134,11 @@ class Duration:
         """Whether to evaluate after `step` steps; the end of the run has an evaluation of its own."""
         if step % self.evaluate_steps or step >= self.total_steps:
             return False
-        return self.limit_seconds is None or seconds - self.last_evaluation >= self.limit_seconds / MAX_EVALUATIONS
+        if not self.paced:
+            return True
+        if seconds - self.last_evaluation < (self.limit_seconds or 0.0) / MAX_EVALUATIONS:
+            return False
+        return self._evaluating + self._evaluation_seconds() <= EVALUATION_SHARE * seconds
 
     def progress(self, step: int) -> float:
         """The part of the run that `step` steps are, by the present estimate of its length, 0 to 1."""
@@ -136,8 +157,11 @@ class Duration:
 
     def _fraction_for_steps(self) -> float:
         """Fraction of the time to come that steps take; evaluations between them take the rest."""
-        between = max(self.evaluate_steps * self._step_seconds(), (self.limit_seconds or 0.0) / MAX_EVALUATIONS)
-        return between / (between + self._evaluation_seconds())
+        between = self.evaluate_steps * self._step_seconds()
+        if self.paced:
+            between = max(between, (self.limit_seconds or 0.0) / MAX_EVALUATIONS)
+        fraction = between / (between + self._evaluation_seconds())
+        return max(fraction, 1 - EVALUATION_SHARE) if self.paced else fraction
 
     def _reserve(self, limit_seconds: float) -> float:
         """Seconds that the end of the run takes; at most half of the limit while no evaluation has been timed."""

@@ -108,8 +108,8 @@ def test_an_evaluation_on_the_way_is_that_of_the_bundle(recipe):
     trainer = trainer_for(recipe, splits)
     with cached_images(trainer.config, splits) as (trainer.images, _), Interruption() as interruption:
         assert trainer.images.validation.kept.all()
-        figures = trainer.validation_figures(Synchronization(SINGLE_PROCESS, interruption))
-    assert figures == evaluate(trainer.bundle(), splits).figures
+        metrics = trainer.validation_metrics(Synchronization(SINGLE_PROCESS, interruption))
+    assert metrics is not None and metrics.compute() == evaluate(trainer.bundle(), splits).figures
 
 
 def test_images_in_memory_are_not_kept_again():

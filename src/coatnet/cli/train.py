@@ -42,7 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         parser.add_argument(option, type=_read_value, default=argparse.SUPPRESS)
     given = vars(parser.parse(arguments))
     program = argparse.Namespace(
-        **{name: given.pop(name) for name in ("recipe", "config", "out", "print_config", "dry_run")}
+        **{name: given.pop(name) for name in ("recipe", "config", "out", "print_config", "dry_run", "tune")}
     )
     asked: dict[str, Any] = {}
     for name, value in given.items():
@@ -88,6 +88,12 @@ def train_parser() -> Parser:
         "--dry_run",
         action="store_true",
         help="Take a few steps, print all that the data decides, the expected minutes and memory, and do not train.",
+    )
+    main.add_argument(
+        "--tune",
+        type=float,
+        metavar="MINUTES",
+        help="Search so long for learning rate, weight decay and strength of augmentation, then train with the best.",
     )
     rest = parser.add_argument_group("other options", "What is not given is decided by the recipe, or by the data.")
     parser.add_max_megapixels()
@@ -136,6 +142,8 @@ def _read_value(text: str) -> Any:
 def run(arguments: Sequence[str]) -> int:
     """Train, evaluate, and write the trained model."""
     recipe, program = parse_arguments(arguments)
+    if program.tune is not None and program.dry_run:
+        raise UserError("tune trains, and dry_run does not: give one of them")
     if program.print_config:
         echo(recipe.to_yaml(), end="")
         return 0
@@ -146,8 +154,14 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     from coatnet.training.trainer import train
 
+    if program.tune is not None:
+        from coatnet.planning.tuning import tune
+
+        recipe = tune(recipe, program.out, program.tune)
     report = train(recipe, program.out)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
         echo_summary(report.headline())
+        for note in report.notes:
+            echo_summary(note)
         echo_summary(f"The whole report is {program.out}/report.md, the trained model {program.out}/bundle.")
     return 0

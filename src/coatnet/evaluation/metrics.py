@@ -45,6 +45,14 @@ def mean_interval(values: np.ndarray) -> Interval | None:
     return (max(0.0, mean - half), mean + half)
 
 
+def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
+    """The normal interval of the difference of two fractions of the same images, from bool arrays (N,)."""
+    gained, lost, size = int((first & ~second).sum()), int((second & ~first).sum()), len(first)
+    difference = (gained - lost) / size
+    half = _Z * math.sqrt(max(0.0, (gained + lost) / size - difference**2) / size)
+    return (difference - half, difference + half)
+
+
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100
 ) -> Interval | None:
@@ -217,6 +225,10 @@ class Metrics:
         """Figures of all images so far, as fractions, and their number `n`."""
         return self._counts.figures()
 
+    def correct(self) -> np.ndarray | None:
+        """Whether each image was classified right, (N,) of bool in their order; None for multi-label."""
+        return self._counts.correct()
+
     def intervals(self) -> dict[str, Interval | None]:
         """95 % intervals of the figures of `compute`; None where one image is too few."""
         return self._counts.intervals()
@@ -271,6 +283,9 @@ class _SingleLabelCounts(_Counts):
         nll = -log_probabilities[rows, labels]
         brier = (probabilities**2).sum(axis=1) - 2 * probabilities[rows, labels] + 1
         self.batches.append((labels, predicted, rank, probabilities[rows, predicted], nll, brier))
+
+    def correct(self) -> np.ndarray | None:
+        return self.columns()[2] == 0
 
     def figures(self) -> dict[str, float]:
         labels, predicted, rank, confidence, nll, brier = self.columns()
@@ -372,6 +387,9 @@ class _MultilabelCounts(_Counts):
         losses = np.logaddexp(0, np.where(labels, -logits, logits)).mean(axis=1)
         probabilities = 0.5 * (1 + np.tanh(logits / 2))
         self.batches.append((labels, probabilities, losses))
+
+    def correct(self) -> np.ndarray | None:
+        return None
 
     def figures(self) -> dict[str, float]:
         labels, probabilities, losses = self.columns()

@@ -45,6 +45,7 @@ class Report:
         mistakes: the misclassified images with the highest probabilities, up to 24.
         bad_images: why each unreadable image was left out, by its name.
         seconds: duration of the evaluation.
+        notes: what a reader of the figures must know.
         thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
     """
 
@@ -64,6 +65,7 @@ class Report:
     mistakes: tuple[Mistake, ...]
     bad_images: Mapping[str, str]
     seconds: float = field(compare=False)
+    notes: tuple[str, ...] = ()
     thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     def headline(self) -> str:
@@ -98,7 +100,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("thumbnails", "per_class")}
+        left_out = ("thumbnails", "per_class", *(() if self.notes else ("notes",)))
+        plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
         plain |= {
             "headline": self.headline(),

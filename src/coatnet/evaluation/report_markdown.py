@@ -51,6 +51,7 @@ def to_markdown(report: Report, *, with_plots: bool = False) -> str:
     model, data = escape_markdown(report.model), escape_markdown(report.data)
     sections = [
         f"# {model} on {data}\n\n**{headline[0].upper()}{headline[1:]}**",
+        "\n\n".join(escape_markdown(note) for note in report.notes),
         _table(
             ("figure", "value", "95 % interval", "what it says"),
             [

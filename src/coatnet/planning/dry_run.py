@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from coatnet.data.open import open_dataset
 from coatnet.system.terminal import echo
@@ -73,22 +74,12 @@ def dry_run(recipe: Recipe) -> DryRun:
             images = len(splits.training) + len(splits.validation)
             decoded = min(len(splits.training), num_steps * config.batch_size)
             beforehand = (time.monotonic() - started) * images / decoded
-        durations: list[float] = []
-        with closing(trainer.batches()) as batches:
-            started = before = time.monotonic()
-            for batch in batches:
-                trainer.step(*batch)
-                now = time.monotonic()
-                durations.append(now - before)
-                before = now
-                if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > MEASURED_SECONDS):
-                    break
-            if trainer.teacher is not None and config.distillation.views == "fixed":
-                before = time.monotonic()
-                with trainer.autocast():
-                    trainer.teacher(batch[0].to(trainer.device), config.micro_batch_size)
-                beforehand += (time.monotonic() - before) * len(splits.training) / config.batch_size
-    counted = durations[2:] or durations[-1:]  # the first ones wait for workers and allocate memory
+        counted, last_images = time_steps(trainer)
+        if trainer.teacher is not None and config.distillation.views == "fixed":
+            before = time.monotonic()
+            with trainer.autocast():
+                trainer.teacher(last_images.to(trainer.device), config.micro_batch_size)
+            beforehand += (time.monotonic() - before) * len(splits.training) / config.batch_size
     duration = trainer.duration
     duration.resume(len(counted), sum(counted))
     duration.last_evaluation = 0.0
@@ -111,3 +102,23 @@ def dry_run(recipe: Recipe) -> DryRun:
         math.ceil(seconds / 6) / 10,
         memory,
     )
+
+
+def time_steps(trainer: Trainer, limit_seconds: float = MEASURED_SECONDS) -> tuple[list[float], Tensor]:
+    """Take up to 30 steps within a time, at least two.
+
+    Returns:
+        The seconds of each, without the first two if there are more, which wait for workers and allocate memory; and
+        the images of the last one.
+    """
+    durations: list[float] = []
+    with closing(trainer.batches()) as batches:
+        started = before = time.monotonic()
+        for batch in batches:
+            trainer.step(*batch)
+            now = time.monotonic()
+            durations.append(now - before)
+            before = now
+            if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > limit_seconds):
+                break
+    return durations[2:] or durations[-1:], batch[0]

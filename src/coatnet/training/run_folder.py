@@ -45,6 +45,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
         self.metrics = self.path / "metrics.jsonl"
+        self.tuning = self.path / "tuning.json"
         self._recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
         self._images_file, self._images = self.path / "images.json", {}
         self.notes: list[str] = []
@@ -64,7 +65,9 @@ class RunFolder:
     def _is_empty(self) -> bool:
         """Whether nothing is in the folder but what a process left that was killed before it wrote the recipe."""
         return all(
-            entry.name == LOCK or (entry.name.startswith(".") and is_leftover(entry.name))
+            entry.name == LOCK
+            or entry.name.startswith(("tuning.", "teacher-"))  # a search comes before its run
+            or (entry.name.startswith(".") and is_leftover(entry.name))
             for entry in self.path.iterdir()
         )
 

@@ -84,6 +84,9 @@ LOGS_PER_RUN = 400
 MIN_EVALUATION_BATCH = 64  # images
 INITIALIZATION_STEP = -1  # the step number whose random numbers the untrained weights are drawn from
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and Muon, for each parameter
+SELECTED_BY_SEARCH = (
+    "A search (tuning.md) chose values of the recipe by these same images, so these figures are too favorable."
+)
 BEST = "best"  # name of the checkpoint of the best evaluation
 
 
@@ -400,9 +403,10 @@ class Trainer:
         A stop signal to any process interrupts the evaluation, which is then made when the run is resumed.
         """
         state, started = self.state, time.monotonic()
-        figures = self.validation_figures(sync)
-        if figures is None:
+        metrics = self.validation_metrics(sync)
+        if metrics is None:
             return
+        figures = metrics.compute()
         seconds = self.processes.broadcast(time.monotonic() - started)
         score = figures.get("top1", figures.get("mean_average_precision", 0.0))
         improved = score > state.best
@@ -419,8 +423,8 @@ class Trainer:
             self.start_saving(BEST)
             self.writer.finish()
 
-    def validation_figures(self, sync: Synchronization) -> dict[str, float] | None:
-        """Figures over all validation images, which the processes share; None if a stop signal came before the end."""
+    def validation_metrics(self, sync: Synchronization) -> Metrics | None:
+        """Metrics over all validation images, which the processes share; None if a stop signal came before the end."""
         processes, dataset = self.processes, self.images.validation
         metrics, first_images = Metrics(len(dataset.classes), dataset.multilabel), []
         batches = infer(
@@ -449,7 +453,7 @@ class Trainer:
         # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
         in_order = sorted((each for of_process in gathered for each in of_process), key=lambda each: each[0])
         metrics.batches = [batch for _, batch in in_order]
-        return metrics.compute()
+        return metrics
 
     # Checkpoints
 
@@ -614,7 +618,8 @@ class Trainer:
         """
         folder, num_workers = self.folder, self.config.num_workers
         report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
-        report = replace(report, bad_images={**self.bad_images.records, **report.bad_images})
+        notes = (SELECTED_BY_SEARCH,) if folder.tuning.exists() else ()
+        report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:
             count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
             self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")

@@ -1,0 +1,143 @@
+"""The search for values before a run: what it scales, finds, writes, and how it goes on after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import coatnet
+from coatnet import Recipe, UserError
+from coatnet.cli.main import main
+from coatnet.data.transforms import Augmentation
+from coatnet.evaluation.metrics import paired_difference
+from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config
+from coatnet.training.config import TrainingConfig
+from coatnet.training.defaults import resolve
+
+# Few images a step and few held out, so that a trial of a second has steps enough on a busy machine too.
+SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
+
+
+def config(**changes: object) -> TrainingConfig:
+    return resolve(Recipe(data="digits", **changes), coatnet.open_dataset("digits"))
+
+
+def test_the_interval_of_a_difference_is_that_of_pairs() -> None:
+    random = np.random.default_rng(0)
+    first, second = random.random(200) < 0.8, random.random(200) < 0.7
+    differences = first.astype(float) - second.astype(float)
+    half = 1.959964 * differences.std() / 200**0.5
+    expected = (differences.mean() - half, differences.mean() + half)
+    assert paired_difference(first, second) == pytest.approx(expected)
+    assert paired_difference(first, first) == (0.0, 0.0)
+
+
+def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_but_mirroring() -> None:
+    augmentation = Augmentation(
+        crop_scale=(0.35, 1.0), rand_augment_layers=2, rand_augment_magnitude=9, erasing_rate=0.3
+    )
+    before = replace(config(mixing={"mixup_alpha": 0.2}), augmentation=augmentation)
+
+    def changed(**factors: float) -> TrainingConfig:
+        return tuned_config(before, {**DEFAULT_FACTORS, **factors})
+
+    assert changed() == before
+    none = changed(augmentation=0.0)
+    assert none.augmentation == replace(
+        augmentation, crop_scale=(1.0, 1.0), shift=0, rand_augment_layers=0, rand_augment_magnitude=0, erasing_rate=0.0
+    )
+    assert none.mixing.mixup_alpha == 0 and none.mixing.label_smoothing == before.mixing.label_smoothing
+    twice = changed(augmentation=2.0, learning_rate=0.5)
+    assert twice.augmentation.crop_scale == (0.175, 1.0) and twice.augmentation.rand_augment_magnitude == 18
+    assert twice.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 2, rel=1e-3)
+
+
+def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(tmp_path: Path) -> None:
+    recipe, out, said = Recipe(data="digits", **SMALL), tmp_path / "run", Console(record=True, width=400, quiet=False)
+    tuned = tune(recipe, out, 0.1, console=said)
+    found = json.loads((out / "tuning.json").read_text())
+    assert tuned == recipe.changed(found["values"])
+    assert found["trials"][0] | {name: 1.0 for name in DEFAULT_FACTORS} == found["trials"][0]
+    whole = [each for each in found["trials"] if each["outcome"] == "whole"]
+    assert whole[0]["number"] == 0 and found["score"] == max(each["score"] for each in whole) >= found["default_score"]
+    low, high = found["difference_interval"]
+    assert low <= found["difference"] <= high
+    page = (out / "tuning.md").read_text()
+    assert page.count("\n| ") == 1 + len(found["trials"]) and "too favorable" in page
+    assert found["summary"] in said.export_text().replace("\n", "")
+
+    journal = (out / "tuning.journal").read_bytes()
+    assert tune(recipe, out, 0.1, console=Console(quiet=True)) == tuned
+    assert (out / "tuning.journal").read_bytes() == journal
+    with pytest.raises(UserError, match="another batch_size"):
+        tune(Recipe(data="digits", **{**SMALL, "batch_size": 4}), out, 0.1)
+
+
+def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(data="digits", **SMALL)
+    for minutes in (0, -1, float("nan")):
+        with pytest.raises(UserError, match="minutes above 0"):
+            tune(recipe, tmp_path / "run", minutes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        tune(recipe, tmp_path / "run", 1)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"pip install 'coatnet\[tune\]'"):
+        tune(recipe, tmp_path / "run", 1)
+    assert main(["train", "--data", "digits", "--out", str(tmp_path / "run"), "--tune", "1", "--dry_run"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_time_that_is_too_short_and_a_run_without_a_search_are_refused(tmp_path: Path) -> None:
+    recipe = Recipe(data="digits", **SMALL)
+    with pytest.raises(UserError, match=r"too short: .* give at least"):
+        tune(recipe, tmp_path / "short", 1e-4, console=Console(quiet=True))
+    coatnet.train(recipe.changed({"epochs": 0.01}), tmp_path / "run", console=Console(quiet=True))
+    with pytest.raises(UserError, match="began without a search"):
+        tune(recipe, tmp_path / "run", 1)
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_goes_on_and_the_run_takes_its_values(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "coatnet",
+        "train",
+        "--data",
+        "digits",
+        "--out",
+        str(out),
+        "--tune",
+        "0.4",
+        *options,
+    ]
+    for kill in (signal.SIGKILL, signal.SIGINT):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("trial "):
+                    break
+            time.sleep(0.2)
+            process.send_signal(kill)
+            rest = process.stderr.read()
+        assert process.returncode == (-9 if kill == signal.SIGKILL else 130), rest
+        assert not (out / "tuning.json").exists() and not (out / "recipe.yaml").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    found = json.loads((out / "tuning.json").read_text())
+    assert found["trials"][0]["number"] == 0 and len(found["trials"]) >= 3
+    stored = Recipe.from_yaml(out / "recipe.yaml").to_dict()
+    assert stored["optimizer"]["learning_rate"] == found["values"]["optimizer"]["learning_rate"]
+    assert "too favorable" in (out / "report.md").read_text() and "too favorable" in again.stdout
+    assert "top1" in json.loads((out / "report.json").read_text())["figures"]

@@ -1,7 +1,9 @@
 """The choice of a pretrained network: its table, what it refuses, what a run makes of `init: auto`."""
 
 import io
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,16 @@ def test_every_network_of_the_table_is_published_and_the_last_one_takes_anything
     assert {row.name for row in CHOICES} <= PRETRAINED.keys()
     assert (CHOICES[-1].gpu_bytes, CHOICES[-1].num_images, CHOICES[-1].side) == (0, 0, 0)
     assert is_choice(f"{NANO}@0a1b2c") and not is_choice(NANO) and not is_choice("timm/coatnet_1_rw_224.sw_in1k@0a1b")
+
+
+def test_the_guide_has_the_table():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "pretrained.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| ([^|]*?) \| ([\d,]*)[^|]*\| (\d*)[^|]*\| `timm/(\S+)` \| (\S+) M \|", guide, re.MULTILINE)
+    rows = [(name, f"{images or 0}", side or "0", size) for _, images, side, name, size in found]
+    expected = [(row.name, f"{row.num_images:,}", str(row.side), f"{row.num_parameters / 1e6:.1f}") for row in CHOICES]
+    assert rows == expected
+    for (gpu, *_), row in zip(found[:-1], CHOICES, strict=False):
+        assert 0.85 < row.gpu_bytes / 1e9 / int(gpu.split()[0]) < 1  # cards have a little less than their name says
 
 
 def test_small_images_have_no_pretrained_network():

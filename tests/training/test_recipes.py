@@ -143,3 +143,20 @@ def test_changes_reach_into_the_parts_of_a_named_recipe():
     recipe = named_recipe("imagenet-1k", {"mixing": {"mixup_alpha": 0.2}, "epochs": 10})
     assert recipe.epochs == 10
     assert recipe.mixing == {"mixup_alpha": 0.2, "cutmix_alpha": 0.0, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "layers", "mixup", "least", "depth"), [(13, 0, 0.0, 0.6, 0.0), (60, 2, 0.2, 0.35, 0.1)]
+)
+def test_photographs_vary_less_where_few_epochs_fit(epochs, layers, mixup, least, depth):
+    facts = DataFacts(num_images=2_000, side=300, shorter_side=200, largest_side=400)
+    for config in (
+        resolve_for(Recipe(data="x"), facts, epochs_that_fit=epochs),
+        resolve_for(Recipe(data="x", epochs=epochs), facts),
+    ):
+        assert config.augmentation.rand_augment_layers == layers and config.mixing.mixup_alpha == mixup
+        assert config.augmentation.crop_scale == (least, 1.0) and config.stochastic_depth == depth
+        assert config.schedule.warmup_steps == num_steps(epochs, 2_000, config.batch_size) // 20
+    asked = Recipe(data="x", epochs=13, augmentation={"rand_augment_layers": 1}, mixing={"mixup_alpha": 0.3})
+    kept = resolve_for(asked, facts)
+    assert kept.augmentation.rand_augment_layers == 1 and kept.mixing.mixup_alpha == 0.3

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from tests.training.trainers import trainer_for
 
 import coatnet
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.training import trainer
 from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.trainer import train
 
@@ -255,6 +257,26 @@ def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
     assert coatnet.evaluate(coatnet.load(tmp_path / "run" / "bundle"), "digits") == report
     assert log(tmp_path / "run")[-1]["epoch"] < 100
+    (told,) = (line for line in console.text.splitlines() if "epochs fit into 0.2 minutes" in line)
+    config, whole = (
+        Recipe.from_yaml(tmp_path / "run/recipe.yaml"),
+        resolve(Recipe(data="digits"), open_dataset("digits")),
+    )
+    assert told.startswith("about ") and " of 100 epochs " in told and config.epochs == 100
+    assert (
+        config.ema_decay < whole.ema_decay
+        and config.to_dict()["schedule"]["warmup_steps"] < whole.schedule.warmup_steps
+    )
+    assert " epochs in 0." in console.text
+
+
+def test_a_resumed_run_keeps_the_values_that_were_chosen_for_its_limit(tmp_path):
+    recipe = Recipe(data="digits", model="coatnet-femto-16", max_minutes=0.1)
+    train(recipe, tmp_path / "run")
+    before = (tmp_path / "run/recipe.yaml").read_text()
+    console = RecordingConsole()
+    train(recipe, tmp_path / "run", console=console)
+    assert (tmp_path / "run/recipe.yaml").read_text() == before and "epochs fit" not in console.text
 
 
 def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path):

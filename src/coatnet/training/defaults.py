@@ -24,6 +24,7 @@ from coatnet.training.config import Recipe, TrainingConfig, merge
 from coatnet.training.distillation import Distillation
 from coatnet.training.recipes import find_recipe
 
+SHORT_RUN_EPOCHS = 25  # below, an untrained network learns less from photographs that vary much
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
 
@@ -93,8 +94,17 @@ def brightness(dataset: Dataset) -> tuple[float, float]:
     return round(float(pixels.mean()), 4), round(float(max(pixels.std(), 0.05)), 4)
 
 
-def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> TrainingConfig:
+def resolve(
+    recipe: Recipe, splits: Splits, init: Bundle | None = None, *, epochs_that_fit: float = math.inf
+) -> TrainingConfig:
     """The configuration of a run; asked for again by its own values, it is the same.
+
+    Args:
+        recipe: what was asked.
+        splits: the images.
+        init: the model to start from.
+        epochs_that_fit: the epochs that a limit in minutes leaves room for. The values that depend on the length of
+            the run are chosen for these.
 
     Raises:
         UserError: the recipe contradicts the data, or the bundle to start from.
@@ -102,10 +112,12 @@ def resolve(recipe: Recipe, splits: Splits, init: Bundle | None = None) -> Train
     check_start(recipe, splits, init)
     check_labels(recipe, splits)
     check_teacher(recipe)
-    return resolve_for(recipe, DataFacts.of(splits), init)
+    return resolve_for(recipe, DataFacts.of(splits), init, epochs_that_fit)
 
 
-def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) -> TrainingConfig:
+def resolve_for(
+    recipe: Recipe, facts: DataFacts, init: Bundle | None = None, epochs_that_fit: float = math.inf
+) -> TrainingConfig:
     """Choose everything that a recipe leaves open.
 
     Values asked for go over those that the named recipe has for the model's size, and these over the general choice.
@@ -125,13 +137,16 @@ def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) ->
             f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs:g} epochs for the rest of the "
             "network: give less, or freeze the rest"
         )
+    epochs_to_come = min(epochs, epochs_that_fit)
+    steps_to_come = num_steps(epochs_to_come, num_images, batch_size)
+    short = epochs_to_come < SHORT_RUN_EPOCHS and init is None
     chosen: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch_size": batch_size,
         # The few blocks of the variants for small images underfit rather than overfit.
-        "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS else 0.1,
-        "ema_decay": default_ema_decay(total_steps),
+        "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS or short else 0.1,
+        "ema_decay": default_ema_decay(steps_to_come),
         "loss": "sigmoid" if facts.multilabel else "softmax",
         "evaluate_every": "auto",
         "optimizer": {},
@@ -140,8 +155,8 @@ def resolve_for(recipe: Recipe, facts: DataFacts, init: Bundle | None = None) ->
         "mixing": {},
     }
     if named.data is None:  # the paper's recipes leave nothing of this open
-        chosen |= choose_optimization(facts, batch_size, total_steps, init)
-        chosen |= choose_regularization(facts, preprocessing.resolution, finetune=init is not None)
+        chosen |= choose_optimization(facts, batch_size, steps_to_come, init)
+        chosen |= choose_regularization(facts, preprocessing.resolution, short=short, finetune=init is not None)
     settled: dict[str, Any] = {
         "data": recipe.data if recipe.data in NAMES else absolute_path_or_name(recipe.data),
         "model": model,
@@ -252,8 +267,13 @@ def choose_optimization(
     }
 
 
-def choose_regularization(facts: DataFacts, resolution: int, *, finetune: bool) -> dict[str, dict[str, Any]]:
-    """Augmentation and mixing: shifts for small images, enlarged or not, crops and RandAugment for photographs."""
+def choose_regularization(
+    facts: DataFacts, resolution: int, *, short: bool, finetune: bool
+) -> dict[str, dict[str, Any]]:
+    """Augmentation and mixing: shifts for small images, enlarged or not, crops and RandAugment for photographs.
+
+    A `short` run of an untrained network has large crops and nothing else: it underfits.
+    """
     # Most small gray images are signs, and a mirrored letter is none; the recipe fashion-mnist has it otherwise.
     flip_rate = 0.0 if facts.small and facts.gray else 0.5
     smoothing = 0.0 if facts.multilabel else 0.1
@@ -272,13 +292,13 @@ def choose_regularization(facts: DataFacts, resolution: int, *, finetune: bool) 
     return {
         "augmentation": {
             "placement": "crop",
-            "crop_scale": [0.35, 1.0],
+            "crop_scale": [0.6 if short else 0.35, 1.0],
             "flip_rate": flip_rate,
-            "rand_augment_layers": 2,
+            "rand_augment_layers": 0 if short else 2,
             "rand_augment_magnitude": 9,
         },
         "mixing": {
-            "mixup_alpha": 0.0 if finetune else 0.2,
+            "mixup_alpha": 0.0 if finetune or short else 0.2,
             "cutmix_alpha": 0.0,
             "label_smoothing": smoothing,
         },

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ from coatnet.training.optimizer import (
     update_weights,
 )
 from coatnet.training.progress import TrainingProgress
+from coatnet.training.progressive_resizing import ProgressiveResizing
 from coatnet.training.run_folder import RunFolder
 
 LOGS_PER_RUN = 400
@@ -87,6 +89,9 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of Ada
 SELECTED_BY_SEARCH = (
     "A search (tuning.md) chose values of the recipe by these same images, so these figures are too favorable."
 )
+MEASURED_SECONDS, MIN_MEASURED_STEPS = 2.0, 4  # to see how many epochs fit; the first step allocates its memory
+FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
+NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
 BEST = "best"  # name of the checkpoint of the best evaluation
 
 
@@ -675,7 +680,10 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                     folder.hold()
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
             given, init = load_init(folder.given, splits, progress.say)
-            config = folder.check_config(resolve(given, splits, init), splits.classes, splits.content)
+            config = resolve(given, splits, init)
+            if folder.stored is None and config.max_minutes:
+                config = fit_into_limit(config, given, splits, init, processes, progress)
+            config = folder.check_config(config, splits.classes, splits.content)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
         config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
@@ -702,12 +710,60 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
             try:
                 trainer.run()
+                progress.say(f"{trainer.epoch:.3g} epochs in {trainer.state.seconds / 60:.1f} minutes")
                 if trainer.out_of_patience:
                     trainer.restore_best()
                 bundle = trainer.bundle()
                 return processes.run_on_main(lambda: trainer.finish(bundle))
             finally:
                 trainer.loggers.close()
+
+
+def fit_into_limit(
+    config: TrainingConfig,
+    recipe: Recipe,
+    splits: Splits,
+    init: Bundle | None,
+    processes: Processes,
+    progress: TrainingProgress,
+) -> TrainingConfig:
+    """The configuration for the epochs that fit into `max_minutes`, by the time of some steps that are then forgotten.
+
+    A line says how many fit, if they are not all.
+    """
+    with deterministic_on_cpu(config.device):
+        seconds = step_seconds(config, recipe, splits, init, processes)
+    steps = 60 * config.max_minutes / (seconds * config.progressive_resizing.cost_after(0.0))
+    epochs = FRACTION_FOR_STEPS * steps * config.batch_size / len(splits.training)
+    if epochs >= config.epochs:
+        return config
+    enough = config.max_minutes * config.epochs / epochs
+    progress.say(
+        f"about {epochs:.{0 if epochs >= 10 else 1}f} of {config.epochs:g} epochs fit into {config.max_minutes:g} "
+        f"minutes, and augmentation, mixing, warm-up and averaging are chosen for these; all would take {enough:,.0f}"
+    )
+    return resolve(recipe, splits, init, epochs_that_fit=epochs)
+
+
+def step_seconds(
+    config: TrainingConfig, recipe: Recipe, splits: Splits, init: Bundle | None, processes: Processes
+) -> float:
+    """Median duration of a step at full size, without reading its images, which worker processes do beside it."""
+    config = replace(
+        config,
+        num_workers=0,
+        progressive_resizing=ProgressiveResizing(),
+        distillation=replace(config.distillation, views="same"),  # the teacher sees these images only
+    )
+    trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
+    durations: list[float] = []
+    with closing(trainer.batches()) as batches:
+        batch = next(batches)
+        while len(durations) < MIN_MEASURED_STEPS or sum(durations) < MEASURED_SECONDS:
+            started = time.monotonic()
+            trainer.step(*batch)
+            durations.append(processes.broadcast(time.monotonic() - started))
+    return median(durations[1:])
 
 
 def device_of(config: TrainingConfig, processes: Processes) -> torch.device:

@@ -42,7 +42,10 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         parser.add_argument(option, type=_read_value, default=argparse.SUPPRESS)
     given = vars(parser.parse(arguments))
     program = argparse.Namespace(
-        **{name: given.pop(name) for name in ("recipe", "config", "out", "print_config", "dry_run", "tune")}
+        **{
+            name: given.pop(name)
+            for name in ("recipe", "config", "out", "print_config", "dry_run", "lr_range", "price", "tune")
+        }
     )
     asked: dict[str, Any] = {}
     for name, value in given.items():
@@ -88,6 +91,12 @@ def train_parser() -> Parser:
         "--dry_run",
         action="store_true",
         help="Take a few steps, print all that the data decides, the expected minutes and memory, and do not train.",
+    )
+    main.add_argument(
+        "--lr_range", action="store_true", help="With --dry_run: test which learning rates let the loss fall."
+    )
+    main.add_argument(
+        "--price", type=float, metavar="PER_HOUR", help="With --dry_run: of an hour of this machine, for the cost."
     )
     main.add_argument(
         "--tune",
@@ -142,6 +151,8 @@ def _read_value(text: str) -> Any:
 def run(arguments: Sequence[str]) -> int:
     """Train, evaluate, and write the trained model."""
     recipe, program = parse_arguments(arguments)
+    if not program.dry_run and (program.lr_range or program.price is not None):
+        raise UserError(f"{'lr_range' if program.lr_range else 'price'} is for --dry_run: give that as well")
     if program.tune is not None and program.dry_run:
         raise UserError("tune trains, and dry_run does not: give one of them")
     if program.print_config:
@@ -150,7 +161,7 @@ def run(arguments: Sequence[str]) -> int:
     if program.dry_run:
         from coatnet.planning.dry_run import dry_run
 
-        echo(dry_run(recipe).describe())
+        echo(dry_run(recipe, price=program.price, lr_range=program.lr_range).describe())
         return 0
     from coatnet.training.trainer import train
 

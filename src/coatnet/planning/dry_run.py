@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from coatnet.data.open import open_dataset
+from coatnet.errors import UserError, counted
+from coatnet.planning.lr_range import LearningRateRange, find_range
+from coatnet.system.hardware import num_cores
 from coatnet.system.terminal import echo
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import resolve
@@ -34,6 +37,10 @@ class DryRun:
         epochs: passes over the training images in these steps.
         minutes: duration until the report is written.
         memory_bytes: most memory taken so far: of the GPU, or of this process.
+        cores: of this machine that the run may use; 0 on a GPU, of which it uses one.
+        price: of an hour of this machine, in any currency; None if it was not given.
+        learning_rates: what the range test found; None without one.
+        tested: whether there was a range test.
     """
 
     config: TrainingConfig
@@ -43,6 +50,10 @@ class DryRun:
     epochs: float
     minutes: float
     memory_bytes: int
+    cores: int = 0
+    price: float | None = None
+    learning_rates: LearningRateRange | None = None
+    tested: bool = False
 
     def describe(self) -> str:
         """The configuration as YAML, then the figures."""
@@ -53,15 +64,39 @@ class DryRun:
         return (
             f"{self.config.to_yaml()}\n{self.description}\n{epochs}, {self.steps:,} steps: about {self.minutes:.1f} "
             f"minutes at {self.images_per_second:.3g} images/s, {self.memory_bytes / 1e9:.1f} GB of memory. "
-            "Nothing was trained or written."
+            f"{self._describe_cost()}. {self._describe_rates()}Nothing was trained or written."
         )
 
+    def _describe_cost(self) -> str:
+        """`That is 2.4 core-hours on 2 cores, or 0.60 at 0.5 an hour`."""
+        hours = self.minutes / 60
+        used = f"{hours * self.cores:.3g} core-hours on {counted(self.cores, 'core')}" if self.cores else ""
+        cost = "" if self.price is None else f", or {hours * self.price:.2f} at {self.price:g} an hour"
+        return f"That is {used or f'{hours:.3g} GPU-hours'}{cost}"
 
-def dry_run(recipe: Recipe) -> DryRun:
+    def _describe_rates(self) -> str:
+        """The learning rates of the range test, if there was one."""
+        if not self.tested:
+            return ""
+        found = self.learning_rates
+        if found is None:
+            return "A range test found nothing: too few steps fit into half a minute, or no rate made the loss fall. "
+        return f"{found.describe()} "
+
+
+def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = False) -> DryRun:
     """Resolve a recipe and take a few steps of its training, without a run folder.
 
-    Raises UserError as `train` does for a recipe and data that do not fit together.
+    Args:
+        recipe: what is asked of the run.
+        price: of an hour of this machine, in any currency, for the cost of the run.
+        lr_range: whether to test learning rates as well, which takes half a minute at most.
+
+    Raises:
+        UserError: as `train` does for a recipe and data that do not fit together, or a price is negative.
     """
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"price must be that of an hour, 0 or more, got {price:g}")
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     recipe, init = load_init(recipe, splits, lambda line: echo(line, error=True))
     config = resolve(recipe, splits, init)
@@ -74,14 +109,18 @@ def dry_run(recipe: Recipe) -> DryRun:
             images = len(splits.training) + len(splits.validation)
             decoded = min(len(splits.training), num_steps * config.batch_size)
             beforehand = (time.monotonic() - started) * images / decoded
-        counted, last_images = time_steps(trainer)
+        counted_steps, last_images = time_steps(trainer)
         if trainer.teacher is not None and config.distillation.views == "fixed":
             before = time.monotonic()
             with trainer.autocast():
                 trainer.teacher(last_images.to(trainer.device), config.micro_batch_size)
             beforehand += (time.monotonic() - before) * len(splits.training) / config.batch_size
+        learning_rates = None
+        if lr_range:
+            step_seconds = sum(counted_steps) / len(counted_steps)
+            learning_rates = find_range(config, splits, trainer.images, step_seconds, init)
     duration = trainer.duration
-    duration.resume(len(counted), sum(counted))
+    duration.resume(len(counted_steps), sum(counted_steps))
     duration.last_evaluation = 0.0
     duration.update(0, beforehand)
     left = duration.seconds_left(0, beforehand)
@@ -96,11 +135,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(
         config,
         f"{splits.describe()}\n{trainer.describe()}",
-        config.batch_size * len(counted) / sum(counted),
+        config.batch_size * len(counted_steps) / sum(counted_steps),
         duration.total_steps,
         min(config.epochs, duration.total_steps * config.batch_size / len(splits.training)),
         math.ceil(seconds / 6) / 10,
         memory,
+        cores=num_cores() if trainer.device.type == "cpu" else 0,
+        price=price,
+        learning_rates=learning_rates,
+        tested=lr_range,
     )
 
 

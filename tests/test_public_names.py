@@ -39,6 +39,7 @@ PUBLIC = [
     "named_recipe",
     "open_dataset",
     "probe",
+    "soup",
     "train",
     "write_report",
 ]

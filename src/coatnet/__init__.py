@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from coatnet.evaluation.probe import probe as probe
     from coatnet.evaluation.report import Report as Report
     from coatnet.evaluation.report_markdown import write_report as write_report
+    from coatnet.evaluation.soup import soup as soup
     from coatnet.inference.predictor import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
     from coatnet.model.compat import from_coatnet_pytorch as from_coatnet_pytorch
@@ -63,6 +64,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "named_recipe": "coatnet.training.recipes",
         "open_dataset": "coatnet.data.open",
         "probe": "coatnet.evaluation.probe",
+        "soup": "coatnet.evaluation.soup",
         "train": "coatnet.training.trainer",
         "write_report": "coatnet.evaluation.report_markdown",
     },

@@ -192,38 +192,43 @@ def test_answers_that_take_too_much_memory_are_refused(home, monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [{"feature_weight": 0.5}, {"views": "fixed"}], ids=["features", "fixed"])
-def test_a_resumed_run_equals_one_that_never_stopped(asked, home, tmp_path, monkeypatch):
-    recipe = following(home, **asked)
-    report = train(recipe, tmp_path / "whole", console=Listener())
-    with pytest.raises(Interrupted):
-        train(recipe, tmp_path / "cut", console=Listener(interrupt_at=2))
+def test_a_resumed_run_equals_one_that_never_stopped(asked, tmp_path, monkeypatch):
+    recipe = following(learned(DIGITS).save(tmp_path / "mine" / "bundle"), **asked)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stop(recipe, whole, after=4)
+    stop(recipe, cut, after=2)
     if asked == {"views": "fixed"}:  # a pass over the images is not made twice
         monkeypatch.setattr(distillation, "infer", None)
-    listener = Listener()
-    assert train(Recipe.from_yaml(tmp_path / "cut" / "recipe.yaml"), tmp_path / "cut", console=listener) == report
-    whole, cut = (load_checkpoint(published(tmp_path / name / "checkpoints")[-1]).tensors for name in ("whole", "cut"))
-    assert bits(whole) == bits(cut) and (distillation.PROJECTION in whole) == ("feature_weight" in asked)
-    assert "warning" not in listener.text
+    text = stop(Recipe.from_yaml(cut / "recipe.yaml"), cut, after=4)
+    ends = [load_checkpoint(published(run / "checkpoints")[-1]).tensors for run in (whole, cut)]
+    assert bits(ends[0]) == bits(ends[1]) and (distillation.PROJECTION in ends[0]) == ("feature_weight" in asked)
+    assert "following mine/bundle (coatnet-femto-16)" in text and "warning" not in text
 
-    bundle = coatnet.load(tmp_path / "cut")
-    assert bundle.record["recipe"]["teacher"] == "mine/bundle" and set(bundle.model.state_dict()) == set(
-        learned(DIGITS).model.state_dict()
-    )
+
+def stop(recipe, out, after):
+    """Train until the evaluation after a step, and return what was said."""
+    listener = Listener(interrupt_at=after)
+    with pytest.raises(Interrupted):
+        train(recipe, out, console=listener)
+    return listener.text
+
+
+def test_the_bundle_names_the_teacher_and_holds_the_network_alone(home, tmp_path):
+    bundle = coatnet.load(trainer_for(following(home, feature_weight=0.5)).bundle().save(tmp_path / "made"))
+    assert bundle.record["recipe"]["teacher"] == "mine/bundle"
     assert str(home.parent.parent) not in json.dumps(bundle.record)
+    assert set(bundle.model.state_dict()) == set(learned(DIGITS).model.state_dict())
 
 
 def test_another_teacher_is_noted_when_a_run_is_resumed(tmp_path):
     teacher = learned(DIGITS)
     teacher.save(tmp_path / "t")
-    with pytest.raises(Interrupted):
-        train(following(tmp_path / "t", views="fixed"), tmp_path / "run", console=Listener(interrupt_at=2))
+    stop(following(tmp_path / "t", views="fixed"), tmp_path / "run", after=2)
     with torch.no_grad():
         teacher.model.get_classifier().weight.mul_(2)
     teacher.save(tmp_path / "t")
-    listener = Listener(interrupt_at=4)
-    with pytest.raises(Interrupted):
-        train(following(tmp_path / "t", views="fixed"), tmp_path / "run", console=listener)
-    assert "the teacher t, or the release of coatnet or torch, is another than when the run began" in listener.text
+    text = stop(following(tmp_path / "t", views="fixed"), tmp_path / "run", after=4)
+    assert "the teacher t, or the release of coatnet or torch, is another than when the run began" in text
     assert len(list((tmp_path / "run").glob("teacher-*.npy"))) == 2  # the new one has answered anew
 
 

@@ -84,10 +84,7 @@ class Bundle:
         Raises:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
-        shared = replace(self, record=without_places(self.record))
-        target = output_path(folder)
-        if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
-            raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
+        shared, target = replace(self, record=without_places(self.record)), require_bundle_place(folder)
         with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
             write_tensors(self.model.state_dict(), staged / WEIGHTS)
             (staged / CONFIG).write_text(shared.config(), encoding="utf-8", errors="backslashreplace")
@@ -101,6 +98,14 @@ class Bundle:
     def card(self) -> str:
         """The model card, README.md, as Markdown."""
         return model_card(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
+
+
+def require_bundle_place(folder: str | Path) -> Path:
+    """The path of a folder that a bundle may be written to. Raises UserError if it holds something else."""
+    target = output_path(folder)
+    if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
+        raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
+    return target
 
 
 def without_places(record: Mapping[str, Any]) -> dict[str, Any]:

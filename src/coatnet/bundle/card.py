@@ -46,7 +46,8 @@ def model_card(
         f"crop fraction {seen.crop_fraction:g}, "
         f"mean {list(seen.mean)}, standard deviation {list(seen.std)} (pixels in 0..1).",
         f"## Classes\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
-        _recipe(record.get("recipe")),
+        _soup(record.get("soup")),
+        _recipe(record.get("recipe"), "The recipe of the best of these models" if record.get("soup") else "The recipe"),
         _probe(record.get("probe")),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -77,7 +78,13 @@ def _probe(probe: Mapping[str, Any] | None) -> str:
     )
 
 
-def _recipe(recipe: Mapping[str, Any] | None) -> str:
+def _soup(soup: Mapping[str, Any] | None) -> str:
+    """The models that the weights are an average of."""
+    lines = [] if not soup else str(soup.get("summary", "")).splitlines()
+    return "## An average of models\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in lines) if lines else ""
+
+
+def _recipe(recipe: Mapping[str, Any] | None, title: str) -> str:
     if not recipe:
         return ""
     plain = json.loads(json.dumps(recipe))
@@ -85,4 +92,4 @@ def _recipe(recipe: Mapping[str, Any] | None) -> str:
     text = escape_lines(text)
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)  # so that no name ends the block
-    return f"## How it was trained\n\nThe recipe, which `coatnet train --config` repeats:\n\n{fence}yaml\n{text}{fence}"
+    return f"## How it was trained\n\n{title}, which `coatnet train --config` repeats:\n\n{fence}yaml\n{text}{fence}"

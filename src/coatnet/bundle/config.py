@@ -80,12 +80,19 @@ class ProbeJson(RecipeJson):
     l2: FiniteFloat = 0.0
 
 
+class SoupJson(BaseModel, strict=True, extra="allow"):
+    """What the card shows of an average of models."""
+
+    summary: str = ""
+
+
 class RecordJson(BaseModel, strict=True, extra="allow"):
     """The record of a training, for people; the few values that code reads are checked."""
 
     report: ReportJson | None = None
     recipe: RecipeJson | None = None
     probe: ProbeJson | None = None
+    soup: SoupJson | None = None
 
 
 class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()):

@@ -32,13 +32,14 @@ COMMANDS = {
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": ("BUNDLE --data DATA", "measure its features: linear probe and nearest neighbors"),
+    "soup": ("RUN RUN ... --out BUNDLE", "average models that started from the same weights, if images like it"),
     "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
     "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
     "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
 }
 
 LEAST_ADDRESS_SPACE = 1e9  # chosen: less than any build of torch takes when it is imported
-COMPUTING = ("train", "evaluate", "features", "probe")  # commands that compute with torch, for minutes or hours
+COMPUTING = ("train", "evaluate", "features", "probe", "soup")  # commands that compute with torch, for minutes or hours
 
 HELP = """\
 coatnet: from a folder of images to a trained and measured classifier

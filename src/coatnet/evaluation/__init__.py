@@ -9,14 +9,18 @@ from coatnet.evaluation.probe import probe as probe
 from coatnet.evaluation.report import Report as Report
 from coatnet.evaluation.report_markdown import to_markdown as to_markdown
 from coatnet.evaluation.report_markdown import write_report as write_report
+from coatnet.evaluation.soup import Soup as Soup
+from coatnet.evaluation.soup import soup as soup
 
 __all__ = [
     "Metrics",
     "ProbeReport",
     "Report",
+    "Soup",
     "evaluate",
     "extract_features",
     "probe",
+    "soup",
     "to_markdown",
     "write_features",
     "write_report",

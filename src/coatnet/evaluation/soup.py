@@ -1,0 +1,276 @@
+"""Averages of trained models that started from the same weights: greedy soups, chosen by held-out images.
+
+Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
+inference time". BatchNorm as in Izmailov et al. 2018, "Averaging weights leads to wider optima and better
+generalization": its statistics are computed anew, since those of an average are not the average of those.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from coatnet.bundle import Bundle
+from coatnet.bundle.bundle import place_name
+from coatnet.data.datasets import Dataset
+from coatnet.data.loader import BadImages, training_batches
+from coatnet.data.open import open_dataset
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import Augmentation
+from coatnet.errors import UserError, shorten
+from coatnet.evaluation.evaluate import evaluate, load_model
+from coatnet.evaluation.report import Report
+from coatnet.inference.logits import workers_for
+from coatnet.model.network import create_model
+from coatnet.system.files import user_path
+from coatnet.system.hardware import choose_device
+from coatnet.system.progress import ProgressBar
+
+STATISTICS_BATCH = 64  # images
+MAX_STATISTICS_IMAGES = 4096  # chosen: they settle a mean and a variance
+AS_EVALUATED = Augmentation("none", flip_rate=0.0)
+SELECTED = (
+    "These held-out images chose the models, so the figure is a little too good: measure it on images that had no part "
+    "in it (coatnet evaluate)."
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model that was offered for an average.
+
+    Attributes:
+        name: of its run or bundle.
+        taken: whether it is in the average.
+        figure: its own, on the held-out images; None without images.
+        together: that of the average with it, where that was tried.
+    """
+
+    name: str
+    taken: bool
+    figure: float | None = None
+    together: float | None = None
+
+
+@dataclass(frozen=True)
+class Soup:
+    """What `soup` returns.
+
+    Attributes:
+        bundle: the average; its record holds all that follows.
+        members: the models that were offered, in the order in which they were tried.
+        report: the evaluation of the average; None without images.
+        notes: what there is to say about the average, in a line each.
+    """
+
+    bundle: Bundle
+    members: tuple[Member, ...]
+    report: Report | None
+    notes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """The models, the main figure of their average and the notes, in a few lines of text."""
+        lines = []
+        for member in self.members:
+            figure = "" if member.figure is None else f"  {100 * member.figure:6.2f} %"
+            together = "" if member.together is None else f"  ({100 * member.together:.2f} % together)"
+            lines.append(f"{'taken   ' if member.taken else 'left out'}{figure}  {member.name}{together}")
+        taken = sum(member.taken for member in self.members)
+        if self.report is not None:
+            lines.append(f"{taken} of {len(self.members)} models: {self.report.headline()}")
+        return "\n".join([*lines, *self.notes]) + "\n"
+
+
+def soup(
+    models: Sequence[str | Path | Bundle],
+    data: str | Path | Splits | None = None,
+    *,
+    uniform: bool = False,
+    num_workers: int | None = None,
+    device: str | None = None,
+) -> Soup:
+    """Average the weights of models that started from the same weights, if held-out images like it.
+
+    The greedy rule: the best model first, then each other one, from the best down, if the main figure of the average
+    (top-1 accuracy, or mean average precision) does not fall with it. BatchNorm statistics of an average are computed
+    anew on up to 4,096 training images, seen as in evaluation; without training images they are averaged too. Each
+    model, and each average that is tried, is evaluated once.
+
+    Args:
+        models: two or more bundles, runs, or ids of the hub, of the same network, classes and preprocessing.
+        data: the images to choose by: splits, or what `open_dataset` opens, split as for the training of the models.
+        uniform: average all of them, whatever the images say; without `data`, nothing is evaluated.
+        num_workers: processes that decode, as in `evaluate`.
+        device: where to compute: "cpu", "cuda" or "cuda:1"; by default the first GPU, or the CPU without one.
+
+    Raises:
+        UserError: a model is missing, is another network than the first one, or held out other images; or `uniform`
+            models did not start from the same weights.
+    """
+    if isinstance(models, str | Path | Bundle) or len(models) < 2:
+        raise UserError("an average takes two models or more: give the folders of several runs that started alike")
+    if data is None and not uniform:
+        raise UserError("data is missing: give the images to choose by, or average all (uniform)")
+    names = [_name(source, number) for number, source in enumerate(models, start=1)]
+    target = choose_device(device or "auto")
+    bundles = [load_model(source, str(target)) for source in models]
+    for name, bundle in zip(names[1:], bundles[1:], strict=True):
+        check_alike(bundles[0], names[0], bundle, name)
+    recipes = [_recipe(bundle) for bundle in bundles]
+    notes = _notes(recipes, names, uniform=uniform)
+    figure = "mean_average_precision" if bundles[0].multilabel else "top1"
+    if isinstance(data, str | Path):
+        fraction = float(str(recipes[0].get("validation_fraction", 0.1)))
+        data = open_dataset(data, validation_fraction=fraction, evaluation=True)
+
+    training = None if data is None else data.training
+
+    def measure(bundle: Bundle, name: str) -> Report | None:
+        if data is None:
+            return None
+        with ProgressBar(f"evaluating {name}") as bar:
+            return evaluate(bundle, data, num_workers=num_workers, progress=bar.update)
+
+    def average(numbers: Sequence[int]) -> Bundle:
+        return average_weights([bundles[number] for number in numbers], training, num_workers)
+
+    reports = [measure(bundle, name) for bundle, name in zip(bundles, names, strict=True)]
+    alone = [None if report is None else report.figures[figure] for report in reports]
+    order = sorted(range(len(models)), key=lambda number: -(alone[number] or 0.0))  # of equals, the first given
+    taken, together = order[:1], dict[int, float]()
+    bundle, report = bundles[order[0]], reports[order[0]]
+    if uniform:
+        taken, bundle = order, average(order)
+        report = measure(bundle, "the average")
+    for number in [] if uniform else order[1:]:
+        tried = average([*taken, number])
+        found = measure(tried, f"the average with {names[number]}")
+        assert found is not None and report is not None  # there are images
+        together[number] = found.figures[figure]
+        if together[number] >= report.figures[figure]:
+            taken, bundle, report = [*taken, number], tried, found
+
+    if len(taken) == 1:
+        notes.append("No average is as good as the best model alone: the bundle is that model, unchanged.")
+    elif training is None or not len(training):
+        notes.append("BatchNorm statistics are averaged: there are no training images to compute them anew.")
+    else:
+        images = min(len(training), MAX_STATISTICS_IMAGES)
+        notes.append(f"BatchNorm statistics were computed anew on {images:,} training images.")
+    if report is not None:
+        if report.figures[figure] < (best := alone[order[0]] or 0.0):
+            notes.append(f"The best model alone has {100 * best:.2f} %, more than the average.")
+        notes.append(SELECTED)
+    members = tuple(Member(names[number], number in taken, alone[number], together.get(number)) for number in order)
+    made = Soup(bundle, members, report, tuple(notes))
+    record = {
+        "recipe": dict(recipes[order[0]]),
+        "soup": {
+            "rule": "uniform" if uniform else "greedy",
+            "members": [asdict(member) for member in members],
+            "summary": made.to_text(),
+        },
+        **({} if report is None else {"report": report.to_dict()}),
+    }
+    return replace(made, bundle=replace(bundle, record=record))
+
+
+def average_weights(bundles: Sequence[Bundle], images: Dataset | None, num_workers: int | None) -> Bundle:
+    """A model with the mean of the weights of models that are alike; BatchNorm statistics of the images, if any."""
+    first, states = bundles[0], [bundle.model.state_dict() for bundle in bundles]
+    with torch.device("meta"):
+        model = create_model(**first.model.config())
+    model.load_state_dict({name: _mean([state[name] for state in states]) for name in states[0]}, assign=True)
+    model.to(memory_format=torch.channels_last)
+    if images is not None and len(images):
+        batch_size = min(STATISTICS_BATCH, len(images))
+        batches = training_batches(
+            images,
+            preprocessing=first.preprocessing,
+            augmentation=AS_EVALUATED,
+            batch_size=batch_size,
+            seed=0,
+            first_step=0,
+            num_steps=math.ceil(min(len(images), MAX_STATISTICS_IMAGES) / batch_size),
+            num_workers=workers_for(images, num_workers),
+            bad_images=BadImages(len(images)),
+        )
+        with closing(batches):
+            update_bn(batches, model, next(model.parameters()).device)
+    return replace(first, model=model.eval())
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean, summed in double precision; of counters, the first."""
+    if not values[0].is_floating_point():
+        return values[0].clone()
+    return torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
+
+
+def check_alike(first: Bundle, first_name: str, other: Bundle, name: str) -> None:
+    """Raises UserError unless two models are the same network for the same classes and images.
+
+    Models that held out other shares of the images cannot be compared: one has learned what the other is measured on.
+    """
+    ours, theirs = _traits(first), _traits(other)
+    for trait, value in ours.items():
+        if theirs[trait] != value and not (trait == "validation_fraction" and None in (value, theirs[trait])):
+            values = f" ({theirs[trait]}, not {value})" if len(f"{theirs[trait]}{value}") < 80 else ""
+            raise UserError(
+                f"{trait} of {name} is another than of {first_name}{values}: give models that were trained alike, from "
+                "the same weights"
+            )
+
+
+def _traits(bundle: Bundle) -> dict[str, object]:
+    """What models must have in common, by name."""
+    return {
+        "the network": bundle.model.variant.name,
+        "the architecture": bundle.model.config(),
+        "the list of classes": ", ".join(bundle.classes),
+        "multilabel": bundle.multilabel,
+        **{f"preprocessing.{name}": value for name, value in asdict(bundle.preprocessing).items()},
+        "validation_fraction": _recipe(bundle).get("validation_fraction"),
+    }
+
+
+def _notes(recipes: Sequence[Mapping[str, object]], names: Sequence[str], *, uniform: bool) -> list[str]:
+    """What the records say about starts and data. Raises UserError if starts differ and no image would tell."""
+    known = [(name, recipe) for name, recipe in zip(names, recipes, strict=True) if recipe]
+    starts = [
+        (name, recipe.get("init") or f"untrained weights of seed {recipe.get('seed', 0)}") for name, recipe in known
+    ]
+    notes = []
+    for name, start in starts[1:]:
+        if start != starts[0][1]:
+            text = f"{name} started from {start}, {starts[0][0]} from {starts[0][1]}"
+            if uniform:
+                raise UserError(f"{text}: an average of such networks knows nothing; leave out uniform, or one of them")
+            notes.append(f"{text}: averages of such networks are hardly ever as good as one of them.")
+            break
+    places = sorted({str(recipe["data"]) for _, recipe in known if recipe.get("data")})
+    if len(places) > 1:
+        notes.append(f"The models learned from {shorten(places)}: what one held out, another may have learned.")
+    return notes
+
+
+def _recipe(bundle: Bundle) -> Mapping[str, object]:
+    """The recipe in a model's record, without places; empty if there is none."""
+    recipe = bundle.record.get("recipe")
+    if not isinstance(recipe, Mapping):
+        return {}
+    named = {key: place_name(str(recipe[key])) for key in ("data", "init") if recipe.get(key)}
+    return {**recipe, **named}
+
+
+def _name(source: str | Path | Bundle, number: int) -> str:
+    """`model 2` for a bundle in memory, else the name of the run, bundle or hub id."""
+    if isinstance(source, Bundle):
+        return f"model {number}"
+    path = user_path(source)
+    return place_name(str(path.resolve()) if path.exists() else str(source))

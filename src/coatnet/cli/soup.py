@@ -48,9 +48,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--data is missing: {given.models[0]} is not the folder of a run, which would name its images")
     made = soup(given.models, data, uniform=given.uniform, device=given.device)
     made.bundle.save(target)
-    echo_summary(readable_json(made.bundle.record["soup"]) if given.json else made.to_text())
-    if not given.json:
-        echo_summary(f"The average is {given.out}.")
+    if given.json:
+        echo_summary(readable_json(made.bundle.record["soup"]).rstrip())
+    else:
+        echo_summary(f"{made.to_text()}The averaged model is {given.out}.")
     return 0
 
 

@@ -749,12 +749,7 @@ def step_seconds(
     config: TrainingConfig, recipe: Recipe, splits: Splits, init: Bundle | None, processes: Processes
 ) -> float:
     """Median duration of a step at full size, without reading its images, which worker processes do beside it."""
-    config = replace(
-        config,
-        num_workers=0,
-        progressive_resizing=ProgressiveResizing(),
-        distillation=replace(config.distillation, views="same"),  # the teacher sees these images only
-    )
+    config = replace(config, num_workers=0, progressive_resizing=ProgressiveResizing())
     trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
     durations: list[float] = []
     with closing(trainer.batches()) as batches:

@@ -40,6 +40,7 @@ USUAL_NAMES = {
     **dict.fromkeys(("criterion", "loss_fn"), ("loss",)),
     **dict.fromkeys(("class_weights", "class_weight", "weighted"), ("balance",)),
     **dict.fromkeys(("aa", "auto_augment", "rand_augment", "randaugment"), ("rand_augment_layers",)),
+    **dict.fromkeys(("trivial", "trivialaugment", "ta_wide"), ("trivial_augment",)),
     **dict.fromkeys(("crop_pct",), ("crop_fraction",)),
     **dict.fromkeys(("eval_every", "eval_interval", "val_interval"), ("evaluate_every",)),
     **dict.fromkeys(("checkpoint_interval", "save_every", "save_interval"), ("checkpoint_every_minutes",)),

@@ -105,6 +105,25 @@ def test_an_image_that_is_repeated_in_balanced_batches_is_augmented_differently(
     assert len(torch.unique(images[labels == 1], dim=0)) > 4
 
 
+def test_alternating_flips_follow_the_epochs_of_each_image(files):
+    """24 images, 8 a batch: batches 0 to 2 are the first epoch. In the same order both would be mirror images."""
+    still = {"placement": "none", "flip_rate": 0.0}
+    batches = train(files, num_steps=6, augmentation=Augmentation(**still, flip="alternating"))
+    plain = train(files, num_steps=6, augmentation=Augmentation(**still))
+    sides = {}
+    for (images, _), (unchanged, _) in zip(batches, plain, strict=True):
+        for image, before in zip(images, unchanged, strict=True):
+            mirrored = torch.equal(image, before.flip(-1))
+            assert mirrored != torch.equal(image, before)
+            sides.setdefault(before.numpy().tobytes(), []).append(mirrored)
+    assert len(sides) == 24
+    assert all(first != second for first, second in sides.values())
+    assert 0 < sum(first for first, _ in sides.values()) < 24
+    assert_same(
+        train(files, first_step=4, num_steps=2, augmentation=Augmentation(**still, flip="alternating")), batches[4:]
+    )
+
+
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(files):
     batches = training_batches(
         files, preprocessing=SMALL, augmentation=Augmentation("shift"), batch_size=4, seed=0,

@@ -222,6 +222,42 @@ def test_rand_augment_equals_torchvision_under_the_same_seed():
             assert torch.equal(reference(image), result)
 
 
+def test_trivial_augment_equals_torchvision_under_the_same_seed():
+    images = noise(3, 3, 20, 20)
+    ours = augment.trivial_augment(images, SEEDS[:3], fill=[127, 127, 127])
+    reference = v2.TrivialAugmentWide(fill=[127, 127, 127])
+    words = augment.expand_words(SEEDS[:3] ^ augment._TRIVIAL_AUGMENT, 1)[:, 0]
+    for image, word, result in zip(images, words, ours, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(word))
+            assert torch.equal(reference(image), result)
+
+
+def test_trivial_augment_draws_each_of_its_operations():
+    """The identity is one of 14 operations; with the least of 31 strengths, most of the others leave an image alone."""
+    image = noise(1, 3, 8, 8)
+    changed = augment.trivial_augment(image.expand(600, -1, -1, -1), hash_words(1, np.arange(600)), fill=[0, 0, 0])
+    results, counts = torch.unique(changed, dim=0, return_counts=True)
+    assert 0.07 < counts.max().item() / 600 < 0.25
+    assert len(results) > 200
+
+
+def test_only_one_of_the_two_augments_is_taken():
+    with pytest.raises(UserError, match="trivial_augment takes the place of RandAugment, but rand_augment_layers is 2"):
+        Augmentation(trivial_augment=True, rand_augment_layers=2)
+
+
+def test_alternating_flips_show_both_sides_in_any_two_epochs():
+    indices = np.arange(4000)
+    sides = np.stack([augment.alternate(7, np.full(4000, epoch), indices) for epoch in range(6)])
+    assert (sides[1:] != sides[:-1]).all()
+    assert abs(sides[0].mean() - 0.5) < 4 * 0.5 / math.sqrt(4000)
+    neighbors = (sides[0, 1:] == sides[0, :-1]).mean()
+    assert abs(neighbors - 0.5) < 4 * 0.5 / math.sqrt(4000)
+    assert not np.array_equal(sides[0], augment.alternate(8, np.zeros(4000, int), indices))
+    assert np.array_equal(augment.alternate(7, np.array([3, 0]), np.array([9, 2])), [sides[3, 9], sides[0, 2]])
+
+
 def test_erasing_sets_one_box_to_the_mean():
     erased = augment.erase_(torch.ones(200, 3, 20, 30), hash_words(2, np.arange(200)), 0.5)
     zeros = (erased == 0).all(1)

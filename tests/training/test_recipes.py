@@ -50,6 +50,15 @@ def test_small_images_keep_their_size_and_color_and_are_shifted():
     assert (augmentation.placement, augmentation.shift) == ("shift", 1)
 
 
+def test_trivial_augment_takes_the_place_of_rand_augment():
+    photographs = DataFacts(1_000, side=500, shorter_side=375, largest_side=500)
+    asked = {"data": "x", "augmentation": {"trivial_augment": True}}
+    assert resolve_for(named_recipe("scratch", asked), photographs).augmentation.rand_augment_layers == 0
+    asked["augmentation"]["rand_augment_layers"] = 1
+    with pytest.raises(UserError, match="trivial_augment takes the place of RandAugment"):
+        resolve_for(named_recipe("scratch", asked), photographs)
+
+
 @pytest.mark.parametrize(
     ("name", "side", "channels", "flip_rate"),
     [

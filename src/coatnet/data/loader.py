@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from coatnet.data.augmentation import alternate
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.sampler import BalancedSampler, EpochSampler, Sampler, hash_words
@@ -373,9 +374,11 @@ class _TrainingBatches:
     def __getitem__(self, number: int) -> _Batch:
         indices, epochs = self.sampler.sample(number * self.batch_size + self.batch_indices)
         seeds = hash_words(self.seed, epochs, indices)
+        alternating = self.transform.augmentation.flip == "alternating"
+        mirrored = alternate(self.seed, epochs, indices) if alternating else None
 
         def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
-            return self.transform.batch(pixels, seeds[part], out)
+            return self.transform.batch(pixels, seeds[part], out, None if mirrored is None else mirrored[part])
 
         return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, MAX_REPLACEMENTS)
 

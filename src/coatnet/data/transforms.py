@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from coatnet.data import augmentation as augment
 from coatnet.data.sampler import Words
 from coatnet.errors import UserError
-from coatnet.system.validated import Integer, Number, PositiveFloat, PositiveFraction, Probability, validated
+from coatnet.system.validated import Boolean, Integer, Number, PositiveFloat, PositiveFraction, Probability, validated
 
 Image = Tensor | NDArray[np.uint8]
 
@@ -79,7 +79,7 @@ _ASCENDING = AfterValidator(_ascending)
 
 @validated
 class Augmentation:
-    """How a training image varies: where it is cut out, then flip, then RandAugment, then erasing."""
+    """How a training image varies: where it is cut out, then flip, then RandAugment or TrivialAugment, then erasing."""
 
     placement: Literal["crop", "shift", "none"] = "crop"
     """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black;
@@ -92,12 +92,23 @@ class Augmentation:
     """For `shift`: the most that an image moves, pixels in each direction; by default 1 for every 28 of its side."""
     flip_rate: Probability = 0.5
     """Probability that an image is mirrored left to right; by default 0.5, and 0 for small gray images (signs)."""
+    flip: Literal["random", "alternating"] = "random"
+    """`random`: by `flip_rate` each time; `alternating`: on every second of its epochs, from a random start."""
     rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
     """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
     rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
     """Strength of these operations, 0 to 30; by default 9 for photographs (the paper: "2, 15")."""
+    trivial_augment: Boolean = False
+    """Whether TrivialAugment, one operation of random strength on each image, takes the place of RandAugment."""
     erasing_rate: Probability = 0.0
     """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
+
+    def __post_init__(self) -> None:
+        if self.trivial_augment and self.rand_augment_layers:
+            raise UserError(
+                "trivial_augment takes the place of RandAugment, but rand_augment_layers is "
+                f"{self.rand_augment_layers}: give 0, or leave trivial_augment out"
+            )
 
 
 class EvaluationTransform:
@@ -130,19 +141,24 @@ class TrainingTransform:
         """One image, a uint8 tensor (3 or 1, H, W) or array (H, W) or (H, W, 3), to float32 (C, R, R)."""
         return self.batch(as_images(image)[None], np.array([seed], dtype=np.uint64))[0]
 
-    def batch(self, pixels: Tensor, seeds: Words, out: Tensor | None = None) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last; written to `out` if given."""
+    def batch(
+        self, pixels: Tensor, seeds: Words, out: Tensor | None = None, mirrored: NDArray[np.bool_] | None = None
+    ) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) and seeds (B,) to float32 (B, C, R, R), channels last; written to `out` if given.
+
+        `mirrored` (B,) says which images are mirrored, for alternating flips; without it `flip_rate` decides.
+        """
+        ours = self.augmentation
         pixels = self.crop(match_channels(pixels, self.preprocessing), seeds)
-        pixels = augment.flip(pixels, seeds, self.augmentation.flip_rate)
-        if self.augmentation.rand_augment_layers:
-            fill = [round(255 * value) for value in self.preprocessing.mean[: pixels.shape[1]]]
-            layers, magnitude = (
-                self.augmentation.rand_augment_layers,
-                self.augmentation.rand_augment_magnitude,
-            )
+        pixels = augment.flip(pixels, seeds, ours.flip_rate) if mirrored is None else augment.mirror(pixels, mirrored)
+        fill = [round(255 * value) for value in self.preprocessing.mean[: pixels.shape[1]]]
+        if ours.rand_augment_layers:
+            layers, magnitude = ours.rand_augment_layers, ours.rand_augment_magnitude
             pixels = augment.rand_augment(pixels, seeds, layers=layers, magnitude=magnitude, fill=fill)
+        elif ours.trivial_augment:
+            pixels = augment.trivial_augment(pixels, seeds, fill=fill)
         images = normalize(pixels, self.preprocessing, out)
-        return augment.erase_(images, seeds, self.augmentation.erasing_rate)
+        return augment.erase_(images, seeds, ours.erasing_rate)
 
     def crop(self, images: Tensor, seeds: Words) -> Tensor:
         """uint8 (B, C, H, W) to uint8 (B, C, R, R): a random crop, a shift, or the crop of evaluation."""

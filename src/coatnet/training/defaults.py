@@ -157,6 +157,8 @@ def resolve_for(
     if named.data is None:  # the paper's recipes leave nothing of this open
         chosen |= choose_optimization(facts, batch_size, steps_to_come, init)
         chosen |= choose_regularization(facts, preprocessing.resolution, short=short, finetune=init is not None)
+        if asked.get("augmentation", {}).get("trivial_augment"):
+            chosen["augmentation"]["rand_augment_layers"] = 0
     settled: dict[str, Any] = {
         "data": recipe.data if recipe.data in NAMES else absolute_path_or_name(recipe.data),
         "model": model,

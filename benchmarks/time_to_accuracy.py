@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def run(values: dict[str, Any], out: Path) -> dict[str, Any]:
     if values["contender"] == "ours":
         name = "-".join(str(values[name]).replace("/", "_") for name in KEY[:-1])
         run_folder = out / "runs" / name
+        shutil.rmtree(run_folder, ignore_errors=True)  # of an interrupted benchmark: a resumed run would have more time
         command = ["coatnet", "train", "--data", folder, "--out", run_folder, "--seed", values["seed"]]
         command += ["--max_minutes", max(0.05, values["minutes"] - START_UP_MINUTES)]
         if values["data"].startswith("fashion-mnist"):

@@ -4,7 +4,6 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from coatnet.data.open import open_dataset
 from coatnet.errors import UserError, counted
 from coatnet.planning.lr_range import LearningRateRange, find_range
 from coatnet.system.hardware import num_cores
-from coatnet.system.terminal import echo
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import resolve
+from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.image_cache import cached_images
 from coatnet.training.initialization import load_init
+from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import Trainer, deterministic_on_cpu
+from coatnet.training.trainer import NOT_WRITTEN, Trainer, deterministic_on_cpu, fit_into_limit
 
 MEASURED_SECONDS = 10.0  # at least two steps, at most those of this time
 MAX_MEASURED_STEPS = 30
@@ -98,10 +98,13 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"price must be that of an hour, 0 or more, got {price:g}")
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
-    recipe, init = load_init(recipe, splits, lambda line: echo(line, error=True))
+    progress = TrainingProgress(None)
+    recipe, init = load_init(recipe, splits, progress.say)
     config = resolve(recipe, splits, init)
+    if config.max_minutes:
+        config = fit_into_limit(config, recipe, splits, init, SINGLE_PROCESS, progress)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
-        trainer = Trainer(config, splits, RunFolder(Path("not written"), recipe), init=init)
+        trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
         beforehand = 0.0  # seconds before the first step: to decode all images, for a teacher to see them

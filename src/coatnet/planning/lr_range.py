@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from coatnet.data.splits import Splits
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.progressive_resizing import ProgressiveResizing
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NotFinite, Trainer
+from coatnet.training.trainer import NOT_WRITTEN, NotFinite, Trainer
 
 STEPS = (30, 100)  # fewer leave no curve, more tell nothing new
 MAX_SECONDS = 30.0
@@ -89,7 +88,7 @@ def find_range(
     chosen, (first, last) = config.optimizer.learning_rate, FACTORS
     epochs = (steps - 0.5) * config.batch_size / len(splits.training)
     short = replace(config, epochs=epochs, head_first_epochs=0.0, progressive_resizing=ProgressiveResizing())
-    trainer = RangeTrainer(short, splits, RunFolder(Path("not written"), Recipe(data=config.data)), init=init)
+    trainer = RangeTrainer(short, splits, RunFolder(NOT_WRITTEN, Recipe(data=config.data)), init=init)
     trainer.images, trainer.growth = images, (first * chosen, (last / first) ** (1 / (steps - 1)))
     rates: list[float] = []
     losses: list[float] = []

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, import_extra
 from coatnet.evaluation.metrics import Interval, Metrics, paired_difference, wilson_interval
-from coatnet.planning.dry_run import MEASURED_SECONDS, time_steps
 from coatnet.system.files import atomic_write, translate_write_errors
 from coatnet.system.json_reader import read_json, require_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
@@ -37,7 +35,7 @@ from coatnet.training.initialization import load_init
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu
+from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, fit_into_limit, step_seconds
 
 # Factors on what recipe and defaults say, so that what short trials find holds for the whole run as well.
 LEARNING_RATE_FACTORS = (1 / 6, 6.0)
@@ -49,7 +47,6 @@ REDUCTION = 3
 RUNGS = (1, 3, 9)  # ninths of a trial's steps after which it is measured
 WHOLE_TRIALS = 6  # chosen: so many trials would fit if none were stopped; with halving, some twenty
 RANDOM_TRIALS = 8  # at the start, before the estimator proposes values
-MAX_MEASURED_SHARE = 0.05  # of the time, for the speed of a step
 
 
 def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | None = None) -> Recipe:
@@ -87,7 +84,10 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     import_extra("optuna", "tune", "tune")
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     given, init = load_init(recipe, splits, progress.say)
-    config = folder.check_config(resolve(given, splits, init), splits.classes, splits.content)
+    config = resolve(given, splits, init)
+    if config.max_minutes:
+        config = fit_into_limit(config, given, splits, init, SINGLE_PROCESS, progress)
+    config = folder.check_config(config, splits.classes, splits.content)
     require_readable(splits.validation, "validation")
     with translate_write_errors(folder.path, "choose another folder for out"):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,10 @@ class Search:
         self.spent = sum(trial.user_attrs.get("seconds", 0.0) for trial in self.study.trials)
         if "steps" not in self.study.user_attrs:
             self._plan()
-        self.steps, self.step_seconds = (self.study.user_attrs[name] for name in ("steps", "step_seconds"))
+        planned = self.study.user_attrs
+        self.steps, self.run_steps, self.step_seconds = (
+            planned[name] for name in ("steps", "run_steps", "step_seconds")
+        )
         epochs = (self.steps - 0.5) * config.batch_size / len(splits.training)  # they are rounded up to whole steps
         changes: dict[str, Any] = {"epochs": epochs, "max_minutes": 0.0}
         if recipe.head_first_epochs:
@@ -264,27 +267,30 @@ class Search:
     def _plan(self) -> None:
         """Choose the steps of a trial: a sixth of the time for those of a whole one, and no more than the recipe's."""
         config, num_images = self.config, len(self.splits.training)
-        limit_seconds = min(MEASURED_SECONDS, MAX_MEASURED_SHARE * self.limit_seconds)
-        step_seconds = median(time_steps(self._trainer(config), limit_seconds)[0])
-        evaluation = EVALUATION_COST * step_seconds * len(self.splits.validation) / config.batch_size
-        fit = int((self.limit_seconds / WHOLE_TRIALS - len(RUNGS) * evaluation) / step_seconds)
+        seconds = step_seconds(config, self.recipe, self.splits, self.init, SINGLE_PROCESS)
+        evaluation = EVALUATION_COST * seconds * len(self.splits.validation) / config.batch_size
+        fit = int((self.limit_seconds / WHOLE_TRIALS - len(RUNGS) * evaluation) / seconds)
         if fit < RUNGS[-1]:
-            needed = WHOLE_TRIALS * (RUNGS[-1] * step_seconds + len(RUNGS) * evaluation) / 60
+            (self.folder.path / "tuning.journal").unlink()  # nothing is in it yet
+            needed = WHOLE_TRIALS * (RUNGS[-1] * seconds + len(RUNGS) * evaluation) / 60
             raise UserError(
                 f"tune {self.limit_seconds / 60:g} is too short: a trial would have {max(0, fit)} steps of "
-                f"{step_seconds:.2g} s; give at least {math.ceil(10 * needed) / 10:g} minutes"
+                f"{seconds:.2g} s; give at least {math.ceil(10 * needed) / 10:g} minutes"
             )
-        self.study.set_user_attr("step_seconds", step_seconds)
-        self.study.set_user_attr("steps", min(fit, num_steps(config.epochs, num_images, config.batch_size)))
+        run_steps = num_steps(config.epochs, num_images, config.batch_size)
+        if config.max_minutes:
+            run_steps = min(run_steps, max(RUNGS[-1], int(60 * config.max_minutes / seconds)))
+        self.study.set_user_attr("step_seconds", seconds)
+        self.study.set_user_attr("run_steps", run_steps)
+        self.study.set_user_attr("steps", min(fit, run_steps))
 
     def run(self) -> None:
         """Make trials until the time is over; the first one has the values that there would be without a search."""
         import optuna
 
-        whole = num_steps(self.config.epochs, len(self.splits.training), self.config.batch_size)
         self.progress.say(
             f"searching for {self.limit_seconds / 60:g} minutes with trials of {counted(self.steps, 'step')}, where "
-            f"the whole run has {whole:,}"
+            f"the whole run has {self.run_steps:,}"
         )
         first_rung = self.steps * RUNGS[0] / RUNGS[-1] * self.step_seconds
         with self.progress, Interruption() as interruption:
@@ -433,7 +439,6 @@ class Search:
     def _markdown(self, found: Mapping[str, Any]) -> str:
         """tuning.md: what was found, how far it can be trusted, and all trials."""
         name = "mean average precision" if self.multilabel else "top-1"
-        whole = num_steps(self.config.epochs, len(self.splits.training), self.config.batch_size)
         rows = []
         for trial in sorted(self._trials(), key=lambda each: (-each.steps, -(each.score or 0.0))):
             values = tuned_values(self.short, trial.factors)["optimizer"]
@@ -453,9 +458,9 @@ class Search:
                 f"{found['summary'][0].upper()}{found['summary'][1:]}.",
                 "",
                 f"{counted(len(rows), 'trial')} in {found['minutes']:.3g} minutes. A whole trial has "
-                f"{self.steps:,} steps, where the run has {whole:,}: longer runs want more augmentation than short "
-                "trials show, which is why it is a factor on what suits the length. Trial 0 has the values without a "
-                "search.",
+                f"{self.steps:,} steps, where the run has {self.run_steps:,}: longer runs want more augmentation than "
+                "short trials show, which is why it is a factor on what suits the length. Trial 0 has the values "
+                "without a search.",
                 "",
                 f"These {found['num_images']:,} held-out images chose the best of the trials, so its figure, the "
                 "difference, and the figures of the run on the same images are too favorable. Images that took no part "

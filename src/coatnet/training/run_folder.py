@@ -25,7 +25,7 @@ from coatnet.system.files import (
     require_outside,
 )
 from coatnet.system.json_reader import read_json
-from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig
+from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
 
 LOCK = ".lock"  # in the folder while a process trains in it
 
@@ -93,6 +93,16 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run has come to its end with the configuration that `check_config` took."""
         return self._before == self.config and (self.path / "report.json").exists() and self.bundle.exists()
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the values that a search in this folder found are those of its run."""
+        try:
+            values = read_json(self.tuning)["values"]
+            ours = self.config.to_dict()
+            return self.tuning.exists() and merge(ours, values) == ours
+        except (UserError, LookupError, TypeError, ValueError):
+            return False
 
     def check_config(
         self, config: TrainingConfig, classes: Sequence[str], images: Mapping[str, Any] | None = None

@@ -623,7 +623,7 @@ class Trainer:
         """
         folder, num_workers = self.folder, self.config.num_workers
         report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
-        notes = (SELECTED_BY_SEARCH,) if folder.tuning.exists() else ()
+        notes = (SELECTED_BY_SEARCH,) if folder.tuned else ()
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:
             count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"

@@ -136,7 +136,7 @@ def test_auto_takes_one_network_and_keeps_it_without_a_network(hub: Hub, tmp_pat
     assert done.stdout.count("\n0\n") == 2, done.stderr
     size = round((tmp_path / "small" / "model.safetensors").stat().st_size / 1e6)
     lines = [line for line in done.stderr.splitlines() if "auto takes" in line]
-    assert lines[0].startswith(f"coatnet: auto takes {ID} (15.1 M parameters): the least work an image")
+    assert lines[0].startswith(f"coatnet: auto takes {ID} (15.1 M parameters): the cheapest to compute")
     assert lines[0].endswith(f"; {size} MB to download") and lines[1].endswith("; in the cache already")
     assert f"\ninit: {ID}@{first}\n" in (run / "recipe.yaml").read_text() and "--init auto would" not in done.stderr
     assert json.loads((probed / "bundle" / "config.json").read_text())["record"]["probe"]["model"] == f"{ID}@{first}"

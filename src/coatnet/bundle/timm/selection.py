@@ -77,7 +77,7 @@ CHOICES = (
     ),
     Choice("coatnet_0_rw_224.sw_in1k", "for a GPU of 8 GB or more", gpu_bytes=7.5e9),
     Choice(
-        "coatnet_nano_rw_224.sw_in1k", "the least work an image of those that are published, for CPUs and small GPUs"
+        "coatnet_nano_rw_224.sw_in1k", "the cheapest to compute of those that are published, for CPUs and small GPUs"
     ),
 )
 

@@ -61,7 +61,7 @@ def test_the_network_follows_from_the_gpu_the_number_of_images_and_their_size(gi
 def test_every_network_of_the_table_is_published_and_the_last_one_takes_anything():
     assert {row.name for row in CHOICES} <= PRETRAINED.keys()
     assert (CHOICES[-1].gpu_bytes, CHOICES[-1].num_images, CHOICES[-1].side) == (0, 0, 0)
-    assert is_choice(f"{NANO}@0a1b2c") and not is_choice(NANO) and not is_choice("timm/coatnet_1_rw_224.sw_in1k@0a1b")
+    assert is_choice(f"{NANO}@0a1b2c") and not is_choice(NANO) and not is_choice("hf://you/garments@0a1b2c")
 
 
 def test_the_guide_has_the_table():

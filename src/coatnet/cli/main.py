@@ -31,7 +31,10 @@ COMMANDS = {
     "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
-    "probe": ("BUNDLE --data DATA", "measure its features: linear probe and nearest neighbors"),
+    "probe": (
+        "BUNDLE --data DATA [--out FOLDER]",
+        "fit a classifier to its features: a figure, and a model in minutes",
+    ),
     "soup": ("RUN RUN ... --out BUNDLE", "average models that started from the same weights, if images like it"),
     "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
     "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
@@ -49,8 +52,8 @@ commands:
 
 examples:
   coatnet train fashion-mnist --data fashion-mnist-small --out runs/clothes    # images of the package
-  coatnet train --data path/to/folder --out runs/mine            # yours: one folder of images for each class
-  coatnet predict runs/mine some/image.jpg                       # BUNDLE is RUN/bundle, or RUN itself
+  coatnet train --data path/to/folder --init auto --out runs/mine             # yours: a folder of images for each class
+  coatnet predict runs/mine some/image.jpg                                    # BUNDLE is RUN/bundle, or RUN itself
 
 `coatnet COMMAND --help` explains a command and its options; `coatnet --version` prints the version."""
 

@@ -161,9 +161,9 @@ def load_pretrained(
 
 
 def is_choice(source: str) -> bool:
-    """Whether `load_pretrained` may have returned this id."""
+    """Whether `load_pretrained` may have returned this id, in this release or in another one."""
     repository, _, revision = source.partition("@")
-    return bool(revision) and repository in {row.hub_id for row in CHOICES}
+    return bool(revision) and repository in {row.hub_id for row in PRETRAINED.values()}
 
 
 def suggest_pretrained(splits: Splits, device: str) -> str:

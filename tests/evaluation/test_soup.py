@@ -110,6 +110,25 @@ def test_weights_are_the_mean_and_statistics_those_of_training_images(folders, d
     assert Augmentation("none", flip_rate=0.0) == AS_EVALUATED
 
 
+def test_frozen_statistics_stay(folders, digits):
+    """The weights behind them have learned with them; they are those that all models share."""
+    one, two = (coatnet.load(folders[name]) for name in ("one", "two"))
+    two.model.stem.load_state_dict(one.model.stem.state_dict())
+    images, frozen = replace_images(digits.training, 64), one.model.stem.state_dict()
+    found = average_weights([one, two], images, 0).model
+    assert all(torch.equal(value, frozen[name]) for name, value in found.stem.state_dict().items())
+    name, norm = [(n, m) for n, m in found.named_modules() if isinstance(m, torch.nn.BatchNorm2d)][-1]
+    seen = []
+    norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        found.train()
+        for module in found.stem.modules():
+            module.eval()
+        found(EvaluationTransform(one.preprocessing).batch(torch.from_numpy(images.images)[:, None]))
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(norm.running_mean, one.model.get_submodule(name).running_mean)
+
+
 def replace_images(dataset, count):
     return type(dataset)(dataset.name, dataset.classes, dataset.images[:count], dataset.labels[:count])
 
@@ -156,6 +175,10 @@ def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, cap
             coatnet.soup([one, other], digits)
     with pytest.raises(UserError, match="two models or more"):
         coatnet.soup([one], digits)
+    with pytest.raises(UserError, match="is named twice: name each model once"):
+        coatnet.soup([folders["one"], folders["one"]], digits)
+    with pytest.raises(UserError, match="data must be what open_dataset opens"):
+        coatnet.soup([one, one], digits.training)
     with pytest.raises(UserError, match="data is missing: give the images to choose by"):
         coatnet.soup([one, one])
 

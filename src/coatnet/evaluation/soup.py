@@ -6,14 +6,13 @@ generalization": its statistics are computed anew, since those of an average are
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
@@ -26,7 +25,7 @@ from coatnet.errors import UserError, shorten
 from coatnet.evaluation.evaluate import evaluate, load_model
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
-from coatnet.model.network import create_model
+from coatnet.model.network import CoAtNet, create_model
 from coatnet.system.files import user_path
 from coatnet.system.hardware import choose_device
 from coatnet.system.progress import ProgressBar
@@ -98,8 +97,8 @@ def soup(
 
     The greedy rule: the best model first, then each other one, from the best down, if the main figure of the average
     (top-1 accuracy, or mean average precision) does not fall with it. BatchNorm statistics of an average are computed
-    anew on up to 4,096 training images, seen as in evaluation; without training images they are averaged too. Each
-    model, and each average that is tried, is evaluated once.
+    anew on up to 4,096 training images, seen as in evaluation, except frozen ones, which all models share; without
+    training images they are averaged too. Each model, and each average that is tried, is evaluated once.
 
     Args:
         models: two or more bundles, runs, or ids of the hub, of the same network, classes and preprocessing.
@@ -116,6 +115,12 @@ def soup(
         raise UserError("an average takes two models or more: give the folders of several runs that started alike")
     if data is None and not uniform:
         raise UserError("data is missing: give the images to choose by, or average all (uniform)")
+    paths = [user_path(source).resolve() for source in models if not isinstance(source, Bundle)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named twice: name each model once")
+    if not isinstance(data, str | Path | Splits | None):
+        raise UserError(f"data must be what open_dataset opens, or the splits that it returns, got {data!r:.80}")
     names = [_name(source, number) for number, source in enumerate(models, start=1)]
     target = choose_device(device or "auto")
     bundles = [load_model(source, str(target)) for source in models]
@@ -155,11 +160,12 @@ def soup(
         if together[number] >= report.figures[figure]:
             taken, bundle, report = [*taken, number], tried, found
 
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in bundle.model.modules())
     if len(taken) == 1:
         notes.append("No average is as good as the best model alone: the bundle is that model, unchanged.")
-    elif training is None or not len(training):
+    elif has_norms and (training is None or not len(training)):
         notes.append("BatchNorm statistics are averaged: there are no training images to compute them anew.")
-    else:
+    elif has_norms and training is not None:
         images = min(len(training), MAX_STATISTICS_IMAGES)
         notes.append(f"BatchNorm statistics were computed anew on {images:,} training images.")
     if report is not None:
@@ -187,7 +193,7 @@ def average_weights(bundles: Sequence[Bundle], images: Dataset | None, num_worke
         model = create_model(**first.model.config())
     model.load_state_dict({name: _mean([state[name] for state in states]) for name in states[0]}, assign=True)
     model.to(memory_format=torch.channels_last)
-    if images is not None and len(images):
+    if images is not None and len(images) and (norms := _learned_norms(model, states)):
         batch_size = min(STATISTICS_BATCH, len(images))
         batches = training_batches(
             images,
@@ -200,9 +206,45 @@ def average_weights(bundles: Sequence[Bundle], images: Dataset | None, num_worke
             num_workers=workers_for(images, num_workers),
             bad_images=BadImages(len(images)),
         )
-        with closing(batches):
-            update_bn(batches, model, next(model.parameters()).device)
+        compute_statistics(model, norms, batches)
     return replace(first, model=model.eval())
+
+
+@torch.no_grad()
+def compute_statistics(
+    model: CoAtNet, norms: Sequence[nn.BatchNorm2d], batches: Generator[tuple[Tensor, ...], None, None]
+) -> None:
+    """Compute the running statistics of some BatchNorms as means over batches, in place; others are left as they are.
+
+    As `torch.optim.swa_utils.update_bn`, which resets all of them.
+    """
+    device, momenta = next(model.parameters()).device, [norm.momentum for norm in norms]
+    model.train()  # in evaluation they would be folded into convolutions; the model has no stochastic depth
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module not in norms:
+            module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+    with closing(batches):
+        for images, *_ in batches:
+            model(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _learned_norms(model: CoAtNet, states: Sequence[Mapping[str, Tensor]]) -> list[nn.BatchNorm2d]:
+    """The BatchNorms of an average but those that were frozen, which are equal in all models, statistics too.
+
+    The weights behind a frozen one have learned with its statistics.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            keys = [f"{name}.{key}" for key in module.state_dict()]
+            if not all(torch.equal(states[0][key], state[key]) for state in states for key in keys):
+                found.append(module)
+    return found
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

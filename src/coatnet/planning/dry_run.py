@@ -105,6 +105,8 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         config = fit_into_limit(config, recipe, splits, init, SINGLE_PROCESS, progress)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
+        cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(trainer.cores.threads)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
         beforehand = 0.0  # seconds before the first step: to decode all images, for a teacher to see them

@@ -135,7 +135,8 @@ class TrainingConfig:
     validation_fraction: FractionBelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
     num_workers: Annotated[NonNegativeInt | Literal["auto"], CHANGEABLE] = "auto"
-    """Processes that read images; 0: the training process reads them; auto: as many as the cores, up to 8."""
+    """Processes that read images; 0: the training process reads them; auto, up to 8: with a GPU as many as the cores,
+    else a third of them, and an eighth where images are kept decoded; the other cores compute."""
     cache: Literal["auto", "memory", "disk", "none"] = "none"
     """Where images that are files are kept decoded, reduced to what training looks at: memory, disk (for later runs
     too), or none; by default (auto) memory, if they take at most a quarter of what is available, else none."""

@@ -32,7 +32,7 @@ from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
-from coatnet.inference.logits import infer
+from coatnet.inference.logits import infer, workers_for
 from coatnet.system.files import atomic_files
 from coatnet.system.hardware import choose_device, explain_compiler, keep_freed_memory, multiplies_bf16
 from coatnet.training.async_checkpoint import CheckpointWriter
@@ -53,8 +53,8 @@ from coatnet.training.distributed.processes import (
     Processes,
     batch_share,
     distributed_processes,
+    share_cores,
     translate_errors,
-    workers_per_process,
 )
 from coatnet.training.distributed.shards import fill
 from coatnet.training.duration import Duration
@@ -120,6 +120,9 @@ class Trainer:
         self.images = splits  # the same, kept decoded or not
         self.progress = progress or TrainingProgress(Console(quiet=True))
         self.device = device_of(config, processes)
+        self.on_cpu = self.device.type == "cpu"
+        images = "arrays" if splits.training.in_memory else "decoded" if config.cache != "none" else "files"
+        self.cores = share_cores(config.num_workers, processes, on_cpu=self.on_cpu, images=images)
         self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
         self.share = batch_share(config.batch_size, config.mixing, processes)
 
@@ -226,7 +229,7 @@ class Trainer:
                 seed=config.seed,
                 first_step=self.state.step,
                 num_steps=self.duration.recipe_steps - self.state.step,
-                num_workers=workers_per_process(config.num_workers, self.processes),
+                num_workers=self.cores.workers,
                 balanced=config.balance == "sampler",
                 bad_images=self.bad_images,
                 batch_indices=self.share.positions,
@@ -238,6 +241,14 @@ class Trainer:
                     yield batch
                     if self.next_resolution() > self.resolution:
                         break
+
+    @property
+    def evaluation_workers(self) -> int | None:
+        """Processes that load images for an evaluation on the way: none, where they would take longer to start."""
+        decoded = self.config.cache != "none" and self.on_cpu
+        if self.config.num_workers == "auto" and (decoded or workers_for(self.splits.validation, None) == 0):
+            return 0
+        return self.cores.workers
 
     def next_resolution(self) -> int:
         """Side of the images of the step to come, in pixels."""
@@ -257,7 +268,7 @@ class Trainer:
                 self.folder.path / f"teacher-{self.teacher.key[:16]}-{images[:16]}.npy",
                 bf16=self.bf16,
                 bad_images=self.bad_images,
-                num_workers=workers_per_process(self.config.num_workers, self.processes),
+                num_workers=share_cores(self.config.num_workers, self.processes, on_cpu=self.on_cpu).workers,
                 quiet=self.progress.console.quiet,
             )
         except OSError as error:
@@ -437,7 +448,7 @@ class Trainer:
             dataset,
             preprocessing=self.config.preprocessing,
             batch_size=max(self.config.batch_size // processes.world_size, MIN_EVALUATION_BATCH),
-            num_workers=workers_per_process(self.config.num_workers, processes),
+            num_workers=self.evaluation_workers,
             bad_images=self.bad_images,
             bf16=self.bf16,
             first=processes.rank,
@@ -700,6 +711,8 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 if processes.is_main:
                     folder.start()
             progress.say(splits.describe())  # only now: a mistake before here is answered by one line
+            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(trainer.cores.threads)
             trainer.images, kept = cleanup.enter_context(cached_images(config, splits, processes))
             if kept:
                 progress.say(kept)

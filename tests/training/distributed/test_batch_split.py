@@ -8,7 +8,7 @@ import coatnet
 from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.mixing import Mixing, mix
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.training.distributed.processes import Processes, batch_share, workers_per_process
+from coatnet.training.distributed.processes import Processes, batch_share, share_cores
 
 PREPROCESSING = Preprocessing(resolution=8, mean=(0.5,), std=(0.5,))
 
@@ -67,7 +67,29 @@ def test_evaluation_gives_every_image_to_one_process(world_size):
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr("coatnet.training.distributed.processes.num_cores", lambda: 12)
-    assert workers_per_process("auto", Processes()) is None
-    assert workers_per_process("auto", Processes(0, 8, 0, 4)) == 3
-    assert workers_per_process("auto", Processes(0, 32, 0, 32)) == 1
-    assert workers_per_process(5, Processes(0, 8, 0, 4)) == 5
+    assert share_cores(5, Processes(0, 8, 0, 4), on_cpu=True).workers == 5
+    assert share_cores("auto", Processes(0, 8, 0, 4), on_cpu=False).workers == 3
+    assert share_cores("auto", Processes(0, 32, 0, 32), on_cpu=False).workers == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "files", "decoded"),
+    [
+        (1, 1, 1, (0, 1), (0, 1)),
+        (2, 1, 2, (0, 2), (0, 2)),
+        (2, 1, 1, (1, 1), (0, 1)),  # OMP_NUM_THREADS=1
+        (2, 2, 1, (0, 1), (0, 1)),
+        (4, 1, 4, (1, 3), (0, 4)),
+        (16, 1, 16, (5, 11), (2, 14)),
+        (16, 2, 8, (2, 6), (1, 7)),
+        (64, 1, 64, (8, 56), (8, 56)),
+    ],
+)
+def test_workers_and_threads_together_take_no_more_than_the_cores(cores, ranks, threads, files, decoded, monkeypatch):
+    monkeypatch.setattr("coatnet.training.distributed.processes.num_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    processes = Processes(0, ranks, 0, ranks)
+    assert share_cores("auto", processes, on_cpu=True) == files
+    assert share_cores("auto", processes, on_cpu=True, images="decoded") == decoded
+    assert share_cores("auto", processes, on_cpu=True, images="arrays") == (0, threads)
+    assert all(ranks * sum(share) <= cores for share in (files, decoded))

@@ -21,7 +21,7 @@ from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config
 from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import resolve
 
-# Few images a step and few held out, so that a trial of a second has steps enough on a busy machine too.
+# Few images a step and few held out, so that a trial of seconds has steps enough on a busy machine too.
 SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
 
 
@@ -59,7 +59,10 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
     assert twice.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 2, rel=1e-3)
 
 
-def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(tmp_path: Path) -> None:
+def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatnet.planning.tuning.WHOLE_TRIALS", 1)  # long trials, so that a busy machine has time too
     recipe, out, said = Recipe(data="digits", **SMALL), tmp_path / "run", Console(record=True, width=400, quiet=False)
     tuned = tune(recipe, out, 0.1, console=said)
     found = json.loads((out / "tuning.json").read_text())
@@ -76,6 +79,17 @@ def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(tmp
     journal = (out / "tuning.journal").read_bytes()
     assert tune(recipe, out, 0.1, console=Console(quiet=True)) == tuned
     assert (out / "tuning.journal").read_bytes() == journal
+
+    # Killed while it wrote its last line: what came before is enough, as the time is over.
+    (out / "tuning.json").unlink()
+    (out / "tuning.journal").write_bytes(journal + b'{"op_code": 6, "work')
+    assert tune(recipe, out, 0.1, console=Console(quiet=True)) == tuned
+    assert (out / "tuning.journal").read_bytes().startswith(journal)
+    (out / "tuning.json").unlink()
+    (out / "tuning.journal").write_bytes(b"no journal\n" + journal)
+    with pytest.raises(UserError, match=r"tuning\.journal is damaged; remove it"):
+        tune(recipe, out, 0.1)
+    (out / "tuning.journal").write_bytes(journal)
     with pytest.raises(UserError, match="another batch_size"):
         tune(Recipe(data="digits", **{**SMALL, "batch_size": 4}), out, 0.1)
 

@@ -24,7 +24,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, import_extra
 from coatnet.evaluation.metrics import Interval, Metrics, paired_difference, wilson_interval
-from coatnet.system.files import atomic_write, translate_write_errors
+from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
 from coatnet.system.json_reader import read_json, require_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
 from coatnet.training.defaults import num_steps, resolve
@@ -229,6 +229,8 @@ class Search:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if journal.exists() and not (lines := read_regular(journal, MAX_LOG_BYTES)).endswith(b"\n"):
+            atomic_write(journal, lines[: lines.rfind(b"\n") + 1])  # a line that was not written to its end
         journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)  # of a killed process: the folder is ours
         try:
             study = optuna.create_study(
@@ -242,7 +244,7 @@ class Search:
         except OSError:
             raise
         except Exception as error:  # whatever a damaged line makes it say
-            raise UserError(f"{journal} is damaged ({error}); remove it to search again") from None
+            raise UserError(f"{journal} is damaged; remove it to search again") from error
         # A resumed search must not draw the values of the first trials again.
         study.sampler = optuna.samplers.TPESampler(
             seed=(self.config.seed + len(trials)) % 2**32, n_startup_trials=RANDOM_TRIALS

@@ -79,11 +79,29 @@ def test_the_recipe_fashion_mnist_is_the_stored_one_of_the_published_result():
     # 60,000 gray garments of 28 pixels are what fashion-mnist is; their brightness is in the file.
     (mean,), (std,) = stored["preprocessing"]["mean"], stored["preprocessing"]["std"]
     garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, gray=True, mean=mean, std=std)
-    asked = {name: stored[name] for name in ("data", "model", "max_minutes")}
+    asked = {name: stored[name] for name in ("data", "model", "max_minutes")} | {"optimizer": {"algorithm": "adamw"}}
     config = resolve_for(named_recipe("fashion-mnist", asked), garments)
     # Since then unreadable images end no run by default, and how often it is evaluated follows from what that costs.
     since = {"name": "fashion-mnist", "bad_image_budget": 1.0, "evaluate_every": "auto"}
     assert config == TrainingConfig.from_dict(stored | since)
+
+
+def test_untrained_weights_learn_by_muon_at_four_times_the_rate_of_adamw():
+    splits = splits_of(28, 1)
+    muon, adamw = (
+        resolve(Recipe(data="digits", optimizer=asked), splits).optimizer for asked in ({}, {"algorithm": "adamw"})
+    )
+    assert (muon.algorithm, adamw.algorithm) == ("muon", "adamw")
+    assert muon.learning_rate == pytest.approx(4 * adamw.learning_rate, abs=4e-6)
+    assert resolve(Recipe(data="digits", optimizer={"learning_rate": 0.02}), splits).optimizer.learning_rate == 0.02
+
+
+def test_a_recipe_of_release_0_1_goes_on_with_adamw(tmp_path):
+    path = ROOT / "docs" / "results" / "fashion-mnist" / "recipe.yaml"
+    assert "algorithm" not in path.read_text()
+    assert Recipe.from_yaml(path).optimizer["algorithm"] == "adamw"
+    (tmp_path / "own.yaml").write_text("data: digits\noptimizer: {learning_rate: 0.01}")
+    assert "algorithm" not in Recipe.from_yaml(tmp_path / "own.yaml").optimizer
 
 
 def test_photographs_are_cropped():
@@ -143,7 +161,7 @@ def test_fine_tuning_takes_a_third_of_the_epochs_but_enough_steps():
 
 
 def test_the_rate_to_fine_tune_falls_with_the_width_of_what_has_learned():
-    assert default_learning_rate(128, None) == default_learning_rate(128, 128) == 2e-3
+    assert default_learning_rate(128) == default_learning_rate(128, 128) == 2e-3
     assert default_learning_rate(128, 1024) == 2.5e-4
     assert default_learning_rate(32, 1024) == 1.25e-4
 

@@ -353,6 +353,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")
+    if isinstance(optimizer := values.get("optimizer"), dict) and "layer_decay" in optimizer:
+        optimizer.setdefault("algorithm", "adamw")  # the recipe.yaml of a run of release 0.1, which had no other
     for name in ("data", "init", "teacher"):
         if isinstance(place := values.get(name), str) and place.startswith((FROM_FILE, "~")):
             place = place.replace(FROM_FILE, f"{os.path.realpath(Path(path).parent)}/", 1)

@@ -25,6 +25,7 @@ from coatnet.training.distillation import Distillation
 from coatnet.training.recipes import find_recipe
 
 SHORT_RUN_EPOCHS = 25  # below, an untrained network learns less from photographs that vary much
+MUON_RATE = 4  # times the learning rate of AdamW, for untrained weights
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
 
@@ -155,7 +156,8 @@ def resolve_for(
         "mixing": {},
     }
     if named.data is None:  # the paper's recipes leave nothing of this open
-        chosen |= choose_optimization(facts, batch_size, steps_to_come, init)
+        algorithm = asked.get("optimizer", {}).get("algorithm")
+        chosen |= choose_optimization(batch_size, steps_to_come, init, algorithm)
         chosen |= choose_regularization(facts, preprocessing.resolution, short=short, finetune=init is not None)
         if asked.get("augmentation", {}).get("trivial_augment"):
             chosen["augmentation"]["rand_augment_layers"] = 0
@@ -258,13 +260,19 @@ def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) 
 
 
 def choose_optimization(
-    facts: DataFacts, batch_size: int, total_steps: int, init: Bundle | None
+    batch_size: int, total_steps: int, init: Bundle | None, algorithm: str | None
 ) -> dict[str, dict[str, Any]]:
-    """Learning rate and schedule; with a network that has learned, lower rates for the blocks far from its head."""
-    width = init.model.variant.stages[-1].width if init else None
-    rates = {"learning_rate": default_learning_rate(batch_size, width), **({"layer_decay": 0.8} if init else {})}
+    """Algorithm, learning rate and schedule: Muon for untrained weights; AdamW for a network that has learned, with
+    lower rates for the blocks far from its head."""
+    if init is None:
+        algorithm = algorithm or "muon"
+        rate = default_learning_rate(batch_size) * (MUON_RATE if algorithm == "muon" else 1)
+        optimizer: dict[str, Any] = {"algorithm": algorithm, "learning_rate": round(rate, 6)}
+    else:
+        width = init.model.variant.stages[-1].width
+        optimizer = {"learning_rate": default_learning_rate(batch_size, width), "layer_decay": 0.8}
     return {
-        "optimizer": rates,
+        "optimizer": optimizer,
         "schedule": {"warmup_steps": max(1, total_steps // 20), "minimum_learning_rate": 1e-5},
     }
 
@@ -321,8 +329,8 @@ def default_epochs(num_images: int, batch_size: int, *, finetune: bool) -> float
     return float(min(epochs, max(8, epochs // 3, 300 * batch_size // num_images)) if finetune else epochs)
 
 
-def default_learning_rate(batch_size: int, learned_width: int | None) -> float:
-    """2e-3 for 128 images a step, times the square root of the batch size over 128.
+def default_learning_rate(batch_size: int, learned_width: int | None = None) -> float:
+    """Of AdamW: 2e-3 for 128 images a step, times the square root of the batch size over 128.
 
     For fine-tuning it is divided by the width of the last stage over 128, the rule for Adam in Yang et al. 2022,
     "Tensor Programs V": 2.5e-4 for coatnet-2. With 2e-4 for every width, coatnet-pico-64 had 56 % top-1 on 50

@@ -35,7 +35,8 @@ class Optimization:
     """The optimizer, with decoupled weight decay."""
 
     learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate, reached after the warm-up; by default 2e-3 for 128 images a step, less to fine-tune."""
+    """Peak learning rate, reached after the warm-up; by default 8e-3 for 128 images a step with Muon, 2e-3 with AdamW,
+    less to fine-tune."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay; biases, normalization weights and relative bias tables are exempt."""
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
@@ -45,7 +46,8 @@ class Optimization:
     layer_decay: PositiveFraction = 1.0
     """Factor on the learning rate for every block between a parameter and the head; by default 0.8 with `init`."""
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """Rule of the update: adamw; or muon for the weights that are matrices, and adamw for the others."""
+    """Rule of the update: adamw; or muon for the weights that are matrices, and adamw for the others. By default muon
+    for untrained weights, and adamw to fine-tune and in the recipes of the paper."""
 
 
 @validated

@@ -17,7 +17,7 @@ from coatnet import Recipe, UserError
 from coatnet.cli.main import main
 from coatnet.data.transforms import Augmentation
 from coatnet.evaluation.metrics import paired_difference
-from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config
+from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
 from coatnet.training.config import TrainingConfig
 from coatnet.training.defaults import resolve
 
@@ -54,6 +54,9 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
         augmentation, crop_scale=(1.0, 1.0), shift=0, rand_augment_layers=0, rand_augment_magnitude=0, erasing_rate=0.0
     )
     assert none.mixing.mixup_alpha == 0 and none.mixing.label_smoothing == before.mixing.label_smoothing
+    trivial = replace(before, augmentation=Augmentation(trivial_augment=True))
+    values = [tuned_values(trivial, {**DEFAULT_FACTORS, "augmentation": strength}) for strength in (0.4, 0.6)]
+    assert [each["augmentation"]["trivial_augment"] for each in values] == [False, True]
     twice = changed(augmentation=2.0, learning_rate=0.5)
     assert twice.augmentation.crop_scale == (0.175, 1.0) and twice.augmentation.rand_augment_magnitude == 18
     assert twice.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 2, rel=1e-3)

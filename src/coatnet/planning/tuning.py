@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from coatnet.bundle import Bundle
@@ -94,6 +95,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
         folder.hold()
     try:
         with deterministic_on_cpu(config.device), translate_write_errors(folder.path), ExitStack() as cleanup:
+            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             strongest = tuned_config(config, {**DEFAULT_FACTORS, "augmentation": AUGMENTATION_STRENGTHS[1]})
             images, kept = cleanup.enter_context(cached_images(strongest, splits))
             if kept:
@@ -137,7 +139,7 @@ def tuned_values(config: TrainingConfig, factors: Mapping[str, float]) -> dict[s
     """Values of a recipe: those of a configuration times learning-rate, weight-decay and augmentation factors.
 
     The strength scales how much of an image a crop may leave out, shifts, RandAugment's magnitude, erasing and mixing;
-    at 0 there are none of these. Mirroring and label smoothing stay.
+    TrivialAugment is off below one half. At 0 there are none of these. Mirroring and label smoothing stay.
     """
     strength, augmentation, mixing = factors["augmentation"], config.augmentation, config.mixing
     smallest, largest = augmentation.crop_scale
@@ -152,6 +154,7 @@ def tuned_values(config: TrainingConfig, factors: Mapping[str, float]) -> dict[s
             "shift": round(strength * augmentation.shift),
             "rand_augment_layers": augmentation.rand_augment_layers if magnitude else 0,
             "rand_augment_magnitude": magnitude,
+            "trivial_augment": augmentation.trivial_augment and strength >= 0.5,  # it has no strength of its own
             "erasing_rate": min(1.0, _rounded(strength * augmentation.erasing_rate)),
         },
         "mixing": {
@@ -263,6 +266,7 @@ class Search:
     def _trainer(self, config: TrainingConfig) -> Trainer:
         trainer = Trainer(config, self.splits, self.folder, init=self.init)
         trainer.images = self.images
+        torch.set_num_threads(trainer.cores.threads)
         trainer.ask_teacher()
         return trainer
 

@@ -44,7 +44,7 @@ def cached_images(
                 for part, reduction, some in zip(parts, reductions, indices, strict=True):
                     kept = keep_images(part, reduction, where, indices=some, shown=shown)
                     cached.append(held.enter_context(closing(kept)))
-        if processes.local_world_size > 1:
+        if processes.is_distributed:  # all of them, though one may be alone on its machine
             addresses = processes.gather([each.address() for each in cached])[processes.rank - processes.local_rank]
             if processes.local_rank:
                 for part, reduction, address in zip(parts, reductions, addresses, strict=True):
@@ -54,7 +54,10 @@ def cached_images(
 
 
 def describe(cached: list[CachedDataset], where: str) -> str:
-    """`1,952 images are kept decoded in memory: 270 MB, the shorter side reduced to at most 217 pixels`."""
+    """What is kept, where, how large, and how much is not.
+
+    `1,952 images kept decoded in memory: 270.3 MB, shorter sides of at most 217 (training) and 146 (held-out) pixels`.
+    """
     total, kept = sum(map(len, cached)), sum(int(np.count_nonzero(each.kept)) for each in cached)
     place, size = "on the disk" if where == "disk" else "in memory", sum(each.num_bytes for each in cached) / 1e6
     training, held_out = (each.reduction.side for each in cached)

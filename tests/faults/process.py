@@ -141,10 +141,10 @@ def follow(plan: Plan) -> None:
     """Have the plan know every moment of every step."""
     original = Trainer.step
 
-    def step(self, images, labels):
+    def step(self, images, labels, *rest):
         plan.step, plan.images = self.state.step + 1, images
         plan.reach("step")
-        return original(self, images, labels)
+        return original(self, images, labels, *rest)
 
     Trainer.step = step
     around(CoAtNet, "forward_features", "forward", plan)

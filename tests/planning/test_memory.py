@@ -46,7 +46,8 @@ def test_simulated_memory_of_shards_equals_that_of_a_real_process_of_two():
 
 
 def test_a_replica_holds_four_numbers_per_parameter():
-    cost = simulate_step(recipe_of("coatnet-femto-64", 32, 8), num_classes=10, images_per_gpu=8, processes=MANY)
+    recipe = recipe_of("coatnet-femto-64", 32, 8, optimizer={"algorithm": "adamw"})
+    cost = simulate_step(recipe, num_classes=10, images_per_gpu=8, processes=MANY)
     memory, size = cost.memory, 4 * cost.num_parameters
     assert memory.gradients == size  # the buckets of DDP exist all the time
     for held, times in ((memory.parameters, 1), (memory.average, 1), (memory.optimizer, 2)):

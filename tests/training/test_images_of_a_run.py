@@ -128,9 +128,9 @@ def test_a_url_stays_a_url_and_a_folder_becomes_its_full_path(folder, monkeypatc
 def test_balanced_by_sampling_every_class_is_shown_equally_often(folder, tmp_path, monkeypatch):
     shown, step = [], Trainer.step
 
-    def watched(self, images, labels):
+    def watched(self, images, labels, *rest):
         shown.extend(labels.tolist())
-        return step(self, images, labels)
+        return step(self, images, labels, *rest)
 
     monkeypatch.setattr(Trainer, "step", watched)
     for balance in ("none", "sampler"):

@@ -78,9 +78,9 @@ class Recorded:
     def __init__(self, monkeypatch):
         self.sizes, step = {}, Trainer.step
 
-        def recording(trainer, images, labels):
+        def recording(trainer, images, *rest):
             self.sizes[trainer.state.step] = images.shape[-1]
-            return step(trainer, images, labels)
+            return step(trainer, images, *rest)
 
         monkeypatch.setattr(Trainer, "step", recording)
 
@@ -98,10 +98,10 @@ def test_a_run_that_stopped_among_small_images_goes_on_alike(tmp_path, monkeypat
     train(recipe(), tmp_path / "whole")
     recorded, step = Recorded(monkeypatch), Trainer.step
 
-    def stopping(trainer, images, labels):
+    def stopping(trainer, images, *rest):
         if trainer.state.step == 12:
             raise KeyboardInterrupt
-        return step(trainer, images, labels)
+        return step(trainer, images, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Trainer, "step", stopping)

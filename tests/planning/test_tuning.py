@@ -18,10 +18,10 @@ from coatnet.cli.main import main
 from coatnet.data.transforms import Augmentation
 from coatnet.evaluation.metrics import paired_difference
 from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
-from coatnet.training.config import TrainingConfig
+from coatnet.training.config import MAY_CHANGE, TrainingConfig
 from coatnet.training.defaults import resolve
 
-# Few images a step and few held out, so that a trial of seconds has steps enough on a busy machine too.
+# Few images a step and few held out, so that trials are short.
 SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
 
 
@@ -65,7 +65,7 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
 def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coatnet.planning.tuning.WHOLE_TRIALS", 1)  # long trials, so that a busy machine has time too
+    monkeypatch.setattr("coatnet.planning.tuning.step_seconds", lambda *_: 0.01)  # or a busy machine would refuse
     recipe, out, said = Recipe(data="digits", **SMALL), tmp_path / "run", Console(record=True, width=400, quiet=False)
     tuned = tune(recipe, out, 0.1, console=said)
     found = json.loads((out / "tuning.json").read_text())
@@ -95,6 +95,35 @@ def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(
     (out / "tuning.journal").write_bytes(journal)
     with pytest.raises(UserError, match="another batch_size"):
         tune(Recipe(data="digits", **{**SMALL, "batch_size": 4}), out, 0.1)
+
+
+def test_the_trial_that_all_are_compared_with_is_repeated_if_it_was_cut_off(tmp_path: Path) -> None:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    recipe, out = Recipe(data="digits", **SMALL), tmp_path / "run"
+    out.mkdir()
+    storage = JournalStorage(JournalFileBackend(str(out / "tuning.journal")))
+    study = optuna.create_study(storage=storage, study_name="tuning", direction="maximize")
+    study.enqueue_trial(DEFAULT_FACTORS)
+    asked = {name: value for name, value in recipe.to_dict().items() if name not in MAY_CHANGE}
+    for name, value in {"asked": asked, "steps": 9, "run_steps": 22, "step_seconds": 0.01}.items():
+        study.set_user_attr(name, value)
+    study.ask().suggest_float("learning_rate", 1 / 6, 6, log=True)  # and then the process was killed
+
+    tune(recipe, out, 0.01, console=Console(quiet=True))
+    found = json.loads((out / "tuning.json").read_text())
+    assert found["without_search"] == 1 and found["trials"][0]["number"] == 1
+    assert found["default_score"] == found["trials"][0]["score"] and found["trials"][0]["steps"] == 9
+    assert "Trial 1 has the values without a search" in (out / "tuning.md").read_text()
+
+
+def test_a_search_in_which_all_diverge_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.planning.tuning.step_seconds", lambda *_: 0.001)  # a step of it would fail already
+    recipe = Recipe(data="digits", **SMALL, optimizer={"learning_rate": 1e30})
+    with pytest.raises(UserError, match=r"none of \d+ trials? kept a finite loss to its end: lower"):
+        tune(recipe, tmp_path / "run", 0.01, console=Console(quiet=True))
 
 
 def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
             several processes train together.
         Interrupted: a stop signal arrived; the same call goes on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("tune is for one process: tune without torchrun, then train with the values that it found")
     if not 0 < minutes < math.inf:
         raise UserError(f"tune must be minutes above 0, such as 30, got {minutes:g}")
@@ -215,9 +215,8 @@ class Search:
         self.spent = sum(trial.user_attrs.get("seconds", 0.0) for trial in self.study.trials)
         if "steps" not in self.study.user_attrs:
             self._plan()
-        planned = self.study.user_attrs
         self.steps, self.run_steps, self.step_seconds = (
-            planned[name] for name in ("steps", "run_steps", "step_seconds")
+            self.study.user_attrs[name] for name in ("steps", "run_steps", "step_seconds")
         )
         epochs = (self.steps - 0.5) * config.batch_size / len(splits.training)  # they are rounded up to whole steps
         changes: dict[str, Any] = {"epochs": epochs, "max_minutes": 0.0}
@@ -256,11 +255,12 @@ class Search:
             _require_same(study.user_attrs["asked"], self.asked, journal)
         else:
             study.set_user_attr("asked", self.asked)
+        if not trials:
             study.enqueue_trial(DEFAULT_FACTORS)
         for trial in trials:
             if trial.state == optuna.trial.TrialState.RUNNING:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                study.enqueue_trial(trial.params or trial.system_attrs.get("fixed_params", {}))
+                study.enqueue_trial({**trial.params, **trial.system_attrs.get("fixed_params", {})})
         return study
 
     def _trainer(self, config: TrainingConfig) -> Trainer:
@@ -301,7 +301,7 @@ class Search:
         first_rung = self.steps * RUNGS[0] / RUNGS[-1] * self.step_seconds
         with self.progress, Interruption() as interruption:
             sync = Synchronization(SINGLE_PROCESS, interruption)
-            while self.spent + first_rung < self.limit_seconds or not self._whole_trials():
+            while self.spent + first_rung < self.limit_seconds or not self._trials():
                 trial, started = self.study.ask(), time.monotonic()
                 factors = {
                     "learning_rate": trial.suggest_float("learning_rate", *LEARNING_RATE_FACTORS, log=True),
@@ -316,11 +316,10 @@ class Search:
                 self.spent += seconds
                 trial.set_user_attr("seconds", seconds)
                 trial.set_user_attr("outcome", outcome)
-                state = optuna.trial.TrialState
                 if outcome == "whole":
                     self.study.tell(trial, self.study.trials[trial.number].intermediate_values[RUNGS[-1]])
                 else:
-                    self.study.tell(trial, state=state.PRUNED)
+                    self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 self.progress.say(self._describe(self._trials()[-1]))
 
     def _try(self, trial: Any, factors: Mapping[str, float], sync: Synchronization, started: float) -> str:
@@ -329,6 +328,7 @@ class Search:
         total = trainer.duration.total_steps
         rungs = {math.ceil(total * rung / RUNGS[-1]): rung for rung in RUNGS}
         trial.set_user_attr("steps", 0)
+        compared_with = factors == DEFAULT_FACTORS  # by all others, so it is never stopped
         with closing(trainer.batches()) as batches:
             for batch in batches:
                 try:
@@ -348,10 +348,9 @@ class Search:
                     trial.set_user_attr("steps", step)
                     if step == total:
                         trial.set_user_attr("correct", _packed(metrics))
-                    elif trial.should_prune():
+                    elif trial.should_prune() and not compared_with:
                         return "stopped"
-                # The first trial is what all others are compared with.
-                if step < total and trial.number and self.spent + seconds > self.limit_seconds:
+                if step < total and not compared_with and self.spent + seconds > self.limit_seconds:
                     return "out of time"
         return "whole"
 
@@ -359,7 +358,7 @@ class Search:
 
     def _whole_trials(self) -> list[Any]:
         """The trials that took all their steps."""
-        return [trial for trial in self.study.trials if trial.user_attrs.get("outcome") == "whole"]
+        return [trial for trial in self.study.trials if trial.state.name == "COMPLETE"]
 
     def _trials(self) -> list[Trial]:
         """All trials that ended, in their order."""
@@ -372,7 +371,7 @@ class Search:
                 outcome=trial.user_attrs["outcome"],
             )
             for trial in self.study.trials
-            if "outcome" in trial.user_attrs
+            if trial.state.name in ("COMPLETE", "PRUNED")
         ]
 
     def _describe(self, trial: Trial) -> str:
@@ -389,6 +388,11 @@ class Search:
     def write(self) -> None:
         """Write tuning.md and tuning.json, whose being there ends the search."""
         whole = self._whole_trials()
+        if not whole:
+            raise UserError(
+                f"none of {counted(len(self._trials()), 'trial')} kept a finite loss to its end: lower "
+                "optimizer.learning_rate, or use precision fp32"
+            )
         best = max(whole, key=lambda trial: (trial.value, -trial.number))
         default = next((trial for trial in whole if trial.params == DEFAULT_FACTORS), None)
         values = tuned_values(self.config, best.params)
@@ -404,6 +408,7 @@ class Search:
             "summary": self._summary(best, default, values, difference, interval, len(self._trials())),
             "asked": self.asked,
             "values": values,
+            "without_search": None if default is None else default.number,
             "factors": {name: _rounded(value) for name, value in best.params.items()},
             "minutes": round(self.spent / 60, 2),
             "steps": self.steps,
@@ -428,7 +433,7 @@ class Search:
     ) -> str:
         """What was found, in a line."""
         if default is not None and best.number == default.number:
-            return f"tuning: none of {counted(num_trials, 'trial')} was better than the values without a search"
+            return f"tuning: in {counted(num_trials, 'trial')}, nothing was better than the values without a search"
         optimizer = values["optimizer"]
         text = (
             f"tuning: the best of {counted(num_trials, 'trial')} has learning rate {optimizer['learning_rate']:g}, "
@@ -445,6 +450,8 @@ class Search:
     def _markdown(self, found: Mapping[str, Any]) -> str:
         """tuning.md: what was found, how far it can be trusted, and all trials."""
         name = "mean average precision" if self.multilabel else "top-1"
+        number = found["without_search"]
+        default = "" if number is None else f" Trial {number} has the values without a search."
         rows = []
         for trial in sorted(self._trials(), key=lambda each: (-each.steps, -(each.score or 0.0))):
             values = tuned_values(self.short, trial.factors)["optimizer"]
@@ -465,8 +472,7 @@ class Search:
                 "",
                 f"{counted(len(rows), 'trial')} in {found['minutes']:.3g} minutes. A whole trial has "
                 f"{self.steps:,} steps, where the run has {self.run_steps:,}: longer runs want more augmentation than "
-                "short trials show, which is why it is a factor on what suits the length. Trial 0 has the values "
-                "without a search.",
+                f"short trials show, which is why it is a factor on what suits the length.{default}",
                 "",
                 f"These {found['num_images']:,} held-out images chose the best of the trials, so its figure, the "
                 "difference, and the figures of the run on the same images are too favorable. Images that took no part "

@@ -386,3 +386,11 @@ def test_interrupted_training_saves_and_the_same_command_resumes(images: Path, t
     assert process.returncode == 130, printed
     assert "resumes" in printed and "Traceback" not in printed
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features", "probe"])
+def test_commands_that_compute_keep_freed_memory(command, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr("coatnet.system.hardware.keep_freed_memory", lambda: called.append(command))
+    assert main([command, "no/model", "--data", "digits", *(["--out", "x.npy"] if command == "features" else [])]) == 2
+    assert called == [command] and "no/model" in capsys.readouterr().err

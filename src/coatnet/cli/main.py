@@ -104,10 +104,13 @@ def run_command(arguments: Sequence[str]) -> int:
         )
     if address_space() < LEAST_ADDRESS_SPACE and not {"-h", "--help"} & set(rest):
         raise MemoryError  # before a library of numpy's or torch's ends the process in its own way
-    if command in COMPUTING and "torch" not in sys.modules and not {"-h", "--help"} & set(rest):
-        from coatnet.system.hardware import sleep_while_waiting_if_busy
+    if command in COMPUTING and not {"-h", "--help"} & set(rest):
+        from coatnet.system import hardware
 
-        sleep_while_waiting_if_busy()
+        if "torch" not in sys.modules:
+            hardware.sleep_while_waiting_if_busy()
+        # 64 images of 224 pixels through coatnet_nano_rw_224: 73 ms of CPU time an image, otherwise 155.
+        hardware.keep_freed_memory()
     return import_module(f"coatnet.cli.{command}").run(rest)
 
 

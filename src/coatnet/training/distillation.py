@@ -47,7 +47,7 @@ class Distillation:
     """What logits are divided by before they are compared; the higher, the more the unlikely classes count."""
     views: Literal["same", "fixed"] = "same"
     """`same`: the teacher sees each image as the network does, augmented and mixed, in every step; `fixed`: each image
-    once, unchanged, before the training, which takes a pass over the images and teaches less."""
+    once, unchanged, before the training, which then takes no longer than without a teacher."""
     feature_weight: NonNegativeFloat = 0.0
     """Weight of the squared distance between normalized features, those of the network projected linearly to the
     teacher's; only for views `same`; 0 for none."""

@@ -12,7 +12,7 @@ and decoding, one after the other, seed after seed. All are measured on the same
                 shifts, mirroring, label smoothing, averaged weights, bf16 where the hardware multiplies it,
                 channels-last; each image is decoded once and kept in memory, reduced
 
-`fashion-mnist` is measured on its 10,000 test images; garments may be mirrored, which ours is told by its recipe
+`fashion-mnist` is measured on its 10,000 test images; garments may be mirrored, for which ours has the recipe
 `fashion-mnist`. `stamps` and `clip-art` are Debian's tuxpaint-stamps-default and openclipart-png, with their top
 folders as classes, and so is any other folder; a fifth of the images of each class is held out, by a hash of their
 bytes, and files with the same bytes count once. `--fraction` takes that part of the training images of each class.
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 20_000_000  # chosen: openclipart has drawings of 600 million, which would take the minutes of everybody
+MAX_PIXELS = 20_000_000  # chosen: openclipart has drawings of 600 million, which would take minutes
 MIN_CLASS, MAX_CLASS = 10, 300  # images of a class; smaller classes are left out, larger ones cut
 HELD_OUT = 0.2
 CLIP_ART_CLASSES = (
@@ -55,18 +55,7 @@ FOLDERS = {
     "clip-art": (
         "/usr/share/openclipart/png",
         "openclipart-png",
-        [
-            "animals",
-            "buildings",
-            "food",
-            "geography",
-            "office",
-            "people",
-            "plants",
-            "recreation",
-            "tools",
-            "transportation",
-        ],
+        CLIP_ART_CLASSES,
     ),
 }
 # Plain networks: timm's name, the side and the changes for images of up to 64 pixels, and those for larger ones. Small

@@ -257,12 +257,12 @@ def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
     assert coatnet.evaluate(coatnet.load(tmp_path / "run" / "bundle"), "digits") == report
     assert log(tmp_path / "run")[-1]["epoch"] < 100
-    (told,) = (line for line in console.text.splitlines() if "epochs fit into 0.2 minutes" in line)
+    (line,) = (each for each in console.text.splitlines() if "epochs fit into 0.2 minutes" in each)
     config, whole = (
         Recipe.from_yaml(tmp_path / "run/recipe.yaml"),
         resolve(Recipe(data="digits"), open_dataset("digits")),
     )
-    assert told.startswith("about ") and " of 100 epochs " in told and config.epochs == 100
+    assert line.startswith("about ") and " of 100 epochs " in line and config.epochs == 100
     assert (
         config.ema_decay < whole.ema_decay
         and config.to_dict()["schedule"]["warmup_steps"] < whole.schedule.warmup_steps

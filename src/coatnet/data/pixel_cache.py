@@ -310,7 +310,7 @@ def _fill(
                 encoded, _ = source.read(index)
             image = decode(encoded, source.describe(index)) if isinstance(encoded, bytes) else encoded
         except BadImage:
-            return  # whoever needs it reads it again, and counts it
+            return  # it is read again where it is needed, and counted there
         pixels = reduction(image)
         with placing:
             offset, end = end, end + pixels.nbytes

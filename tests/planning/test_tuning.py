@@ -165,7 +165,7 @@ def test_a_search_that_was_killed_goes_on_and_the_run_takes_its_values(tmp_path:
         "--out",
         str(out),
         "--tune",
-        "0.4",
+        "0.8",
         *options,
     ]
     for kill in (signal.SIGKILL, signal.SIGINT):
@@ -179,7 +179,7 @@ def test_a_search_that_was_killed_goes_on_and_the_run_takes_its_values(tmp_path:
             rest = process.stderr.read()
         assert process.returncode == (-9 if kill == signal.SIGKILL else 130), rest
         assert not (out / "tuning.json").exists() and not (out / "recipe.yaml").exists()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     found = json.loads((out / "tuning.json").read_text())
     assert found["trials"][0]["number"] == 0 and len(found["trials"]) >= 3

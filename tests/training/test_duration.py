@@ -56,6 +56,12 @@ def test_a_run_ends_at_once_when_its_time_is_over():
     assert planned.total_steps == 17
 
 
+def test_a_run_without_any_time_takes_one_step():
+    planned = plan(60.0)
+    planned.update(0, 61.0)
+    assert planned.total_steps == 1
+
+
 def test_evaluations_come_at_their_steps_but_not_at_the_end():
     planned = plan(recipe_steps=300)
     assert [step for step in range(301) if step and planned.evaluation_due(step, float(step))] == [100, 200]

@@ -273,7 +273,7 @@ class Search:
     def _plan(self) -> None:
         """Choose the steps of a trial: a sixth of the time for those of a whole one, and no more than the recipe's."""
         config, num_images = self.config, len(self.splits.training)
-        seconds = step_seconds(config, self.recipe, self.splits, self.init, SINGLE_PROCESS)
+        seconds = step_seconds(config, self.recipe, self.splits, self.init, SINGLE_PROCESS, self.limit_seconds)
         evaluation = EVALUATION_COST * seconds * len(self.splits.validation) / config.batch_size
         fit = int((self.limit_seconds / WHOLE_TRIALS - len(RUNGS) * evaluation) / seconds)
         if fit < RUNGS[-1]:

@@ -89,7 +89,9 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of Ada
 SELECTED_BY_SEARCH = (
     "A search (tuning.md) chose values of the recipe by these same images, so these figures are too favorable."
 )
-MEASURED_SECONDS, MIN_MEASURED_STEPS = 2.0, 4  # to see how many epochs fit; the first step allocates its memory
+# To see how many epochs fit, at most so many seconds, this share of the limit, and so many steps; of two steps, the
+# first allocates its memory.
+MEASURED_SECONDS, MEASURED_SHARE, MAX_MEASURED_STEPS = 2.0, 0.02, 20
 FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
 NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
 BEST = "best"  # name of the checkpoint of the best evaluation
@@ -745,7 +747,7 @@ def fit_into_limit(
     A line says how many fit, if they are not all.
     """
     with deterministic_on_cpu(config.device):
-        seconds = step_seconds(config, recipe, splits, init, processes)
+        seconds = step_seconds(config, recipe, splits, init, processes, 60 * config.max_minutes)
     steps = 60 * config.max_minutes / (seconds * config.progressive_resizing.cost_after(0.0))
     epochs = FRACTION_FOR_STEPS * steps * config.batch_size / len(splits.training)
     if epochs >= config.epochs:
@@ -759,15 +761,22 @@ def fit_into_limit(
 
 
 def step_seconds(
-    config: TrainingConfig, recipe: Recipe, splits: Splits, init: Bundle | None, processes: Processes
+    config: TrainingConfig,
+    recipe: Recipe,
+    splits: Splits,
+    init: Bundle | None,
+    processes: Processes,
+    limit_seconds: float,
 ) -> float:
-    """Median duration of a step at full size, without reading its images, which worker processes do beside it."""
+    """Median duration of a step at full size, without reading its images, which is done beside it; found in a small
+    part of the time that all steps have."""
     config = replace(config, num_workers=0, progressive_resizing=ProgressiveResizing())
     trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
     durations: list[float] = []
     with closing(trainer.batches()) as batches:
         batch = next(batches)
-        while len(durations) < MIN_MEASURED_STEPS or sum(durations) < MEASURED_SECONDS:
+        limit = min(MEASURED_SECONDS, MEASURED_SHARE * limit_seconds)
+        while len(durations) < 2 or (len(durations) < MAX_MEASURED_STEPS and sum(durations) < limit):
             started = time.monotonic()
             trainer.step(*batch)
             durations.append(processes.broadcast(time.monotonic() - started))

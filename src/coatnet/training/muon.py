@@ -16,6 +16,7 @@ ITERATIONS = 5
 # The root mean square of an update of AdamW, so that both share a learning rate: Liu et al. 2025, "Muon is scalable for
 # LLM training", section 2.2.
 UPDATE_RMS = 0.2
+MIN_BF16_VALUES = 2**15  # fewer are orthogonalized faster in float32: 0.1 instead of 0.4 ms for two of (16, 256)
 MAX_STACKED_VALUES = 2**24  # values orthogonalized together: 64 MB in float32
 
 
@@ -59,7 +60,8 @@ class Muon(torch.optim.Optimizer):
         """Subtract the orthogonalized updates, which lie in the gradients, from weights of one shape."""
         gradients = [full_tensor(weight.grad) for weight in weights if weight.grad is not None]
         updates = [gradient.flatten(1).unflatten(0, (matrices, -1)) for gradient in gradients]
-        stacked = orthogonalize(torch.cat(updates), self.dtype)  # (len(weights) * matrices, rows, columns)
+        stacked = torch.cat(updates)  # (len(weights) * matrices, rows, columns)
+        stacked = orthogonalize(stacked, self.dtype if stacked.numel() >= MIN_BF16_VALUES else torch.float32)
         size = UPDATE_RMS * math.sqrt(max(stacked.shape[1:]))
         for weight, update in zip(weights, stacked.split(matrices), strict=True):
             rows = update.flatten(0, 1)  # (matrices * rows, columns)

@@ -20,7 +20,7 @@ _OWN_DATA = (
         # A mirrored garment is a garment; `scratch` takes small gray images for signs and does not mirror them.
         Recipe(name="fashion-mnist", augmentation={"flip_rate": 0.5}),
         "scratch for the garments of Fashion-MNIST, which may be mirrored",
-        measured_top1={"coatnet-pico-64 on fashion-mnist": 0.9445, "coatnet-femto-64 on fashion-mnist-small": 0.892},
+        measured_top1={"coatnet-pico-64 on fashion-mnist": 0.9445, "coatnet-femto-64 on fashion-mnist-small": 0.915},
     ),
 )
 RECIPES = {row.recipe.name: row for row in (*_OWN_DATA, *TABLE_10)}

@@ -13,13 +13,12 @@ from coatnet.errors import UserError, counted
 from coatnet.planning.lr_range import LearningRateRange, find_range
 from coatnet.system.hardware import num_cores
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.image_cache import cached_images
 from coatnet.training.initialization import load_init
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NOT_WRITTEN, Trainer, deterministic_on_cpu, fit_into_limit
+from coatnet.training.trainer import NOT_WRITTEN, Trainer, deterministic_on_cpu, resolve_within_limit
 
 MEASURED_SECONDS = 10.0  # at least two steps, at most those of this time
 MAX_MEASURED_STEPS = 30
@@ -100,9 +99,7 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     progress = TrainingProgress(None)
     recipe, init = load_init(recipe, splits, progress.say)
-    config = resolve(recipe, splits, init)
-    if config.max_minutes:
-        config = fit_into_limit(config, recipe, splits, init, SINGLE_PROCESS, progress)
+    config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())

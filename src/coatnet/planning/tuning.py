@@ -36,7 +36,7 @@ from coatnet.training.initialization import load_init
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, fit_into_limit, step_seconds
+from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, resolve_within_limit, step_seconds
 
 # Factors on what recipe and defaults say, so that what short trials find holds for the whole run as well.
 LEARNING_RATE_FACTORS = (1 / 6, 6.0)
@@ -85,9 +85,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     import_extra("optuna", "tune", "tune")
     splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     given, init = load_init(recipe, splits, progress.say)
-    config = resolve(given, splits, init)
-    if config.max_minutes:
-        config = fit_into_limit(config, given, splits, init, SINGLE_PROCESS, progress)
+    config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress)
     config = folder.check_config(config, splits.classes, splits.content)
     require_readable(splits.validation, "validation")
     with translate_write_errors(folder.path, "choose another folder for out"):

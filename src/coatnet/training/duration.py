@@ -115,7 +115,7 @@ class Duration:
             return
         left = self.limit_seconds - seconds - self._reserve(self.limit_seconds)
         if left <= 0:
-            self.total_steps = min(max(1, step), self.recipe_steps)  # an untrained model is of no use
+            self.total_steps = min(max(1, step), self.recipe_steps)  # at least one, so that the weights are trained
         elif step_seconds := self._step_seconds():
             seconds_a_step = step_seconds * self.resizing.cost_after(self.progress(step))
             steps = max(1, int(left * self._fraction_for_steps() / seconds_a_step))

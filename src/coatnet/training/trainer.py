@@ -693,9 +693,10 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                     folder.hold()
             splits = open_dataset(folder.given.data, validation_fraction=folder.given.validation_fraction)
             given, init = load_init(folder.given, splits, progress.say)
-            config = resolve(given, splits, init)
-            if folder.stored is None and config.max_minutes:
-                config = fit_into_limit(config, given, splits, init, processes, progress)
+            if folder.stored is None:
+                config = resolve_within_limit(given, splits, init, processes, progress)
+            else:  # the values that were chosen stand in its recipe.yaml
+                config = resolve(given, splits, init)
             config = folder.check_config(config, splits.classes, splits.content)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
@@ -734,18 +735,16 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 trainer.loggers.close()
 
 
-def fit_into_limit(
-    config: TrainingConfig,
-    recipe: Recipe,
-    splits: Splits,
-    init: Bundle | None,
-    processes: Processes,
-    progress: TrainingProgress,
+def resolve_within_limit(
+    recipe: Recipe, splits: Splits, init: Bundle | None, processes: Processes, progress: TrainingProgress
 ) -> TrainingConfig:
-    """The configuration for the epochs that fit into `max_minutes`, by the time of some steps that are then forgotten.
+    """As `resolve`, for the epochs that fit into `max_minutes`, by the time of some steps that are then forgotten.
 
     A line says how many fit, if they are not all.
     """
+    config = resolve(recipe, splits, init)
+    if not config.max_minutes:
+        return config
     with deterministic_on_cpu(config.device):
         seconds = step_seconds(config, recipe, splits, init, processes, 60 * config.max_minutes)
     steps = 60 * config.max_minutes / (seconds * config.progressive_resizing.cost_after(0.0))

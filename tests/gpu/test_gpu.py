@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks import plan_memory
 from rich.console import Console
-from tests.training.test_trainer import RecordingConsole
-from tests.training.trainers import CONSTANT, trainer_for
+from tests.training.trainers import CONSTANT, RecordingConsole, trainer_for
 
 import coatnet
 from coatnet import Recipe, train

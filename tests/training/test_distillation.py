@@ -2,14 +2,15 @@
 
 import copy
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.training.test_finetuning import DIGITS, Listener, bits, learned, noise, splits_of
-from tests.training.trainers import trainer_for
+from tests.training.test_finetuning import DIGITS, bits, learned, noise, splits_of
+from tests.training.trainers import RecordingConsole, trainer_for
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 import coatnet
@@ -207,10 +208,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(asked, tmp_path, monkeypatc
 
 def stop(recipe, out, after):
     """Train until the evaluation after a step, and return what was said."""
-    listener = Listener(interrupt_at=after)
+    console = RecordingConsole(signal.SIGINT, at=f"(step {after})")
     with pytest.raises(Interrupted):
-        train(recipe, out, console=listener)
-    return listener.text
+        train(recipe, out, console=console)
+    return console.text
 
 
 def test_the_bundle_names_the_teacher_and_holds_the_network_alone(home, tmp_path):

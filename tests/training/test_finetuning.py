@@ -1,7 +1,6 @@
 """Fine-tuning: what is taken over from a bundle, which parts learn at which step, and what is refused."""
 
 import copy
-import io
 import json
 import signal
 from dataclasses import replace
@@ -10,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
-from tests.training.trainers import trainer_for
+from tests.training.trainers import RecordingConsole, trainer_for
 
 import coatnet
 from coatnet.bundle import Bundle
@@ -35,23 +33,6 @@ LETTERS = tuple("abcdefghij")
 # 1,617 digits in batches of 32: evaluated after each of six steps, the first three of them for the classifier alone.
 BRIEF = {"data": "digits", "epochs": 0.1, "batch_size": 32, "evaluate_every": 0.01, "ema_decay": 0.9}
 HEAD_FIRST, BORDER = 0.05, 3
-
-
-class Listener(Console):
-    """Records its output; interrupts this process when the evaluation after a step is printed."""
-
-    def __init__(self, interrupt_at=None):
-        super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
-        self.interrupt_at = interrupt_at
-
-    def print(self, *objects, **options):
-        super().print(*objects, **options)
-        if self.interrupt_at is not None and f"(step {self.interrupt_at})" in str(objects[0]):
-            signal.raise_signal(signal.SIGINT)
-
-    @property
-    def text(self):
-        return self.file.getvalue()
 
 
 def learned(classes=LETTERS, *, variant="coatnet-femto-16", multilabel=False, **preprocessing):
@@ -263,7 +244,7 @@ def test_in_the_head_first_phase_only_the_classifier_changes_and_then_everything
 @pytest.fixture(scope="module")
 def uninterrupted(letters, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    report = train(head_first(letters), out, console=Listener())
+    report = train(head_first(letters), out, console=RecordingConsole())
     return out, report
 
 
@@ -277,9 +258,9 @@ def test_a_run_interrupted_around_the_end_of_head_first_equals_the_uninterrupted
 ):
     out, report = uninterrupted
     with pytest.raises(Interrupted):
-        train(head_first(letters), tmp_path / "cut", console=Listener(interrupt_at=step))
+        train(head_first(letters), tmp_path / "cut", console=RecordingConsole(signal.SIGINT, at=f"(step {step})"))
     assert published(tmp_path / "cut" / "checkpoints")[-1].name == f"step-{step:09d}"
-    assert train(head_first(letters), tmp_path / "cut", console=Listener()) == report
+    assert train(head_first(letters), tmp_path / "cut", console=RecordingConsole()) == report
     whole, cut = (load_checkpoint(published(run / "checkpoints")[-1]).tensors for run in (out, tmp_path / "cut"))
     assert bits(whole) == bits(cut)
 
@@ -309,7 +290,7 @@ def test_a_run_interrupted_around_the_end_of_head_first_equals_the_uninterrupted
 )
 def test_a_user_error_is_one_line_and_leaves_nothing(changes, named_in_it, letters, tmp_path):
     with pytest.raises(UserError, match=named_in_it) as error:
-        train(Recipe.from_dict(finetune(letters).to_dict() | changes), tmp_path / "run", console=Listener())
+        train(Recipe.from_dict(finetune(letters).to_dict() | changes), tmp_path / "run", console=RecordingConsole())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -317,7 +298,7 @@ def test_a_user_error_is_one_line_and_leaves_nothing(changes, named_in_it, lette
 def test_a_run_cannot_use_the_folder_of_the_bundle_it_starts_from(letters):
     before = {path: path.read_bytes() for path in letters.iterdir()}
     with pytest.raises(UserError, match="is not the folder of a run"):
-        train(finetune(letters), letters, console=Listener())
+        train(finetune(letters), letters, console=RecordingConsole())
     assert {path: path.read_bytes() for path in letters.iterdir()} == before
 
 

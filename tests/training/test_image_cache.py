@@ -1,6 +1,5 @@
 """Runs on images that are kept decoded: resumed to the last bit, measured as their bundle is, chosen by the memory."""
 
-import io
 import re
 import signal
 from dataclasses import replace
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 from tests.training.configs import SMALL_COLOR_IMAGES
-from tests.training.trainers import trainer_for
+from tests.training.trainers import RecordingConsole, trainer_for
 
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
@@ -55,52 +53,38 @@ def recipe(folder):
     )
 
 
-class StoppingConsole(Console):
-    """Records its output; sends this process a signal at the first evaluation."""
-
-    def __init__(self, stops=False):
-        super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
-        self.stops = stops
-
-    def print(self, *objects, **options):
-        super().print(*objects, **options)
-        if self.stops and "held-out" in str(objects[0]) and "epoch" in str(objects[0]):
-            self.stops = False
-            signal.raise_signal(signal.SIGINT)
-
-
 def weights(out):
     return load_file(out / "bundle" / "model.safetensors")
 
 
 def test_a_resumed_run_has_the_same_pixels_wherever_they_are_kept(recipe, tmp_path, monkeypatch):
-    console = StoppingConsole()
+    console = RecordingConsole()
     report = train(recipe, tmp_path / "whole", console=console)
-    (line,) = re.findall(r"\d+ images kept decoded in memory: .*", console.file.getvalue())
+    (line,) = re.findall(r"\d+ images kept decoded in memory: .*", console.text)
     assert "35 images" in line and "1 more" in line and "30 (training) and 18 (held-out)" in line
     assert report.bad_images.keys() == {"a/0.png"}
     with pytest.raises(Interrupted):
-        train(recipe, tmp_path / "cut", console=StoppingConsole(stops=True))
+        train(recipe, tmp_path / "cut", console=RecordingConsole(signal.SIGINT))
     monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
-    assert train(replace(recipe, cache="disk"), tmp_path / "cut", console=StoppingConsole()) == report
+    assert train(replace(recipe, cache="disk"), tmp_path / "cut", console=RecordingConsole()) == report
     torch.testing.assert_close(weights(tmp_path / "whole"), weights(tmp_path / "cut"), rtol=0, atol=0)
     with pytest.raises(UserError, match="cache memory, not none"):
-        train(replace(recipe, cache="none"), tmp_path / "whole", console=StoppingConsole())
+        train(replace(recipe, cache="none"), tmp_path / "whole", console=RecordingConsole())
 
 
 def test_a_resumed_run_does_not_choose_again(recipe, tmp_path, monkeypatch):
     asked = replace(recipe, cache=None, epochs=1.0)
-    train(asked, tmp_path / "run", console=StoppingConsole())
+    train(asked, tmp_path / "run", console=RecordingConsole())
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").cache == "memory"
     monkeypatch.setattr("coatnet.training.defaults.memory_room", lambda: (None, 0))
     for cache in (None, "auto"):
-        train(replace(asked, cache=cache), tmp_path / "run", console=StoppingConsole())
-    train(asked, tmp_path / "other", console=StoppingConsole())
+        train(replace(asked, cache=cache), tmp_path / "run", console=RecordingConsole())
+    train(asked, tmp_path / "other", console=RecordingConsole())
     stored = tmp_path / "other" / "recipe.yaml"
     assert Recipe.from_yaml(stored).cache == "none"
     stored.write_text(stored.read_text().replace("cache: none\n", ""))  # as earlier releases wrote it
     monkeypatch.undo()
-    train(asked, tmp_path / "other", console=StoppingConsole())
+    train(asked, tmp_path / "other", console=RecordingConsole())
 
 
 def test_an_evaluation_on_the_way_is_that_of_the_bundle(recipe):

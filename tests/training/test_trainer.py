@@ -1,6 +1,5 @@
 """A run: resumable to the last bit, repeatable from its recipe, and careful with folders, signals and NaN."""
 
-import io
 import json
 import shutil
 import signal
@@ -13,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
-from tests.training.trainers import trainer_for
+from tests.training.trainers import RecordingConsole, trainer_for
 
 import coatnet
 from coatnet.data.open import open_dataset
@@ -40,24 +38,6 @@ EVERYTHING = Recipe(
     augmentation={"shift": 1, "flip_rate": 0.5, "erasing_rate": 0.3},
 )
 BRIEF = Recipe(data="digits", epochs=0.1, batch_size=32)
-
-
-class RecordingConsole(Console):
-    """Records its output; sends this process a signal when the first evaluation is printed."""
-
-    def __init__(self, number=None):
-        super().__init__(file=io.StringIO(), force_terminal=False, soft_wrap=True)
-        self.number = number
-
-    def print(self, *objects, **options):
-        super().print(*objects, **options)
-        if self.number is not None and "held-out" in str(objects[0]):
-            self.number, number = None, self.number
-            signal.raise_signal(number)
-
-    @property
-    def text(self):
-        return self.file.getvalue()
 
 
 def last_tensors(out):

@@ -26,6 +26,7 @@ PUBLIC = [
     "Report",
     "TrainingConfig",
     "UserError",
+    "calibrate",
     "complexity",
     "create_model",
     "evaluate",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coatnet.data.inspection import inspect as inspect
     from coatnet.data.open import open_dataset as open_dataset
     from coatnet.errors import UserError as UserError
+    from coatnet.evaluation.calibrate import calibrate as calibrate
     from coatnet.evaluation.evaluate import evaluate as evaluate
     from coatnet.evaluation.features import extract_features as extract_features
     from coatnet.evaluation.probe import probe as probe
@@ -51,6 +52,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Report": "coatnet.evaluation.report",
         "TrainingConfig": "coatnet.training.config",
         "UserError": "coatnet.errors",
+        "calibrate": "coatnet.evaluation.calibrate",
         "complexity": "coatnet.model.complexity",
         "create_model": "coatnet.model.network",
         "evaluate": "coatnet.evaluation.evaluate",

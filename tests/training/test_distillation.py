@@ -246,7 +246,7 @@ def test_the_answers_are_those_of_the_teachers_own_evaluation(home, tmp_path):
         batch_size=50,
         bad_images=trainer.bad_images,
     )
-    expected = torch.cat([outputs for outputs, _, _ in batches]).flip(1)
+    expected = torch.cat([outputs for outputs, *_ in batches]).flip(1)
     found = trainer.teacher.stored(torch.arange(len(splits.training)))
     torch.testing.assert_close(found, (expected / 2).softmax(1), rtol=0, atol=2e-3)
 

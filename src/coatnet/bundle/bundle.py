@@ -1,5 +1,6 @@
 """A trained model as a folder: weights, class names, preprocessing and record."""
 
+import copy
 import os
 import re
 from collections import Counter
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
+from coatnet.bundle.calibration import Calibration, read_calibration, scale_classifier
 from coatnet.bundle.card import model_card
 from coatnet.bundle.config import RecordJson, config_json, read_config, require_memory
-from coatnet.bundle.hub import CARD, CONFIG, WEIGHTS, UnknownRepository, download
+from coatnet.bundle.hub import CALIBRATION, CARD, CONFIG, WEIGHTS, UnknownRepository, download
 from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
 from coatnet.bundle.weights import read_tensors, write_tensors
@@ -24,7 +26,7 @@ from coatnet.system.files import atomic_folder, output_path, translate_write_err
 from coatnet.system.json_reader import validate
 from coatnet.system.terminal import report_wait
 
-FILES = {WEIGHTS, CONFIG, CARD}
+FILES = {WEIGHTS, CONFIG, CARD, CALIBRATION}
 # A path is never looked up on the hub because it is misspelled: an id says that it is one, by hf:// (timm: hf-hub:),
 # by a revision, or by timm as its owner.
 HUB_ID = re.compile(r"(hf://|hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -40,6 +42,7 @@ class Bundle:
         preprocessing: how images were prepared when the model was evaluated.
         multilabel: whether an image may have several of the classes, or exactly one.
         record: recipe and report of the training as JSON values, for people to read; code does not depend on it.
+        calibration: temperatures, novelty and thresholds from held-out images; None if it was never calibrated.
 
     Raises:
         UserError: the number of classes is not that of the model's outputs, a class name occurs twice, the
@@ -52,6 +55,7 @@ class Bundle:
     preprocessing: Preprocessing
     multilabel: bool = False
     record: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.model.num_classes:
@@ -77,7 +81,9 @@ class Bundle:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write model.safetensors, config.json and README.md, all or none; an older bundle is replaced.
+        """Write model.safetensors, config.json, README.md and, if calibrated, calibration.safetensors, all or none.
+
+        An older bundle is replaced.
 
         No folder of this machine and no credential is in them: see `without_places`.
 
@@ -87,9 +93,19 @@ class Bundle:
         shared, target = replace(self, record=without_places(self.record)), require_bundle_place(folder)
         with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
             write_tensors(self.model.state_dict(), staged / WEIGHTS)
+            if self.calibration is not None:
+                write_tensors(self.calibration.tensors(), staged / CALIBRATION)
             (staged / CONFIG).write_text(shared.config(), encoding="utf-8", errors="backslashreplace")
             (staged / CARD).write_text(shared.card(), encoding="utf-8", errors="backslashreplace")
         return target
+
+    def uncalibrated(self) -> "Bundle":
+        """The bundle with the network's own logits, as training left it; itself if it is not calibrated."""
+        if self.calibration is None:
+            return self
+        model = copy.deepcopy(self.model)
+        scale_classifier(model, self.calibration.temperature[0].to(next(model.parameters()).device))
+        return replace(self, model=model, calibration=None)
 
     def config(self) -> str:
         """The text of config.json."""
@@ -182,7 +198,9 @@ def load(source: str | Path, *, architecture: str | None = None, allow_pickle: b
     model.load_state_dict(read_tensors(path / WEIGHTS, model.state_dict()), assign=True)
     require_memory(model, config.preprocessing, path / CONFIG)
     model.to(memory_format=torch.channels_last)
-    return Bundle(model.eval(), config.classes, config.preprocessing, config.multilabel, config.record)
+    stored = path / CALIBRATION
+    calibration = read_calibration(stored, model, config.multilabel) if stored.is_file() else None
+    return Bundle(model.eval(), config.classes, config.preprocessing, config.multilabel, config.record, calibration)
 
 
 def _from_timm(found: TimmModel) -> Bundle:

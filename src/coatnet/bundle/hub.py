@@ -12,6 +12,7 @@ from coatnet.system.terminal import report_wait
 from coatnet.version import __version__
 
 CONFIG, WEIGHTS, CARD, PICKLE = "config.json", "model.safetensors", "README.md", "pytorch_model.bin"
+CALIBRATION = "calibration.safetensors"  # optional
 _CLIENT = {"library_name": "coatnet", "library_version": __version__}
 # Without it, huggingface_hub waits for the system's limit when a firewall drops packets, which takes minutes.
 _TIMEOUT_SECONDS = 10
@@ -58,25 +59,27 @@ def download(
             if reason is None:
                 raise
             folder, weights = _find_in_cache(repo_id, revision, allow_pickle, reason)
-            digests = {}
+            digests, optional = {}, []
             before(0)
         else:
             files = {file.rfilename: file.lfs for file in listing.siblings or ()}
             weights = _choose_weights(repo_id, files, allow_pickle)
+            optional = [CALIBRATION] if CALIBRATION in files else []
             sizes = {file.rfilename: file.size or 0 for file in listing.siblings or ()}
             missing = [
                 name
-                for name in (CONFIG, weights)
+                for name in (CONFIG, weights, *optional)
                 if not isinstance(try_to_load_from_cache(repo_id, name, revision=listing.sha), str)
             ]
             before(sum(sizes[name] for name in missing))
             # Not snapshot_download, which draws a progress bar into pipes too, and for cached files.
             config = hf_hub_download(repo_id, CONFIG, revision=revision, **_CLIENT)
             folder = Path(config).parent  # named after the commit of the revision
-            hf_hub_download(repo_id, weights, revision=folder.name, **_CLIENT)
+            for name in (weights, *optional):
+                hf_hub_download(repo_id, name, revision=folder.name, **_CLIENT)
             listed = {name: lfs.sha256 for name, lfs in files.items() if lfs}
             digests = listed if folder.name == listing.sha else {}
-    for name in (CONFIG, weights):
+    for name in (CONFIG, weights, *optional):
         _verify(repo_id, folder / name, digests)
     return folder
 
@@ -109,6 +112,8 @@ def upload(
     for name, path in files.items():
         if not path.is_file():
             raise UserError(f"{folder} is not a bundle: it has no {name}; a bundle holds {', '.join(files)}")
+    if (optional := Path(folder) / CALIBRATION).is_file():
+        files[CALIBRATION] = optional
     import_extra("huggingface_hub", "hub", "the Hugging Face hub")
     from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "pack": ("DATA OUT", "write images as tar shards, for disks and object stores"),
     "train": ("[RECIPE] --data DATA --out RUN", "train, evaluate, and write the trained model (RUN/bundle)"),
     "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
+    "calibrate": ("BUNDLE --data DATA", "fit its probabilities, novelty and sets of classes to held-out images"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": (
@@ -42,7 +43,14 @@ COMMANDS = {
 }
 
 LEAST_ADDRESS_SPACE = 1e9  # chosen: less than any build of torch takes when it is imported
-COMPUTING = ("train", "evaluate", "features", "probe", "soup")  # commands that compute with torch, for minutes or hours
+COMPUTING = (
+    "train",
+    "evaluate",
+    "calibrate",
+    "features",
+    "probe",
+    "soup",
+)  # commands that compute with torch, for minutes or hours
 
 HELP = """\
 coatnet: from a folder of images to a trained and measured classifier

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from coatnet.errors import UserError, cut, nearest, nearest_option, one_line, without_credentials
 from coatnet.public_names import renamed_message
@@ -61,6 +61,29 @@ class Parser(argparse.ArgumentParser):
             "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
         )
 
+    def add_calibrated(self) -> None:
+        """Add the options for answers of a calibrated model; `calibrated_options` passes them on."""
+        self.add_argument(
+            "--reject",
+            type=float,
+            metavar="RATE",
+            help="answer `unknown` to images that look foreign, and to this share of known ones (0.05 is 5 %%)",
+        )
+        self.add_argument(
+            "--set",
+            type=float,
+            dest="coverage",
+            metavar="COVERAGE",
+            help="also give the smallest set of classes that holds the truth so often (0.9: for 90 %% of the images)",
+        )
+        self.add_argument(
+            "--set-method",
+            default="lac",
+            metavar="M",
+            help="lac: the smallest sets; aps, raps: sets that grow with the doubt about an image (lac)",
+        )
+        self.add_argument("--raw", action="store_true", help="the network's own probabilities, without calibration")
+
     def add_max_megapixels(self) -> None:
         """Add the option `--max-megapixels`, which `parse` passes on to all processes in the environment."""
         self.add_argument(
@@ -99,6 +122,11 @@ class Parser(argparse.ArgumentParser):
             option, given, known = choice[1], choice[2], choice[3].replace("'", "")
             message = f"{option} {given!r} is unknown{nearest(given, known.split(', '))}; it is one of {known}"
         raise UserError(f"{message}; `{self.prog} --help` shows how")
+
+
+def calibrated_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_calibrated` as arguments of `Predictor`."""
+    return {name: getattr(given, name) for name in ("reject", "coverage", "set_method", "raw")}
 
 
 def _megapixels(text: str) -> str:

@@ -5,9 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from coatnet.cli.parser import BUNDLE_HELP, FAILED, INTERRUPTED, TERMINATED, Parser, print_unreadable
+from coatnet.cli.parser import (
+    BUNDLE_HELP,
+    FAILED,
+    INTERRUPTED,
+    TERMINATED,
+    Parser,
+    calibrated_options,
+    print_unreadable,
+)
 from coatnet.errors import counted, cut, one_line, without_credentials
 from coatnet.system.launcher import read_launcher
 from coatnet.system.terminal import echo, echo_summary, report_wait
@@ -52,6 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="V",
         help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
     )
+    parser.add_calibrated()
     parser.add_max_megapixels()
     parser.add_device()
     given = parser.parse(arguments)
@@ -103,12 +112,22 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
     found = dict(zip(prediction.classes, prediction.probabilities, strict=True))
     if as_json:
         name = prediction.name if prediction.error is None else without_credentials(prediction.name)
-        line = {"path": name, "error": prediction.error, "probabilities": found}
+        line: dict[str, Any] = {"path": name, "error": prediction.error, "probabilities": found}
+        if prediction.novelty is not None:
+            line |= {"novelty": round(prediction.novelty, 4), "unknown": prediction.unknown}
+        if prediction.class_set is not None:
+            line["set"] = list(prediction.class_set)
         echo(json.dumps(line, ensure_ascii=False), is_json=True)
     elif prediction.error is not None:
         print_unreadable({prediction.name: prediction.error})
     else:
         likeliest = ", ".join(f"{cut(name)} {100 * p:.1f} %" for name, p in found.items())
+        if prediction.unknown:
+            likeliest = (
+                f"unknown (more foreign than {100 * (prediction.novelty or 0):.1f} % of known images); {likeliest}"
+            )
+        if prediction.class_set is not None:
+            likeliest += f"; set: {', '.join(map(cut, prediction.class_set)) or 'none'}"
         echo(one_line(f"{prediction.name}: {likeliest}"))
 
 
@@ -147,7 +166,14 @@ def open_predictor(given: argparse.Namespace, engine: str) -> "Predictor":
     """The predictor that the options ask for."""
     from coatnet.inference import Predictor
 
-    return Predictor(given.bundle, engine, given.precision, views=given.views, device=given.device)
+    return Predictor(
+        given.bundle,
+        engine,
+        given.precision,
+        views=given.views,
+        device=given.device,
+        **calibrated_options(given),
+    )
 
 
 def select_gpu(local_rank: int) -> None:

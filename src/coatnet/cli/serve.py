@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser
+from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser, calibrated_options
 from coatnet.errors import UserError, import_extra
 from coatnet.system.files import read_regular
 from coatnet.system.terminal import report_wait
@@ -50,6 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
     )
+    parser.add_calibrated()
     parser.add_argument("--batch-size", type=int, metavar="N", help="most images computed together (16)")
     parser.add_argument("--delay-ms", type=float, metavar="MS", help="how long a batch waits for more images (5)")
     parser.add_argument("--queue", type=int, metavar="N", help="images that may wait for a model; more get a 503 (64)")
@@ -138,5 +139,6 @@ def run(arguments: Sequence[str]) -> int:
         settings=Settings(**{name: value for name, value in limits.items() if value is not None}),
         token=token,
         allowed_hosts=given.allowed_host,
+        **calibrated_options(given),
     )
     return 0 if answered else FAILED

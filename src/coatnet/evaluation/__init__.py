@@ -1,11 +1,13 @@
 """What a finished model is worth: figures with their uncertainty, the worst mistakes, features, and a linear probe."""
 
+from coatnet.evaluation.calibrate import calibrate as calibrate
 from coatnet.evaluation.evaluate import evaluate as evaluate
 from coatnet.evaluation.features import extract_features as extract_features
 from coatnet.evaluation.features import write_features as write_features
 from coatnet.evaluation.metrics import Metrics as Metrics
 from coatnet.evaluation.probe import ProbeReport as ProbeReport
 from coatnet.evaluation.probe import probe as probe
+from coatnet.evaluation.reliability import Reliability as Reliability
 from coatnet.evaluation.report import Report as Report
 from coatnet.evaluation.report_markdown import to_markdown as to_markdown
 from coatnet.evaluation.report_markdown import write_report as write_report
@@ -15,8 +17,10 @@ from coatnet.evaluation.soup import soup as soup
 __all__ = [
     "Metrics",
     "ProbeReport",
+    "Reliability",
     "Report",
     "Soup",
+    "calibrate",
     "evaluate",
     "extract_features",
     "probe",

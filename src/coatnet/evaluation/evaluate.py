@@ -20,6 +20,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import as_images
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.reliability import ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import choose_device
@@ -42,6 +43,8 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Evaluate a finished model: accuracy, log-likelihood, calibration and more, with 95 % intervals.
+
+    An image that the model's calibration was fitted to counts with probabilities fitted without it.
 
     Classes of data and model are matched by name, in any order. Unreadable images are left out of the figures and
     named in the report. Outputs are computed in fp32, in evaluation mode.
@@ -72,6 +75,7 @@ def evaluate(
     total, done = sum(map(len, datasets)), 0
     bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
+    reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     for number, dataset in enumerate(datasets):
         if not len(dataset):
             continue
@@ -83,11 +87,15 @@ def evaluate(
             batch_size=batch_size,
             num_workers=workers_for(dataset, num_workers),
             bad_images=bad_images,
+            output="logits" if reliability is None else "logits and means",
         )
         with closing(batches):
-            for logits, labels, indices in batches:
-                labels = translate(labels)
-                metrics.update(logits, labels)
+            for outputs, labels, indices, digests in batches:
+                labels, logits = translate(labels), outputs[:, : len(bundle.classes)]
+                if reliability is not None and digests is not None:
+                    metrics.update(reliability.update(outputs, labels, digests), labels)
+                else:
+                    metrics.update(logits, labels)
                 wrong = _find_mistakes(logits, labels, [(number, int(i)) for i in indices], bundle)
                 worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
                 done += len(indices)
@@ -124,6 +132,7 @@ def evaluate(
         ),
         bad_images=dict(bad_images.records),
         seconds=seconds,
+        reliability=None if reliability is None else reliability.compute(),
         thumbnails=tuple(_thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from coatnet.bundle.config import readable_json
 from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval
+from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
 
 
@@ -46,6 +47,7 @@ class Report:
         bad_images: why each unreadable image was left out, by its name.
         seconds: duration of the evaluation.
         notes: what a reader of the figures must know.
+        reliability: calibration, refusals and sets of classes of a calibrated model; None for others.
         thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
     """
 
@@ -66,6 +68,7 @@ class Report:
     bad_images: Mapping[str, str]
     seconds: float = field(compare=False)
     notes: tuple[str, ...] = ()
+    reliability: Reliability | None = None
     thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     def headline(self) -> str:
@@ -100,7 +103,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
-        left_out = ("thumbnails", "per_class", *(() if self.notes else ("notes",)))
+        left_out = ("thumbnails", "per_class", "reliability", *(() if self.notes else ("notes",)))
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
         plain |= {
@@ -112,6 +115,8 @@ class Report:
             "mistakes": [asdict(mistake) for mistake in self.mistakes],
             "bad_images": dict(self.bad_images),
         }
+        if self.reliability is not None:
+            plain["reliability"] = asdict(self.reliability)
         # Through JSON once: tuples become lists, as they are in the file, and NaN is refused.
         return json.loads(json.dumps(plain, allow_nan=False))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from coatnet.bundle import Bundle
-from coatnet.export.signature import Run, Signature, string_metadata
+from coatnet.export.signature import Run, Signature, run_with_torch, string_metadata, torch_call
 from coatnet.inference.graph import silence_exporters
 from coatnet.system.hardware import explain_compiler, require_compiler
 
@@ -34,7 +34,7 @@ def reopen(folder: Path, signature: Signature) -> Run:
     """Open the compiled model."""
     with silence_exporters():
         model = torch._inductor.aoti_load_package(str(folder / FILE))
-    return lambda given: model(torch.from_numpy(given)).numpy()
+    return run_with_torch(model)
 
 
 def snippet(bundle: Bundle, signature: Signature) -> str:
@@ -43,5 +43,5 @@ def snippet(bundle: Bundle, signature: Signature) -> str:
         "import torch\n"
         f'model = torch._inductor.aoti_load_package(str(folder / "{FILE}"))\n'
         "with torch.inference_mode():\n"
-        f"    {signature.output} = model(torch.from_numpy(images)).numpy()"
+        f"    {torch_call(signature, bundle)}"
     )

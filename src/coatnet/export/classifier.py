@@ -115,7 +115,7 @@ def quotient(number: Tensor, divisor: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Color images uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`.
+    """Color images uint8 `(B, H, W, 3)` of any size to probabilities `(B, K)`, and novelty `(B,)` if calibrated.
 
     Args:
         bundle: the model.
@@ -128,22 +128,27 @@ class Classifier(nn.Module):
         self.fit = MatchChannels(bundle.preprocessing) if any_size else Fit(bundle.preprocessing)
         self.network = ImageProbabilities(bundle, any_size=any_size)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.network(self.fit(images))
 
 
 class ImageProbabilities(nn.Module):
-    """Images uint8 `(B, R, R, C)` to probabilities `(B, K)`: a softmax, or K sigmoids for several labels."""
+    """Images uint8 `(B, R, R, C)` to probabilities `(B, K)`: a softmax, or K sigmoids for several labels.
+
+    With a calibrated bundle, a tuple with the novelty `(B,)`.
+    """
 
     def __init__(self, bundle: Bundle, *, any_size: bool = False) -> None:
         super().__init__()
         self.network = NormalizedNetwork(bundle, any_size=any_size)
         if any_size:
             allow_dynamic_sizes(self.network.network)
-        self.multilabel = bundle.multilabel
+        self.multilabel, self.num_classes = bundle.multilabel, len(bundle.classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return to_probabilities(self.network(images), multilabel=self.multilabel)
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        found = self.network(images)  # (B, K), or (B, K + 1)
+        probabilities = to_probabilities(found[:, : self.num_classes], multilabel=self.multilabel)
+        return probabilities if self.network.novelty is None else (probabilities, found[:, self.num_classes])
 
 
 class MatchChannels(nn.Module):

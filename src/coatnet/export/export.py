@@ -1,7 +1,7 @@
 """`export`: write a bundle in another format, open the result again, and compare it with the bundle."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
@@ -14,7 +14,7 @@ from coatnet.errors import UserError, first_line, nearest
 from coatnet.export import FORMATS, decode_image
 from coatnet.export.parity import Parity, compare, example_file, open_check_images, require_parity
 from coatnet.export.quantization import Quantization, open_calibration, quantize
-from coatnet.export.signature import Signature, describe
+from coatnet.export.signature import NOVELTY, Signature, describe
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors
 
 STEPS = 3
@@ -78,6 +78,8 @@ def export_bundle(
     module: Any = import_module(form.module)
     name, images = open_check_images(bundle, data)
     splits = open_calibration(bundle, calibration) if calibration is not None else None
+    if splits is not None:  # 8 bits are too few for the distances of the novelty
+        bundle = replace(bundle, calibration=None)
     metadata = describe(bundle, signature, format)
     quantization = None
     with translate_write_errors(out), atomic_folder(out) as staged:
@@ -144,6 +146,8 @@ def classify(bundle: Bundle, signature: Signature, snippet: str, folder: str, im
         )
     lines.append("for index in (-probabilities[0]).argsort()[:5]:")
     lines.append("    print(f\"{probabilities[0, index]:7.2%}  {metadata['classes'][index]}\")")
+    if NOVELTY in signature.outputs(bundle):
+        lines.append('print(f"{novelty[0]:7.2%}  novelty: the share of known images that look less foreign")')
     return "\n".join(lines) + "\n"
 
 

@@ -1,12 +1,12 @@
 """OpenVINO's format of two files, the fastest on CPUs. Needs openvino."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from coatnet.bundle import Bundle
-from coatnet.export.signature import Run, Signature, string_metadata
+from coatnet.export.signature import Run, Signature, join_outputs, string_metadata
 from coatnet.inference.graph import save_openvino, to_openvino
 
 if TYPE_CHECKING:
@@ -22,13 +22,16 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
     Raises:
         UserError: OpenVINO is not installed.
     """
-    save(to_openvino(signature.program(bundle)), signature, metadata, folder)
+    save(to_openvino(signature.program(bundle)), signature.input, signature.outputs(bundle), metadata, folder)
 
 
-def save(model: "openvino.Model", signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Name input and output, add the metadata, and write model.xml and model.bin."""
-    model.inputs[0].get_tensor().set_names({signature.input})
-    model.outputs[0].get_tensor().set_names({signature.output})
+def save(
+    model: "openvino.Model", input: str, outputs: Sequence[str], metadata: Mapping[str, Any], folder: Path
+) -> None:
+    """Name input and outputs, add the metadata, and write model.xml and model.bin."""
+    model.inputs[0].get_tensor().set_names({input})
+    for made, name in zip(model.outputs, outputs, strict=True):
+        made.get_tensor().set_names({name})
     for key, value in string_metadata(metadata).items():
         model.set_rt_info(value, ["coatnet", key])
     save_openvino(model, folder / FILE)
@@ -44,13 +47,14 @@ def compiled(model: "openvino.Model | Path", settings: Mapping[str, str] = Mappi
     import openvino
 
     ready = openvino.Core().compile_model(model, "CPU", dict(settings))
-    return lambda given: ready(given)[0].copy()
+    return lambda given: join_outputs([each.copy() for each in ready(given).values()])
 
 
 def snippet(bundle: Bundle, signature: Signature) -> str:
     """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
+    outputs = signature.outputs(bundle)
     return (
         "import openvino\n"
         f'model = openvino.compile_model(folder / "{FILE}")\n'
-        f'{signature.output} = model(images)["{signature.output}"]'
+        f"{', '.join(outputs)}, *_ = model(images).values()"
     )

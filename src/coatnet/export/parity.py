@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.calibration import logits_and_means
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import read_image
@@ -38,6 +39,7 @@ from coatnet.inference.graph import to_probabilities
 MAX_CHECKED_IMAGES = 64
 BATCH_SIZES = (1, 2, 5)
 PROBABILITY_LIMIT = 1e-3  # chosen: rounding in float32 gives 1e-6 to 1e-5, a wrong pixel or weight far more
+NOVELTY_LIMIT = 0.01  # it has steps of 0.001, and rounding may move an image by some
 LOGIT_LIMIT = 1e-3  # of the largest logit, if that is above 1
 MIN_PROBABILITY = 1e-4  # log-probabilities are compared between this and 1 - this: float32 is coarse near 1
 TIMING_ROUNDS, TIMING_SECONDS = 30, 3.0  # whichever ends first
@@ -58,7 +60,8 @@ class Parity:
 
     Differences are the largest of all. Without logits in the export, those are of log-probabilities (of log-odds for
     several labels). `agreement` is the share of images with the same likeliest class. `files` has that of a probability
-    for each kind of image file, decoded by the code of the export.
+    for each kind of image file, decoded by the code of the export. `novelty_difference` is None if the export has no
+    such output.
     """
 
     data: str
@@ -70,10 +73,13 @@ class Parity:
     agreement: float
     latency: tuple[Latency, ...]
     files: Mapping[str, float] = field(default_factory=dict)
+    novelty_difference: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of parity.json."""
         values = asdict(self)
+        if self.novelty_difference is None:
+            del values["novelty_difference"]
         return {"data": values.pop("data"), "num_pictures": values.pop("num_images"), **values}
 
     def to_markdown(self) -> str:
@@ -88,6 +94,11 @@ class Parity:
             "|---|---|",
             f"| largest difference of a probability | {self.probability_difference:.1e} |",
             f"| largest difference of a logit | {self.logit_difference:.1e} |",
+            *(
+                []
+                if (apart := self.novelty_difference) is None
+                else [f"| largest difference of a novelty | {apart:.1e} |"]
+            ),
             f"| same likeliest class | {100 * self.agreement:.1f} % |",
             *(f"| a probability of a file that is {kind} | {apart:.1e} |" for kind, apart in self.files.items()),
             "",
@@ -123,6 +134,13 @@ class Reference:
         return self.bundle.model(self.images(images))
 
     @torch.inference_mode()
+    def novelty(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to (B,), of a calibrated bundle."""
+        assert self.bundle.calibration is not None
+        logits, means = logits_and_means(self.bundle.model, self.images(images))
+        return self.bundle.calibration.novelty(self.probabilities(logits), means)
+
+    @torch.inference_mode()
     def answer(self, given: NDArray) -> Tensor:
         """The input of an export to the output it should have, (B, K)."""
         tensor = torch.from_numpy(given)
@@ -150,10 +168,13 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
     reference = Reference(bundle, signature)
     batches = check_batches(images)
     batches = list(resize_batches(batches, bundle.preprocessing) if signature.any_size else batches)
-    ours, theirs = [], []
+    ours, theirs, novelty = [], [], []
     for batch in batches:
         ours.append(reference.logits(batch))
-        theirs.append(attempt(run, reference.given(batch)))
+        found, also = split_outputs(attempt(run, reference.given(batch)), bundle)
+        theirs.append(found)
+        if also is not None:
+            novelty.append(float((also - reference.novelty(batch)).abs().max()))
         if theirs[-1].shape != ours[-1].shape or not torch.isfinite(theirs[-1]).all():
             raise UserError(
                 f"the export is wrong, and nothing was written: for a batch of {len(batch)} it gives "
@@ -167,6 +188,7 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
     )
     return Parity(
         files=compare_files(reference, run),
+        novelty_difference=max(novelty, default=None),
         data=data,
         num_images=len(images),
         batch_sizes=BATCH_SIZES,
@@ -190,7 +212,7 @@ def compare_files(reference: Reference, run: Run) -> dict[str, float]:
         if reference.signature.any_size:
             side = reference.bundle.preprocessing.resolution
             batches = [resize(batch, (side, side), "bilinear") for batch in batches]
-        given = attempt(run, reference.given(batches[1]))
+        given, _ = split_outputs(attempt(run, reference.given(batches[1])), reference.bundle)
         theirs = reference.probabilities(given) if reference.signature.logits else given
         found[kind] = float((theirs - reference.probabilities(reference.logits(batches[0]))).abs().max())
     return found
@@ -237,8 +259,21 @@ def attempt(run: Run, given: NDArray) -> Tensor:
         ) from error
 
 
+def split_outputs(found: Tensor, bundle: Bundle) -> tuple[Tensor, Tensor | None]:
+    """What an export gave to probabilities or logits (B, K), and the novelty (B,) if there is one."""
+    num_classes = len(bundle.classes)
+    if bundle.calibration is None or found.shape[1:] != (num_classes + 1,):
+        return found, None
+    return found[:, :num_classes], found[:, num_classes]
+
+
 def require_parity(parity: Parity) -> None:
     """Raise UserError, with the figures, if the export differs by more than rounding."""
+    if parity.novelty_difference is not None and not parity.novelty_difference <= NOVELTY_LIMIT:
+        raise UserError(
+            f"the export differs from the bundle, and nothing was written: by {parity.novelty_difference:.2g} in a "
+            f"novelty ({NOVELTY_LIMIT:g} at most)"
+        )
     for kind, apart in parity.files.items():
         if not apart <= PROBABILITY_LIMIT:
             raise UserError(

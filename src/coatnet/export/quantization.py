@@ -167,7 +167,7 @@ def quantize(
     weights = folder / "model.bin"
     bytes_before = weights.stat().st_size
     whole = chain(preprocessor(bundle), small) if signature.resizes else small
-    files.save(whole, signature, metadata, folder)
+    files.save(whole, signature.input, signature.outputs(bundle), metadata, folder)
     return Quantization(
         data=data,
         num_calibrating=len(calibrating),

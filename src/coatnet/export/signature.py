@@ -4,7 +4,7 @@ Shapes: B batch, H W pixels, R resolution, C channels, K classes.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.calibration import threshold_index
 from coatnet.export.classifier import Classifier, bare_network
 from coatnet.inference.graph import to_program
 from coatnet.version import __version__
 
-# Uint8 images or float32 images in, probabilities or logits (B, K) out.
+# Uint8 images or float32 images in; probabilities or logits (B, K) out, with the novelty, if any, as a last column.
 Run = Callable[[NDArray], NDArray[np.float32]]
 
+
+NOVELTY = "novelty"
+SET_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 
 # How an image file becomes pixels, in training, prediction and the code of an export alike.
 DECODING = {
@@ -55,6 +59,10 @@ class Signature:
     @property
     def output(self) -> str:
         return "logits" if self.logits else "probabilities"
+
+    def outputs(self, bundle: Bundle) -> tuple[str, ...]:
+        """Names of all outputs: a calibrated bundle has its novelty beside the probabilities."""
+        return (self.output,) if self.logits or bundle.calibration is None else (self.output, NOVELTY)
 
     @property
     def resizes(self) -> bool:
@@ -101,9 +109,28 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
             "meaning": _meaning(signature),
         },
         "output": {"name": signature.output, "shape": [-1, len(bundle.classes)], "activation": activation},
+        **describe_calibration(bundle, signature),
         "decoding": DECODING,
         "preprocessing": asdict(bundle.preprocessing) | {"inside": _inside(signature)},
     }
+
+
+def describe_calibration(bundle: Bundle, signature: Signature) -> dict[str, Any]:
+    """What to make of the outputs of a calibrated bundle: logits and probabilities are calibrated already."""
+    if (calibration := bundle.calibration) is None:
+        return {}
+    told: dict[str, Any] = {"temperature": calibration.temperature[0].tolist()}
+    if NOVELTY in signature.outputs(bundle):
+        told[NOVELTY] = {
+            "shape": [-1],
+            "meaning": "share of known images that look less foreign; above 0.95 an image is unknown, as 5 % of the "
+            "known ones are",
+        }
+    if not bundle.multilabel:
+        columns = {coverage: threshold_index(coverage) for coverage in SET_COVERAGES}
+        limits = {str(coverage): float(calibration.thresholds["lac"][0, at]) for coverage, at in columns.items()}
+        told["sets"] = {"meaning": "classes of 1 - probability <= limit, by coverage", "limits": limits}
+    return {"calibration": told}
 
 
 def string_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -114,14 +141,27 @@ def string_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def run_with_torch(module: nn.Module) -> Run:
+def run_with_torch(module: Callable[[Tensor], Any]) -> Run:
     """A torch module as a function of arrays."""
 
     @torch.no_grad()
     def run(given: NDArray) -> NDArray[np.float32]:
-        return module(torch.from_numpy(given)).numpy()
+        found = module(torch.from_numpy(given))
+        return found.numpy() if isinstance(found, Tensor) else join_outputs([each.numpy() for each in found])
 
     return run
+
+
+def torch_call(signature: Signature, bundle: Bundle) -> str:
+    """Code that calls `model`, a torch module, with the array `images`."""
+    if len(outputs := signature.outputs(bundle)) == 1:
+        return f"{signature.output} = model(torch.from_numpy(images)).numpy()"
+    return f"{', '.join(outputs)} = (each.numpy() for each in model(torch.from_numpy(images)))"
+
+
+def join_outputs(outputs: Sequence[NDArray]) -> NDArray[np.float32]:
+    """The outputs of an export, (B, K) and perhaps (B,), as one array."""
+    return np.column_stack(list(outputs)) if len(outputs) > 1 else np.array(outputs[0])
 
 
 def _meaning(signature: Signature) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
-from coatnet.export.signature import Run, Signature, run_with_torch
+from coatnet.export.signature import Run, Signature, run_with_torch, torch_call
 from coatnet.inference.graph import silence_exporters
 
 FILE = "model.pt2"
@@ -35,5 +35,5 @@ def snippet(bundle: Bundle, signature: Signature) -> str:
         "import torch\n"
         f'model = torch.export.load(folder / "{FILE}").module()\n'
         "with torch.inference_mode():\n"
-        f"    {signature.output} = model(torch.from_numpy(images)).numpy()"
+        f"    {torch_call(signature, bundle)}"
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 from coatnet.bundle import Bundle
 from coatnet.export.onnx import FILE, open_file, write_file
-from coatnet.export.signature import Run, Signature
+from coatnet.export.signature import NOVELTY, Run, Signature
 
 MAX_BATCH_SIZE = 32
+LABELS = 'label_filename: "labels.txt"'
 MAX_QUEUE_DELAY_MICROSECONDS = 2000
 
 
@@ -33,6 +34,10 @@ def configuration(bundle: Bundle, signature: Signature) -> str:
     """The text of config.pbtxt, without a name: that is the folder's, which may be renamed."""
     data_type = "TYPE_FP32" if signature.logits else "TYPE_UINT8"
     dims = ", ".join(map(str, signature.shape(bundle)[1:]))
+    outputs = [f'{{ name: "{signature.output}" data_type: TYPE_FP32 dims: [ {len(bundle.classes)} ] {LABELS} }}']
+    if NOVELTY in signature.outputs(bundle):
+        outputs.append(f'{{ name: "{NOVELTY}" data_type: TYPE_FP32 dims: [ 1 ] reshape: {{ shape: [ ] }} }}')
+    listed = ",\n  ".join(outputs)
     return f"""\
 backend: "onnxruntime"
 max_batch_size: {MAX_BATCH_SIZE}
@@ -40,7 +45,7 @@ input [
   {{ name: "{signature.input}" data_type: {data_type} dims: [ {dims} ] }}
 ]
 output [
-  {{ name: "{signature.output}" data_type: TYPE_FP32 dims: [ {len(bundle.classes)} ] label_filename: "labels.txt" }}
+  {listed}
 ]
 dynamic_batching {{ max_queue_delay_microseconds: {MAX_QUEUE_DELAY_MICROSECONDS} }}
 """
@@ -55,10 +60,13 @@ def reopen(folder: Path, signature: Signature) -> Run:
 def snippet(bundle: Bundle, signature: Signature) -> str:
     """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
     wire = "FP32" if signature.logits else "UINT8"
+    outputs = "".join(
+        f'\n{name} = answer.as_numpy("{name}"){".ravel()" * (name == NOVELTY)}' for name in signature.outputs(bundle)
+    )
     return (
         "import tritonclient.http  # tritonserver --model-repository=FOLDER runs\n"
         f'tensor = tritonclient.http.InferInput("{signature.input}", images.shape, "{wire}")\n'
         "tensor.set_data_from_numpy(images)\n"
         'client = tritonclient.http.InferenceServerClient("localhost:8000")\n'
-        f'{signature.output} = client.infer("{bundle.model.variant.name}", [tensor]).as_numpy("{signature.output}")'
+        f'answer = client.infer("{bundle.model.variant.name}", [tensor]){outputs}'
     )

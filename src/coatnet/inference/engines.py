@@ -1,8 +1,9 @@
-"""Engines compute the logits of a bundle, all with the same result; `open_engine` chooses one.
+"""Engines compute logits and novelty of a bundle, all with the same result; `open_engine` chooses one.
 
 OpenVINO and ONNX Runtime are imported when their engine is opened.
 
-Shapes: N images, R resolution, C channels, K classes.
+Shapes: N images, R resolution, C channels, K classes. The results for a calibrated bundle are (N, K + 1), with the
+novelty as the last column.
 """
 
 from importlib.util import find_spec

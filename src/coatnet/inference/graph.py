@@ -8,7 +8,7 @@ import copy
 import errno
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, ExportedProgram
 
 from coatnet.bundle import Bundle
+from coatnet.bundle.calibration import logits_and_means
 from coatnet.errors import import_extra
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import fold_batch_norm
@@ -37,7 +38,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class NormalizedNetwork(nn.Module):
-    """The folded network with its normalization in front: uint8 images to logits.
+    """The folded network with its normalization in front: uint8 images to logits and, if calibrated, their novelty.
 
     Args:
         bundle: the model; it is copied.
@@ -55,12 +56,19 @@ class NormalizedNetwork(nn.Module):
         # Not "mean": torch 2.6 gives ONNX values the names of operations, and one is called mean.
         self.register_buffer("pixel_mean", 255 * torch.tensor(bundle.preprocessing.mean))
         self.register_buffer("pixel_std", 255 * torch.tensor(bundle.preprocessing.std))
+        self.multilabel = bundle.multilabel
+        self.novelty = None if bundle.calibration is None else copy.deepcopy(bundle.calibration.novelty)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, R, R, C) to float32 logits (N, K)."""
+        """uint8 (N, R, R, C) to float32 logits (N, K); a calibrated bundle adds the novelty as a last column."""
         images = (pixels.float() - self.pixel_mean) / self.pixel_std
         images = images.to(self.dtype).permute(0, 3, 1, 2)  # (N, C, R, R)
-        return self.network(images).float()
+        if self.novelty is None:
+            return self.network(images).float()
+        logits, means = logits_and_means(self.network, images)
+        logits = logits.float()
+        novelty = self.novelty(to_probabilities(logits, multilabel=self.multilabel), means)
+        return torch.cat([logits, novelty[:, None]], dim=1)
 
 
 def to_probabilities(logits: Tensor, *, multilabel: bool) -> Tensor:
@@ -209,7 +217,9 @@ def save_openvino(model: "openvino.Model", path: Path) -> None:
         ) from error
 
 
-def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str = "logits") -> "torch.onnx.ONNXProgram":
+def to_onnx(
+    program: ExportedProgram, *, inputs: str = "pictures", outputs: Sequence[str] = ("logits",)
+) -> "torch.onnx.ONNXProgram":
     """Convert a graph to ONNX.
 
     The `save` of the result writes weights above 1.6 GB to a file beside it, since protobuf is limited to 2 GB.
@@ -222,7 +232,7 @@ def to_onnx(program: ExportedProgram, *, inputs: str = "pictures", outputs: str 
     # The exporter of torch 2.6 runs products of symbolic size; only their decomposition in Python knows such sizes.
     with silence_exporters(), enable_python_dispatcher():
         converted = torch.onnx.export(
-            program, (), input_names=[inputs], output_names=[outputs], dynamo=True, verbose=False
+            program, (), input_names=[inputs], output_names=list(outputs), dynamo=True, verbose=False
         )
     assert converted is not None
     for graph in (converted.model.graph, *converted.model.functions.values()):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,9 @@ def fingerprint(bundle: Bundle, *more: str) -> str:
     """SHA-256 of all that the result of a bundle depends on, as 32 hex digits; 1.2 GB of weights a second."""
     config = config_json(bundle.model, bundle.classes, bundle.preprocessing, bundle.multilabel, {})
     digest = hashlib.sha256("\n".join((config, __version__, torch.__version__, *more)).encode(errors="surrogatepass"))
-    for name, tensor in bundle.model.state_dict().items():
+    more_tensors = bundle.calibration.tensors() if bundle.calibration is not None else {}
+    for name, tensor in {**bundle.model.state_dict(), **more_tensors}.items():
         digest.update(name.encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+        numbers: Any = tensor.detach().cpu().contiguous().numpy()
+        digest.update(memoryview(numbers).cast("B"))
     return digest.hexdigest()[:32]

@@ -5,11 +5,13 @@ Shapes: B images, C channels, R resolution, K classes, D features.
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
+from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from coatnet.bundle.calibration import logits_and_means
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, evaluation_batches
 from coatnet.data.transforms import Preprocessing
@@ -22,14 +24,17 @@ class OutputBatch(NamedTuple):
     """What a model computed for a batch, and which images of the dataset these are.
 
     Attributes:
-        outputs: logits (B, K) or features (B, D), float32 on the CPU.
+        outputs: logits (B, K), features (B, D), or logits and means of all feature maps side by side (B, K + D);
+            float32 on the CPU.
         labels: class indices (B,), or 0 and 1 per class (B, K), in the dataset's own order of classes.
         indices: place of each image in the dataset, (B,).
+        digests: with "logits and means", a hash of each image as the network sees it, int64 (B,).
     """
 
     outputs: Tensor
     labels: Tensor
     indices: Tensor
+    digests: Tensor | None = None
 
 
 def infer(
@@ -40,7 +45,7 @@ def infer(
     batch_size: int,
     bad_images: BadImages,
     num_workers: int | None = None,
-    output: Literal["logits", "features"] = "logits",
+    output: Literal["logits", "features", "logits and means"] = "logits",
     bf16: bool = False,
     first: int = 0,
     every: int = 1,
@@ -60,7 +65,7 @@ def infer(
     Raises:
         UserError: batch_size is below 1, or `bad_images` is over its budget.
     """
-    forward = _features if output == "features" else _logits
+    forward = {"logits": _logits, "features": _features, "logits and means": _logits_and_means}[output]
     device = next(model.parameters()).device
     batches = evaluation_batches(
         dataset,
@@ -79,7 +84,8 @@ def infer(
             for images, labels, indices in batches:
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                     outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
-                yield OutputBatch(outputs.float().cpu(), labels, indices)
+                digests = _digests(images) if output == "logits and means" else None
+                yield OutputBatch(outputs.float().cpu(), labels, indices, digests)
     finally:
         model.train(was_training)
 
@@ -92,6 +98,18 @@ def workers_for(dataset: Dataset, num_workers: int | None) -> int | None:
 @torch.inference_mode()
 def _logits(model: CoAtNet, images: Tensor) -> Tensor:
     return model(images)
+
+
+@torch.inference_mode()
+def _logits_and_means(model: CoAtNet, images: Tensor) -> Tensor:
+    logits, means = logits_and_means(model, images)
+    return torch.cat([logits.float(), means], dim=1)
+
+
+def _digests(images: Tensor) -> Tensor:
+    rows = images.contiguous().flatten(1).numpy()
+    found = [int.from_bytes(blake2b(row.tobytes(), digest_size=8).digest(), signed=True) for row in rows]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 # Not inference mode: autograd refuses its tensors, and a new head is often trained on features.

@@ -3,14 +3,14 @@
 Shapes: B images, V views of each, R resolution, C channels (3, or 1 for grayscale models), K classes.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.bundle.calibration import METHODS, Calibration, set_scores, threshold_index
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, decode, pixels_of
 from coatnet.data.folder import expand_paths
@@ -46,12 +47,26 @@ class Prediction:
         classes: names of the `top_k` most probable classes, in descending order of probability.
         probabilities: of these classes.
         error: why the image is unreadable, or the model has no answer to it; None if it was classified.
+        novelty: the share of the model's held-out images that look more like its training images, 0 to 1; None if the
+            model is not calibrated.
+        unknown: whether the novelty is above the limit of `reject`; the classes are then a guess.
+        class_set: with `coverage`, names of the classes that together hold the truth so often, most probable first.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str | None = None
+    novelty: float | None = None
+    unknown: bool = False
+    class_set: tuple[str, ...] | None = None
+
+
+class Answers(NamedTuple):
+    """What a model says of a batch: probabilities (B, K), and the novelty (B,) if it is calibrated."""
+
+    probabilities: NDArray[np.float32]
+    novelty: NDArray[np.float32] | None
 
 
 class Predictor:
@@ -62,7 +77,11 @@ class Predictor:
         engine: "torch", "torch-compiled", "openvino" or "onnxruntime"; "auto" is the fastest that is installed.
         precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it.
         views: test-time augmentation: "one" for none; or "flip", "five-crop" or "ten-crop", whose probabilities are
-            averaged.
+            averaged, as is the novelty.
+        reject: the share of images like the held-out ones that may be refused as unknown, such as 0.05; None for none.
+        coverage: how often a set of classes is to hold the truth, such as 0.9; None for no sets.
+        set_method: "lac" (the smallest sets), "aps" or "raps" (sets that grow with the doubt about an image).
+        raw: take the network's own probabilities, without its calibration.
         device: "cpu", "cuda" or "cuda:1"; "auto" is the first GPU if there is one. Only torch runs on a GPU.
 
     Attributes:
@@ -73,7 +92,8 @@ class Predictor:
         image_shape: of a prepared image: (V, R, R, C).
 
     Raises:
-        UserError: there is no such model, engine, precision, view or device, or the engine is not installed.
+        UserError: there is no such model, engine, precision, view or device, the engine is not installed, or `reject`
+            or `coverage` is given for a model that is not calibrated (or, for sets, has several labels).
     """
 
     picture_shape = renamed_attribute("picture_shape", "image_shape", since="0.2", removed_in="0.3")
@@ -85,10 +105,18 @@ class Predictor:
         precision: str = "auto",
         *,
         views: str = "one",
+        reject: float | None = None,
+        coverage: float | None = None,
+        set_method: str = "lac",
+        raw: bool = False,
         device: str = "auto",
     ) -> None:
         check_views(views)
-        self.bundle = source if isinstance(source, Bundle) else load(source)
+        bundle = source if isinstance(source, Bundle) else load(source)
+        self.bundle = bundle.uncalibrated() if raw else bundle
+        self.reject = check_reject(self.bundle, reject)
+        self.coverage, self.set_method = coverage, set_method
+        self._set_threshold = None if coverage is None else find_threshold(self.bundle, coverage, set_method)
         self.classes, self.multilabel = self.bundle.classes, self.bundle.multilabel
         self.views = views
         side = self.bundle.preprocessing.resolution
@@ -149,7 +177,7 @@ class Predictor:
     def _predict_paths(
         self, found: Iterator[tuple[Path, str | None]], top_k: int, batch_size: int
     ) -> Iterator[Prediction]:
-        while batch := list(islice(found, batch_size)):
+        while batch := list(itertools.islice(found, batch_size)):
             readable = [path for path, error in batch if error is None]
             predictions = iter(self(readable, top_k=top_k, batch_size=batch_size))
             for path, error in batch:
@@ -187,11 +215,34 @@ class Predictor:
         Returns:
             (B, K): a softmax, or K sigmoids for multi-label.
         """
+        return self.answers(images).probabilities
+
+    def answers(self, images: NDArray[np.uint8]) -> Answers:
+        """Compute probabilities and novelty of a batch, averaged over the views. Not thread-safe.
+
+        Args:
+            images: prepared images, uint8 (B, V, R, R, C).
+        """
         views = images.reshape(-1, *self.image_shape[1:])  # (B * V, R, R, C)
-        logits = torch.from_numpy(self.engine.run(views))  # (B * V, K)
-        probabilities = to_probabilities(logits, multilabel=self.multilabel)
-        probabilities = probabilities.unflatten(0, (len(images), -1))  # (B, V, K)
-        return probabilities.mean(dim=1).numpy()  # (B, K)
+        found = torch.from_numpy(self.engine.run(views))  # (B * V, K), or (B * V, K + 1) with the novelty
+        probabilities = to_probabilities(found[:, : len(self.classes)], multilabel=self.multilabel)
+        probabilities = probabilities.unflatten(0, (len(images), -1)).mean(dim=1).numpy()  # (B, K)
+        if self.bundle.calibration is None:
+            return Answers(probabilities, None)
+        return Answers(probabilities, found[:, -1].unflatten(0, (len(images), -1)).mean(dim=1).numpy())
+
+    def is_unknown(self, novelty: float | None) -> bool:
+        """Whether an image of this novelty is refused."""
+        # The novelty is a whole number of thousandths, in float32.
+        return self.reject is not None and novelty is not None and novelty > 1 - self.reject + 1e-6
+
+    def class_set(self, probabilities: NDArray[np.float32]) -> tuple[str, ...] | None:
+        """Names of the classes in the set of one image (K,), most probable first; None if none were asked for."""
+        if self._set_threshold is None:
+            return None
+        scores = set_scores(torch.from_numpy(probabilities)[None], self.set_method)[0].numpy()
+        inside = scores <= self._set_threshold
+        return tuple(self.classes[k] for k in np.argsort(-probabilities, kind="stable") if inside[k])
 
     def top(self, probabilities: NDArray[np.float32], k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Names and probabilities of the `k` most probable classes of one image (K,), in descending order."""
@@ -206,15 +257,53 @@ class Predictor:
 
     def _classify(self, names: Sequence[str], prepared: Sequence[NDArray[np.uint8] | str], k: int) -> list[Prediction]:
         readable = [views for views in prepared if not isinstance(views, str)]
-        rows = iter(self.probabilities(np.stack(readable)) if readable else ())
+        rows = self.describe_all(np.stack(readable), k) if readable else iter(())
         return [
-            Prediction(name, error=views) if isinstance(views, str) else self._name_classes(name, next(rows), k)
+            Prediction(name, error=views) if isinstance(views, str) else replace(next(rows), name=name)
             for name, views in zip(names, prepared, strict=True)
         ]
 
-    def _name_classes(self, name: str, probabilities: NDArray[np.float32], k: int) -> Prediction:
-        error = why_no_answer(probabilities)
-        return Prediction(name, error=error) if error else Prediction(name, *self.top(probabilities, k))
+    def describe_all(self, images: NDArray[np.uint8], top_k: int) -> Iterator[Prediction]:
+        """What is said of each of some prepared images, uint8 (B, V, R, R, C); without names. Not thread-safe."""
+        probabilities, novelty = self.answers(images)
+        for index, row in enumerate(probabilities):
+            yield self.describe(row, None if novelty is None else float(novelty[index]), top_k)
+
+    def describe(self, probabilities: NDArray[np.float32], novelty: float | None, top_k: int) -> Prediction:
+        """What is said of one image, without a name: probabilities (K,), and its novelty if the model is calibrated."""
+        if error := why_no_answer(probabilities):
+            return Prediction("", error=error)
+        unknown, class_set = self.is_unknown(novelty), self.class_set(probabilities)
+        return Prediction("", *self.top(probabilities, top_k), None, novelty, unknown, class_set)
+
+
+def check_reject(bundle: Bundle, reject: float | None) -> float | None:
+    """Return the rate. Raises UserError if it is out of bounds or the bundle is not calibrated."""
+    if reject is None:
+        return None
+    if not 0 < reject < 1:
+        raise UserError(f"reject is {reject}; it is a share of images between 0 and 1, such as 0.05")
+    _require_calibration(bundle, "reject")
+    return reject
+
+
+def find_threshold(bundle: Bundle, coverage: float, method: str) -> float:
+    """The largest score of a class in a set. Raises UserError if the bundle has none for this coverage or method."""
+    column = threshold_index(coverage)
+    if bundle.multilabel:
+        raise UserError("sets of classes are for models of one label an image; this one gives several")
+    if method not in METHODS:
+        raise UserError(f"set_method is {method!r}; it is one of {', '.join(METHODS)}")
+    return float(_require_calibration(bundle, "a set of classes").thresholds[method][0, column])
+
+
+def _require_calibration(bundle: Bundle, what: str) -> Calibration:
+    if bundle.calibration is None:
+        raise UserError(
+            f"{what} needs a calibrated model, and this one is not, or its raw answers were asked for: "
+            "`coatnet calibrate BUNDLE --data DATA` calibrates it"
+        )
+    return bundle.calibration
 
 
 def why_no_answer(probabilities: NDArray[np.float32]) -> str | None:

@@ -170,10 +170,17 @@ class Milliseconds(BaseModel):
 
 
 class PredictionAnswer(BaseModel):
-    """The likeliest classes, likeliest first."""
+    """The likeliest classes, likeliest first.
+
+    `novelty`: the share of known images that look less foreign, of a calibrated model. `unknown`: whether that is above
+    the limit of `--reject`. `set`: the classes that together hold the truth as often as `--set` asks.
+    """
 
     model: str
     predictions: list[ClassProbability]
+    novelty: float | None = None
+    unknown: bool = False
+    set: list[str] | None = None
     milliseconds: Milliseconds
 
 

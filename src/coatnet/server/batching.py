@@ -28,9 +28,10 @@ STOPPED = "the model has stopped; the server must be restarted"
 
 @dataclass(frozen=True)
 class Answer:
-    """Probabilities `(K,)`, the seconds that the image was queued, and the seconds that its batch took."""
+    """Probabilities `(K,)`, novelty, the seconds that the image was queued, and the seconds that its batch took."""
 
     probabilities: NDArray[np.float32]
+    novelty: float | None
     queue_seconds: float
     inference_seconds: float
 
@@ -170,7 +171,7 @@ class Batcher:
     def _compute(self, batch: Sequence[QueuedImage]) -> Sequence[Answer | RequestError]:
         started = time.perf_counter()
         try:
-            rows = self.predictor.probabilities(np.stack([waiting.views for waiting in batch]))
+            rows, novelty = self.predictor.answers(np.stack([waiting.views for waiting in batch]))
         except Exception:
             log.exception("a batch of %d images failed", len(batch))
             return [RequestError("inference", "the model failed on this batch") for _ in batch]
@@ -178,10 +179,10 @@ class Batcher:
         self.metrics.batch_size.observe(len(batch))
         self.metrics.inference.observe(taken)
         return [
-            Answer(row, started - waiting.since, taken)
+            Answer(row, None if novelty is None else float(novelty[index]), started - waiting.since, taken)
             if np.isfinite(row).all()
             else RequestError("inference", "the model's answer to this image is not finite")
-            for row, waiting in zip(rows, batch, strict=True)
+            for index, (row, waiting) in enumerate(zip(rows, batch, strict=True))
         ]
 
     def _send_results(self, batch: Sequence[QueuedImage], outcomes: Sequence[Answer | RequestError]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import uvicorn
@@ -35,6 +36,10 @@ def serve(
     settings: Settings | None = None,
     token: str | None = None,
     allowed_hosts: Collection[str] = (),
+    reject: float | None = None,
+    coverage: float | None = None,
+    set_method: str = "lac",
+    raw: bool = False,
 ) -> bool:
     """Serve models over HTTP until SIGTERM or SIGINT. The address is printed once requests are accepted.
 
@@ -49,6 +54,10 @@ def serve(
         token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
         allowed_hosts: names by which clients may address the server, besides localhost, addresses, `host` and the
             name of the machine; "*" is any name.
+        reject: as of `Predictor`, for every model.
+        coverage: as of `Predictor`, for every model.
+        set_method: as of `Predictor`.
+        raw: as of `Predictor`.
 
     Returns:
         Whether every request in progress was answered before the end.
@@ -57,11 +66,12 @@ def serve(
         UserError: a model cannot be loaded, or the address is not free.
     """
     settings = settings or Settings()
+    answers: Any = {"reject": reject, "coverage": coverage, "set_method": set_method, "raw": raw}
     with _bound(host, port) as listener:
         predictors = {}
         for name, source in sources.items():
             with report_wait(f"loading {name}"):
-                predictors[name] = Predictor(source, engine, precision, device=device)
+                predictors[name] = Predictor(source, engine, precision, device=device, **answers)
             with report_wait(f"preparing {name} for batches of 1 to {settings.batch_size}"):
                 warm(predictors[name], settings)
         settings = replace(settings, max_connections=reserve_descriptors(settings.max_connections))

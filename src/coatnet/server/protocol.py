@@ -2,16 +2,14 @@
 
 Shapes: N images, R resolution, C channels, K classes. The one input is "pictures": UINT8 (N, R, R, C), as the network
 sees them, or BYTES (N,), image files of any size in base64. The outputs are "probabilities", FP32 (N, K), and "class",
-BYTES (N,), the likeliest.
+BYTES (N,), the likeliest; a calibrated model also has "novelty", FP32 (N,), and "unknown", BOOL (N,).
 """
 
 import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from coatnet.inference.predictor import Predictor
@@ -21,7 +19,11 @@ from coatnet.server.service import ServedModel, Service, gather_or_cancel
 from coatnet.server.tensors import PLACEHOLDER, cut_out_data, read_files, read_pixels, refuse
 from coatnet.version import __version__
 
-INPUT, PROBABILITIES, CLASS = "pictures", "probabilities", "class"
+INPUT, PROBABILITIES, CLASS, NOVELTY, UNKNOWN = "pictures", "probabilities", "class", "novelty", "unknown"
+CALIBRATED_OUTPUTS = (
+    {"name": NOVELTY, "datatype": "FP32", "shape": [-1]},
+    {"name": UNKNOWN, "datatype": "BOOL", "shape": [-1]},
+)
 Shape = list[Annotated[int, Field(gt=0, lt=2**31)]]
 
 
@@ -35,7 +37,7 @@ class InputTensor(BaseModel):
 
 
 class RequestedOutput(BaseModel):
-    name: Literal["probabilities", "class"]
+    name: Literal["probabilities", "class", "novelty", "unknown"]
 
 
 def _distinct(outputs: list[RequestedOutput]) -> list[RequestedOutput]:
@@ -45,7 +47,7 @@ def _distinct(outputs: list[RequestedOutput]) -> list[RequestedOutput]:
 
 
 class InferenceRequest(BaseModel):
-    """The body of `POST /v2/models/{name}/infer`. Without `outputs`, both are given."""
+    """The body of `POST /v2/models/{name}/infer`. Without `outputs`, all are given."""
 
     id: str | None = None
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
@@ -156,8 +158,7 @@ def add_protocol(app: FastAPI, service: Service, secured: list[Any]) -> None:
             )
             with served.batcher.reserve(len(images)) as reservation:
                 answers = await gather_or_cancel([answer_one(reservation, image) for image in images])
-            rows = [answer.probabilities for answer in answers]
-            return await service.pool.run(lambda _: write_response(served, given, rows))
+            return await service.pool.run(lambda _: write_response(served, given, answers))
 
         async with service.uploads.receive(request) as body:
             content = await service.until_disconnect(request, answer(body))
@@ -195,18 +196,24 @@ def read_request(
     return request, list(read_pixels(data, tensor.shape, check)[:, None])
 
 
-def write_response(served: ServedModel, request: InferenceRequest, rows: Sequence[NDArray[np.float32]]) -> bytes:
-    """The answer in JSON, from one row of probabilities (K,) an image, written row by row: there may be millions."""
+def write_response(served: ServedModel, request: InferenceRequest, answers: Sequence[Answer]) -> bytes:
+    """The answer in JSON, written image by image: there may be millions of numbers."""
     predictor = served.predictor
-    tensors = {
-        PROBABILITIES: ("FP32", [len(rows), len(predictor.classes)], lambda row: row.tolist()),
-        CLASS: ("BYTES", [len(rows)], lambda row: [predictor.top(row, 1)[0][0]]),
+    size = len(answers)
+    tensors: dict[str, tuple[str, list[int], Callable[[Answer], list[Any]]]] = {
+        PROBABILITIES: ("FP32", [size, len(predictor.classes)], lambda answer: answer.probabilities.tolist()),
+        CLASS: ("BYTES", [size], lambda answer: [predictor.top(answer.probabilities, 1)[0][0]]),
     }
+    if predictor.bundle.calibration is not None:
+        tensors[NOVELTY] = ("FP32", [size], lambda answer: [answer.novelty])
+        tensors[UNKNOWN] = ("BOOL", [size], lambda answer: [predictor.is_unknown(answer.novelty)])
     outputs = []
     for name in [output.name for output in request.outputs or []] or tensors:
+        if name not in tensors:
+            refuse(f"outputs: there is no {name}: the model {served.name} is not calibrated")
         datatype, shape, values = tensors[name]
         head = json.dumps({"name": name, "datatype": datatype, "shape": shape})
-        data = ", ".join(json.dumps(values(row), allow_nan=False)[1:-1] for row in rows)
+        data = ", ".join(json.dumps(values(row), allow_nan=False)[1:-1] for row in answers)
         outputs.append(f'{head[:-1]}, "data": [{data}]}}')
     identity = {} if request.id is None else {"id": request.id}
     head = json.dumps({"model_name": served.name, **identity})
@@ -224,6 +231,7 @@ def model_metadata(served: ServedModel) -> dict[str, Any]:
         "outputs": [
             {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(predictor.classes)]},
             {"name": CLASS, "datatype": "BYTES", "shape": [-1]},
+            *([] if predictor.bundle.calibration is None else CALIBRATED_OUTPUTS),
         ],
     }
 

@@ -127,7 +127,7 @@ class Service:
                 answer, decoding = await self.until_disconnect(request, self.from_file(served, reservation, body))
         total = time.perf_counter() - started
         served.metrics.total.observe(total)
-        classes, probabilities = served.predictor.top(answer.probabilities, top_k)
+        found = served.predictor.describe(answer.probabilities, answer.novelty, top_k)
         times = {
             "decode": decoding,
             "queue": answer.queue_seconds,
@@ -138,8 +138,11 @@ class Service:
             "model": served.name,
             "predictions": [
                 {"class": one, "probability": probability}
-                for one, probability in zip(classes, probabilities, strict=True)
+                for one, probability in zip(found.classes, found.probabilities, strict=True)
             ],
+            "novelty": found.novelty,
+            "unknown": found.unknown,
+            "set": found.class_set,
             "milliseconds": {step: round(1e3 * seconds, 3) for step, seconds in times.items()},
         }
 

@@ -27,6 +27,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, is_memory_shortage
+from coatnet.evaluation.calibrate import MIN_IMAGES, calibrate
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.plots import draw_curves
@@ -627,7 +628,7 @@ class Trainer:
         return Bundle(self.average.whole(), dataset.classes, self.config.preprocessing, dataset.multilabel, record)
 
     def finish(self, bundle: Bundle) -> Report:
-        """Evaluate the bundle; write bundle, curves and report into the run folder.
+        """Calibrate and evaluate the bundle; write bundle, curves and report into the run folder.
 
         The bundle is written first, and report.json last, which marks the end of the run.
 
@@ -635,7 +636,10 @@ class Trainer:
             UserError: one of them cannot be written. The same command tries again.
         """
         folder, num_workers = self.folder, self.config.num_workers
-        report = evaluate(bundle, self.splits, num_workers=None if num_workers == "auto" else num_workers)
+        workers = None if num_workers == "auto" else num_workers
+        if len(self.splits.validation) >= 2 * MIN_IMAGES:  # some may be unreadable
+            bundle = calibrate(bundle, self.splits, num_workers=workers)
+        report = evaluate(bundle, self.splits, num_workers=workers)
         notes = (SELECTED_BY_SEARCH,) if folder.tuned else ()
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:

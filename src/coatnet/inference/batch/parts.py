@@ -48,6 +48,9 @@ class Plan:
         views: test-time augmentation.
         top_k: number of classes per image.
         batch_size: images computed together; with another one sums differ in their last bits.
+        reject: the share of familiar images that may be refused.
+        coverage: of the sets of classes.
+        set_method: of the sets of classes; None without sets.
     """
 
     model: str
@@ -58,6 +61,9 @@ class Plan:
     views: str
     top_k: int
     batch_size: int = 32
+    reject: float | None = None
+    coverage: float | None = None
+    set_method: str | None = None
 
     @property
     def part_size(self) -> int:
@@ -73,7 +79,7 @@ class Plan:
         """Indices of the images of a part."""
         return range(number * self.part_size, min((number + 1) * self.part_size, self.num_images))
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | float | None]:
         """The plan as plan.json and the metadata of the file store it."""
         return {_PLAN_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
@@ -127,6 +133,7 @@ def schema(metadata: dict[bytes, str] | None = None) -> Any:
 
     text, number = pyarrow.string(), pyarrow.float32()
     types = (text, text, text, number, pyarrow.list_(text), pyarrow.list_(number), text)
+    types += (number, pyarrow.bool_(), pyarrow.list_(text))
     return pyarrow.schema(list(zip(Row._fields, types, strict=True)), metadata=metadata)
 
 

@@ -60,6 +60,9 @@ def predict_to_file(
         views=predictor.views,
         top_k=min(top_k, len(predictor.classes)),
         batch_size=batch_size,
+        reject=predictor.reject,
+        coverage=predictor.coverage,
+        set_method=None if predictor.coverage is None else predictor.set_method,
     )
     parts = Parts(target, plan)
     if finished := parts.finished():

@@ -27,7 +27,7 @@ from coatnet.data.manifest import read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError
-from coatnet.inference.predictor import Predictor, why_no_answer
+from coatnet.inference.predictor import Predictor
 from coatnet.system.files import user_path
 from coatnet.system.hardware import num_cores
 
@@ -101,7 +101,10 @@ def open_samples(sources: Sequence[str], left_out: Counter[str] | None = None) -
 
 
 class Row(NamedTuple):
-    """A row of the file, most probable classes first. One without an answer has path, label and error only."""
+    """A row of the file, most probable classes first. One without an answer has path, label and error only.
+
+    `novelty` is None if the model is not calibrated, `class_set` if no sets were asked for.
+    """
 
     path: str
     label: str | None
@@ -110,6 +113,9 @@ class Row(NamedTuple):
     classes: Sequence[str]
     probabilities: Sequence[float]
     error: str | None
+    novelty: float | None = None
+    unknown: bool | None = None
+    class_set: Sequence[str] | None = None
 
 
 class PreparedSample(NamedTuple):
@@ -152,16 +158,16 @@ def prepare_ahead(
 def predict_batch(predictor: Predictor, batch: Sequence[PreparedSample], top_k: int) -> list[Row]:
     """Classify the readable samples of a batch together: one row per sample, in order."""
     readable = [sample.views for sample in batch if sample.views is not None]
-    probabilities = iter(predictor.probabilities(np.stack(readable)) if readable else ())
+    answers = predictor.describe_all(np.stack(readable), top_k) if readable else iter(())
     rows = []
     for name, label, views, error in batch:
-        if views is None:
-            rows.append(Row(name, label, None, None, (), (), error))
-        elif failure := why_no_answer(answer := next(probabilities)):
-            rows.append(Row(name, label, None, None, (), (), failure))
-        else:
-            classes, values = predictor.top(answer, top_k)
-            rows.append(Row(name, label, classes[0], values[0], classes, values, None))
+        found = next(answers) if views is not None else None
+        if found is None or found.error is not None:
+            rows.append(Row(name, label, None, None, (), (), error if found is None else found.error))
+            continue
+        first = (found.classes[0], found.probabilities[0])
+        more = (found.novelty, found.unknown, found.class_set)
+        rows.append(Row(name, label, *first, found.classes, found.probabilities, None, *more))
     return rows
 
 

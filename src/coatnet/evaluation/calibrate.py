@@ -113,6 +113,12 @@ def calibrate(
     return with_calibration(bundle, held_out, reference)
 
 
+def calibrate_if_enough(bundle: Bundle, splits: Splits, num_workers: int | None) -> Bundle:
+    """The bundle calibrated on the validation split, as it is if that has fewer than 20 images."""
+    # Some images may be unreadable, so twice as many as are needed.
+    return calibrate(bundle, splits, num_workers=num_workers) if len(splits.validation) >= 2 * MIN_IMAGES else bundle
+
+
 def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> Bundle:
     """The bundle calibrated by held-out images, with distances to reference images; see `calibrate`."""
     several = bundle.multilabel

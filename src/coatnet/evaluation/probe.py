@@ -21,6 +21,7 @@ from coatnet.bundle.timm.selection import is_auto, load_pretrained
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
+from coatnet.evaluation.calibrate import calibrate_if_enough
 from coatnet.evaluation.evaluate import choose_datasets, evaluate, load_model, recorded_fraction
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
@@ -146,7 +147,7 @@ def probe(
     with translate_write_errors(out), atomic_folder(out) as staged:
         source, bundle, splits = _open(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
-        fitted = linear.replace_classifier(bundle, splits)
+        fitted = calibrate_if_enough(linear.replace_classifier(bundle, splits), splits, num_workers)
         with ProgressBar("evaluating") as bar:
             report = evaluate(fitted, splits, batch_size=batch_size, num_workers=num_workers, progress=bar.update)
         report = replace(report, bad_images=found.bad_images)

@@ -123,7 +123,7 @@ def soup(
         raise UserError(f"data must be what open_dataset opens, or the splits that it returns, got {data!r:.80}")
     names = [_name(source, number) for number, source in enumerate(models, start=1)]
     target = choose_device(device or "auto")
-    bundles = [load_model(source, str(target)) for source in models]
+    bundles = [load_model(source, str(target)).uncalibrated() for source in models]
     for name, bundle in zip(names[1:], bundles[1:], strict=True):
         check_alike(bundles[0], names[0], bundle, name)
     recipes = [_recipe(bundle) for bundle in bundles]

@@ -35,7 +35,7 @@ def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tup
         UserError: there is no such bundle, or the recipe asks for another network beside `auto`.
     """
     if not is_auto(recipe.init):
-        return recipe, load(recipe.init) if recipe.init else None
+        return recipe, load(recipe.init).uncalibrated() if recipe.init else None
     given = "model" if recipe.model not in (None, AUTO, find_recipe(recipe.name).recipe.model) else ""
     given = given or ("variations" if recipe.variations else "")
     if given:

@@ -27,7 +27,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, is_memory_shortage
-from coatnet.evaluation.calibrate import MIN_IMAGES, calibrate
+from coatnet.evaluation.calibrate import calibrate_if_enough
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.plots import draw_curves
@@ -637,8 +637,7 @@ class Trainer:
         """
         folder, num_workers = self.folder, self.config.num_workers
         workers = None if num_workers == "auto" else num_workers
-        if len(self.splits.validation) >= 2 * MIN_IMAGES:  # some may be unreadable
-            bundle = calibrate(bundle, self.splits, num_workers=workers)
+        bundle = calibrate_if_enough(bundle, self.splits, workers)
         report = evaluate(bundle, self.splits, num_workers=workers)
         notes = (SELECTED_BY_SEARCH,) if folder.tuned else ()
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)

@@ -1,0 +1,262 @@
+"""Calibration: temperatures, novelty and sets of classes, stored in the bundle and the same everywhere."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from coatnet.bundle import Bundle, load
+from coatnet.bundle.calibration import (
+    FOLDS,
+    METHODS,
+    NO_THRESHOLD,
+    STEPS,
+    logits_and_means,
+    set_scores,
+    threshold_index,
+)
+from coatnet.bundle.hub import CALIBRATION
+from coatnet.bundle.weights import write_tensors
+from coatnet.cli.main import main
+from coatnet.data.datasets import ArrayDataset
+from coatnet.data.open import open_dataset
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import EvaluationTransform, Preprocessing
+from coatnet.errors import UserError
+from coatnet.evaluation import calibrate, evaluate
+from coatnet.evaluation.calibrate import coverage_thresholds, fit_temperature
+from coatnet.inference.predictor import Predictor
+from coatnet.model.network import create_model
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    return open_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Splits) -> Bundle:
+    """A small network that has learned the digits somewhat, with far too small logits."""
+    torch.manual_seed(0)
+    seen = Preprocessing(resolution=8, mean=(0.3,), std=(0.35,), crop_fraction=1.0)
+    model = create_model("coatnet-femto-16", num_classes=10, in_channels=1, resolution=8)
+    images, labels = images_of(digits.training, seen)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(25):
+        rows = torch.randint(len(images), (64,))
+        torch.nn.functional.cross_entropy(model(images[rows]), labels[rows], label_smoothing=0.3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Bundle(model.eval(), digits.classes, seen)
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained: Bundle, digits: Splits) -> Bundle:
+    return calibrate(trained, digits)
+
+
+def images_of(dataset: object, seen: Preprocessing) -> tuple[Tensor, Tensor]:
+    pixels, labels = dataset.read_batch(np.arange(len(dataset)))  # pyrefly: ignore
+    transform = EvaluationTransform(seen)
+    return torch.stack([transform(each) for each in pixels]), torch.as_tensor(labels).long()
+
+
+def test_the_temperature_is_that_of_least_likelihood_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5000, 7, generator=generator)
+    labels = torch.multinomial((3 * logits).softmax(1), 1, generator=generator)[:, 0]
+    found = fit_temperature(logits, labels, multilabel=False)
+    assert found == pytest.approx(1 / 3, rel=0.05)
+    losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in (found / 1.05, found, found * 1.05)]
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+
+
+def test_each_of_several_labels_has_a_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8000, 3, generator=generator)
+    scale = torch.tensor([0.5, 2.0, 1.0])
+    labels = (torch.rand(8000, 3, generator=generator) < (scale * logits).sigmoid()).to(torch.uint8)
+    labels[:, 2] = 0  # never present: nothing can be learned
+    found = fit_temperature(logits, labels, multilabel=True)
+    assert found[:2].tolist() == pytest.approx([2, 0.5], rel=0.1)
+    assert found[2] == 1
+
+
+def test_images_that_are_all_right_give_a_finite_temperature() -> None:
+    logits = torch.eye(4).repeat(5, 1)
+    assert 0.01 < fit_temperature(logits, torch.arange(4).repeat(5), multilabel=False) < 1
+
+
+def test_coverage_thresholds_are_those_of_split_conformal_prediction() -> None:
+    scores = torch.arange(1, 20) / 20  # 19 images
+    found = coverage_thresholds(scores)
+    assert found[threshold_index(0.9)] == pytest.approx(18 / 20)  # ceil(20 * 0.9) = 18
+    assert found[threshold_index(0.95)] == pytest.approx(19 / 20)
+    assert found[threshold_index(0.96)] == NO_THRESHOLD  # the 20th of 19
+
+
+def test_scores_of_sets_by_hand() -> None:
+    probabilities = torch.tensor([[0.2, 0.7, 0.1]])
+    assert set_scores(probabilities, "lac")[0].tolist() == pytest.approx([0.8, 0.3, 0.9])
+    assert set_scores(probabilities, "aps")[0].tolist() == pytest.approx([0.9, 0.7, 1.0])
+    many = torch.full((1, 8), 1 / 8)
+    # RAPS adds 0.01 for each rank after the fifth.
+    assert set_scores(many, "raps")[0].tolist() == pytest.approx([(k + 1) / 8 + 0.01 * max(0, k - 4) for k in range(8)])
+
+
+def test_calibrated_logits_are_the_networks_over_the_temperature(
+    trained: Bundle, calibrated: Bundle, digits: Splits
+) -> None:
+    images, _ = images_of(digits.validation, trained.preprocessing)
+    assert calibrated.calibration is not None
+    temperature = calibrated.calibration.temperature[0]
+    with torch.inference_mode():
+        own, now = trained.model(images), calibrated.model(images)
+        torch.testing.assert_close(now, own / temperature)
+        torch.testing.assert_close(calibrated.uncalibrated().model(images), own)
+    assert trained.uncalibrated() is trained
+    again = calibrate(calibrated, digits).calibration
+    assert again is not None  # a second calibration starts from the network's own logits
+    torch.testing.assert_close(again.temperature, calibrated.calibration.temperature, rtol=1e-3, atol=1e-4)
+
+
+def test_reported_figures_are_cross_fitted(calibrated: Bundle, trained: Bundle, digits: Splits) -> None:
+    report = evaluate(calibrated, digits)
+    found, fitted = report.reliability, calibrated.calibration
+    assert found is not None and fitted is not None
+    assert found.num_shared == len(digits.validation)
+    assert found.error_after < found.error_before
+    assert report.figures["calibration_error"] == pytest.approx(found.error_after, abs=1e-6)
+    assert report.figures["top1"] == evaluate(trained, digits).figures["top1"]
+    # By hand: each image at the temperature of the folds without it.
+    images, labels = images_of(digits.validation, trained.preprocessing)
+    outputs = torch.cat([*logits_and_means(trained.model, images)], 1).detach()
+    from coatnet.inference.logits import _digests
+
+    folds = _digests(images) % FOLDS + 1
+    logits = outputs[:, :10] / fitted.temperature[folds]
+    losses = torch.nn.functional.cross_entropy(logits, labels)
+    assert report.figures["nll"] == pytest.approx(float(losses), rel=1e-4)
+    assert losses != pytest.approx(
+        float(torch.nn.functional.cross_entropy(outputs[:, :10] / fitted.temperature[0], labels))
+    )
+    # Images that calibration has not seen are measured with what the bundle answers.
+    assert (other := evaluate(calibrated, digits, split="training").reliability) is not None and other.num_shared == 0
+
+
+def test_coverage_and_refusals_are_those_asked_for(calibrated: Bundle, digits: Splits) -> None:
+    found = evaluate(calibrated, digits).reliability
+    assert found is not None
+    n = len(digits.validation)
+    for sets in found.sets:
+        assert sets.coverage > 0.9 - 3 * (0.09 / n) ** 0.5
+        assert 0.5 < sets.mean_size < 10
+        assert len(sets.class_coverage) == 10
+    assert [sets.method for sets in found.sets] == list(METHODS)
+    for each in found.refusals:
+        assert each.refused == pytest.approx(each.asked, abs=0.03)
+    accuracies = [each.accuracy for each in found.selective]
+    assert 0.5 < accuracies[0] < accuracies[-1]
+    assert found.risk_coverage[-1] == (1.0, pytest.approx(1 - accuracies[0]))
+
+
+def test_foreign_images_are_more_novel(calibrated: Bundle, digits: Splits) -> None:
+    predictor = Predictor(calibrated, "torch", "fp32", reject=0.05, coverage=0.9)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    known = [digits.validation.read(index)[0] for index in range(100)]
+    foreign, familiar = predictor(list(noise)), predictor(known)
+    assert sum(each.unknown for each in foreign) >= 36
+    assert sum(each.unknown for each in familiar) <= 15
+    assert all(each.unknown == ((each.novelty or 0) > 0.95 + 1e-6) for each in foreign + familiar)
+    assert all(each.class_set is not None and set(each.class_set) <= set(digits.classes) for each in familiar)
+    assert not any(each.unknown for each in Predictor(calibrated, "torch", "fp32")(list(noise)))
+
+
+def test_a_bundle_keeps_its_calibration(calibrated: Bundle, digits: Splits, tmp_path: Path) -> None:
+    opened = load(calibrated.save(tmp_path / "bundle"))
+    assert opened.calibration is not None and calibrated.calibration is not None
+    for name, tensor in calibrated.calibration.tensors().items():
+        torch.testing.assert_close(opened.calibration.tensors()[name], tensor, rtol=0, atol=0)
+    images, _ = images_of(digits.validation, calibrated.preprocessing)
+    with torch.inference_mode():
+        torch.testing.assert_close(opened.model(images), calibrated.model(images))
+    plain = calibrated.uncalibrated().save(tmp_path / "bundle")
+    assert not (plain / CALIBRATION).exists()
+    assert load(plain).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("temperature", lambda each: -each, "not positive"),
+        ("novelty.scale", torch.zeros_like, "not positive"),
+        ("novelty.mean", lambda each: each[:-1], "novelty.mean is F32"),
+        ("novelty.class_means", lambda each: each.repeat(101, 1), "axis 0 must be 1 to 1,000"),
+        ("sets.lac", lambda each: each[:, : STEPS - 1], "sets.lac is F32"),
+        ("images", lambda each: each[:0], "axis 0"),
+        ("novelty.quantiles", lambda each: each * float("nan"), "NaN"),
+    ],
+)
+def test_a_damaged_calibration_is_one_error(
+    calibrated: Bundle, tmp_path: Path, name: str, change: object, message: str
+) -> None:
+    folder = calibrated.save(tmp_path / "bundle")
+    assert calibrated.calibration is not None
+    tensors = calibrated.calibration.tensors()
+    write_tensors({**tensors, name: change(tensors[name])}, folder / CALIBRATION)  # pyrefly: ignore
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+def test_wrong_requests_are_one_error(trained: Bundle, calibrated: Bundle, digits: Splits) -> None:
+    for options, message in (
+        ({"reject": 0.05}, "needs a calibrated model"),
+        ({"coverage": 0.9}, "needs a calibrated model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Predictor(trained, "torch", **options)  # pyrefly: ignore
+    for options, message in (
+        ({"reject": 0.0}, "between 0 and 1"),
+        ({"coverage": 1.0}, "between 0 and 1"),
+        ({"coverage": 0.9, "set_method": "lca"}, "one of lac, aps, raps"),
+        ({"reject": 0.05, "raw": True}, "raw answers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Predictor(calibrated, "torch", **options)  # pyrefly: ignore
+    few = ArrayDataset("few", digits.classes, *digits.validation.read_batch(np.arange(8)))
+    with pytest.raises(UserError, match="calibration needs 10"):
+        calibrate(trained, few)
+
+
+def test_the_command_calibrates_in_place(trained: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained.save(tmp_path / "bundle")
+    assert main(["calibrate", str(folder), "--data", "digits"]) == 0
+    assert "calibrated by" in capsys.readouterr().out
+    noise = tmp_path / "noise.png"
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (8, 8), dtype=np.uint8)).save(noise)
+    command = ["predict", str(folder), str(noise), "--engine", "torch", "--precision", "fp32"]
+    assert main([*command, "--reject", "0.05", "--set", "0.9", "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["unknown"] is True and line["novelty"] > 0.95 and isinstance(line["set"], list)
+    assert main([*command, "--reject", "0.05"]) == 0
+    assert ": unknown (more foreign than" in capsys.readouterr().out
+    assert main([*command, "--raw", "--json"]) == 0
+    assert "novelty" not in json.loads(capsys.readouterr().out)
+
+
+def test_engines_give_the_same_novelty(calibrated: Bundle, digits: Splits) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxruntime")
+    images = [digits.validation.read(index)[0] for index in range(20)]
+    expected = Predictor(calibrated, "torch", "fp32", reject=0.1, coverage=0.9)(images)
+    for engine in ("openvino", "onnxruntime"):
+        found = Predictor(calibrated, engine, "fp32", reject=0.1, coverage=0.9)(images)
+        for one, other in zip(expected, found, strict=True):
+            assert other.probabilities == pytest.approx(one.probabilities, abs=1e-4)
+            assert other.novelty == pytest.approx(one.novelty, abs=0.005)
+            assert (other.classes, other.class_set) == (one.classes, one.class_set)

@@ -209,17 +209,32 @@ def resize_and_crop(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def resize_with_margin(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, H', W'): resize, keeping the margin that the center crop removes."""
-    height, width = images.shape[-2:]
+    kept, size = _resized_size(images.shape[-2], images.shape[-1], preprocessing)
+    return resize(center_crop(images, *kept), size, preprocessing.interpolation)
+
+
+def _resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the center that is resized, and what it is resized to."""
     side = preprocessing.resized_side
-    if preprocessing.crop == "center":
-        # A 1 x 5000 image would grow to 256 x 1,280,000 before the crop, which shows 1 x 1 of it.
-        short = min(height, width)
-        images = center_crop(images, min(height, 4 * short), min(width, 4 * short))
-        height, width = images.shape[-2:]
-        size = (max(side, side * height // width), max(side, side * width // height))
-    else:
-        size = (side, side)
-    return resize(images, size, preprocessing.interpolation)
+    if preprocessing.crop == "squash":
+        return (height, width), (side, side)
+    # A 1 x 5000 image would grow to 256 x 1,280,000 before the crop, which shows 1 x 1 of it.
+    short = min(height, width)
+    height, width = min(height, 4 * short), min(width, 4 * short)
+    return (height, width), (max(side, side * height // width), max(side, side * width // height))
+
+
+def seen_box(height: int, width: int, preprocessing: Preprocessing) -> tuple[float, float, float, float]:
+    """The part of an image that the model sees: left, top, right and bottom, as fractions of its width and height."""
+    sides = []
+    kept, size = _resized_size(height, width, preprocessing)
+    for whole, center, resized in zip((height, width), kept, size, strict=True):
+        first = round((whole - center) / 2)  # as in `center_crop`
+        cut = round((resized - preprocessing.resolution) / 2)
+        edges = (cut, cut + preprocessing.resolution)
+        sides.append([(first + edge * center / resized) / whole for edge in edges])
+    (top, bottom), (left, right) = sides
+    return left, top, right, bottom
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

@@ -46,6 +46,10 @@ class MultiHeadProjection(nn.Module):
         tokens = tokens.flatten(2)  # (B, N, A * D)
         return self.output(to_map(tokens, grid))
 
+    def weights(self, x: Tensor) -> Tensor:
+        """What each cell (rows) takes from each (columns), `(B, A, N, N)`: `forward(x)` merges `weights(x) @ v`."""
+        raise NotImplementedError
+
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute softmax(q k^T / sqrt(D) + bias) v.
@@ -63,8 +67,13 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
     use_fused = q.device.type != "cpu" or (compiled_for_inference() and q.dtype == torch.float32)
     if use_fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.unsqueeze(0))
+    return attention_weights(q, k, bias) @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(D) + bias), `(B, A, N, N)`."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, A, N, N)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    return (scores if bias is None else scores + bias).softmax(-1)
 
 
 class PlainAttention(MultiHeadProjection):
@@ -73,6 +82,10 @@ class PlainAttention(MultiHeadProjection):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
         return self.merge(self.attention_kernel(q, k, v), grid_of(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        q, k, _ = self.split(x)
+        return attention_weights(q, k)
 
 
 class RelativeAttention(MultiHeadProjection):
@@ -91,6 +104,10 @@ class RelativeAttention(MultiHeadProjection):
         bias = self.relative_bias(grid_of(x), q.dtype)  # (A, N, N)
         return self.merge(self.attention_kernel(q, k, v, bias), grid_of(x))
 
+    def weights(self, x: Tensor) -> Tensor:
+        q, k, _ = self.split(x)
+        return attention_weights(q, k, self.relative_bias(grid_of(x), q.dtype))
+
 
 class PostRelativeAttention(RelativeAttention):
     """y_i = sum_j (softmax_j(q_i . k_j / sqrt(D)) + w_{i-j}) v_j: equation (3), "post"."""
@@ -99,6 +116,10 @@ class PostRelativeAttention(RelativeAttention):
         q, k, v = self.split(x)
         static = self.relative_bias(grid_of(x), v.dtype) @ v  # (B, A, N, D)
         return self.merge(self.attention_kernel(q, k, v) + static, grid_of(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        q, k, _ = self.split(x)
+        return attention_weights(q, k) + self.relative_bias(grid_of(x), q.dtype)
 
 
 class LocalAttention(MultiHeadProjection):
@@ -114,11 +135,25 @@ class LocalAttention(MultiHeadProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         (q, k, v), grid = self.split(x), grid_of(x)
-        scores = torch.einsum("band,bansd->bans", q, self.neighbors(k, grid)) * q.shape[-1] ** -0.5  # (B, A, N, S * S)
+        weights = self.window_weights(q, k, grid)
+        return self.merge(torch.einsum("bans,bansd->band", weights, self.neighbors(v, grid)), grid)
+
+    def weights(self, x: Tensor) -> Tensor:
+        (q, k, _), grid = self.split(x), grid_of(x)
+        weights = self.window_weights(q, k, grid)
+        cells = torch.arange(q.shape[2], device=x.device).view(1, 1, -1, 1).float()
+        columns = (
+            self.neighbors(cells, grid).squeeze(-1).long()
+        )  # (1, 1, N, S * S); beyond the border 0, without weight
+        dense = weights.new_zeros(*weights.shape[:3], q.shape[2])
+        return dense.scatter_add(3, columns.expand_as(weights), weights)
+
+    def window_weights(self, q: Tensor, k: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What each cell takes from its neighbors, row by row: `(B, A, N, S * S)`."""
+        scores = torch.einsum("band,bansd->bans", q, self.neighbors(k, grid)) * q.shape[-1] ** -0.5
         if self.relative_bias is not None:
             scores = scores + self.relative_bias(scores.dtype)
-        weights = scores.masked_fill(~self.inside(grid, x.device), float("-inf")).softmax(-1)
-        return self.merge(torch.einsum("bans,bansd->band", weights, self.neighbors(v, grid)), grid)
+        return scores.masked_fill(~self.inside(grid, q.device), float("-inf")).softmax(-1)
 
     def neighbors(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Gather the S x S tokens around each cell, row by row: `(B, A, N, D) -> (B, A, N, S * S, D)`.
@@ -158,3 +193,8 @@ class LinearAttention(MultiHeadProjection):
         context = k.transpose(-2, -1) @ v  # (B, A, D, D)
         normalizer = q @ k.sum(dim=-2).unsqueeze(-1)  # (B, A, N, 1)
         return self.merge(q @ context / normalizer, grid_of(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        q, k, _ = self.split(x)
+        scores = (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1)
+        return scores / scores.sum(-1, keepdim=True)

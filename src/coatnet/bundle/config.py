@@ -86,11 +86,23 @@ class SoupJson(BaseModel, strict=True, extra="allow"):
     summary: str = ""
 
 
+class TrainingJson(BaseModel, strict=True, extra="allow"):
+    """What a report shows of how a model came about."""
+
+    epochs: FiniteFloat = 0.0
+    steps: int = 0
+    minutes: FiniteFloat = 0.0
+    images: int = 0
+    hardware: str = "unknown hardware"
+    software: str = ""
+
+
 class RecordJson(BaseModel, strict=True, extra="allow"):
     """The record of a training, for people; the few values that code reads are checked."""
 
     report: ReportJson | None = None
     recipe: RecipeJson | None = None
+    training: TrainingJson | None = None
     probe: ProbeJson | None = None
     soup: SoupJson | None = None
 

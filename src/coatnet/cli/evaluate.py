@@ -2,8 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
+from coatnet.errors import UserError
+from coatnet.system.files import translate_write_errors
 from coatnet.system.terminal import echo
 
 
@@ -14,7 +17,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "class, with 95 % intervals; for images with several labels, mean average precision.",
         "examples:\n"
         "  coatnet evaluate runs/clothes --data fashion-mnist-small\n"
-        "  coatnet evaluate runs/mine --data other/images --split all --json > report.json\n\n"
+        "  coatnet evaluate runs/mine --data other/images --split all --out measured   # measured/report.html\n\n"
         f"{DATA_HELP}",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
@@ -27,7 +30,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="validation",
         help="which part of the data (validation)",
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="also write the report there: report.html, .md and .json, predictions.csv, plots",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    form.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a pipe")
     parser.add_max_megapixels()
     parser.add_device()
     return parser.parse(arguments)
@@ -36,10 +46,28 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Measure a trained model and print its report."""
     given = parse_arguments(arguments)
-    from coatnet.evaluation import evaluate, to_markdown
+    from coatnet.evaluation import evaluate, write_report
+    from coatnet.evaluation.report_sections import document
+    from coatnet.system.document import show
     from coatnet.system.progress import ProgressBar
 
+    if given.out and any(Path(given.out, name).exists() for name in ("recipe.yaml", "bundle", "config.json")):
+        raise UserError(
+            f"{given.out} holds a run or a bundle, whose own report would be replaced: give another folder for out"
+        )
     with ProgressBar("evaluating") as bar:
-        report = evaluate(given.bundle, given.data, split=given.split, device=given.device, progress=bar.update)
-    echo(report.to_json() if given.json else to_markdown(report), end="", is_json=given.json)
+        report = evaluate(
+            given.bundle,
+            given.data,
+            split=given.split,
+            device=given.device,
+            progress=bar.update,
+            with_images=bool(given.out),
+        )
+    if given.out:
+        with translate_write_errors(given.out):
+            write_report(report, given.out)
+    show(document(report), json=report.to_json() if given.json else "", markdown=given.markdown)
+    if given.out:
+        echo(f"coatnet: the report is {given.out}/report.html", error=True)
     return 0

@@ -13,6 +13,7 @@ from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
+from coatnet.data.transforms import Image
 from coatnet.errors import UserError, counted, cut, one_line, shorten
 from coatnet.system.terminal import report_wait
 
@@ -143,9 +144,14 @@ def _digests(
         except BadImage as error:
             bad[error.name] = error.reason
             continue
-        pixels = image.numpy() if isinstance(image, torch.Tensor) else image
-        shape = str(pixels.shape).encode()
-        yield index, hashlib.blake2b(pixels.tobytes(), digest_size=16, key=shape).digest()
+        yield index, pixel_digest(image)
+
+
+def pixel_digest(image: Image) -> bytes:
+    """A digest that two images share if their pixels and shapes are equal: tensor (3, H, W) or array of uint8."""
+    pixels = image.numpy() if isinstance(image, torch.Tensor) else image
+    shape = str(pixels.shape).encode()
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=shape).digest()
 
 
 def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:

@@ -13,12 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
+from coatnet.bundle.bundle import without_places
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import as_images
 from coatnet.errors import UserError
+from coatnet.evaluation.answers import (
+    Answers,
+    choose_examples,
+    few_enough,
+    find_duplicates,
+    find_slices,
+    look_at,
+)
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.reliability import ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
@@ -26,7 +35,7 @@ from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
-THUMBNAIL_PIXELS = 160  # of the longer side
+THUMBNAIL_PIXELS, EXAMPLE_PIXELS = 160, 96  # of the longer side
 
 # Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class.
 _Wrong = tuple[float, tuple[int, int], str, str]
@@ -41,6 +50,7 @@ def evaluate(
     num_workers: int | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    with_images: bool = True,
 ) -> Report:
     """Evaluate a finished model: accuracy, log-likelihood, calibration and more, with 95 % intervals.
 
@@ -60,6 +70,8 @@ def evaluate(
         device: "cpu", "cuda", "cuda:1" or "auto", the first GPU if there is one; the model is moved there. By default
             that of a given bundle's model, and "auto" for one that is loaded.
         progress: called after each batch with the number of images done and the number of all images.
+        with_images: whether to collect what report.html shows beside the figures: up to 800 small images of the
+            confusion matrix, and where the model looked in its worst mistakes.
 
     Returns:
         The report; `write_report` writes it to a folder.
@@ -70,12 +82,14 @@ def evaluate(
     """
     bundle = load_model(bundle, device)
     started = time.perf_counter()
+    data = _open(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     total, done = sum(map(len, datasets)), 0
     bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
+    places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
     for number, dataset in enumerate(datasets):
         if not len(dataset):
             continue
@@ -93,10 +107,10 @@ def evaluate(
             for outputs, labels, indices, digests in batches:
                 labels, logits = translate(labels), outputs[:, : len(bundle.classes)]
                 if reliability is not None and digests is not None:
-                    metrics.update(reliability.update(outputs, labels, digests), labels)
-                else:
-                    metrics.update(logits, labels)
-                wrong = _find_mistakes(logits, labels, [(number, int(i)) for i in indices], bundle)
+                    logits = reliability.update(outputs, labels, digests)
+                metrics.update(logits, labels)
+                places += (batch := [(number, index) for index in indices.tolist()])
+                wrong = _find_mistakes(logits, labels, batch, bundle)
                 worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
                 done += len(indices)
                 if progress is not None:
@@ -108,6 +122,16 @@ def evaluate(
         )
     seconds = time.perf_counter() - started
 
+    answers = _answers(metrics, bundle, [datasets[number].describe(index) for number, index in places])
+    looks = None
+    if few_enough(*datasets):
+        looks = [
+            look
+            for number, dataset in enumerate(datasets)
+            for look in look_at(dataset, [index for where, index in places if where == number])
+        ]
+    training = data.training if isinstance(data, Splits) and split_name == "validation" else None
+    shown = choose_examples(answers) if with_images and not bundle.multilabel else []
     confusion = metrics.confusion()
     return Report(
         data=name,
@@ -133,7 +157,17 @@ def evaluate(
         bad_images=dict(bad_images.records),
         seconds=seconds,
         reliability=None if reliability is None else reliability.compute(),
+        duplicates=(
+            find_duplicates(answers.correct, looks, training)
+            if looks is not None and training is not None and len(training) and few_enough(*datasets, training)
+            else None
+        ),
+        slices=find_slices(answers, looks) if looks is not None else (),
+        training=bundle.record.get("training") or {},
+        recipe=without_places(bundle.record).get("recipe") or {},
         thumbnails=tuple(_thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
+        answers=answers,
+        examples=tuple((row, _thumbnail(datasets[places[row][0]], places[row][1], EXAMPLE_PIXELS)) for row in shown),
     )
 
 
@@ -155,8 +189,7 @@ def choose_datasets(
     Data without a split of its own is split as it was for the training of the bundle, so that no image of the training
     is among those held out.
     """
-    if isinstance(data, str | Path):
-        data = open_dataset(data, validation_fraction=recorded_fraction(bundle), evaluation=True)
+    data = _open(data, bundle)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
     if split not in ("validation", "training", "all"):
@@ -166,6 +199,12 @@ def choose_datasets(
         advice = "; --split all takes the images of every split" if split != "all" else ""
         raise UserError(f"{data.name}: the {split} split holds no images{advice}")
     return data.name, datasets, split
+
+
+def _open(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
+    if isinstance(data, str | Path):
+        return open_dataset(data, validation_fraction=recorded_fraction(bundle), evaluation=True)
+    return data
 
 
 def recorded_fraction(bundle: Bundle) -> float:
@@ -206,6 +245,18 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
     return translate
 
 
+def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
+    labels, predicted, probability, _, nll = metrics.per_image()
+    if bundle.multilabel:
+        named = [
+            tuple(";".join(bundle.classes[k] for k in np.flatnonzero(row)) for row in column)
+            for column in (labels, predicted)
+        ]
+    else:
+        named = [tuple(bundle.classes[k] for k in column) for column in (labels, predicted)]
+    return Answers(tuple(images), *named, probability, nll)
+
+
 def _find_mistakes(
     logits: Tensor, labels: Tensor, images: Sequence[tuple[int, int]], bundle: Bundle
 ) -> Iterator[_Wrong]:
@@ -226,12 +277,12 @@ def _find_mistakes(
         yield float(probabilities[row, predictions[row]]), images[row], truth, predicted
 
 
-def _thumbnail(dataset: Dataset, index: int) -> np.ndarray:
-    """An image of a dataset, uncropped, at most 160 pixels a side: uint8 (H, W, 3)."""
+def _thumbnail(dataset: Dataset, index: int, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
+    """An image of a dataset, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
     pixels = as_images(read_image(dataset, index)[0])  # (3 or 1, H, W)
-    scale = THUMBNAIL_PIXELS / max(pixels.shape[1:])
+    scale = side / max(pixels.shape[1:])
     if scale < 1:
-        size = [max(1, round(side * scale)) for side in pixels.shape[1:]]
+        size = [max(1, round(length * scale)) for length in pixels.shape[1:]]
         pixels = F.interpolate(pixels[None].float(), size=size, mode="bilinear", antialias=True)[0]
         pixels = pixels.round().clamp(0, 255).byte()
     pixels = pixels.expand(3, -1, -1)  # (3, H, W)

@@ -24,14 +24,17 @@ Interval = tuple[float, float]
 _Z = 1.959963984540054  # the 97.5 % point of the standard normal distribution
 
 
-def wilson_interval(successes: int, total: int) -> Interval:
-    """The interval of a fraction; unlike the normal one it stays valid at 0, at 1 and for few images."""
+def wilson_interval(successes: int, total: int, z: float = _Z) -> Interval:
+    """The interval of a fraction; unlike the normal one it stays valid at 0, at 1 and for few images.
+
+    `z` is the point of the standard normal distribution that belongs to the level: 1.96 for 95 %.
+    """
     if total == 0:
         return (0.0, 1.0)
     fraction = successes / total
-    spread = _Z**2 / total
+    spread = z**2 / total
     center = (fraction + spread / 2) / (1 + spread)
-    half = _Z * math.sqrt(fraction * (1 - fraction) / total + spread / (4 * total)) / (1 + spread)
+    half = z * math.sqrt(fraction * (1 - fraction) / total + spread / (4 * total)) / (1 + spread)
     # At 0 and 1, rounding could put a bound on the wrong side of the fraction.
     return (max(0.0, min(fraction, center - half)), min(1.0, max(fraction, center + half)))
 
@@ -229,6 +232,13 @@ class Metrics:
         """Whether each image was classified right, (N,) of bool in their order; None for multi-label."""
         return self._counts.correct()
 
+    def per_image(self) -> tuple[np.ndarray, ...]:
+        """Of each image in their order, N rows each: label, prediction, probability of the prediction, whether it is
+        right, negative log-likelihood. For multi-label, label and prediction are (N, K) of bool, right means all of
+        them, and the probability is that of the least certain decision.
+        """
+        return self._counts.per_image()
+
     def intervals(self) -> dict[str, Interval | None]:
         """95 % intervals of the figures of `compute`; None where one image is too few."""
         return self._counts.intervals()
@@ -286,6 +296,10 @@ class _SingleLabelCounts(_Counts):
 
     def correct(self) -> np.ndarray | None:
         return self.columns()[2] == 0
+
+    def per_image(self) -> tuple[np.ndarray, ...]:
+        labels, predicted, rank, confidence, nll, _ = self.columns()
+        return labels, predicted, confidence, rank == 0, nll
 
     def figures(self) -> dict[str, float]:
         labels, predicted, rank, confidence, nll, brier = self.columns()
@@ -390,6 +404,12 @@ class _MultilabelCounts(_Counts):
 
     def correct(self) -> np.ndarray | None:
         return None
+
+    def per_image(self) -> tuple[np.ndarray, ...]:
+        labels, probabilities, losses = self.columns()
+        predicted = probabilities >= 0.5
+        certain = np.maximum(probabilities, 1 - probabilities).min(axis=1)
+        return labels, predicted, certain, (labels == predicted).all(axis=1), losses
 
     def figures(self) -> dict[str, float]:
         labels, probabilities, losses = self.columns()

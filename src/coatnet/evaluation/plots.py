@@ -68,18 +68,18 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
             incomplete lines are skipped.
         out_png: file to write.
     """
-    training = _series(metrics_path, "loss")
-    losses = _series(metrics_path, "nll")
-    values, name = _series(metrics_path, "top1"), "top-1 accuracy"
+    training = read_series(metrics_path, "loss")
+    losses = read_series(metrics_path, "nll")
+    values, name = read_series(metrics_path, "top1"), "top-1 accuracy"
     if not len(values):
-        values, name = _series(metrics_path, "mean_average_precision"), "mean average precision"
+        values, name = read_series(metrics_path, "mean_average_precision"), "mean average precision"
 
     with _figure(out_png, 9.0, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         left.set(title="Loss", xlabel="epoch")
         if len(training):
             left.plot(*training.T, color=_RIGHT, alpha=0.25, linewidth=0.8)
-            left.plot(training[:, 0], _smooth(training[:, 1]), color=_RIGHT, linewidth=1.6, label="training")
+            left.plot(training[:, 0], smooth(training[:, 1]), color=_RIGHT, linewidth=1.6, label="training")
         if len(losses):
             left.plot(*losses.T, color=_WRONG, linewidth=1.6, marker="o", markersize=3, label="held out")
         if len(training) or len(losses):
@@ -105,7 +105,7 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
             axes.set_axisbelow(True)
 
 
-def _series(metrics_path: str | Path, name: str) -> np.ndarray:
+def read_series(metrics_path: str | Path, name: str) -> np.ndarray:
     """Epoch and value of the M lines that have the value, (M, 2)."""
     by_step = {}
     for line in read_regular(metrics_path, MAX_LOG_BYTES).decode(errors="replace").splitlines():
@@ -119,7 +119,7 @@ def _series(metrics_path: str | Path, name: str) -> np.ndarray:
     return rows.reshape(-1, 2)  # (0, 2) without lines
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """Centered moving average over 5 % of the points, narrower at the ends."""
     reach = max(1, len(values) // 40)
     sums = np.concatenate(([0.0], np.cumsum(values)))

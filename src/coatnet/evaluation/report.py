@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
+from coatnet.evaluation.answers import Answers, Duplicates, Slice
 from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval
 from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
@@ -26,7 +27,8 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` returns. Two reports are equal if all but `seconds` and `thumbnails` are equal.
+    """What `evaluate` returns. Two reports are equal if the figures and what they are of are equal: neither durations,
+    machines and recipes nor images and the answers to each of them are compared.
 
     Attributes:
         data: name of the data.
@@ -48,7 +50,14 @@ class Report:
         seconds: duration of the evaluation.
         notes: what a reader of the figures must know.
         reliability: calibration, refusals and sets of classes of a calibrated model; None for others.
+        duplicates: held-out images that stand in the training images too; None where they were not compared.
+        slices: accuracy by image size, brightness and folder, with intervals that hold at once.
+        training: how the model came about: epochs, steps, minutes, images, hardware, software; empty if unknown.
+        recipe: the configuration of its training; empty if unknown.
         thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
+        answers: the answer to each image, in the order of the data.
+        examples: images of the confusion matrix: number in `answers`, pixels uint8 (H, W, 3) up to 96 a side.
+        heat_maps: where the model looked in each image of `mistakes`: (R, R) from 0 to 1.
     """
 
     data: str
@@ -69,7 +78,14 @@ class Report:
     seconds: float = field(compare=False)
     notes: tuple[str, ...] = ()
     reliability: Reliability | None = None
+    duplicates: Duplicates | None = None
+    slices: tuple[Slice, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    recipe: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    answers: Answers | None = field(default=None, compare=False, repr=False)
+    examples: tuple[tuple[int, np.ndarray], ...] = field(default=(), compare=False, repr=False)
+    heat_maps: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     def headline(self) -> str:
         """The main figure in one line: `top-1 accuracy 94.1 % (95 % interval 93.6 to 94.5) on 10,000 images ...`."""
@@ -97,13 +113,55 @@ class Report:
         n = int(self.figures["n"])
         return f"{n:,} image" + "s" * (n != 1)
 
+    def baselines(self) -> dict[str, float]:
+        """What the main figure would be without looking at the images, as a fraction.
+
+        `chance`: a class is drawn for each image. `majority`: the most frequent class of these images is always given.
+        With several labels an image, only `chance`: the mean average precision of scores in random order.
+        """
+        support, total = [row.support for row in self.per_class], self.figures["n"]
+        if self.multilabel:
+            occurring = [count / total for count in support if count]
+            return {"chance": sum(occurring) / len(occurring) if occurring else 0.0}
+        return {"chance": 1 / len(self.classes), "majority": max(support) / total}
+
+    def context(self) -> list[str]:
+        """What is said beside the headline: baselines, and the figure without images of the training; sentences."""
+        percent = {name: f"{100 * value:.1f} %" for name, value in self.baselines().items()}
+        lines = [
+            "Without looking at the images: "
+            + (
+                f"{percent['chance']} by scores in random order"
+                if self.multilabel
+                else f"{percent['chance']} by chance"
+            )
+            + (f", {percent['majority']} by always naming the most frequent class." if "majority" in percent else ".")
+        ]
+        found = self.duplicates
+        if found is not None and not found.count:
+            lines.append("No image of these has the same pixels as a training image.")
+        elif found is not None:
+            one = found.count == 1
+            lines.append(
+                f"{found.count:,} of these images {'has' if one else 'have'} the same pixels as a training image; "
+                + (
+                    "no image is left without them."
+                    if found.accuracy is None or found.interval is None
+                    else f"without {'it' if one else 'them'} {100 * found.accuracy:.{self._percent_digits}f} % of "
+                    f"{found.others:,} are right (95 % interval "
+                    f"{' to '.join(f'{100 * bound:.{self._percent_digits}f}' for bound in found.interval)})."
+                )
+            )
+        return lines
+
     @property
     def _percent_digits(self) -> int:
         return 2 if self.figures["n"] >= 10_000 else 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
-        left_out = ("thumbnails", "per_class", "reliability", *(() if self.notes else ("notes",)))
+        left_out = {"thumbnails", "per_class", "reliability", "recipe", "answers", "examples", "heat_maps"}
+        left_out |= {name for name in ("notes", "slices", "duplicates", "training") if not getattr(self, name)}
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
         plain |= {
@@ -114,9 +172,14 @@ class Report:
             "calibration": [asdict(row) for row in self.calibration],
             "mistakes": [asdict(mistake) for mistake in self.mistakes],
             "bad_images": dict(self.bad_images),
+            "baselines": self.baselines(),
         }
         if self.reliability is not None:
             plain["reliability"] = asdict(self.reliability)
+        if self.duplicates:
+            plain["duplicates"] = asdict(self.duplicates)
+        if self.slices:
+            plain["slices"] = [asdict(each) for each in self.slices]
         # Through JSON once: tuples become lists, as they are in the file, and NaN is refused.
         return json.loads(json.dumps(plain, allow_nan=False))
 

@@ -118,6 +118,20 @@ def choose_device(device: str = "auto") -> "torch.device":
     return torch.device(device)
 
 
+def describe_device(device: "torch.device") -> str:
+    """`NVIDIA H100 80GB HBM3`, or `AMD EPYC 9R14, 2 cores` for a CPU, for people."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine() or "CPU"
+    return f"{name}, {num_cores()} core{'s' * (num_cores() > 1)}"
+
+
 def gpu_bytes(device: str) -> int:
     """Bytes of memory of the GPU of that name; 0 if the device is a CPU. Raises as `choose_device`."""
     import torch

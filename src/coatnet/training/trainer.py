@@ -4,6 +4,7 @@ Shapes: B images of a batch on this process, C channels, R side of the images, K
 """
 
 import math
+import platform
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
@@ -35,7 +36,13 @@ from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.files import atomic_files
-from coatnet.system.hardware import choose_device, explain_compiler, keep_freed_memory, multiplies_bf16
+from coatnet.system.hardware import (
+    choose_device,
+    describe_device,
+    explain_compiler,
+    keep_freed_memory,
+    multiplies_bf16,
+)
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
     Checkpoint,
@@ -82,6 +89,7 @@ from coatnet.training.optimizer import (
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.progressive_resizing import ProgressiveResizing
 from coatnet.training.run_folder import RunFolder
+from coatnet.version import __version__
 
 LOGS_PER_RUN = 400
 MIN_EVALUATION_BATCH = 64  # images
@@ -624,7 +632,18 @@ class Trainer:
 
     def bundle(self) -> Bundle:
         """The averaged weights as a finished model; all processes must call it together."""
-        dataset, record = self.splits.training, {"recipe": self.config.to_dict()}
+        dataset, size = self.splits.training, self.processes.world_size
+        record = {
+            "recipe": self.config.to_dict(),
+            "training": {
+                "epochs": round(self.epoch, 3),
+                "steps": self.state.step,
+                "minutes": round(self.state.seconds / 60, 2),
+                "images": len(dataset),
+                "hardware": f"{size} x " * (size > 1) + describe_device(self.device),
+                "software": f"coatnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+            },
+        }
         return Bundle(self.average.whole(), dataset.classes, self.config.preprocessing, dataset.multilabel, record)
 
     def finish(self, bundle: Bundle) -> Report:

@@ -1,0 +1,215 @@
+"""The answer to each image of an evaluation: kept as a table, compared by groups of images and with the training."""
+
+import csv
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from coatnet.data.datasets import Dataset
+from coatnet.data.decode import BadImage
+from coatnet.data.inspection import pixel_digest
+from coatnet.data.loader import read_image
+from coatnet.data.transforms import as_images
+from coatnet.errors import UserError
+from coatnet.evaluation.metrics import Interval, wilson_interval
+from coatnet.system.files import MAX_LOG_BYTES, read_regular
+from coatnet.system.hardware import num_cores
+
+HEADER = ("image", "truth", "predicted", "probability", "nll")
+MAX_FILES_READ = 20_000  # chosen: a minute of decoding photographs; more are left to `coatnet doctor`
+MIN_SLICED_IMAGES = 30  # chosen: a third of fewer says nothing
+MAX_FOLDERS = 12  # chosen: more slices make every interval wider
+EXAMPLES_IN_A_CELL, MAX_EXAMPLES = 8, 800  # chosen: of 96 pixels, a few MB
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answered to N images, in the order of the data.
+
+    Attributes:
+        images: their names within the data.
+        truth: their class; several labels are joined by ";".
+        predicted: the class that is predicted, likewise.
+        probability: of the prediction (N,); of the least certain decision where an image may have several labels.
+        nll: negative log-likelihood (N,).
+    """
+
+    images: tuple[str, ...]
+    truth: tuple[str, ...]
+    predicted: tuple[str, ...]
+    probability: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each is right, (N,) of bool."""
+        return np.array([truth == predicted for truth, predicted in zip(self.truth, self.predicted, strict=True)], bool)
+
+    def to_csv(self) -> str:
+        """The table as text, with the columns of `HEADER`."""
+        text = io.StringIO(newline="")
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(HEADER)
+        numbers = ([f"{value:.6g}" for value in column] for column in (self.probability, self.nll))
+        rows.writerows(zip(self.images, self.truth, self.predicted, *numbers, strict=True))
+        return text.getvalue()
+
+
+def read_answers(path: Path) -> Answers:
+    """Read the table that `Answers.to_csv` wrote. Raises UserError if it is another, OSError if it cannot be read."""
+    text = read_regular(path, MAX_LOG_BYTES).decode(errors="replace")
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        if tuple(header) != HEADER:
+            raise ValueError
+        images, truth, predicted, *numbers = zip(*rows, strict=True)
+        probability, nll = (np.array(column, dtype=float) for column in numbers)
+    except (ValueError, csv.Error):
+        raise UserError(f"{path} is damaged: it is not a table with the columns {', '.join(HEADER)}") from None
+    return Answers(images, truth, predicted, probability, nll)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How a group of the images fares.
+
+    Attributes:
+        kind: what divides the images: image size, brightness or folder.
+        name: of the group.
+        count: number of its images.
+        accuracy: fraction of them that is right (all labels, where an image may have several).
+        interval: of the accuracy; all intervals of a report hold at once with 95 % (Bonferroni).
+    """
+
+    kind: str
+    name: str
+    count: int
+    accuracy: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Measured images whose pixels stand in the training images as well.
+
+    Attributes:
+        count: number of such images.
+        others: number of the other measured images.
+        accuracy: fraction of the others that is right, None without any.
+        interval: its 95 % interval.
+    """
+
+    count: int
+    others: int
+    accuracy: float | None
+    interval: Interval | None
+
+
+class Look(NamedTuple):
+    """What is seen of an image without a model: a digest of its pixels, its size, its mean from 0 (black) to 1."""
+
+    digest: bytes
+    height: int
+    width: int
+    brightness: float
+
+
+def look_at(dataset: Dataset, indices: Sequence[int] | None = None) -> list[Look | None]:
+    """Decode images, by default all; None for one that cannot be read."""
+
+    def look(index: int) -> Look | None:
+        try:
+            image, _ = read_image(dataset, index)
+        except BadImage:
+            return None
+        pixels = as_images(image)
+        return Look(pixel_digest(image), *pixels.shape[-2:], float(pixels.numpy().mean()) / 255)
+
+    chosen = range(len(dataset)) if indices is None else indices
+    if dataset.in_memory or not dataset.thread_safe:
+        return [look(index) for index in chosen]
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return list(pool.map(look, chosen))
+
+
+def few_enough(*datasets: Dataset) -> bool:
+    """Whether reading all of these images once more takes little time beside their evaluation."""
+    return sum(len(dataset) for dataset in datasets if not dataset.in_memory) <= MAX_FILES_READ
+
+
+def find_duplicates(correct: np.ndarray, looks: Sequence[Look | None], training: Dataset) -> Duplicates:
+    """Compare measured images, whether they are right (N,) and what they look like, with those of the training."""
+    learned = {look.digest for look in look_at(training) if look}
+    others = correct[[look is None or look.digest not in learned for look in looks]]
+    right = int(others.sum())
+    measured = (right / len(others), wilson_interval(right, len(others))) if len(others) else (None, None)
+    return Duplicates(len(correct) - len(others), len(others), *measured)
+
+
+def find_slices(answers: Answers, looks: Sequence[Look | None]) -> tuple[Slice, ...]:
+    """Accuracy by image size, brightness and folder, where the images differ in it."""
+    correct = answers.correct
+    if len(correct) < MIN_SLICED_IMAGES or None in looks:
+        return ()
+    sides = np.array([math.sqrt(look.height * look.width) for look in looks if look])
+    lights = np.array([100 * look.brightness for look in looks if look])
+    groups = [
+        *(("image size", *group) for group in _thirds(sides, "pixels")),
+        *(("brightness", *group) for group in _thirds(lights, "% of white")),
+        *(("folder", *group) for group in _folders(answers)),
+    ]
+    level = NormalDist().inv_cdf(1 - 0.05 / (2 * max(1, len(groups))))
+    return tuple(
+        Slice(kind, name, int(mask.sum()), float(correct[mask].mean()),
+              wilson_interval(int(correct[mask].sum()), int(mask.sum()), level))
+        for kind, name, mask in groups
+    )  # fmt: skip
+
+
+def _thirds(values: np.ndarray, unit: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Three groups of about equal number, by name; of values that are almost all equal none."""
+    low, high = (float(f"{bound:.3g}") for bound in np.quantile(values, (1 / 3, 2 / 3)))
+    groups = {
+        f"up to {low:g} {unit}": values <= low,
+        f"{low:g} to {high:g} {unit}": (low < values) & (values <= high),
+        f"above {high:g} {unit}": (low < values) & (high < values),
+    }
+    if sum(mask.any() for mask in groups.values()) > 1:
+        yield from ((name, mask) for name, mask in groups.items() if mask.any())
+
+
+def _folders(answers: Answers) -> Iterator[tuple[str, np.ndarray]]:
+    """The most frequent folders that the images come from, the folder of their class apart."""
+    paths = [PurePosixPath(image).parent.parts for image in answers.images]
+    names = ["/".join(part for part in path if part != truth) for path, truth in zip(paths, answers.truth, strict=True)]
+    found = Counter(names)
+    if len(found) > 1:
+        kept = [name for name, _ in found.most_common(MAX_FOLDERS if len(found) <= MAX_FOLDERS else MAX_FOLDERS - 1)]
+        groups = np.array([kept.index(name) if name in kept else len(kept) for name in names])
+        titles = [name or "(none)" for name in kept] + [f"{len(found) - len(kept):,} other folders"]
+        yield from ((title, groups == number) for number, title in enumerate(titles) if (groups == number).any())
+
+
+def choose_examples(answers: Answers) -> list[int]:
+    """Numbers of the images to show of the cells of a confusion matrix: of each of the most frequent cells a few.
+
+    Of a cell of mistakes the surest, up to three quarters of all; of right answers the least sure.
+    """
+    cells: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for number, cell in enumerate(zip(answers.truth, answers.predicted, strict=True)):
+        cells[cell].append(number)
+    chosen: dict[bool, list[int]] = {False: [], True: []}
+    for cell in sorted(cells, key=lambda cell: -len(cells[cell])):
+        right = cell[0] == cell[1]
+        sign = 1 if right else -1
+        chosen[right] += sorted(cells[cell], key=lambda number: sign * answers.probability[number])[:EXAMPLES_IN_A_CELL]
+    wrong = chosen[False][: MAX_EXAMPLES * 3 // 4]
+    return wrong + chosen[True][: MAX_EXAMPLES - len(wrong)]

@@ -296,7 +296,13 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["figures"] == dict(evaluated.figures) == found.record["report"]["figures"]
     pictures = {"calibration.png", "mistakes.png"} | ({"confusion.png"} if not splits.multilabel else set())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bundle", "report.md", "report.json"} | pictures
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "bundle",
+        "predictions.csv",
+        "report.html",
+        "report.md",
+        "report.json",
+    } | pictures
     about = {"model": start.model.variant.name, "data": "digits", "num_training": 300, "l2": fitted.l2}
     assert found.record["probe"] == about | {"validation_fraction": 0.1}
     card = (tmp_path / "out" / "bundle" / "README.md").read_text()

@@ -30,6 +30,8 @@ COMMANDS = {
     "train": ("[RECIPE] --data DATA --out RUN", "train, evaluate, and write the trained model (RUN/bundle)"),
     "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
     "calibrate": ("BUNDLE --data DATA", "fit its probabilities, novelty and sets of classes to held-out images"),
+    "compare": ("RUN RUN ...", "compare runs on the same images: paired intervals, where they disagree"),
+    "runs": ("FOLDER", "list the runs in a folder with their figures"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": (
@@ -47,6 +49,7 @@ COMPUTING = (
     "train",
     "evaluate",
     "calibrate",
+    "compare",
     "features",
     "probe",
     "soup",

@@ -36,18 +36,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Print the models as tables or as JSON."""
     given = parse_arguments(arguments)
-    from rich.console import Console
+    from coatnet.system.document import open_console
 
     rows = measure_models(given.names)
     if given.json:
         echo(json.dumps(rows, indent=1), is_json=True)
     else:
-
-        class PipedConsole(Console):
-            def on_broken_pipe(self) -> None:
-                raise  # the BrokenPipeError, for `main`; rich would exit with 1
-
-        print_models(rows, PipedConsole(highlight=False))
+        print_models(rows, open_console())
     return 0
 
 

@@ -165,9 +165,9 @@ def evaluate(
         slices=find_slices(answers, looks) if looks is not None else (),
         training=bundle.record.get("training") or {},
         recipe=without_places(bundle.record).get("recipe") or {},
-        thumbnails=tuple(_thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
+        thumbnails=tuple(thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
         answers=answers,
-        examples=tuple((row, _thumbnail(datasets[places[row][0]], places[row][1], EXAMPLE_PIXELS)) for row in shown),
+        examples=tuple((row, thumbnail(datasets[places[row][0]], places[row][1], EXAMPLE_PIXELS)) for row in shown),
     )
 
 
@@ -277,7 +277,7 @@ def _find_mistakes(
         yield float(probabilities[row, predictions[row]]), images[row], truth, predicted
 
 
-def _thumbnail(dataset: Dataset, index: int, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
+def thumbnail(dataset: Dataset, index: int, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
     """An image of a dataset, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
     pixels = as_images(read_image(dataset, index)[0])  # (3 or 1, H, W)
     scale = side / max(pixels.shape[1:])

@@ -1,0 +1,101 @@
+"""`coatnet compare`: finished runs beside each other on the same images."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coatnet.cli.parser import Parser
+from coatnet.cli.soup import data_of
+from coatnet.errors import UserError
+from coatnet.system.terminal import echo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from coatnet.evaluation.answers import Answers
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "compare",
+        "Compare finished runs with the first of them on the same held-out images: differences with paired intervals\n"
+        "(and McNemar's exact test), images on which they disagree, curves over each other, configurations. A run of\n"
+        "an earlier release, without predictions.csv, is evaluated again.",
+        "examples:\n"
+        "  coatnet compare runs/a runs/b\n"
+        "  coatnet compare runs/a runs/b runs/c --out compare.html\n"
+        "  coatnet evaluate runs/a --data other --split all --out a    # and b likewise: on other images\n"
+        "  coatnet compare a b",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of `train` or `evaluate --out`, two or more")
+    parser.add_argument("--out", metavar="FILE", help="also write a page, such as compare.html")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the findings as JSON, for a program")
+    form.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a pipe")
+    parser.add_max_megapixels()
+    parser.add_device()
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare runs and print what was found."""
+    given = parse_arguments(arguments)
+    if len(given.runs) < 2:
+        raise UserError(f"compare takes two runs or more, and there is {given.runs[0]} alone")
+    if given.out and Path(given.out).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {given.out} is no name of a page: give one that ends with .html")
+    from coatnet.evaluation.compare import compare, open_run
+    from coatnet.system.document import show
+    from coatnet.system.files import atomic_write, translate_write_errors, user_path
+
+    paths = [user_path(path) for path in given.runs]
+    found = compare([open_run(path, lambda folder: _evaluate(folder, given.device)) for path in paths])
+    if given.out:
+        with translate_write_errors(given.out):
+            atomic_write(
+                given.out, found.to_html(lambda names: _thumbnails(paths[0], names)), errors="backslashreplace"
+            )
+    show(found.document(), json=found.to_json() if given.json else "", markdown=given.markdown)
+    if given.out:
+        echo(f"coatnet: the page is {given.out}", error=True)
+    return 0
+
+
+def _evaluate(folder: Path, device: str) -> tuple[Mapping[str, Any], "Answers"]:
+    """Report and answers of a run of an earlier release, by its bundle and the data that its recipe names."""
+    from coatnet.evaluation import evaluate
+    from coatnet.system.progress import ProgressBar
+
+    data = data_of(folder)
+    if data is None or not (folder / "bundle").is_dir():
+        raise UserError(
+            f"{folder} has neither predictions.csv nor a bundle with a recipe.yaml beside it: evaluate its model with "
+            "`coatnet evaluate --out`, and compare that folder"
+        )
+    with ProgressBar(f"evaluating {folder}") as bar:
+        report = evaluate(folder / "bundle", data, device=device, progress=bar.update, with_images=False)
+    assert report.answers is not None
+    return report.to_dict(), report.answers
+
+
+def _thumbnails(folder: Path, names: Sequence[str]) -> dict[str, "np.ndarray"]:
+    """Images of the data that the recipe of a run names; none where it cannot be opened any more."""
+    from coatnet.data.decode import BadImage
+    from coatnet.data.open import open_dataset
+    from coatnet.evaluation.evaluate import EXAMPLE_PIXELS, thumbnail
+    from coatnet.training.config import read_yaml
+
+    data, images = data_of(folder), {}
+    try:
+        if data is None:
+            return {}
+        fraction = read_yaml(folder / "recipe.yaml").get("validation_fraction", 0.1)
+        dataset = open_dataset(data, validation_fraction=fraction).validation
+        wanted = set(names)
+        for index in range(len(dataset)):
+            if (name := dataset.describe(index)) in wanted:
+                images[name] = thumbnail(dataset, index, EXAMPLE_PIXELS)
+    except (UserError, BadImage, OSError):
+        pass
+    return images

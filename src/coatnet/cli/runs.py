@@ -1,0 +1,112 @@
+"""`coatnet runs`: the runs in a folder with their figures."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coatnet.cli.parser import Parser
+from coatnet.errors import UserError, first_line
+from coatnet.system.terminal import echo
+
+MAX_DEPTH = 3  # chosen: runs/project/run
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "runs",
+        "List the runs in a folder, the best first: model, data, accuracy on the held-out images with its 95 %\n"
+        "interval, number of these images, epochs, minutes, and whether the run is finished or can be resumed.",
+        "examples:\n  coatnet runs runs\n  coatnet runs runs --json",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="where the folders of runs lie, up to three levels deep")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the runs in a folder."""
+    given = parse_arguments(arguments)
+    from coatnet.system.document import Document, Section, Table, show
+    from coatnet.system.files import user_path
+
+    folder = user_path(given.folder)
+    if not folder.is_dir():
+        raise UserError(f"{given.folder} is no folder: give the one in which the folders of runs lie, such as runs")
+    found = sorted(
+        map(describe_run, find_runs(folder)), key=lambda each: (each["value"] is None, -(each["value"] or 0))
+    )
+    if not found:
+        raise UserError(f"{given.folder} holds no run up to {MAX_DEPTH} levels deep: a run has a recipe.yaml")
+    for each in found:
+        each["run"] = os.path.relpath(each["run"], folder)
+    if given.json:
+        echo(json.dumps(found, indent=1), is_json=True)
+        return 0
+    header = ("run", "model", "data", "figure", "95 % interval", "images", "epochs", "minutes", "state")
+    table = Table(header, [_row(each) for each in found], (3, 4, 5, 6, 7))
+    count = f"{len(found)} run{'s' * (len(found) != 1)}"
+    show(Document(f"Runs in {given.folder}", count, [Section("", [table])]))
+    return 0
+
+
+def find_runs(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    """Yield the folders with a recipe.yaml, in the order of their names; nothing is searched below a run."""
+    if (folder / "recipe.yaml").is_file():
+        yield folder
+    elif depth:
+        with os.scandir(folder) as entries:
+            below = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        for path in below:
+            yield from find_runs(Path(path), depth - 1)
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """What the files of a run say of it; None for what they do not say.
+
+    `figure` names the figure that is `value`, `interval` is its 95 % interval, `state` is finished, "can be resumed",
+    or what is wrong with a file.
+    """
+    from coatnet.bundle.bundle import place_name
+    from coatnet.evaluation.plots import read_series
+    from coatnet.system.json_reader import read_json
+    from coatnet.training.config import read_yaml
+
+    keys = ("model", "data", "figure", "value", "interval", "n", "epochs", "minutes")
+    found: dict[str, Any] = {"run": str(folder), **dict.fromkeys(keys), "state": "can be resumed"}
+    try:
+        recipe = read_yaml(folder / "recipe.yaml")
+        found |= {"model": recipe.get("model"), "data": place_name(str(recipe.get("data")))}
+        if (folder / "metrics.jsonl").is_file():
+            seconds = read_series(folder / "metrics.jsonl", "seconds")
+            if len(seconds):
+                found |= {"epochs": round(float(seconds[-1, 0]), 2), "minutes": round(float(seconds[-1, 1]) / 60, 2)}
+        if (folder / "report.json").is_file() and (folder / "bundle").is_dir():
+            found |= {"state": "finished", **_figures(read_json(folder / "report.json"))}
+    except (UserError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        found["state"] = f"damaged: {first_line(error)}"
+    return found
+
+
+def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    figures = report["figures"]
+    name = "top1" if "top1" in figures else "mean_average_precision"
+    interval = report["intervals"].get(name)
+    return {
+        "figure": name,
+        "value": float(figures[name]),
+        "interval": interval and [float(bound) for bound in interval],
+        "n": int(figures["n"]),
+    }
+
+
+def _row(each: Mapping[str, Any]) -> list[str]:
+    low_high = " to ".join(f"{100 * bound:.1f}" for bound in each["interval"] or ())
+    value = "" if each["value"] is None else f"{100 * each['value']:.1f} %" + " mAP" * (each["figure"] != "top1")
+    numbers = (
+        "" if each[name] is None else f"{each[name]:,.{digits}f}"
+        for name, digits in (("n", 0), ("epochs", 1), ("minutes", 1))
+    )
+    return [each["run"], each["model"] or "", each["data"] or "", value, low_high, *numbers, each["state"]]

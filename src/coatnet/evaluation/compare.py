@@ -1,0 +1,331 @@
+"""Models beside each other on the same images: paired differences, where they disagree, curves, configurations."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coatnet.bundle.config import readable_json
+from coatnet.errors import UserError, counted
+from coatnet.evaluation.answers import Answers, read_answers
+from coatnet.evaluation.metrics import FIGURES, Interval, paired_difference
+from coatnet.evaluation.plots import read_series
+from coatnet.evaluation.report_html import Line, blocks, data_uri, line_chart, page, text
+from coatnet.system.document import Document, Section, Table
+from coatnet.system.json_reader import read_json, require_object
+
+MAIN_FIGURES = ("top1", "mean_average_precision")
+MAX_LISTED, MAX_SHOWN = 20, 48  # images on which runs disagree: as text, and on the page
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run with the answers of its model, as `open_run` finds them.
+
+    Attributes:
+        name: as it was given.
+        report: the content of its report.json.
+        answers: to its held-out images.
+        recipe: the configuration of its training.
+        metrics: its log, which need not exist.
+    """
+
+    name: str
+    report: Mapping[str, Any]
+    answers: Answers
+    recipe: Mapping[str, Any]
+    metrics: Path
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run against the first one, on the N images of both.
+
+    Attributes:
+        run, reference: names of the two.
+        gained: number of images that only `run` has right.
+        lost: number of images that only `reference` has right.
+        difference: of the fractions that are right; positive if `run` is better.
+        interval: its 95 % interval, of pairs.
+        p: of McNemar's exact test: how often chance alone makes the two counts at least as unequal.
+        nll_difference: of the mean negative log-likelihoods; negative if `run` is better.
+        nll_interval: its 95 % interval, of pairs.
+    """
+
+    run: str
+    reference: str
+    gained: int
+    lost: int
+    difference: float
+    interval: Interval
+    p: float
+    nll_difference: float
+    nll_interval: Interval
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        runs: the runs, the first of which is the reference.
+        images: names of the N images that all of them answered.
+        correct: whether each run is right, (number of runs, N) of bool.
+        differences: each other run against the first.
+        disagreements: numbers of the images on which predictions differ; where the surest answers clash first.
+        settings: configuration values that differ, by dotted name, in the order of the runs.
+    """
+
+    runs: tuple[Run, ...]
+    images: tuple[str, ...]
+    correct: np.ndarray
+    differences: tuple[Difference, ...]
+    disagreements: tuple[int, ...]
+    settings: Mapping[str, tuple[Any, ...]]
+    rows: tuple[tuple[int, ...], ...] = field(repr=False)  # number of each image in the answers of each run
+
+    def to_json(self) -> str:
+        """All findings as indented JSON."""
+        return readable_json(
+            {
+                "n": len(self.images),
+                "runs": [
+                    {
+                        "run": run.name,
+                        "headline": run.report.get("headline"),
+                        "figures": run.report.get("figures"),
+                        "intervals": run.report.get("intervals"),
+                        "right_on_these": float(right.mean()),
+                    }
+                    for run, right in zip(self.runs, self.correct, strict=True)
+                ],
+                "differences": [vars(each) for each in self.differences],
+                "num_disagreements": len(self.disagreements),
+                "disagreements": [self._answers_to(number) for number in self.disagreements],
+                "configuration": {name: list(values) for name, values in self.settings.items()},
+            }
+        )
+
+    def _answers_to(self, number: int) -> dict[str, Any]:
+        answers = [run.answers for run in self.runs]
+        rows = [rows[number] for rows in self.rows]
+        return {
+            "image": self.images[number],
+            "truth": answers[0].truth[rows[0]],
+            "predicted": [each.predicted[row] for each, row in zip(answers, rows, strict=True)],
+        }
+
+    def document(self) -> Document:
+        """The findings as a document."""
+        n, names = len(self.images), [run.name for run in self.runs]
+        figures = [
+            (run.name, *_main_figure(run.report), f"{100 * right.mean():.2f} %")
+            for run, right in zip(self.runs, self.correct, strict=True)
+        ]
+        listed = [self._answers_to(number) for number in self.disagreements[:MAX_LISTED]]
+        more = f" The first {MAX_LISTED}:" if len(self.disagreements) > MAX_LISTED else ""
+        settings = [(name, *("none" if v is None else str(v) for v in vs)) for name, vs in self.settings.items()]
+        sections = [
+            Section("", [Table(("run", "figure", "95 % interval", "images", "right on these"), figures, (2, 3, 4))]),
+            Section("Differences on the same images", [describe(each) for each in self.differences]),
+            Section(
+                "Where they disagree",
+                [
+                    f"{counted(len(self.disagreements), 'image')} of {n:,} have different predictions.{more}",
+                    *([self._disagreement_table(listed)] if listed else []),
+                ],
+            ),
+            Section(
+                "Configuration", [Table(("", *names), settings) if settings else "The recorded ones are the same."]
+            ),
+        ]
+        return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
+
+    def _disagreement_table(self, listed: Sequence[Mapping[str, Any]]) -> Table:
+        rows = [(each["image"], each["truth"], *each["predicted"]) for each in listed]
+        return Table(("image", "truth", *(run.name for run in self.runs)), rows)
+
+    def to_html(self, thumbnails: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None) -> str:
+        """The findings as a page like report.html; `thumbnails` gives the images of some names, as far as it can."""
+        found = self.document()
+        sections = {"": f"<p class='figure'>{text(found.headline)}</p>" + blocks(found.sections[0])}
+        sections |= {section.title: blocks(section) for section in found.sections[1:]}
+        shown = [self._answers_to(number) for number in self.disagreements[:MAX_SHOWN]]
+        images = thumbnails([each["image"] for each in shown]) if thumbnails is not None else {}
+        pictures = "".join(
+            f'<li><img class="pixels" src="{data_uri(images[each["image"]])}" alt="{text(each["image"][:200])}">'
+            f"<p><bdi>{text(each['truth'])}</bdi></p><p class='faint'>"
+            + "<br>".join(
+                f"{text(run.name)}: <bdi>{text(predicted)}</bdi>"
+                for run, predicted in zip(self.runs, each["predicted"], strict=True)
+            )
+            + "</p></li>"
+            for each in shown
+            if each["image"] in images
+        )
+        if pictures:
+            sections["Where they disagree"] += f'<ul class="images">{pictures}</ul>'
+        curves = {title: self._curves(name, title) for name, title in _CURVES.items()}
+        sections["Curves"] = f'<div class="charts">{"".join(curves.values())}</div>' if any(curves.values()) else ""
+        return page(found.title, sections, {})
+
+    def _curves(self, name: str, title: str) -> str:
+        scale = 100 if name in MAIN_FIGURES else 1
+        lines = [
+            Line(run.name, read_series(run.metrics, name) * (1, scale), number, dots=True)
+            for number, run in enumerate(self.runs)
+            if run.metrics.exists()
+        ]
+        return line_chart(title, lines, "epoch")
+
+
+_CURVES = {"nll": "Held-out loss", "top1": "Held-out top-1 accuracy, %", "loss": "Training loss, as logged",
+           "mean_average_precision": "Held-out mean average precision, %"}  # fmt: skip
+
+
+def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[str, Any], Answers]]) -> Run:
+    """Read the figures and answers in a folder of `train` or `evaluate --out`.
+
+    Args:
+        path: the folder.
+        evaluate_again: gives report and answers of a finished run without predictions.csv, of an earlier release.
+
+    Raises:
+        UserError: it is no such folder, or the run is not finished.
+    """
+    folder = Path(path)
+    if not (folder / "report.json").is_file():
+        what = "is not finished" if (folder / "recipe.yaml").exists() else "holds no run and no report"
+        raise UserError(f"{path} {what}: give folders of finished runs, or those of `coatnet evaluate --out`")
+    report, recipe = require_object(read_json(folder / "report.json"), folder / "report.json"), {}
+    if (folder / "bundle" / "config.json").is_file():
+        config = require_object(read_json(folder / "bundle" / "config.json"), folder / "bundle" / "config.json")
+        record = config.get("record")
+        recipe = record.get("recipe") or {} if isinstance(record, dict) else {}
+    if (folder / "predictions.csv").is_file():
+        answers = read_answers(folder / "predictions.csv")
+    else:
+        report, answers = evaluate_again(folder)
+    return Run(str(path), report, answers, recipe if isinstance(recipe, dict) else {}, folder / "metrics.jsonl")
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Compare runs with the first of them, on the images that all of them answered.
+
+    Raises:
+        UserError: there are fewer than two, they have no image in common, or its label is not the same in all.
+    """
+    if len(runs) < 2:
+        raise UserError("a comparison takes two runs or more")
+    numbers = [_numbers(run.answers) for run in runs]
+    common = [key for key in numbers[0] if all(key in other for other in numbers[1:])]
+    if not common:
+        raise UserError(
+            f"{runs[0].name} and {', '.join(run.name for run in runs[1:])} have no held-out image in common: evaluate "
+            "them on the same data with `coatnet evaluate --out`, and compare those folders"
+        )
+    rows = tuple(tuple(found[key] for key in common) for found in numbers)
+    truth = [[run.answers.truth[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    for run, theirs in zip(runs[1:], truth[1:], strict=True):
+        differing = [key[0] for key, ours, other in zip(common, truth[0], theirs, strict=True) if ours != other]
+        if differing:
+            raise UserError(
+                f"{counted(len(differing), 'image')} of {len(common):,} have another label in {run.name} than in "
+                f"{runs[0].name}, first {differing[0]}: runs are compared on the same images with the same labels"
+            )
+    correct, nll, sure = (
+        np.stack([column[list(chosen)] for column, chosen in zip(columns, rows, strict=True)])
+        for columns in zip(
+            *((run.answers.correct, run.answers.nll, run.answers.probability) for run in runs), strict=True
+        )
+    )
+    predicted = [[run.answers.predicted[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    unequal = [number for number, given in enumerate(zip(*predicted, strict=True)) if len(set(given)) > 1]
+    unequal.sort(key=lambda number: (correct[:, number].any() == correct[:, number].all(), -sure[:, number].min()))
+    return Comparison(
+        runs=tuple(runs),
+        images=tuple(name for name, _ in common),
+        correct=correct,
+        differences=tuple(_difference(runs, number, correct, nll) for number in range(1, len(runs))),
+        disagreements=tuple(unequal),
+        settings=_settings([run.recipe for run in runs]),
+        rows=rows,
+    )
+
+
+def describe(each: Difference) -> str:
+    """A difference in a sentence, with what its interval allows to say."""
+    low, high = (100 * bound for bound in each.interval)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable from it"
+    return (
+        f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points (95 % interval {low:+.2f} to "
+        f"{high:+.2f}), {verdict}. Only it is right for {each.gained:,} images, only the other for {each.lost:,} "
+        f"(McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood {each.nll_difference:+.4f} "
+        f"({each.nll_interval[0]:+.4f} to {each.nll_interval[1]:+.4f})."
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The two-sided p of McNemar's exact test: a binomial test of the images that only one of two models has right."""
+    n, least = gained + lost, min(gained, lost)
+    ways = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(least + 1)
+    )
+    return min(1.0, 2 * math.fsum(map(math.exp, ways)))
+
+
+def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.ndarray) -> Difference:
+    ours, theirs, gaps = correct[number], correct[0], nll[number] - nll[0]
+    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    half = 1.959963984540054 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+    mean = float(gaps.mean())
+    return Difference(
+        run=runs[number].name,
+        reference=runs[0].name,
+        gained=gained,
+        lost=lost,
+        difference=(gained - lost) / len(ours),
+        interval=paired_difference(ours, theirs),
+        p=mcnemar(gained, lost),
+        nll_difference=mean,
+        nll_interval=(mean - half, mean + half),
+    )
+
+
+def _numbers(answers: Answers) -> dict[tuple[str, int], int]:
+    """The number of each image by its name, and by how often the name has occurred before."""
+    seen: Counter[str] = Counter()
+    numbers = {}
+    for number, name in enumerate(answers.images):
+        numbers[name, seen[name]] = number
+        seen[name] += 1
+    return numbers
+
+
+def _settings(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    flat = [_flatten(recipe) for recipe in recipes]
+    names = dict.fromkeys(name for recipe in flat for name in recipe)
+    values = {name: tuple(recipe.get(name) for recipe in flat) for name in names}
+    return {name: given for name, given in values.items() if any(value != given[0] for value in given)}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _main_figure(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Figure, interval and number of images of a report.json, as text; "" for what it lacks."""
+    figures, intervals = report.get("figures") or {}, report.get("intervals") or {}
+    name = next((name for name in MAIN_FIGURES if name in figures), None)
+    if name is None:
+        return "", "", ""
+    interval = intervals.get(name)
+    shown = " to ".join(f"{100 * bound:.2f}" for bound in interval) if interval else ""
+    return f"{FIGURES[name].title} {100 * figures[name]:.2f} %", shown, f"{int(figures['n']):,}"

@@ -29,7 +29,7 @@ class Visit:
         self.outside: list[str] = []
         self.predictions: list[Request] = []
         self.context = browser.new_context(**options)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(60_000)  # a busy machine takes its time
         self.context.route(lambda address: not address.startswith((url, "blob:")), self._stop)
         self.page = self.context.new_page()
         self.page.on("console", self._hear)

@@ -1,0 +1,175 @@
+"""Runs on the same images: paired intervals, disagreements, runs of earlier releases, the list of runs."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.evaluation.test_report import report_of
+
+from coatnet.cli.main import main
+from coatnet.data.datasets import ArrayDataset
+from coatnet.errors import UserError
+from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, look_at, read_answers
+from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
+from coatnet.evaluation.metrics import wilson_interval
+from coatnet.evaluation.report_markdown import to_markdown, write_report
+
+
+def answers_of(predicted: list[str], truth: str = "aabbccaabb", start: int = 0) -> Answers:
+    images = tuple(f"folder/{start + number}.png" for number in range(len(predicted)))
+    probability = np.linspace(0.5, 0.9, len(predicted))
+    return Answers(images, tuple(truth), tuple(predicted), probability, -np.log(probability))
+
+
+def write_run(folder: Path, predicted: str, start: int = 0, truth: str = "aabbccaabb", **recipe: object) -> Path:
+    """The files of a finished run, as far as a comparison reads them."""
+    report = replace(report_of(("a", "b", "c")), answers=answers_of(list(predicted), truth, start))
+    write_report(report, folder)
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "config.json").write_text(json.dumps({"record": {"recipe": recipe}}))
+    (folder / "recipe.yaml").write_text("data: digits\nmodel: coatnet-femto-16\n")
+    lines = [{"step": 5, "epoch": 0.5, "nll": 1.0, "top1": 0.5}, {"step": 9, "epoch": 1.0, "loss": 2.0, "seconds": 90}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def never(folder: Path) -> None:
+    raise AssertionError(f"{folder} was evaluated again")
+
+
+def test_mcnemar_is_the_binomial_test() -> None:
+    for gained, lost in ((0, 0), (5, 0), (2, 7), (30, 30), (10, 31)):
+        n, least = gained + lost, min(gained, lost)
+        exact = sum(math.comb(n, k) for k in range(least + 1)) / 2 ** max(n - 1, 0)
+        assert mcnemar(gained, lost) == pytest.approx(min(1.0, exact))
+    assert 0 <= mcnemar(49_000, 51_000) < 1e-8
+
+
+def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", "aabbccbbbb", optimizer={"lr": 0.1, "betas": [0.9]}, seed=0)
+    second = write_run(tmp_path / "second", "aabbcaaabb", optimizer={"lr": 0.2, "betas": [0.9]}, seed=0)
+    found = compare([open_run(path, never) for path in (first, second)])
+    (difference,) = found.differences
+    assert (difference.gained, difference.lost, difference.difference) == (2, 1, pytest.approx(0.1))
+    low, high = difference.interval
+    assert low < 0 < high and "not distinguishable" in describe(difference)
+    assert sorted(found.images[number] for number in found.disagreements) == [f"folder/{n}.png" for n in (5, 6, 7)]
+    assert found.settings == {"optimizer.lr": (0.1, 0.2)}
+    plain = json.loads(found.to_json())
+    assert plain["differences"][0]["gained"] == 2 and plain["n"] == 10
+    assert {"image": "folder/5.png", "truth": "c", "predicted": ["c", "a"]} in plain["disagreements"]
+
+
+def test_only_images_that_all_runs_held_out_count(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", "aabbccaabb")
+    later = write_run(tmp_path / "later", "bbbbbbbbbb", start=4, truth="ccaabbbbbb")
+    found = compare([open_run(path, never) for path in (first, later)])
+    assert found.images == tuple(f"folder/{number}.png" for number in range(4, 10))
+    elsewhere = write_run(tmp_path / "elsewhere", "aabbccaabb", start=100)
+    with pytest.raises(UserError, match="no held-out image in common"):
+        compare([open_run(path, never) for path in (first, elsewhere)])
+    renamed = write_run(tmp_path / "renamed", "aabbccaabb", truth="bbbbccaabb")
+    with pytest.raises(UserError, match=r"2 images of 10 have another label in .*, first folder/0\.png"):
+        compare([open_run(path, never) for path in (first, renamed)])
+    (first / "predictions.csv").write_text("image,truth\n")
+    with pytest.raises(UserError, match=r"predictions\.csv is damaged"):
+        open_run(first, never)
+
+
+def test_compare_and_runs_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = str(write_run(tmp_path / "runs" / "first", "aabbccbbbb"))
+    second = str(write_run(tmp_path / "runs" / "deeper" / "second", "aabbcaaabb"))
+    unfinished = tmp_path / "runs" / "third"
+    unfinished.mkdir()
+    (unfinished / "recipe.yaml").write_text("data: digits\nmodel: coatnet-femto-16\n")
+    page = tmp_path / "page.html"
+    assert main(["compare", first, second, "--out", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "Differences on the same images" in printed and "McNemar" in printed and printed.startswith("# ")
+    written = page.read_text(encoding="utf-8")
+    assert "Held-out loss" in written and "<svg" in written and "http" not in written.split("</style>")[1]
+    assert main(["compare", first, second, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_disagreements"] == 3
+    assert main(["compare", first]) == 2 and main(["compare", first, str(unfinished)]) == 2
+    assert "is not finished" in capsys.readouterr().err
+
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    listed = {each["run"]: each for each in json.loads(capsys.readouterr().out)}
+    assert {name: each["state"] for name, each in listed.items()} == {
+        "first": "finished", "deeper/second": "finished", "third": "can be resumed"
+    }  # fmt: skip
+    assert listed["first"]["value"] == report_of(("a", "b", "c")).figures["top1"]
+    assert listed["first"]["minutes"] == 1.5 and listed["third"]["value"] is None
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    assert "| deeper/second | coatnet-femto-16 | digits |" in capsys.readouterr().out
+    assert main(["runs", str(tmp_path / "no")]) == 2 and main(["runs", str(unfinished / "..")]) == 0
+
+
+def test_a_table_of_answers_comes_back_whatever_the_names(tmp_path: Path) -> None:
+    names = ('a,"b"', "line\nbreak", "=1+1", "\u202eabc", "", "tab\t")
+    given = Answers(names, names[::-1], names, np.linspace(0, 1, 6), np.linspace(0, 9, 6))
+    (tmp_path / "predictions.csv").write_text(given.to_csv(), encoding="utf-8", newline="")
+    found = read_answers(tmp_path / "predictions.csv")
+    assert (found.images, found.truth, found.predicted) == (names, names[::-1], names)
+    np.testing.assert_allclose(found.nll, given.nll, rtol=1e-5)
+
+
+def test_copies_of_training_images_are_counted_and_left_out() -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    training = ArrayDataset("some", ("a", "b"), images[:30], np.zeros(30, np.int64))
+    held_out = ArrayDataset("some", ("a", "b"), images[27:], np.zeros(13, np.int64))
+    correct = np.arange(13) < 6
+    found = find_duplicates(correct, look_at(held_out), training)
+    assert (found.count, found.others, found.accuracy) == (3, 10, 0.3)
+    report = replace(report_of(("a", "b")), duplicates=found)
+    said = "3 of these images have the same pixels as a training image; without them 30.0 % of 10 are right"
+    assert said in to_markdown(report)
+    assert report.to_dict()["duplicates"]["count"] == 3
+    assert "No image of these" in to_markdown(replace(report, duplicates=replace(found, count=0)))
+
+
+def test_groups_of_images_have_intervals_for_all_of_them_at_once() -> None:
+    size = 300
+    images = [np.full((8 if n < 150 else 32, 8, 3), n % 250, np.uint8) for n in range(size)]
+    looks = [look for image in images for look in look_at(ArrayDataset("d", ("a", "b"), image[None], np.zeros(1)))]
+    names = tuple(f"{'a' if n % 2 else 'b'}/{'camera' if n % 3 else 'phone'}/{n}.png" for n in range(size))
+    truth = tuple("a" if n % 2 else "b" for n in range(size))
+    predicted = tuple("a" if n < 150 else label for n, label in enumerate(truth))
+    found = find_slices(Answers(names, truth, predicted, np.ones(size), np.ones(size)), looks)
+    groups = {(each.kind, each.name): each for each in found}
+    assert groups["image size", "up to 8 pixels"].accuracy == 0.5
+    assert groups["image size", "8 to 16 pixels"].accuracy == 1
+    assert {name for kind, name in groups if kind == "folder"} == {"camera", "phone"}
+    assert sum(each.count for each in found if each.kind == "brightness") == size
+    small = groups["image size", "up to 8 pixels"]
+    low, high = wilson_interval(75, 150)
+    assert small.interval[0] < low - 0.01 and small.interval[1] > high + 0.01
+    page = to_markdown(replace(report_of(("a", "b")), slices=found))
+    assert "Bonferroni" in page and "| image size | up to 8 pixels | 150 | 50.0 % |" in page
+
+
+def test_a_verdict_on_probabilities_needs_enough_images() -> None:
+    few, many = report_of(("a", "b", "c"), num_images=30), report_of(("a", "b", "c"), num_images=4_000)
+    bins = [replace(row, count=0, confidence=None, accuracy=None) for row in many.calibration]
+
+    def judged(report, right: float) -> str:
+        n = int(report.figures["n"])
+        last = replace(bins[-1], count=n, confidence=0.31, accuracy=right)
+        return to_markdown(replace(report, calibration=(*bins[:-1], last)))
+
+    assert "30 images cannot tell whether the probabilities are too high or too low" in judged(few, 0.322)
+    assert "are too low" in judged(many, 0.34) and "are too high" in judged(many, 0.28)
+    assert "are well balanced" in judged(many, 0.312)
+
+
+def test_baselines_stand_beside_the_figure() -> None:
+    report = report_of(("a", "b", "c", "d"))
+    majority = max(row.support for row in report.per_class) / 120
+    assert report.baselines() == {"chance": 0.25, "majority": majority}
+    assert f"25.0 % by chance, {100 * majority:.1f} % by always naming" in to_markdown(report)
+    several = report_of(("a", "b", "c", "d"), multilabel=True)
+    assert several.baselines() == {"chance": pytest.approx(0.25)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
-from coatnet.data.transforms import as_images
+from coatnet.data.transforms import EvaluationTransform, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.answers import (
     Answers,
@@ -31,14 +32,15 @@ from coatnet.evaluation.answers import (
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.reliability import ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
+from coatnet.inference.explanation import Explanation, layercam
 from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
 THUMBNAIL_PIXELS, EXAMPLE_PIXELS = 160, 96  # of the longer side
 
-# Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class.
-_Wrong = tuple[float, tuple[int, int], str, str]
+# Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class, its index.
+_Wrong = tuple[float, tuple[int, int], str, str, int]
 
 
 def evaluate(
@@ -131,6 +133,7 @@ def evaluate(
             for look in look_at(dataset, [index for where, index in places if where == number])
         ]
     training = data.training if isinstance(data, Splits) and split_name == "validation" else None
+    thumbnails = tuple(thumbnail(datasets[number], index) for _, (number, index), *_ in worst)
     shown = choose_examples(answers) if with_images and not bundle.multilabel else []
     confusion = metrics.confusion()
     return Report(
@@ -152,7 +155,7 @@ def evaluate(
         calibration=metrics.calibration(),
         mistakes=tuple(
             Mistake(datasets[number].describe(index), truth, predicted, probability)
-            for probability, (number, index), truth, predicted in worst
+            for probability, (number, index), truth, predicted, _ in worst
         ),
         bad_images=dict(bad_images.records),
         seconds=seconds,
@@ -165,8 +168,9 @@ def evaluate(
         slices=find_slices(answers, looks) if looks is not None else (),
         training=bundle.record.get("training") or {},
         recipe=without_places(bundle.record).get("recipe") or {},
-        thumbnails=tuple(thumbnail(datasets[number], index) for _, (number, index), _, _ in worst),
+        thumbnails=thumbnails,
         answers=answers,
+        heat_maps=_heat_maps(bundle, datasets, worst, thumbnails) if with_images else (),
         examples=tuple((row, thumbnail(datasets[places[row][0]], places[row][1], EXAMPLE_PIXELS)) for row in shown),
     )
 
@@ -268,13 +272,26 @@ def _find_mistakes(
             decision = int(decisions[row])
             truth = ", ".join(bundle.classes[k] for k in np.flatnonzero(labels[row].numpy())) or "nothing"
             predicted = ("not " if labels[row, decision] else "") + bundle.classes[decision]
-            yield float(probabilities[row]), images[row], truth, predicted
+            yield float(probabilities[row]), images[row], truth, predicted, decision
         return
     predictions = logits.numpy().argmax(axis=1)  # numpy's, as in the figures: ties go to the lower class
     probabilities = logits.softmax(dim=1)
     for row in np.flatnonzero(predictions != labels.numpy()).tolist():
         truth, predicted = bundle.classes[int(labels[row])], bundle.classes[predictions[row]]
-        yield float(probabilities[row, predictions[row]]), images[row], truth, predicted
+        yield float(probabilities[row, predictions[row]]), images[row], truth, predicted, int(predictions[row])
+
+
+def _heat_maps(
+    bundle: Bundle, datasets: Sequence[Dataset], worst: Sequence[_Wrong], thumbnails: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    """The thumbnails of mistakes with what mattered to the wrong answer laid over: uint8 (H, W, 3)."""
+    prepare, drawn = EvaluationTransform(bundle.preprocessing), []
+    for row, small in zip(worst, thumbnails, strict=True):  # one by one: gradients take memory
+        image = read_image(datasets[row[1][0]], row[1][1])[0]
+        heat = layercam(bundle, prepare(image)[None], torch.tensor([row[4]]))[0].numpy()
+        box = seen_box(*as_images(image).shape[-2:], bundle.preprocessing)
+        drawn.append(np.array(Explanation("", heat=heat, box=box).overlay(PIL.Image.fromarray(small))))
+    return tuple(drawn)
 
 
 def thumbnail(dataset: Dataset, index: int, side: int = THUMBNAIL_PIXELS) -> np.ndarray:

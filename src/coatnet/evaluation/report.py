@@ -57,7 +57,7 @@ class Report:
         thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
         answers: the answer to each image, in the order of the data.
         examples: images of the confusion matrix: number in `answers`, pixels uint8 (H, W, 3) up to 96 a side.
-        heat_maps: where the model looked in each image of `mistakes`: (R, R) from 0 to 1.
+        heat_maps: `thumbnails` with what mattered to the wrong answer laid over (LayerCAM).
     """
 
     data: str

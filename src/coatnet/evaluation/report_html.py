@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from coatnet.errors import one_line
-from coatnet.evaluation.metrics import FIGURES
+from coatnet.evaluation.metrics import FIGURES, CalibrationBin
 from coatnet.evaluation.plots import read_series, smooth
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_sections import (
@@ -31,6 +31,7 @@ from coatnet.evaluation.report_sections import (
     figures_table,
     percent,
     provenance,
+    reliability_section,
     slices_section,
 )
 from coatnet.system.document import Plot, Section, Table
@@ -57,6 +58,7 @@ def to_html(report: Report, metrics_path: Path | None = None) -> str:
         "Classes": table(class_table(report), sortable=True),
         "Worst mistakes": _mistakes(report),
         "Can the probabilities be trusted?": _calibration(report),
+        "Refusals and sets of classes": blocks(reliability_section(report)) + _risk_coverage(report),
         "Groups of images": blocks(slices_section(report)),
         "Images that could not be read": _bad_images(report),
         "How it was made": _provenance(report),
@@ -124,7 +126,7 @@ def table(content: Table, *, sortable: bool = False) -> str:
 def blocks(section: Section) -> str:
     """The paragraphs and tables of a section."""
     return "".join(
-        f"<p>{text(block)}</p>" if isinstance(block, str) else table(block)
+        f"<p>{text(block)}</p>" if isinstance(block, str) else table(block, sortable=bool(block.summary))
         for block in section.blocks
         if not isinstance(block, Plot)
     )
@@ -335,7 +337,7 @@ def _mistakes(report: Report) -> str:
             pixels = report.thumbnails[number]
             views = [(pixels, wrong.image)]
             if number < len(report.heat_maps):
-                views.append((overlay(pixels, report.heat_maps[number]), "where the model looked"))
+                views.append((report.heat_maps[number], "the same with its heat map"))
             kind = ' class="pixels"' if max(pixels.shape[:2]) <= 64 else ""
             images = "".join(f'<img{kind} src="{data_uri(view)}" alt="{text(alt[:200])}">' for view, alt in views)
             picture = f'<div class="pair">{images}</div>' if len(views) > 1 else images
@@ -344,42 +346,42 @@ def _mistakes(report: Report) -> str:
             f'({percent(wrong.probability)})</p><p class="clamp faint"><bdi>{text(wrong.image)}</bdi></p></li>'
         )
     note = WORST_MISTAKES + (
-        " Beside each image: warm where the answer came from (LayerCAM)." if report.heat_maps else ""
+        " Beside each image, red is what mattered most to the answer (LayerCAM)." if report.heat_maps else ""
     )
     return f'<p>{text(note)}</p><ul class="images worst">{"".join(shown)}</ul>'
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A heat map (R, R) from 0 to 1 over an image, uint8 (H, W, 3), of any size."""
-    from matplotlib import colormaps
-
-    height, width = pixels.shape[:2]
-    resized = Image.fromarray(np.asarray(heat, np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    colors = 255 * colormaps["inferno"](np.clip(np.asarray(resized), 0, 1))[..., :3]
-    gray = pixels.mean(axis=2, keepdims=True)
-    return (0.45 * gray + 0.55 * colors).round().astype(np.uint8)
-
-
 def _calibration(report: Report) -> str:
+    drawn = _reliability_diagram(
+        report.calibration, "How often right, by probability; dashed: exactly as often as claimed"
+    )
+    if report.reliability is not None:
+        drawn += _reliability_diagram(report.reliability.bins_before, "The same before calibration")
+    return f'<p>{text(calibration_sentence(report))}</p><div class="charts">{drawn}</div>'
+
+
+def _reliability_diagram(bins: Iterable[CalibrationBin], title: str) -> str:
     frame = Frame((0.0, 1.0), (0.0, 1.0), "probability given; below, how many")
-    most = max(row.count for row in report.calibration) or 1
-    for row in report.calibration:
-        if row.count and row.accuracy is not None:
-            (left, top), (right, bottom) = frame.at(row.low, row.accuracy), frame.at(row.high, 0)
-            shape = f'x="{left + 1}" width="{right - left - 2:.1f}"'
-            low = f'y="{bottom - 30 * row.count / most:.1f}" height="{30 * row.count / most:.1f}"'
-            said = f"{row.count:,} predictions, {percent(row.confidence)} given, {percent(row.accuracy)} right"
-            frame.parts.append(
-                f'<rect class="bar" {shape} y="{top}" height="{bottom - top:.1f}"><title>{said}</title></rect>'
-                f'<rect class="count" {shape} {low}/>'
-            )
+    filled = [row for row in bins if row.count]
+    for row in filled:
+        (left, top), (right, bottom) = frame.at(row.low, row.accuracy or 0.0), frame.at(row.high, 0)
+        shape, tall = f'x="{left + 1}" width="{right - left - 2:.1f}"', 30 * row.count / max(r.count for r in filled)
+        said = f"{row.count:,} predictions, {percent(row.confidence)} given, {percent(row.accuracy)} right"
+        frame.parts.append(
+            f'<rect class="bar" {shape} y="{top}" height="{bottom - top:.1f}"><title>{said}</title></rect>'
+            f'<rect class="count" {shape} y="{bottom - tall:.1f}" height="{tall:.1f}"/>'
+        )
     (x0, y0), (x1, y1) = frame.at(0, 0), frame.at(1, 1)
     frame.parts.append(f'<path class="diagonal" d="M{x0} {y0}L{x1} {y1}"/>')
-    drawing = frame.svg("How often the model is right at each level of probability")
-    return (
-        f"<p>{text(calibration_sentence(report))}</p><figure><figcaption>How often right, by probability; dashed: "
-        f"exactly as often as claimed</figcaption>{drawing}</figure>"
-    )
+    return f"<figure><figcaption>{text(title)}</figcaption>{frame.svg(title)}</figure>"
+
+
+def _risk_coverage(report: Report) -> str:
+    if report.reliability is None:
+        return ""
+    points = 100 * np.array(report.reliability.risk_coverage).reshape(-1, 2)
+    line = Line("wrong among the answered", points, 1)
+    return line_chart("Risk and coverage: % wrong of the images that are answered", [line], "% of the images answered")
 
 
 def _bad_images(report: Report) -> str:

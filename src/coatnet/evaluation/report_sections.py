@@ -20,6 +20,7 @@ def document(report: Report) -> Document:
         _classes(report),
         _mistakes(report),
         Section("Can the probabilities be trusted?", [calibration_sentence(report), CALIBRATION_PLOT]),
+        reliability_section(report),
         slices_section(report),
         _bad_images(report),
         Section("How it was made", [Table(("", ""), provenance(report))]),
@@ -114,6 +115,51 @@ def calibration_sentence(report: Report) -> str:
     return f"{sentence}: on the whole the probabilities are {verdict}."
 
 
+def reliability_section(report: Report) -> Section:
+    """What calibration, refusals and sets of classes of a calibrated model reach."""
+    found = report.reliability
+    if found is None:
+        return Section("", [])
+    shared = f"{found.num_shared:,} of these images" if found.num_shared < report.figures["n"] else "these images"
+    measured = (
+        f" The calibration was fitted to {shared}; each is measured with what was fitted without it."
+        if found.num_shared
+        else " The calibration was fitted to other images."
+    )
+    right = "all labels right" if report.multilabel else "right"
+    selective = [(percent(row.answered), percent(row.accuracy), _span(row.interval)) for row in found.selective]
+    refused = [(percent(row.asked), percent(row.refused), _span(row.interval)) for row in found.refusals]
+    sets = [
+        (row.method.upper(), percent(row.asked), percent(row.coverage), _span(row.interval), f"{row.mean_size:.2f}")
+        for row in found.sets
+    ]
+    per_class = [
+        (name, f"{row.support:,}", *(percent(each.class_coverage[number]) for each in found.sets))
+        for number, (name, row) in enumerate(zip(report.classes, report.per_class, strict=True))
+    ]
+    blocks: list[str | Table] = [
+        f"Expected calibration error {percent(found.error_before)} as the network gives its probabilities, "
+        f"{percent(found.error_after)} calibrated (temperature {found.temperature:.2f}).{measured}",
+        "Accuracy where the most novel images are refused:",
+        Table(("answered", right, "95 % interval"), selective, (0, 1, 2)),
+        "Images refused at some thresholds of --reject:",
+        Table(("asked for", "refused", "95 % interval"), refused, (0, 1, 2)),
+    ]
+    if sets:
+        header = ("method", "asked for", "hold the truth", "95 % interval", "classes in a set")
+        methods = [row.method.upper() for row in found.sets]
+        blocks += [
+            "Sets of classes that are to hold the truth (--set):",
+            Table(header, sets, (1, 2, 3, 4)),
+            Table(("class", "images", *methods), per_class, range(1, 2 + len(sets)), "How many hold it, by class"),
+        ]
+    return Section("Refusals and sets of classes", blocks)
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return " to ".join(f"{100 * bound:.1f}" for bound in interval)
+
+
 def slices_section(report: Report) -> Section:
     """Accuracy by image size, brightness and folder."""
     if not report.slices:
@@ -127,7 +173,7 @@ def slices_section(report: Report) -> Section:
             each.name,
             f"{each.count:,}",
             percent(each.accuracy),
-            " to ".join(f"{100 * bound:.1f}" for bound in each.interval),
+            _span(each.interval),
             "" if each.interval[0] <= whole <= each.interval[1] else "lower" if each.accuracy < whole else "higher",
         )
         for each in report.slices

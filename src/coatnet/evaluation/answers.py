@@ -130,8 +130,8 @@ def look_at(dataset: Dataset, indices: Sequence[int] | None = None) -> list[Look
             image, _ = read_image(dataset, index)
         except BadImage:
             return None
-        pixels = as_images(image)
-        return Look(pixel_digest(image), *pixels.shape[-2:], float(pixels.numpy().mean()) / 255)
+        pixels = as_images(image)  # (3 or 1, H, W)
+        return Look(pixel_digest(image), pixels.shape[1], pixels.shape[2], float(pixels.numpy().mean()) / 255)
 
     chosen = range(len(dataset)) if indices is None else indices
     if dataset.in_memory or not dataset.thread_safe:

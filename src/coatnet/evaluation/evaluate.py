@@ -251,14 +251,13 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
 
 def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
     labels, predicted, probability, _, nll = metrics.per_image()
-    if bundle.multilabel:
-        named = [
-            tuple(";".join(bundle.classes[k] for k in np.flatnonzero(row)) for row in column)
-            for column in (labels, predicted)
-        ]
-    else:
-        named = [tuple(bundle.classes[k] for k in column) for column in (labels, predicted)]
-    return Answers(tuple(images), *named, probability, nll)
+
+    def named(column: np.ndarray) -> tuple[str, ...]:
+        if bundle.multilabel:
+            return tuple(";".join(bundle.classes[k] for k in np.flatnonzero(row)) for row in column)
+        return tuple(bundle.classes[k] for k in column)
+
+    return Answers(tuple(images), named(labels), named(predicted), probability, nll)
 
 
 def _find_mistakes(
@@ -289,7 +288,8 @@ def _heat_maps(
     for row, small in zip(worst, thumbnails, strict=True):  # one by one: gradients take memory
         image = read_image(datasets[row[1][0]], row[1][1])[0]
         heat = layercam(bundle, prepare(image)[None], torch.tensor([row[4]]))[0].numpy()
-        box = seen_box(*as_images(image).shape[-2:], bundle.preprocessing)
+        height, width = as_images(image).shape[1:]
+        box = seen_box(height, width, bundle.preprocessing)
         drawn.append(np.array(Explanation("", heat=heat, box=box).overlay(PIL.Image.fromarray(small))))
     return tuple(drawn)
 

@@ -68,7 +68,9 @@ def to_html(report: Report, metrics_path: Path | None = None) -> str:
 
 def page(title: str, sections: Mapping[str, str], data: Mapping[str, Any]) -> str:
     """A page of sections, by their headings; `data` is what the script works with. Empty sections are left out."""
-    style, script = (files(__package__).joinpath("page", f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    style, script = (
+        files("coatnet.evaluation").joinpath("page", f"report.{kind}").read_text("utf-8") for kind in ("css", "js")
+    )
     hashes = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (style, script)]
     policy = (
         f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
@@ -309,7 +311,8 @@ def _matrix_data(report: Report) -> dict[str, Any]:
     index = {name: number for number, name in enumerate(report.classes)}
     examples: dict[str, list[list[Any]]] = defaultdict(list)
     answers, total = report.answers, 0
-    for row, pixels in report.examples if answers is not None else ():
+    for row, pixels in report.examples:
+        assert answers is not None
         source = data_uri(pixels)
         total += len(source)
         if total > MAX_IMAGE_BYTES:

@@ -256,7 +256,18 @@ def test_images_beside_the_splits_are_noted(make_folder):
     splits = open_dataset(
         make_folder({f"{split}/{name}": 2 for split in ("train", "val", "test", "x") for name in "ab"})
     )
-    assert any("left out, as they are not among them: test/, x/" in note for note in splits.notes)
+    assert "left out, as they are not among them: x/" in splits.notes
+    assert "test/ is measured once, at the end of a training" in splits.notes
+    assert [splits.test.describe(index) for index in range(4)] == [
+        f"test/{name}.png" for name in ("a/0", "a/1", "b/0", "b/1")
+    ]
+
+
+def test_a_test_folder_with_other_classes_is_left_out(make_folder):
+    splits = open_dataset(
+        make_folder({f"{split}/{name}": 2 for split in ("train", "val") for name in "ab"} | {"test/c": 1})
+    )
+    assert splits.test is None and any("left out, as they are not among them: test/" in note for note in splits.notes)
 
 
 @pytest.mark.parametrize(

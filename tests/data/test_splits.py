@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.splits import Splits, choose_validation, summarize
+from coatnet.data.near_duplicates import groups_to_keep_together
+from coatnet.data.open import open_dataset
+from coatnet.data.splits import SplitRule, Splits, choose_validation, summarize
 from coatnet.errors import UserError
 
 NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
@@ -102,3 +104,83 @@ def test_counts_of_several_labels_are_sums():
     dataset = ArrayDataset("some", "abc", np.zeros((2, 4, 4), np.uint8), labels)
     assert dataset.multilabel
     assert dataset.class_counts.tolist() == [1, 0, 2]
+
+
+def held_out_names(splits: Splits) -> list[str]:
+    return [splits.validation.describe(index) for index in range(len(splits.validation))]
+
+
+def all_names(splits: Splits) -> set[str]:
+    parts = (splits.training, splits.validation, *([splits.test] if splits.test is not None else []))
+    names = [part.describe(index) for part in parts for index in range(len(part))]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def test_each_image_is_held_out_in_one_of_the_folds():
+    whole = open_dataset("digits")
+    folds = [open_dataset("digits", rule=SplitRule(fold=f"{number}/4")) for number in range(1, 5)]
+    assert sorted(name for splits in folds for name in held_out_names(splits)) == sorted(all_names(whole))
+    for splits in folds:
+        counts = np.bincount(splits.validation.labels)
+        assert all_names(splits) == all_names(whole) and counts.max() - counts.min() <= 3
+        row = {splits.training.describe(index): index for index in range(len(splits.training))}
+        for index in (0, 5):
+            if (name := whole.training.describe(index)) in row:
+                assert np.array_equal(splits.training.images[row[name]], whole.training.images[index])
+
+
+def test_what_is_kept_together_follows_its_first_image_and_moves_no_other():
+    before = open_dataset("digits")
+    inside, outside = held_out_names(before)[:2], before.training.describe(0)
+    after = open_dataset("digits", rule=SplitRule(kept_together=[[outside, inside[0]], ["digits[no such]", inside[1]]]))
+    assert set(held_out_names(after)) == set(held_out_names(before)) - {inside[0]}
+    assert open_dataset("digits", rule=SplitRule(kept_together=())).notes == before.notes
+    folds = [
+        open_dataset("digits", rule=SplitRule(fold=f"{k}/3", kept_together=[[outside, *inside]])) for k in (1, 2, 3)
+    ]
+    assert [len({outside, *inside} & set(held_out_names(splits))) for splits in folds].count(3) == 1
+
+
+def test_a_test_split_takes_its_part_of_both_sides():
+    before, after = open_dataset("digits"), open_dataset("digits", rule=SplitRule(test_fraction=0.2))
+    assert all_names(after) == all_names(before) and 300 < len(after.test) < 420
+    assert set(held_out_names(after)) <= set(held_out_names(before)) and len(after.validation) > 120
+    assert np.bincount(after.test.labels).min() > 20
+    assert "for the test at the end" in after.describe()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (SplitRule(fold="6/5"), "fold '6/5' is none"),
+        (SplitRule(fold="one"), "fold 'one' is none"),
+        (SplitRule(test_fraction=0.95), "test_fraction must be 0 or more and leave images"),
+    ],
+)
+def test_rules_that_cannot_be_are_one_line(rule, message):
+    with pytest.raises(UserError, match=message):
+        open_dataset("digits", rule=rule)
+
+
+def test_a_split_of_ones_own_is_not_divided_anew(make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    with pytest.raises(UserError, match="is divided already, which fold would change"):
+        open_dataset(root, rule=SplitRule(fold="1/2"))
+    assert len(open_dataset(root, rule=SplitRule(fold="1/2"), evaluation=True).validation) == 4
+
+
+def test_copies_of_one_label_are_groups_and_whole_classes_are_not(make_folder):
+    root = make_folder({"a": 8, "b": 8, "c": 2})
+    (root / "c/1.png").write_bytes((root / "c/0.png").read_bytes())  # all of its class
+    for number in range(6):
+        (root / f"a/copy{number}.png").write_bytes((root / "a/3.png").read_bytes())
+    (root / "b/other.png").write_bytes((root / "a/3.png").read_bytes())  # another label
+    (root / "b/broken.png").write_bytes(b"")
+    splits = open_dataset(root, validation_fraction=0.3)
+    copies = {"a/3.png", *(f"a/copy{number}.png" for number in range(6))}
+    assert {frozenset(group) for group in groups_to_keep_together(splits, crossing=False)} == {frozenset(copies)}
+    assert 0 < len(copies & set(held_out_names(splits))) < 7
+    groups = groups_to_keep_together(splits)
+    after = open_dataset(root, rule=SplitRule(0.3, kept_together=groups))
+    assert len(copies & set(held_out_names(after))) in (0, 7) and all_names(after) == all_names(splits)

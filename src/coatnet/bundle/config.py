@@ -69,6 +69,9 @@ class RecipeJson(BaseModel, strict=True, extra="allow"):
     """What evaluation takes from a recipe: how the data was split."""
 
     validation_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.1
+    test_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
+    fold: str = ""
+    kept_together: list[list[str]] = []
 
 
 class ProbeJson(RecipeJson):

@@ -1,31 +1,158 @@
 """`coatnet doctor`: check a data source before training on it."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from coatnet.cli.parser import DATA_HELP, FAILED, Parser
+from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, FAILED, Parser
+from coatnet.errors import UserError, counted
 from coatnet.system.terminal import echo
+
+if TYPE_CHECKING:
+    from coatnet.data.inspection import Inspection, Place
+    from coatnet.evaluation.image_page import Entry
+    from coatnet.evaluation.label_check import LabelCheck
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "doctor",
-        "Read every image and report what is there: classes and sizes, unreadable files with the reason, duplicates\n"
-        "with conflicting labels, and images that are in both training and validation. Exit code 1 if something\n"
-        "is wrong.",
-        f"examples:\n  coatnet doctor path/to/folder\n  coatnet doctor labels.csv --strict\n\n{DATA_HELP}",
+        "Read every image and report what is there: classes and sizes, unreadable files with the reason, copies and\n"
+        "near copies, those with conflicting labels or in both training and validation, and classes that size,\n"
+        "brightness or color give away. With --labels also wrong labels, outliers and classes that look the same.\n"
+        "Exit code 1 if an image is unreadable or in both training and validation.",
+        "examples:\n"
+        "  coatnet doctor path/to/folder\n"
+        "  coatnet doctor labels.csv --strict --json\n"
+        "  coatnet doctor path/to/folder --labels --model runs/mine --html suspects.html --write path/to/fixed.csv\n"
+        f"  coatnet train --data path/to/fixed.csv --out runs/next     # once its column label is right\n\n{DATA_HELP}",
     )
     parser.add_argument("data", metavar="DATA", help="a data source, see below")
     parser.add_argument("--strict", action="store_true", help="also report files that decode only with a warning")
+    parser.add_argument(
+        "--labels", action="store_true", help="also look for wrong labels, by the features of the model of --model"
+    )
+    parser.add_argument(
+        "--model", metavar="BUNDLE", help=f"with --labels: {BUNDLE_HELP}; auto: the published one that suits the images"
+    )
+    parser.add_argument(
+        "--write",
+        metavar="FILE.csv",
+        help="table for `coatnet train --data` without copies and unreadable images: path, label, split; with --labels "
+        "also suggested and score, the worst first",
+    )
+    parser.add_argument("--html", metavar="FILE.html", help="page with the images that were found, the worst first")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON, for a program")
     parser.add_max_megapixels()
-    return parser.parse(arguments)
+    parser.add_device()
+    given = parser.parse(arguments)
+    if given.labels and not given.model:
+        parser.error(
+            "--labels needs --model: a bundle of your own, such as one trained on these images, or auto, the published "
+            "network that suits them, which is fetched once"
+        )
+    if given.write and not given.write.lower().endswith(".csv"):
+        parser.error(f"--write {given.write} is no .csv")
+    if given.model and not given.labels:
+        parser.error("--model is for --labels: give that as well")
+    return given
 
 
 def run(arguments: Sequence[str]) -> int:
     """Check a data source and print what was found."""
     given = parse_arguments(arguments)
+    from coatnet.bundle.config import readable_json
     from coatnet.data.inspection import inspect
 
-    inspection = inspect(given.data, strict=given.strict)
-    echo(inspection.describe())
+    inspection, check = inspect(given.data, strict=given.strict), None
+    if given.labels:
+        from coatnet.evaluation.label_check import check_labels
+
+        check = check_labels(given.model, inspection.splits, device=given.device)
+    if given.write:
+        write_table(given.write, inspection, check)
+    if given.html:
+        write_page(given.html, inspection, check)
+    if given.json:
+        labels = {"labels": check.to_dict()} if check else {}
+        echo(readable_json(inspection.to_dict() | labels), end="", is_json=True)
+    else:
+        if check:
+            echo(check.describe())
+        echo(inspection.describe())
+        if given.write:
+            reasons = list(inspection.left_out.values())
+            left_out = [f"{reasons.count(reason):,} {reason}" for reason in dict.fromkeys(reasons)]
+            without = f", without {', '.join(left_out)}" if left_out else ""
+            echo(f"{given.write}: {counted(len(inspection.rows()), 'image')}{without}")
     return 0 if inspection.healthy else FAILED
+
+
+def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
+    """Write the images that can be used as a table, the worst labels first."""
+    from coatnet.data.datasets import FileDataset
+    from coatnet.data.manifest import write_manifest
+
+    splits, rows = inspection.splits, []
+    suggested = {(each.split, each.name): each.suggested for each in check.suspects} if check else {}
+    for split, index in inspection.rows():
+        dataset = getattr(splits, split)
+        if not isinstance(dataset, FileDataset):
+            raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
+        key = split, dataset.describe(index)
+        judged = (suggested.get(key, ""), round(check.scores.get(key, 1.0), 6)) if check else ()
+        side = "train" if split == "training" else "val"
+        rows.append((dataset.path(index), dataset.label_name(index), *judged, side))
+    if check:
+        rows.sort(key=lambda row: (not row[2], row[3]))  # the suspects first
+    columns = ("suggested", "score", "split") if check else ("split",)
+    write_manifest(path, columns, rows, multilabel=splits.multilabel)
+
+
+def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
+    """Write the page with the images that were found."""
+    from coatnet.evaluation import image_page
+    from coatnet.evaluation.evaluate import thumbnail
+    from coatnet.evaluation.image_page import Entry, Section
+
+    splits = inspection.splits
+    places: dict[tuple[str, str], Place] = {}
+    if check:
+        every = ((split, index) for split in ("training", "validation") for index in range(len(getattr(splits, split))))
+        places = {(place[0], inspection.name(place)): place for place in every}
+
+    def entry(shown: Sequence["Place"], *lines: str) -> "Entry":
+        images = [thumbnail(getattr(splits, split), index, image_page.THUMBNAIL_PIXELS) for split, index in shown]
+        return Entry(images, lines)
+
+    def pairs(found: Sequence[tuple["Place", "Place"]]) -> Iterator["Entry"]:
+        for one, other in found:
+            names = [
+                f"{inspection.name(each)} ({each[0]}: {getattr(splits, each[0]).label_name(each[1])})"
+                for each in (one, other)
+            ]
+            yield entry((one, other), *names)
+
+    across = [pair for pair in inspection.near if pair[0][0] != pair[1][0]]
+    within = [pair for pair in inspection.near if pair[0][0] == pair[1][0]]
+    sections = []
+    if check:
+        suspects = (
+            entry(
+                [places[each.split, each.name]],
+                each.name,
+                f"{each.label}, rather {each.suggested}",
+                f"{each.score:.3f}",
+            )
+            for each in check.suspects
+        )
+        sections.append(Section("Labels that look wrong", len(check.suspects), suspects))
+    sections.append(Section("Nearly the same in training and validation", len(across), pairs(across)))
+    sections.append(Section("Nearly the same", len(within), pairs(within)))
+    if check:
+        outliers = (
+            entry([places[split, name]], name, f"{far:.1f} times as far from others as usual")
+            for split, name, far in check.outliers
+        )
+        sections.append(Section("Unlike all others", len(check.outliers), outliers))
+    image_page.write_page(path, f"{splits.name}: what doctor found", sections)

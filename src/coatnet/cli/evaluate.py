@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--split",
-        choices=("validation", "training", "all"),
+        choices=("validation", "training", "test", "all"),
         default="validation",
         help="which part of the data (validation)",
     )

@@ -23,7 +23,10 @@ from coatnet.version import __version__
 
 # In the order of a person's work: what to give, and what it does.
 COMMANDS = {
-    "doctor": ("DATA", "find unreadable images, duplicates and leaks before training"),
+    "doctor": (
+        "DATA [--labels --model BUNDLE]",
+        "find unreadable images, copies, leaks and wrong labels before training",
+    ),
     "models": ("[MODEL ...]", "list the models: size, cost, published accuracy, pretrained weights"),
     "plan": ("MODEL --gpus N --gpu-memory GB", "estimate memory, days and the launch command of a large training"),
     "pack": ("DATA OUT", "write images as tar shards, for disks and object stores"),
@@ -32,12 +35,13 @@ COMMANDS = {
     "calibrate": ("BUNDLE --data DATA", "fit its probabilities, novelty and sets of classes to held-out images"),
     "compare": ("RUN RUN ...", "compare runs on the same images: paired intervals, where they disagree"),
     "runs": ("FOLDER", "list the runs in a folder with their figures"),
-    "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet file"),
+    "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet or .csv file"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": (
         "BUNDLE --data DATA [--out FOLDER]",
         "fit a classifier to its features: a figure, and a model in minutes",
     ),
+    "suggest": ("BUNDLE --images PATH --out FILE.csv", "rank images without labels: which to label next"),
     "soup": ("RUN RUN ... --out BUNDLE", "average models that started from the same weights, if images like it"),
     "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
     "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
@@ -53,6 +57,7 @@ COMPUTING = (
     "features",
     "probe",
     "soup",
+    "suggest",
 )  # commands that compute with torch, for minutes or hours
 
 HELP = """\

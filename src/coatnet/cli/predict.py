@@ -1,4 +1,4 @@
-"""`coatnet predict`: classify images, as lines on standard output or as rows of a Parquet file."""
+"""`coatnet predict`: classify images, as lines on standard output or as rows of a Parquet or CSV file."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ FEW_IMAGES = 64  # so many are classified by torch before another engine has bui
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "predict",
-        "Classify images: print one line per image or, with --out, write one row per image to a Parquet file. An\n"
+        "Classify images: print one line per image or, with --out, write one row per image to a file. An\n"
         "unreadable image gets its own line or row, and makes the exit code 1. With --out there may be any number of\n"
         "images: in folders, in a manifest (.csv, .tsv, .parquet with a column path), in tar shards, here or behind a\n"
         "URL. The same command resumes after a stop; under torchrun every process takes its share.",
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images; see above for --out")
-    parser.add_argument("--out", metavar="FILE", help="new .parquet file to write")
+    parser.add_argument("--out", metavar="FILE", help="new .parquet or .csv file to write")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="most likely classes to give (5)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, for a program")
@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Classify images."""
     given = parse_arguments(arguments)
-    return predict_to_parquet(given) if given.out else predict_to_stdout(given)
+    return predict_to_table(given) if given.out else predict_to_stdout(given)
 
 
 def predict_to_stdout(given: argparse.Namespace) -> int:
@@ -131,14 +131,14 @@ def print_prediction(prediction: "Prediction", as_json: bool) -> None:
         echo(one_line(f"{prediction.name}: {likeliest}"))
 
 
-def predict_to_parquet(given: argparse.Namespace) -> int:
+def predict_to_table(given: argparse.Namespace) -> int:
     """Write one row per image; what is done is kept when the program stops."""
     from coatnet.inference.batch import open_samples, predict_to_file
-    from coatnet.inference.batch.parts import require_parquet
+    from coatnet.inference.batch.parts import require_table
     from coatnet.inference.batch.run import Terminated, stopped_by_sigterm
     from coatnet.system.parents import stop_with_launcher
 
-    require_parquet(given.out)
+    require_table(given.out)
     rank, world_size, local_rank, _ = read_launcher()
     try:
         with stopped_by_sigterm():

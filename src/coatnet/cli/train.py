@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     program = argparse.Namespace(
         **{
             name: given.pop(name)
-            for name in ("recipe", "config", "out", "print_config", "dry_run", "lr_range", "price", "tune")
+            for name in ("recipe", "config", "out", "print_config", "dry_run", "lr_range", "price", "tune", "folds")
         }
     )
     asked: dict[str, Any] = {}
@@ -105,6 +105,12 @@ def train_parser() -> Parser:
         metavar="MINUTES",
         help="Search so long for learning rate, weight decay and strength of augmentation, then train with the best.",
     )
+    main.add_argument(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="Cross-validate first, for few images: K trainings in RUN/folds, each measured on another K-th of them.",
+    )
     rest = parser.add_argument_group("other options", "What is not given is decided by the recipe, or by the data.")
     parser.add_max_megapixels()
     groups = {name: parser.add_argument_group(name, fields_of(TrainingConfig)[name].description) for name in SECTIONS}
@@ -156,6 +162,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"{'lr_range' if program.lr_range else 'price'} is for --dry_run: give that as well")
     if program.tune is not None and program.dry_run:
         raise UserError("tune trains, and dry_run does not: give one of them")
+    if program.folds is not None and (program.dry_run or recipe.fold):
+        raise UserError("folds trains on all folds: leave dry_run and fold out")
     if program.print_config:
         echo(recipe.to_yaml(), end="")
         return 0
@@ -170,6 +178,10 @@ def run(arguments: Sequence[str]) -> int:
         from coatnet.planning.tuning import tune
 
         recipe = tune(recipe, program.out, program.tune)
+    if program.folds is not None:
+        from coatnet.training.cross_validation import cross_validate
+
+        recipe = cross_validate(recipe, program.out, program.folds)
     report = train(recipe, program.out)
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
         echo_summary(report.headline())

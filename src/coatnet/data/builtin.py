@@ -84,7 +84,7 @@ def open_digits(validation_fraction: float) -> Splits:
     training, validation = (
         ArrayDataset("digits", classes, images[part], labels[part], numbers[part]) for part in (~held_out, held_out)
     )
-    return Splits("digits", training, validation)
+    return Splits("digits", training, validation, by_name=True)
 
 
 def is_idx_folder(folder: Path) -> bool:

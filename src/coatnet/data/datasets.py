@@ -68,6 +68,10 @@ class Dataset(Protocol):
         """The name of an image with the place of the data, for continuing what an earlier release began."""
         return self.describe(index)
 
+    def key(self, index: int) -> str:
+        """The name by whose hash an image is held out or not."""
+        return self.describe(index)
+
     def read_batch(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray]:
         """The pixels (B, H, W) or (B, H, W, 3) and labels (B,) or (B, K) of several images, if `in_memory`."""
         raise NotImplementedError(f"{self.name} is not in memory")
@@ -75,6 +79,12 @@ class Dataset(Protocol):
     def label(self, index: int) -> NDArray:
         """The label of an image, () or (K,), without reading the image."""
         return self.labels[index]
+
+    def label_name(self, index: int) -> str:
+        """The class of an image, or several joined by `;`; empty without any."""
+        label = self.label(index)
+        numbers = np.flatnonzero(label) if self.multilabel else [label] if label >= 0 else []
+        return ";".join(self.classes[int(number)] for number in numbers)
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
@@ -184,6 +194,9 @@ class FileDataset(Dataset):
         """The file of an image."""
         return self.root / self._name(index)
 
+    def key(self, index: int) -> str:
+        return self._name(index)
+
     def _name(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._names[start : self._ends[index]])
@@ -200,6 +213,18 @@ class FileDataset(Dataset):
 
     def whole_name(self, index: int) -> str:
         return printable(str(self.path(index)))
+
+
+def select(datasets: Sequence[Dataset], chosen: NDArray[np.bool_]) -> Dataset:
+    """The chosen images of datasets of one source, all arrays or all files, one after the other."""
+    first, labels = datasets[0], np.concatenate([each.labels for each in datasets])[chosen]
+    if isinstance(first, FileDataset):
+        keys = [each.key(index) for each in datasets for index in range(len(each))]
+        paths = [keys[row] for row in np.flatnonzero(chosen)]
+        return FileDataset(first.name, first.classes, first.root, paths, labels, first.source)
+    arrays = [each for each in datasets if isinstance(each, ArrayDataset)]
+    images, numbers = (np.concatenate([getattr(each, name) for each in arrays]) for name in ("images", "numbers"))
+    return ArrayDataset(first.name, first.classes, images[chosen], labels, numbers[chosen])
 
 
 def below_one_folder(paths: Sequence[str], folders: Sequence[str] = ()) -> tuple[Path, list[str]]:

@@ -95,24 +95,26 @@ def _open_split_folders(
     if not validation.paths:
         raise UserError(f"{root}: {validation_name}/ holds no images; remove the folder to have some held out")
     notes = [f"split by the folders {' and '.join(f'{name}/' for name in folders)}"]
+    number = {name: index for index, name in enumerate(classes)}
+
+    def dataset(folder: str, found: _FoundImages) -> FileDataset:
+        labels = np.array([number[name] for name in found.class_names], dtype=np.int64)
+        return FileDataset(root.name, classes, root / folder, found.paths, labels, root)
+
+    test = None
+    if test_name := next((name for name in beside if training_name and name.lower() in TEST_NAMES), None):
+        found = _find_images(root / test_name)
+        if found.paths and number.keys() >= set(found.class_names):
+            test, beside = dataset(test_name, found), [name for name in beside if name != test_name]
+            notes.append(f"{test_name}/ is measured once, at the end of a training")
     if beside:
         notes.append(f"left out, as they are not among them: {shorten([f'{name}/' for name in beside])}")
     notes += _notes(training, str(training_name)) + _notes(validation, validation_name)
     if unseen := sorted(set(classes) - set(validation.class_names), key=natural_key):
         notes.append(f"no images in {validation_name}/ for {shorten(unseen)}: nothing is measured for them")
-    number = {name: index for index, name in enumerate(classes)}
-    datasets = [
-        FileDataset(
-            root.name,
-            classes,
-            root / folder,
-            found.paths,
-            np.array([number[name] for name in found.class_names], dtype=np.int64),
-            root,
-        )
-        for folder, found in ((folders[0], training), (validation_name, validation))
-    ]
-    return Splits(root.name, datasets[0], datasets[1], tuple(notes))
+    return Splits(
+        root.name, dataset(folders[0], training), dataset(validation_name, validation), tuple(notes), test=test
+    )
 
 
 def _open_one_folder(root: Path, validation_fraction: float, evaluation: bool, source: Path | None = None) -> Splits:
@@ -135,7 +137,7 @@ def _open_one_folder(root: Path, validation_fraction: float, evaluation: bool, s
     notes += _notes(found, root.name)
     if (single := [name for name, count in Counter(found.class_names).items() if count == 1]) and not evaluation:
         notes.append(f"only one image, used for training, in {shorten(single)}: nothing is measured for them")
-    return Splits(root.name, datasets[0], datasets[1], tuple(notes))
+    return Splits(root.name, datasets[0], datasets[1], tuple(notes), by_name=bool(len(datasets[0])))
 
 
 def natural_key(name: str) -> tuple:

@@ -1,9 +1,10 @@
-"""Check every image of a source before training: unreadable ones, duplicates between training and validation."""
+"""Check every image of a source before training: unreadable ones, copies, sizes, and what gives a class away."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +12,17 @@ import torch
 from coatnet.data.datasets import Dataset, links_outside
 from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
+from coatnet.data.near_duplicates import Fingerprint, fingerprint, near_pairs
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import Splits
-from coatnet.data.transforms import Image
-from coatnet.errors import UserError, counted, cut, one_line, shorten
+from coatnet.data.shortcuts import Shortcut, find_shortcuts, properties_of
+from coatnet.data.splits import Splits, Summary, is_gray, summary_of
+from coatnet.data.transforms import Image, as_images
+from coatnet.errors import counted, cut, one_line, shorten
 from coatnet.system.terminal import report_wait
 
 MAX_LISTED = 20
+SPLIT_NAMES = ("training", "validation")
+Place = tuple[str, int]  # training or validation, and the number of the image in it
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Inspection:
         num_measured: validation images that can be used.
         links_outside: images that are links out of the data's folder, and what they lead to. They are read for
             training and prediction, but not packed.
+        summary: sizes and color of all images that can be used; None without any.
+        near: pairs of images that are nearly the same, but not in every pixel; the earlier first.
+        shortcuts: what gives a class away; nothing is looked for where images have several labels.
+        left_out: why `rows` leaves out an image, by its place.
     """
 
     splits: Splits
@@ -46,6 +55,10 @@ class Inspection:
     empty_classes: tuple[str, ...] = ()
     num_measured: int = 1
     links_outside: tuple[tuple[str, str], ...] = ()
+    summary: Summary | None = None
+    near: tuple[tuple[Place, Place], ...] = ()
+    shortcuts: tuple[Shortcut, ...] = ()
+    left_out: Mapping[Place, str] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -55,24 +68,81 @@ class Inspection:
     def __str__(self) -> str:
         return self.describe()
 
+    def name(self, place: Place) -> str:
+        """The name of an image."""
+        return getattr(self.splits, place[0]).describe(place[1])
+
+    def rows(self) -> list[Place]:
+        """The images for a clean table, in order: all that can be used but copies, training images that validation has
+        too or nearly, and copies under different labels."""
+        places = [(split, index) for split in SPLIT_NAMES for index in range(len(getattr(self.splits, split)))]
+        return [place for place in places if place not in self.left_out]
+
+    @property
+    def near_leaks(self) -> tuple[tuple[str, str], ...]:
+        """Pairs that are nearly the same, one in training and one in validation."""
+        return self._named([pair for pair in self.near if pair[0][0] != pair[1][0]])
+
+    @property
+    def near_contradictions(self) -> tuple[tuple[str, str], ...]:
+        """Pairs that are nearly the same and have different labels."""
+        return self._named([pair for pair in self.near if not _same_label(self.splits, *pair)])
+
+    def _named(self, pairs: Sequence[tuple[Place, Place]]) -> tuple[tuple[str, str], ...]:
+        return tuple((self.name(one), self.name(other)) for one, other in pairs)
+
     def describe(self) -> str:
         """The summary of the splits and the findings, one per line."""
-        try:
-            lines = [self.splits.describe(self.bad)]
-        except UserError:  # not one image can be read: the list below says so
-            lines = [one_line(f"{self.splits.name}:")]
+        # Without one image that can be read, the list below says so.
+        lines = [self.splits.describe(self.summary) if self.summary else one_line(f"{self.splits.name}:")]
         lines += _section("cannot be used", [f"{name}: {reason}" for name, reason in self.bad.items()])
         if self.bad:
             lines.append(self._consequence())
         lines += _section("decoded with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
         lines += _section("of validation found in training too", _equations(self.leaks))
+        lines += _section("of validation nearly the same as one of training", _equations(self.near_leaks))
+        if self.leaks or self.near_leaks:
+            lines.append(
+                "  training uses them as they are, and the figures on validation are then too high; --write FILE.csv "
+                "leaves them out of training"
+            )
         lines += _section("with a duplicate of another label", _equations(self.contradictions))
+        lines += _section("nearly the same as one of another label", _equations(self.near_contradictions))
         if self.num_repeated:
             lines.append(f"{counted(self.num_repeated, 'training image')} repeating an earlier one")
+        if near := len({other for one, other in self.near if one[0] == other[0] == "training"}):
+            lines.append(f"{counted(near, 'training image')} nearly repeating an earlier one")
+        if self.contradictions or self.near_contradictions or self.num_repeated or near:
+            lines.append("  training learns from each of them, so what is repeated counts more")
+        for each in self.shortcuts:
+            lines.append(
+                f"{each.name} is told from all others by its {each.property} alone ({100 * each.accuracy:.0f} % "
+                "balanced accuracy): a model may learn that, and fail where it does not hold"
+            )
         lines += _section(
             "leading out of the data's folder", [f"{name} -> {file}" for name, file in self.links_outside]
         )
-        return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
+        return "\n".join([*map(cut, lines), "healthy" if self.healthy else "not healthy"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The findings as plain values, all of them."""
+        pairs = ("leaks", "contradictions", "near_leaks", "near_contradictions", "links_outside")
+        return {
+            "data": self.splits.name,
+            "healthy": self.healthy,
+            "images": {split: len(getattr(self.splits, split)) for split in SPLIT_NAMES},
+            "classes": list(self.splits.classes),
+            "training_images": dict(zip(self.splits.classes, map(int, self.splits.training.class_counts), strict=True)),
+            "notes": list(self.splits.notes),
+            "sizes": vars(self.summary) if self.summary else None,
+            "bad": dict(self.bad),
+            "warnings": dict(self.warnings),
+            **{name: [list(pair) for pair in getattr(self, name)] for name in pairs},
+            "near": [list(pair) for pair in self._named(self.near)],
+            "repeated": self.num_repeated,
+            "empty_classes": list(self.empty_classes),
+            "shortcuts": [each._asdict() for each in self.shortcuts],
+        }
 
     def _consequence(self) -> str:
         """What a training does about the bad images."""
@@ -104,38 +174,82 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     splits = source if isinstance(source, Splits) else open_dataset(source)
     bad: dict[str, str] = {}
     warnings: dict[str, str] = {}
-    first_seen: dict[bytes, tuple[Dataset, int]] = {}
-    leaks, contradictions = [], []
+    left_out: dict[Place, str] = {}
+    first_seen: dict[bytes, Place] = {}
+    leaks, contradictions, conflicting = [], [], set()
     num_repeated = 0
     learned: set[int] = set()  # classes of the training images that can be used
-    num_measured = 0  # validation images that can be used
-    for dataset in (splits.training, splits.validation):
-        for index, digest in _digests(dataset, bad, warnings, strict):
-            if dataset is splits.training:
+    measured: list[Place] = []  # the images that can be used, and what was measured of them
+    properties, sizes, gray = [], [], True
+    distinct: list[tuple[Place, Fingerprint]] = []
+    for split in SPLIT_NAMES:
+        dataset = getattr(splits, split)
+        for index, found in _measure(dataset, bad, warnings, strict):
+            place = split, index
+            if found is None:
+                left_out[place] = "cannot be used"
+                continue
+            if split == "training":
                 label = dataset.labels[index]
                 learned.update(np.flatnonzero(label).tolist() if splits.multilabel else [int(label)])
-            else:
-                num_measured += 1
-            first, number = first_seen.setdefault(digest, (dataset, index))
-            if first is dataset and number == index:
+            measured.append(place)
+            properties.append(found.properties)
+            sizes.append(found.size)
+            gray &= found.gray
+            first = first_seen.setdefault(found.digest, place)
+            if first == place:
+                distinct.append((place, found.fingerprint))
                 continue
-            pair = (first.describe(number), dataset.describe(index))
-            num_repeated += dataset is splits.training
-            if first is not dataset:
+            pair = getattr(splits, first[0]).describe(first[1]), dataset.describe(index)
+            num_repeated += split == "training"
+            if first[0] != split:
                 leaks.append(pair)
-            if not np.array_equal(first.label(number), dataset.label(index)):
+                left_out[first] = "in validation too"
+            else:
+                left_out[place] = "a copy"
+            if not _same_label(splits, first, place):
                 contradictions.append(pair)
-    empty = tuple(name for index, name in enumerate(splits.classes) if index not in learned)
-    outside = tuple(link for dataset in (splits.training, splits.validation) for link in links_outside(dataset))
+                conflicting |= {first, place}
+    left_out |= dict.fromkeys(conflicting, "a copy under another label")
+    near = tuple(
+        (distinct[one][0], distinct[other][0]) for one, other in near_pairs([each for _, each in distinct]).tolist()
+    )
+    left_out |= {one: "nearly in validation too" for one, other in near if one[0] != other[0] and one not in left_out}
+    shortcuts: list[Shortcut] = []
+    if measured and not splits.multilabel:
+        labels = np.array([int(getattr(splits, split).label(index)) for split, index in measured])
+        shortcuts = find_shortcuts(np.stack(properties), labels, splits.classes)
     return Inspection(
-        splits, bad, warnings, tuple(leaks), tuple(contradictions), num_repeated, empty, num_measured, outside
+        splits,
+        bad,
+        warnings,
+        tuple(leaks),
+        tuple(contradictions),
+        num_repeated,
+        empty_classes=tuple(name for index, name in enumerate(splits.classes) if index not in learned),
+        num_measured=sum(split == "validation" for split, _ in measured),
+        links_outside=tuple(link for split in SPLIT_NAMES for link in links_outside(getattr(splits, split))),
+        summary=summary_of(sizes, gray=gray, complete=True) if sizes else None,
+        near=near,
+        shortcuts=tuple(shortcuts),
+        left_out=left_out,
     )
 
 
-def _digests(
+class _Measured(NamedTuple):
+    """What is kept of an image that has been decoded."""
+
+    digest: bytes  # of its pixels
+    size: tuple[int, int]
+    gray: bool
+    properties: np.ndarray
+    fingerprint: Fingerprint
+
+
+def _measure(
     dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
-) -> Iterator[tuple[int, bytes]]:
-    """Yield the index and a digest of the pixels of each good image; the others are added to `bad`."""
+) -> Iterator[tuple[int, _Measured | None]]:
+    """Yield the index of each image and what is measured; None for one that cannot be read, which is added to `bad`."""
     for index in range(len(dataset)):
         try:
             image, _ = read_image(dataset, index)
@@ -143,8 +257,12 @@ def _digests(
                 warnings[dataset.describe(index)] = text
         except BadImage as error:
             bad[error.name] = error.reason
+            yield index, None
             continue
-        yield index, pixel_digest(image)
+        pixels = as_images(image)  # (3 or 1, H, W)
+        values = pixels.numpy()
+        size, gray = (values.shape[1], values.shape[2]), len(values) == 1 or is_gray(values)
+        yield index, _Measured(pixel_digest(image), size, gray, properties_of(pixels), fingerprint(pixels))
 
 
 def pixel_digest(image: Image) -> bytes:
@@ -152,6 +270,11 @@ def pixel_digest(image: Image) -> bytes:
     pixels = image.numpy() if isinstance(image, torch.Tensor) else image
     shape = str(pixels.shape).encode()
     return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=shape).digest()
+
+
+def _same_label(splits: Splits, one: Place, other: Place) -> bool:
+    labels = [getattr(splits, split).label(index) for split, index in (one, other)]
+    return np.array_equal(*labels)
 
 
 def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:

@@ -17,11 +17,18 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import TRUSTED_ROOTS, FileDataset, empty_label_table, is_below, trusted_roots
+from coatnet.data.datasets import TRUSTED_ROOTS, FileDataset, empty_label_table, is_below, printable, trusted_roots
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
 from coatnet.errors import UserError, counted, import_extra, one_line, shorten
-from coatnet.system.files import check_regular, open_regular
+from coatnet.system.files import (
+    atomic_files,
+    check_regular,
+    open_regular,
+    output_path,
+    translate_write_errors,
+    user_path,
+)
 
 REQUIRED = ("path", "label")
 CHECKED_ROWS = 20  # chosen: files may be missing, but if none of the first is there, the paths start elsewhere
@@ -56,10 +63,12 @@ class _Row(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """The rows of a table: number, and the cells of path, label and split; and the names of these columns, or None."""
+    """The rows of a table: number, and the cells of path, label and split; the names of these columns, or None; and
+    those of the columns that are not used."""
 
     columns: list[str | None]
     rows: Generator[tuple[int, tuple[str, object, str]]]
+    unused: list[str]
 
 
 def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = False) -> Splits:
@@ -75,7 +84,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
         UserError: a row is wrong; the message has its number.
     """
     root = path.resolve().parent
-    columns, cells = _open_table(path, REQUIRED)
+    columns, cells, unused = _open_table(path, REQUIRED)
     with closing(cells):
         rows = [_parse(path, root, number, *values) for number, values in cells]
     if not rows:
@@ -90,6 +99,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
     for row in rows:
         if not row.labels and not multilabel:
             raise UserError(f"{path}, row {row.number}: no label; every image needs one")
+    every = rows
     rows, held_out, notes = _split(path, rows, validation_fraction, multilabel, evaluation)
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
     if len(classes) < 2 and not evaluation:
@@ -101,14 +111,25 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
     if any(name not in (None, usual) for name, usual in zip(columns, _NAMES, strict=True)):
         given = ", ".join(f"{usual} from {name!r}" for name, usual in zip(columns, _NAMES, strict=True) if name)
         notes.append(f"columns: {given}")
+    if unused:
+        notes.append(f"columns that are not used: {shorten(unused)}")
     if multilabel and (unlabeled := sum(not row.labels for row in rows)):
         notes.append(f"{counted(unlabeled, 'image')} without a label: every class is counted as absent")
-    datasets = []
-    for part in (~held_out, held_out):
-        chosen = [rows[index] for index in np.flatnonzero(part)]
+
+    def dataset(chosen: list[_Row]) -> FileDataset:
         labels = _encode(path, chosen, classes, multilabel)
-        datasets.append(FileDataset(path.stem, classes, root, [row.path for row in chosen], labels))
-    return Splits(path.stem, datasets[0], datasets[1], tuple(notes))
+        return FileDataset(path.stem, classes, root, [row.path for row in chosen], labels)
+
+    datasets = [dataset([rows[index] for index in np.flatnonzero(part)]) for part in (~held_out, held_out)]
+    test, known = None, set(classes)
+    if len(rows) < len(every):
+        measured = [row for row in every if row.split == "test" and known.issuperset(row.labels)]
+        test = dataset(measured) if measured else None
+        notes.append(f"{counted(len(measured), 'row')} of the test split measured once, at the end of a training")
+        if unknown := len(every) - len(rows) - len(measured):
+            notes.append(f"{counted(unknown, 'row')} of the test split left out: their labels are in no other row")
+    by_name = not any(row.split for row in rows) and bool(held_out.any())
+    return Splits(path.stem, datasets[0], datasets[1], tuple(notes), by_name, test)
 
 
 def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
@@ -124,6 +145,50 @@ def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
         for number, (image, label, _) in rows:
             text = ";".join(map(str, label)) if isinstance(label, list) else str(label)
             yield _below(root, f"{path}, row {number}", image), text
+
+
+def write_manifest(
+    path: str | Path, columns: Sequence[str], rows: Sequence[tuple[Path, str, *tuple[object, ...]]], *, multilabel: bool
+) -> None:
+    """Write a CSV that `open_manifest` takes back; it is read again before it takes its name.
+
+    Args:
+        path: of the file, in a folder of which the images are below; a file that is there is replaced.
+        columns: names of what stands behind the file and the label of each row.
+        rows: file, label (several are joined by `;`, none is empty), and the other cells.
+        multilabel: whether `;` separates labels.
+
+    Raises:
+        UserError: an image is not below the folder, or a name or class is one that a table does not give back; or the
+            file cannot be written.
+    """
+    target = user_path(output_path(path)).absolute()
+    if target.suffix.lower() != ".csv":
+        raise UserError(f"{path}: tables of images are written to a .csv")
+    root, table = target.parent.resolve(), []
+    for image, *cells in rows:
+        file = os.path.abspath(image)
+        if not is_below(file, [str(root), *trusted_roots()]):
+            above = os.path.commonpath([os.path.abspath(each) for each, *_ in rows])
+            raise UserError(
+                f"{path}: a table names images below its own folder, and these lie in {above}: write it there or above"
+            )
+        table.append((os.path.relpath(file, root), *cells))
+    with translate_write_errors(path), atomic_files(target) as (staged,):
+        try:
+            with staged.open("w", encoding="utf-8", newline="") as stream:
+                csv.writer(stream).writerows([(*REQUIRED, *columns), *table])
+            with closing(_open_table(staged, REQUIRED).rows) as found:
+                again = [_parse(staged, root, number, *values) for number, values in found]
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: the name {printable(error.object)[:200]!r} is not UTF-8, as a table is") from None
+        for (name, label, *_), row in zip(table, again, strict=True):
+            labels = str(label).split(";") if multilabel else [label]
+            if (name, tuple(filter(None, labels))) != (row.path, row.labels):
+                raise UserError(
+                    f"{path}: {name!r:.200} of {label!r:.200} would be read as {row.path!r:.200} of "
+                    f"{';'.join(row.labels)!r:.200}: rename it first"
+                )
 
 
 def _split(
@@ -156,8 +221,6 @@ def _split(
     used = [row for row in rows if row.split in ("training", held_out_name)]
     used_names = [name for name in ("training", held_out_name) if name in named]
     notes = [f"split by its column split: {' and '.join(used_names)}"]
-    if len(used) < len(rows):
-        notes.append(f"{counted(len(rows) - len(used), 'row')} of the test split left out")
     return used, np.array([row.split == held_out_name for row in used]), notes
 
 
@@ -285,7 +348,8 @@ def _open_csv(path: Path, required: Sequence[str]) -> _Table:
                 values = [row[column].strip() if column is not None else "" for column in columns]
                 yield number, (values[0], values[1], values[2])
 
-    return _Table([None if column is None else header[column].strip() for column in columns], cells())
+    unused = [name.strip() for number, name in enumerate(header) if number not in columns and name.strip()]
+    return _Table([None if column is None else header[column].strip() for column in columns], cells(), unused)
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -334,7 +398,7 @@ def _open_parquet(path: Path, required: Sequence[str]) -> _Table:
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
             raise _not_parquet(path, error) from error
 
-    return _Table(names, rows())
+    return _Table(names, rows(), [name for number, name in enumerate(header) if number not in columns])
 
 
 def _check_expansion(path: Path, metadata: Any, names: set[str]) -> list[str]:

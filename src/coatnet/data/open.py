@@ -13,7 +13,7 @@ from coatnet.data.folder import MANIFEST_SUFFIXES, open_folder
 from coatnet.data.hugging_face import SCHEME, is_saved_folder, open_hugging_face
 from coatnet.data.manifest import open_manifest
 from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, open_shard_folder
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits, divide
 from coatnet.errors import UserError, nearest
 from coatnet.system.credentials import conceal
 from coatnet.system.files import user_path
@@ -22,8 +22,13 @@ from coatnet.system.terminal import report_wait
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
 
 
-@report_wait("reading what images there are")
-def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evaluation: bool = False) -> Splits:
+def open_dataset(
+    source: str | Path,
+    *,
+    validation_fraction: float = SplitRule.validation_fraction,
+    rule: SplitRule | None = None,
+    evaluation: bool = False,
+) -> Splits:
     """Open the training and validation images of a source.
 
     Args:
@@ -37,6 +42,7 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
             - a folder of IDX files as MNIST has them.
         validation_fraction: the fraction of the images to hold out, above 0 and below 1, if the source does not say
             which ones. Which images these are depends on their names alone, so new images move no old ones.
+        rule: as of a recipe, in place of the fraction: also folds, a test split, and what stays together.
         evaluation: nothing is trained on the images, so one class, one image a class or a test split alone are enough.
 
     Returns:
@@ -45,8 +51,19 @@ def open_dataset(source: str | Path, *, validation_fraction: float = 0.1, evalua
     Raises:
         UserError: there is no such source, or it cannot be used; the message says what to change.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction must be between 0 and 1, got {validation_fraction!r}")
+    rule = rule or SplitRule(validation_fraction)
+    if not 0 < rule.validation_fraction < 1:
+        raise UserError(f"validation_fraction must be between 0 and 1, got {rule.validation_fraction!r}")
+    if not 0 <= rule.test_fraction < 1 - rule.validation_fraction:
+        raise UserError(
+            f"test_fraction must be 0 or more and leave images to learn from beside validation_fraction "
+            f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
+        )
+    return divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+
+
+@report_wait("reading what images there are")
+def _open(source: str | Path, validation_fraction: float, evaluation: bool) -> Splits:
     if source == "":  # as a path it would be the current folder
         raise UserError(
             f"no data is given: give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"

@@ -3,14 +3,15 @@
 import hashlib
 import os
 import unicodedata
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import Dataset, evenly_spaced
+from coatnet.data.datasets import Dataset, evenly_spaced, select
 from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, counted, cut, one_line
 from coatnet.public_names import renamed_attribute
@@ -31,6 +32,7 @@ class Summary:
         largest: (height, width) of the image with the largest area.
         gray: whether every image is without color.
         num_sampled: how many images were read.
+        complete: whether these are all that can be used.
     """
 
     median: tuple[int, int]
@@ -38,11 +40,34 @@ class Summary:
     largest: tuple[int, int]
     gray: bool
     num_sampled: int
+    complete: bool = False
 
     @property
     def uniform(self) -> bool:
         """Whether all images have the same size."""
         return self.smallest == self.largest
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Which images are held out where the source does not say so; the fields are those of a recipe.
+
+    Attributes:
+        validation_fraction: of the images, by the hash of their names.
+        test_fraction: of the images, for a test split, by another hash of their names.
+        fold: instead of a fraction, `2/5` is the second of five folds; empty for none.
+        kept_together: names of images that fall on one side, group by group.
+    """
+
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.0
+    fold: str = ""
+    kept_together: Sequence[Sequence[str]] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The rule of a recipe's values, of which those of an earlier release are fewer."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if values.get(each.name) is not None})
 
 
 @dataclass(frozen=True)
@@ -54,12 +79,16 @@ class Splits:
         training: the images to learn from.
         validation: the images to measure on.
         notes: what `open_dataset` noticed, such as how the images were split and which files were left out.
+        by_name: whether the validation images were chosen by the hash of their names.
+        test: images that are measured once, at the end of a training; None without any.
     """
 
     name: str
     training: Dataset
     validation: Dataset
     notes: tuple[str, ...] = ()
+    by_name: bool = False
+    test: Dataset | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -102,13 +131,13 @@ class Splits:
     def __str__(self) -> str:
         return self.describe()
 
-    def describe(self, unusable: Container[str] = ()) -> str:
+    def describe(self, summary: Summary | None = None) -> str:
         """A summary of a few lines: number of images, split, sizes, classes, balance, notes.
 
         Args:
-            unusable: names of images that are known to be unreadable, whose sizes do not count.
+            summary: what the images look like, if more of them have been read than a sample.
         """
-        summary = summarize(self.training, unusable) if unusable else self.summary
+        summary = summary or self.summary
         counts = self.training.class_counts
         num_images = len(self.training) + len(self.validation)
         kind = "several labels an image" if self.multilabel else "one label an image"
@@ -117,7 +146,8 @@ class Splits:
             shown += f", ... ({len(self.classes) - 10} more)"
         lines = [
             f"{self.name}: {counted(num_images, 'image')}, {counted(len(self.classes), 'class')}, {kind}",
-            f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation",
+            f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation"
+            + (f", {len(self.test):,} for the test at the end" if self.test is not None else ""),
             f"  images   {_describe_sizes(summary)}, {'gray' if summary.gray else 'color'}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
@@ -125,11 +155,10 @@ class Splits:
         return "\n".join(cut(one_line(line)) for line in lines + [f"  note     {note}" for note in self.notes])
 
 
-def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
+def summarize(dataset: Dataset) -> Summary:
     """Read up to 200 images, evenly spread, and summarize their sizes and color; unreadable ones are skipped.
 
-    These are the images named in `unusable` and those that do not decode. Of large ones only the first are decoded, up
-    to 100 million pixels; then the header decides.
+    Of large ones only the first are decoded, up to 100 million pixels; then the header decides.
 
     Raises:
         UserError: none can be read; the message has the last reason.
@@ -140,14 +169,12 @@ def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
     failure = None
     for index in indices:
         try:
-            if unusable and (name := dataset.describe(index)) in unusable:
-                raise BadImage(name, "unreadable")
             encoded, _ = dataset.read(index)
             if isinstance(encoded, bytes):
                 size = image_size(encoded, dataset.describe(index))
                 if gray or not sizes or decoded < DECODED_PIXELS:
                     decoded += size[0] * size[1]
-                    gray &= _is_gray(decode(encoded, dataset.describe(index)).numpy())
+                    gray &= is_gray(decode(encoded, dataset.describe(index)).numpy())
             else:
                 size = encoded.shape[:2]
                 gray &= encoded.ndim == 2
@@ -156,10 +183,15 @@ def summarize(dataset: Dataset, unusable: Container[str] = ()) -> Summary:
             failure = bad
     if not sizes:
         raise UserError(f"{dataset.name}: none of {len(indices)} sampled images can be used, the last one {failure}")
+    return summary_of(sizes, gray=gray)
+
+
+def summary_of(sizes: Sequence[tuple[int, int]], *, gray: bool, complete: bool = False) -> Summary:
+    """The summary of images of these heights and widths."""
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     heights, widths = np.sort(np.array(sizes), axis=0).T
     median = int(heights[len(heights) // 2]), int(widths[len(widths) // 2])
-    return Summary(median, by_area[0], by_area[-1], gray, len(sizes))
+    return Summary(median, by_area[0], by_area[-1], gray, len(sizes), complete)
 
 
 def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) -> NDArray[np.bool_]:
@@ -187,13 +219,88 @@ def choose_validation(names: Sequence[str], labels: NDArray, fraction: float) ->
     return held_out
 
 
+def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Splits:
+    """Divide images that were held out by their names as a rule says beyond its fraction.
+
+    A group that is kept together counts as its first image. The test split is chosen before the others.
+
+    Args:
+        evaluation: the rule is that of a training, perhaps on other images, which may have a split of their own.
+
+    Raises:
+        UserError: the source says itself which images are held out, or the fold is none.
+    """
+    if not (rule.test_fraction or rule.fold or rule.kept_together):
+        return splits
+    if not splits.by_name:
+        asked = "fold" * bool(rule.fold) or "test_fraction" * bool(rule.test_fraction)
+        if asked and not evaluation:
+            raise UserError(f"{splits.name} is divided already, which {asked} would change: leave {asked} out")
+        return splits
+    parts = (splits.training, splits.validation)
+    keys = np.array([part.key(index) for part in parts for index in range(len(part))], dtype=object)
+    labels = np.concatenate([part.labels for part in parts])
+    places = {part.describe(index): row for row, (part, index) in enumerate(_every(parts))}
+    first: dict[str, int] = {}  # a table may name an image twice
+    heads = np.array([first.setdefault(key, row) for row, key in enumerate(keys)])  # who decides for the image
+    for group in rule.kept_together:
+        if present := [places[name] for name in group if name in places]:
+            heads[np.isin(heads, heads[present])] = heads[present[0]]
+    units = np.unique(heads)
+    test = np.zeros(len(keys), bool)
+    if rule.test_fraction:
+        salted = [f"test:{keys[row]}" for row in units]
+        test[units] = choose_validation(salted, labels[units], rule.test_fraction)
+        units = units[~test[units]]
+    held_out = np.zeros(len(keys), bool)
+    if rule.fold:
+        number, _, count = rule.fold.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) >= 2):
+            raise UserError(f"fold {rule.fold!r:.40} is none; 2/5 is the second of five")
+        held_out[units] = assign_folds(keys[units].tolist(), labels[units], int(count)) == int(number) - 1
+        notes = [f"held out fold {rule.fold} by the hash of the name, as many of each class in every fold"]
+    else:
+        held_out[units] = choose_validation(keys[units].tolist(), labels[units], rule.validation_fraction)
+        notes = [note for note in splits.notes if note.startswith("held out")]
+    test, held_out = test[heads], held_out[heads]
+    if rule.kept_together:
+        notes.append(f"copies and near copies on one side of the split: {counted(len(rule.kept_together), 'group')}")
+    return replace(
+        splits,
+        training=select(parts, ~(test | held_out)),
+        validation=select(parts, held_out),
+        test=select(parts, test) if rule.test_fraction else None,
+        notes=(*notes, *(note for note in splits.notes if not note.startswith("held out"))),
+    )
+
+
+def _every(parts: Sequence[Dataset]) -> Iterator[tuple[Dataset, int]]:
+    return ((part, index) for part in parts for index in range(len(part)))
+
+
+def assign_folds(names: Sequence[str], labels: NDArray, num_folds: int) -> NDArray[np.int64]:
+    """The fold of each image, (N,), by the hash of its name: as many of a class in each, give or take one.
+
+    Args:
+        names: of the images, N.
+        labels: class indices (N,). Multi-label images (N, K) are one group.
+        num_folds: number of folds.
+    """
+    hashes = np.array([_name_hash(name) for name in names])
+    groups = labels if labels.ndim == 1 else np.zeros(len(names), dtype=np.int64)
+    folds = np.empty(len(names), dtype=np.int64)
+    folds[np.lexsort((hashes, groups))] = np.arange(len(names)) % num_folds
+    return folds
+
+
 def _name_hash(name: str) -> float:
     # macOS writes accents decomposed, Linux composed: the same folder must split the same way on both.
     name_bytes = os.fsencode(unicodedata.normalize("NFC", name))
     return int.from_bytes(hashlib.blake2b(name_bytes, digest_size=8).digest(), "big") / 2**64
 
 
-def _is_gray(pixels: NDArray[np.uint8]) -> bool:
+def is_gray(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the channels of an image (3, H, W) are equal."""
     return bool((pixels[0] == pixels[1]).all() and (pixels[1] == pixels[2]).all())
 
 
@@ -202,7 +309,8 @@ def _describe_sizes(summary: Summary) -> str:
     if summary.uniform:
         return f"{width} x {height} pixels"
     spread = f"from {small[1]} x {small[0]} to {large[1]} x {large[0]}"
-    return f"{width} x {height} pixels in the median, {spread} (of {summary.num_sampled} sampled)"
+    read = f"all {summary.num_sampled:,}" if summary.complete else f"of {summary.num_sampled} sampled"
+    return f"{width} x {height} pixels in the median, {spread} ({read})"
 
 
 def _describe_balance(classes: tuple[str, ...], counts: NDArray[np.int64]) -> str:

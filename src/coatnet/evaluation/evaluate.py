@@ -18,7 +18,7 @@ from coatnet.bundle.bundle import without_places
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import EvaluationTransform, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.answers import (
@@ -47,7 +47,7 @@ def evaluate(
     bundle: Bundle | str | Path,
     data: str | Path | Dataset | Splits,
     *,
-    split: Literal["validation", "training", "all"] = "validation",
+    split: Literal["validation", "training", "test", "all"] = "validation",
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str | None = None,
@@ -196,8 +196,10 @@ def choose_datasets(
     data = _open(data, bundle)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
-    if split not in ("validation", "training", "all"):
-        raise UserError(f"split {split!r} is unknown; it is validation, training or all")
+    if split not in ("validation", "training", "test", "all"):
+        raise UserError(f"split {split!r} is unknown; it is validation, training, test or all")
+    if split == "test" and data.test is None:
+        raise UserError(f"{data.name}: there is no test split beside training and validation")
     datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
     if not any(map(len, datasets)):
         advice = "; --split all takes the images of every split" if split != "all" else ""
@@ -207,14 +209,14 @@ def choose_datasets(
 
 def _open(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
     if isinstance(data, str | Path):
-        return open_dataset(data, validation_fraction=recorded_fraction(bundle), evaluation=True)
+        return open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
     return data
 
 
-def recorded_fraction(bundle: Bundle) -> float:
-    """The fraction of the images that was held out when the model was made; a tenth if its record does not say."""
+def recorded_rule(bundle: Bundle) -> SplitRule:
+    """How images were held out when the model was made; a tenth by their names if its record does not say."""
     recorded = (bundle.record.get(name) or {} for name in ("recipe", "probe"))
-    return next((each["validation_fraction"] for each in recorded if "validation_fraction" in each), 0.1)
+    return SplitRule.of(next((each for each in recorded if "validation_fraction" in each), {}))
 
 
 def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:

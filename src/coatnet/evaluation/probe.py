@@ -22,7 +22,7 @@ from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_if_enough
-from coatnet.evaluation.evaluate import choose_datasets, evaluate, load_model, recorded_fraction
+from coatnet.evaluation.evaluate import choose_datasets, evaluate, load_model, recorded_rule
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
 from coatnet.evaluation.report_markdown import write_report
@@ -137,7 +137,7 @@ def probe(
             training images, k is not in 1..N, or `out` exists, lies among the images or cannot be written.
     """
     if out is None:
-        _, bundle, splits = _open(bundle, data, device)
+        _, bundle, splits = open_for_probe(bundle, data, device)
         return _measure(bundle, splits, k, batch_size, num_workers)[0]
     target = output_path(out)
     if target.exists():
@@ -145,7 +145,7 @@ def probe(
     if isinstance(data, str | Path) and str(data) not in NAMES:
         require_outside(target, str(user_path(data).absolute()))
     with translate_write_errors(out), atomic_folder(out) as staged:
-        source, bundle, splits = _open(bundle, data, device)
+        source, bundle, splits = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         fitted = calibrate_if_enough(linear.replace_classifier(bundle, splits), splits, num_workers)
         with ProgressBar("evaluating") as bar:
@@ -156,7 +156,7 @@ def probe(
             "data": splits.name,
             "num_training": found.num_training,
             "l2": found.l2,
-            "validation_fraction": recorded_fraction(bundle),
+            **{name: value for name, value in asdict(recorded_rule(bundle)).items() if value},
         }
         replace(fitted, record={"probe": about, "report": report.to_dict()}).save(staged / "bundle")
         write_report(report, staged)
@@ -165,8 +165,10 @@ def probe(
     )
 
 
-def _open(bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None) -> tuple[str, Bundle, Splits]:
-    """What is given, opened: where the model is from, the model on its device, the images."""
+def open_for_probe(
+    bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None
+) -> tuple[str, Bundle, Splits]:
+    """What is given, opened: where the model is from (`auto` is chosen), the model on its device, the images."""
     source = bundle.model.variant.name if isinstance(bundle, Bundle) else str(bundle)
     if is_auto(bundle):
         data = data if isinstance(data, Splits) else open_dataset(data, evaluation=True)
@@ -256,7 +258,7 @@ class LinearProbe:
         return Bundle(model.eval(), splits.classes, bundle.preprocessing, splits.multilabel)
 
 
-def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> LinearProbe:
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, l2: float | None = None) -> LinearProbe:
     """Fit a logistic regression to standardized features.
 
     The L2 strength is the one with the best figure on a held-out tenth of the features, the strongest of equals; the
@@ -266,6 +268,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> LinearProb
         features: (N, D).
         labels: (N,) or (N, K).
         num_classes: K.
+        l2: the strength, if it is known.
 
     Raises:
         UserError: no class has two images, so none can be held out.
@@ -274,6 +277,8 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> LinearProb
     # A constant feature is not scaled: that would amplify its rounding errors.
     spread = torch.where(spread > 1e-5 * mean.abs(), spread, 1.0)
     features = (features - mean) / spread
+    if l2 is not None:
+        return LinearProbe(mean, spread, *fit_logistic(features, labels, num_classes, l2=l2), l2)
 
     held_out = _hold_out(labels)
     fitted, fitted_labels, figures = features[~held_out], labels[~held_out], {}

@@ -19,7 +19,7 @@ from coatnet.bundle.bundle import place_name
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, training_batches
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.evaluate import evaluate, load_model
@@ -130,8 +130,7 @@ def soup(
     notes = _notes(recipes, names, uniform=uniform)
     figure = "mean_average_precision" if bundles[0].multilabel else "top1"
     if isinstance(data, str | Path):
-        fraction = float(str(recipes[0].get("validation_fraction", 0.1)))
-        data = open_dataset(data, validation_fraction=fraction, evaluation=True)
+        data = open_dataset(data, rule=SplitRule.of(recipes[0]), evaluation=True)
 
     training = None if data is None else data.training
 
@@ -278,6 +277,7 @@ def _traits(bundle: Bundle) -> dict[str, object]:
         "multilabel": bundle.multilabel,
         **{f"preprocessing.{name}": value for name, value in asdict(bundle.preprocessing).items()},
         "validation_fraction": _recipe(bundle).get("validation_fraction"),
+        "fold": _recipe(bundle).get("fold") or "",
     }
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coatnet.data.open import open_dataset
 from coatnet.errors import UserError, counted
 from coatnet.planning.lr_range import LearningRateRange, find_range
 from coatnet.system.hardware import num_cores
 from coatnet.training.config import Recipe, TrainingConfig
+from coatnet.training.defaults import open_splits
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.image_cache import cached_images
 from coatnet.training.initialization import load_init
@@ -96,8 +96,8 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     """
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"price must be that of an hour, 0 or more, got {price:g}")
-    splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
     progress = TrainingProgress(None)
+    recipe, splits = open_splits(recipe, progress.say)
     recipe, init = load_init(recipe, splits, progress.say)
     config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:

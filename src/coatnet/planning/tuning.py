@@ -21,14 +21,13 @@ from rich.console import Console
 
 from coatnet.bundle import Bundle
 from coatnet.data.loader import require_readable
-from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, import_extra
 from coatnet.evaluation.metrics import Interval, Metrics, paired_difference, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
 from coatnet.system.json_reader import read_json, require_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
-from coatnet.training.defaults import num_steps, resolve
+from coatnet.training.defaults import num_steps, open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.duration import EVALUATION_COST
 from coatnet.training.image_cache import cached_images
@@ -83,8 +82,8 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
             "folder for out"
         )
     import_extra("optuna", "tune", "tune")
-    splits = open_dataset(recipe.data, validation_fraction=recipe.validation_fraction)
-    given, init = load_init(recipe, splits, progress.say)
+    given, splits = open_splits(recipe, progress.say)
+    given, init = load_init(given, splits, progress.say)
     config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress)
     config = folder.check_config(config, splits.classes, splits.content)
     require_readable(splits.validation, "validation")

@@ -134,6 +134,13 @@ class TrainingConfig:
     """Hours of training for each of which one more checkpoint stays; by default none (0)."""
     validation_fraction: FractionBelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
+    test_fraction: FractionBelowOne = 0.0
+    """Fraction of the images for a test split, measured once at the end, where the data has none; by default none."""
+    fold: Text = ""
+    """Held out instead of a fraction: 2/5 is the second of five folds; `train --folds 5` has all; by default none."""
+    kept_together: tuple[tuple[str, ...], ...] = ()
+    """Groups of images, by name, that fall on one side of the split; by default copies and near copies with one label,
+    where image files have no split of their own and are at most 20,000."""
     num_workers: Annotated[NonNegativeInt | Literal["auto"], CHANGEABLE] = "auto"
     """Processes that read images; 0: the training process reads them; auto, up to 8: with a GPU as many as the cores,
     else a third of them, and an eighth where images are kept decoded; the other cores compute."""
@@ -235,6 +242,9 @@ class Recipe:
     keep_checkpoints: int | None = None
     keep_every_hours: float | None = None
     validation_fraction: float = TrainingConfig.validation_fraction
+    test_fraction: float | None = None
+    fold: str | None = None
+    kept_together: Sequence[Sequence[str]] | None = None
     num_workers: int | Literal["auto"] | None = None
     cache: Literal["auto", "memory", "disk", "none"] | None = None
     bad_image_budget: float | None = None

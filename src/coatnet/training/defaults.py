@@ -4,18 +4,20 @@ Every figure here is `chosen`: the paper trains on ImageNet and larger only.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from coatnet.bundle import Bundle
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, FileDataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
-from coatnet.data.open import NAMES
+from coatnet.data.near_duplicates import groups_to_keep_together
+from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.pixel_cache import Reduction, memory_room
-from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits, divide
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
@@ -28,6 +30,7 @@ SHORT_RUN_EPOCHS = 25  # below, an untrained network learns less from photograph
 MUON_RATE = 4  # times the learning rate of AdamW, for untrained weights
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
+MAX_COMPARED_IMAGES = 20_000  # chosen: all are decoded before the first step, some 70 seconds for photographs
 
 
 @dataclass(frozen=True)
@@ -353,3 +356,25 @@ def num_steps(epochs: float, num_images: int, batch_size: int) -> int:
 def head_first_steps(config: TrainingConfig, num_images: int) -> int:
     """Optimizer steps in which the classifier learns alone."""
     return num_steps(config.head_first_epochs, num_images, config.batch_size) if config.head_first_epochs else 0
+
+
+def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Splits]:
+    """The images of a recipe, and the recipe with the copies that stay on one side of the split.
+
+    Copies are looked for once, where image files have no split of their own; the recipe of the run names them.
+
+    Raises:
+        UserError: as `open_dataset`.
+    """
+    rule = SplitRule.of(recipe.to_dict())
+    splits = open_dataset(recipe.data, rule=rule)
+    if recipe.kept_together is not None or not splits.by_name or not isinstance(splits.training, FileDataset):
+        return recipe, splits
+    num_images = len(splits.training) + len(splits.validation)
+    if num_images > MAX_COMPARED_IMAGES:
+        say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
+        return replace(recipe, kept_together=()), splits
+    groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
+    return replace(recipe, kept_together=groups), divide(
+        splits, replace(rule, kept_together=groups)
+    ) if groups else splits

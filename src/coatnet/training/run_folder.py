@@ -27,6 +27,7 @@ from coatnet.system.files import (
 from coatnet.system.json_reader import read_json
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
 
+FOLDS = "folds"  # folder of the runs of a cross-validation
 LOCK = ".lock"  # in the folder while a process trains in it
 
 
@@ -67,6 +68,7 @@ class RunFolder:
         return all(
             entry.name == LOCK
             or entry.name.startswith(("tuning.", "teacher-"))  # a search comes before its run
+            or entry.name == FOLDS  # so does cross-validation
             or (entry.name.startswith(".") and is_leftover(entry.name))
             for entry in self.path.iterdir()
         )
@@ -222,6 +224,12 @@ class RunFolder:
             self.warn(f"{self.metrics} cannot be read ({error.strerror or error})")
 
 
+def cross_validated(folder: RunFolder) -> list[str]:
+    """What a cross-validation in the folder of a run has found, in a line, if there was one."""
+    report = folder.path / FOLDS / "report.json"
+    return [f"{read_json(report)['headline']}; {FOLDS}/report.md has the rest."] if report.exists() else []
+
+
 def _step_of(line: str) -> float:
     """The step of a line of the log; infinite for one that the process was writing when it died, or that is damaged."""
     try:
@@ -265,7 +273,7 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     """
     reset = [name for name in MAY_CHANGE if name not in REQUIRED]
     kept = {name: value for name, value in stored.to_dict().items() if name not in reset}
-    kept.setdefault("cache", "none")  # as in earlier releases
+    kept = {"cache": "none", "kept_together": []} | kept  # as in earlier releases, whose split stays what it was
     asked = given.to_dict()
     if asked.get("init") == AUTO:
         del asked["init"]  # it has been chosen

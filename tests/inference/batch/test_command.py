@@ -35,7 +35,7 @@ def test_exit_code_is_zero_if_all_files_are_readable(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--out", "x.csv"], "x.csv: predictions are written to a .parquet"),
+        (["--out", "x.xlsx"], "x.xlsx: predictions are written to a .parquet or a .csv"),
         (["--out", "x.parquet", "--json"], "--json is for lines, --out for a file"),
         (["--out", "x.parquet", "--top-k", "0"], "top_k is 0"),
         (["--out", "x.parquet", "--engine", "tensor"], "tensor"),

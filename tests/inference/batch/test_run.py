@@ -1,6 +1,8 @@
 """Batch prediction writes one row per image, in order, from every kind of source."""
 
+import csv
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +44,32 @@ def test_rows_equal_predictions_in_the_order_of_the_folder(predictor: Predictor,
         assert row["probability"] == (row["probabilities"] or [None])[0]
     reasons = {Path(row["path"]).name: row["error"].partition(":")[0] for row in rows if row["error"]}
     assert reasons == {"70.png": "truncated", "page.jpg": "format"}
+
+
+def test_a_csv_has_the_rows_of_the_parquet_file(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    expected = predicted(predictor, images, tmp_path / "out.parquet", top_k=3)
+    out = tmp_path / "out.csv"
+    written = predict_to_file(predictor, open_samples([str(images)]), out, top_k=3)
+    assert written is not None and (written.num_images, written.num_bad) == (151, 2)
+    with out.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(expected[0])
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("classes", "probabilities"):
+            assert json.loads(row.pop(name)) == pytest.approx(other.pop(name))
+        assert float(row.pop("probability") or "nan") == pytest.approx(
+            other.pop("probability") or math.nan, nan_ok=True
+        )
+        assert {name: value or None for name, value in row.items()} == other
+    before = out.stat().st_mtime_ns
+    assert predict_to_file(predictor, open_samples([str(images)]), out, top_k=3) == written  # read, not computed again
+    assert out.stat().st_mtime_ns == before
+    assert sorted(path.name for path in (tmp_path / ".out.csv.parts").iterdir()) == ["joined.sha256", "plan.json"]
+    with pytest.raises(UserError, match="made with top k 3 where this has 2"):
+        predict_to_file(predictor, open_samples([str(images)]), out, top_k=2)
+    out.write_text("path,label\n")
+    with pytest.raises(UserError, match="not made by this program or changed"):
+        predict_to_file(predictor, open_samples([str(images)]), out, top_k=3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 500])

@@ -1,4 +1,4 @@
-"""Predictions of very many images as one Parquet file: computed in parts, by any number of processes, resumable."""
+"""Predictions of very many images as one Parquet or CSV file: computed in parts, by many processes, resumable."""
 
 from coatnet.inference.batch.parts import PredictionFile as PredictionFile
 from coatnet.inference.batch.run import predict_to_file as predict_to_file

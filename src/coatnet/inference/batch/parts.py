@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from coatnet.errors import UserError, import_extra
 from coatnet.inference.batch.samples import Row
@@ -29,6 +29,7 @@ from coatnet.system.json_reader import parse_json, require_object
 MAX_PARTS, MIN_PART_IMAGES, MAX_PART_IMAGES = 1024, 64, 4096
 ROW_GROUP_ROWS = 65_536  # chosen: large enough to be read fast, some 10 MB of memory while it is collected
 MAX_NAMED_IMAGES = 20
+_CSV_BLOCK_BYTES = 1 << 25  # chosen: a row must fit; all 21,841 classes of ImageNet-21k are 1 MB
 _PLAN_METADATA = b"coatnet"  # the key of the plan in the metadata of the file
 _PLAN_KEYS = {"images": "pictures", "num_images": "num_pictures"}  # names in files, of which unfinished ones may exist
 
@@ -104,7 +105,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """A complete Parquet file of predictions.
+    """A complete file of predictions.
 
     Attributes:
         path: of the file.
@@ -119,11 +120,11 @@ class PredictionFile:
     bad: tuple[tuple[str, str], ...]
 
 
-def require_parquet(out: str | Path) -> Path:
-    """Return the absolute path. Raises UserError if it does not end in .parquet, or pyarrow is missing."""
-    if Path(out).suffix.lower() != ".parquet":
-        raise UserError(f"{out}: predictions are written to a .parquet")
-    import_extra("pyarrow.parquet", "parquet", f"{out}: Parquet")
+def require_table(out: str | Path) -> Path:
+    """Return the absolute path. Raises UserError if it ends neither in .parquet nor in .csv, or pyarrow is missing."""
+    if Path(out).suffix.lower() not in (".parquet", ".csv"):
+        raise UserError(f"{out}: predictions are written to a .parquet or a .csv")
+    import_extra("pyarrow.parquet", "parquet", f"{out}: Parquet, of which the parts of a .csv are too,")
     return user_path(output_path(out)).absolute()
 
 
@@ -138,11 +139,16 @@ def schema(metadata: dict[bytes, str] | None = None) -> Any:
 
 
 class Parts:
-    """The parts of a file, in a folder beside it, `.NAME.parts`, that is removed when they are joined."""
+    """The parts of a file, in a folder beside it, `.NAME.parts`, that is removed when they are joined.
+
+    A CSV has no place for the plan, so for one the folder stays, with the plan and the SHA-256 of the file.
+    """
 
     def __init__(self, out: Path, plan: Plan) -> None:
         self.out, self.plan = out, plan
         self.folder = out.with_name(f".{out.name}.parts")
+        self.is_csv = out.suffix.lower() == ".csv"
+        self._checksum = self.folder / "joined.sha256"  # of a CSV
 
     def begin(self) -> None:
         """Make the folder with the plan, or continue with one whose plan is the same.
@@ -216,6 +222,8 @@ class Parts:
 
         if not self.out.exists():
             return None
+        if self.is_csv:
+            return self._finished_csv()
         exists = f"{self.out} is there already"
         try:
             check_regular(self.out)
@@ -238,6 +246,31 @@ class Parts:
             first_bad = tuple((each["path"], each["error"]) for each in bad)
             return PredictionFile(self.out, file.metadata.num_rows, num_bad, first_bad)
 
+    def _finished_csv(self) -> PredictionFile:
+        exists, plan = f"{self.out} is there already", self.folder / "plan.json"
+        if not self._checksum.exists() or read_regular(self._checksum).decode(errors="replace") != sha256_of(self.out):
+            raise UserError(f"{exists}, not made by this program or changed; give another name, or remove it first")
+        if difference := self.plan.difference(read_regular(plan).decode(errors="replace")):
+            raise UserError(f"{exists}, made with {difference}; give another name, or remove it first")
+        import pyarrow
+        from pyarrow import csv
+
+        named = csv.ConvertOptions(
+            include_columns=["path", "error"], column_types=dict.fromkeys(Row._fields, pyarrow.string())
+        )
+        whole_rows = csv.ReadOptions(block_size=_CSV_BLOCK_BYTES), csv.ParseOptions(newlines_in_values=True)
+        num_images, num_bad, bad = 0, 0, []
+        with csv.open_csv(self.out, *whole_rows, named) as batches:
+            for batch in batches:
+                num_images += len(batch)
+                found = [(row["path"], row["error"]) for row in batch.to_pylist() if row["error"]]
+                num_bad += len(found)
+                bad += found[: MAX_NAMED_IMAGES - len(bad)]
+        for entry in self.folder.iterdir():
+            if entry not in (plan, self._checksum):
+                entry.unlink(missing_ok=True)
+        return PredictionFile(self.out, num_images, num_bad, tuple(bad))
+
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.parquet"
 
@@ -247,6 +280,13 @@ class Parts:
 
         staged, tables = self.folder / "joined", []
         columns = schema({_PLAN_METADATA: self.plan.to_json()})
+        if self.is_csv:
+            with staged.open("wb") as file:
+                for number in range(self.plan.num_parts):
+                    _write_csv(self._read(number), file, header=number == 0)
+            atomic_write(self._checksum, sha256_of(staged))
+            commit_files([staged], [self.out])
+            return
         with parquet.ParquetWriter(staged, columns) as writer:
             for number in range(self.plan.num_parts):
                 tables.append(self._read(number).replace_schema_metadata(columns.metadata))
@@ -272,3 +312,20 @@ class Parts:
             pass
         path.unlink()
         raise UserError(f"{path} was damaged and is removed; the same command writes it again")
+
+
+def _write_csv(table: Any, file: BinaryIO, *, header: bool) -> None:
+    """Append the rows of a part as CSV; a list becomes JSON, since names may hold any separator."""
+    import pyarrow
+    from pyarrow import csv as arrow_csv
+
+    for place, column in enumerate(table.schema):
+        if pyarrow.types.is_list(column.type):
+            texts = [
+                None
+                if values is None
+                else json.dumps([float(f"{each:.9g}") if isinstance(each, float) else each for each in values])
+                for values in table.column(place).to_pylist()
+            ]
+            table = table.set_column(place, column.name, pyarrow.array(texts, pyarrow.string()))
+    arrow_csv.write_csv(table, file, arrow_csv.WriteOptions(include_header=header))

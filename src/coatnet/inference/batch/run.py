@@ -1,4 +1,4 @@
-"""Predict many images into one Parquet file, part by part (`coatnet predict --out`)."""
+"""Predict many images into one Parquet or CSV file, part by part (`coatnet predict --out`)."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from coatnet.errors import UserError
-from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_parquet
+from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_table
 from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
 from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.predictor import Predictor, check_at_least_one
@@ -25,7 +25,7 @@ class Terminated(KeyboardInterrupt):
 def predict_to_file(
     predictor: Predictor, samples: SampleSource, out: str | Path, *, top_k: int = 5, batch_size: int = 32
 ) -> PredictionFile | None:
-    """Classify all samples and write a Parquet file with one row per image, in order.
+    """Classify all samples and write a Parquet or CSV file with one row per image, in order.
 
     Under torchrun each process computes every WORLD_SIZE-th part, and the last to finish joins them; processes do not
     wait for each other. Finished parts are kept when processes are stopped or killed, and the same call continues from
@@ -36,7 +36,7 @@ def predict_to_file(
     Args:
         predictor: the model.
         samples: the images, from `open_samples`.
-        out: a `.parquet` file.
+        out: a `.parquet` or `.csv` file; in a CSV, lists are JSON.
         top_k: number of classes per image.
         batch_size: images computed together.
 
@@ -44,11 +44,11 @@ def predict_to_file(
         The complete file, or None if other processes still have parts to compute.
 
     Raises:
-        UserError: `out` does not end in .parquet, or exists or was begun with another model, other images or settings;
-            another process does the same work; or the disk refuses.
+        UserError: `out` ends neither in .parquet nor in .csv, or exists or was begun with another model, other images
+            or settings; another process does the same work; or the disk refuses.
     """
     check_at_least_one(top_k=top_k, batch_size=batch_size)
-    target = require_parquet(out)
+    target = require_table(out)
     rank, world_size = read_launcher()[:2]
     engine = predictor.engine
     plan = Plan(

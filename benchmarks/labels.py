@@ -1,0 +1,114 @@
+"""How many wrong labels are found, and how much suggested labels are worth, on images of which the truth is known.
+
+    python benchmarks/labels.py BUNDLE --data fashion-mnist-small --split all --seeds 5
+    python benchmarks/labels.py BUNDLE --data digits --suggest --seeds 10
+
+A twentieth of the labels is made wrong: to any other class at random, or to the class that looks most like the right
+one. The features of the bundle are computed once. What the bundle was trained on decides how honest the figures are: it
+must not have learned from the right labels of these images.
+"""
+
+import argparse
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+
+from coatnet.bundle import load
+from coatnet.evaluation import extract_features
+from coatnet.evaluation.label_check import confident_suspects, out_of_fold
+from coatnet.evaluation.probe import fit_linear
+from coatnet.evaluation.suggest import pick
+
+WRONG = 0.05
+ROUNDS, FIRST_LABELS = 4, 20
+
+
+def confused_with(features: torch.Tensor, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """For each class the one that a probe takes most of its images for: (K,)."""
+    predicted = out_of_fold(features, torch.from_numpy(labels), num_classes).numpy().argmax(axis=1)
+    table = np.zeros((num_classes, num_classes), int)
+    np.add.at(table, (labels, predicted), 1)
+    np.fill_diagonal(table, -1)
+    return table.argmax(axis=1)
+
+
+def with_wrong_labels(labels: np.ndarray, num_classes: int, alike: np.ndarray | None, seed: int) -> np.ndarray:
+    """The labels with a twentieth of them wrong: at random, or as the class that looks alike."""
+    generator = np.random.default_rng(seed)
+    rows = generator.choice(len(labels), round(WRONG * len(labels)), replace=False)
+    given = labels.copy()
+    others = (labels[rows] + generator.integers(1, num_classes, len(rows))) % num_classes
+    given[rows] = others if alike is None else alike[labels[rows]]
+    return given
+
+
+def find_wrong_labels(features: torch.Tensor, labels: np.ndarray, num_classes: int, seeds: int) -> None:
+    """Print precision and recall at the number of wrong labels, and those of the suspects."""
+    for name, alike in (("at random", None), ("as a similar class", confused_with(features, labels, num_classes))):
+        found = []
+        for seed in range(seeds):
+            given = with_wrong_labels(labels, num_classes, alike, seed)
+            wrong = given != labels
+            probabilities = out_of_fold(features, torch.from_numpy(given), num_classes).numpy()
+            suspected, suggested, scores = confident_suspects(probabilities, given)
+            first = np.argsort(scores, kind="stable")[: wrong.sum()]
+            right = (suggested[suspected & wrong] == labels[suspected & wrong]).mean()
+            found.append((wrong[first].mean(), wrong[suspected].mean(), suspected[wrong].mean(), right))
+        columns = [f"{mean(column):.3f} (sd {stdev(column):.3f})" for column in zip(*found, strict=True)]
+        print(
+            f"{WRONG:.0%} wrong {name}, n = {len(labels):,}, {seeds} seeds: precision = recall at their number "
+            f"{columns[0]}; suspects: precision {columns[1]}, recall {columns[2]}, suggestion right {columns[3]}"
+        )
+
+
+def label_by_suggestion(
+    features: torch.Tensor, labels: np.ndarray, others: torch.Tensor, truth: np.ndarray, num_classes: int, seeds: int
+) -> None:
+    """Print accuracy on the held-out images after each round that doubles the labels, suggested or at random."""
+    given, errors = torch.from_numpy(labels), {"suggested": [], "at random": []}
+    for seed in range(seeds):
+        order = np.random.default_rng(seed).permutation(len(labels))
+        for how, found in errors.items():
+            known, accuracies = order[:FIRST_LABELS], []
+            for _ in range(ROUNDS + 1):
+                fitted = fit_linear(features[known], given[known], num_classes, l2=1e-2)
+                accuracies.append(float((fitted.scores(others).argmax(dim=1).numpy() == truth).mean()))
+                rest = np.setdiff1d(order, known)
+                if how == "suggested":
+                    chosen = rest[
+                        pick(fitted.scores(features[rest]).softmax(dim=1), features[rest], len(known), seed=seed)
+                    ]
+                else:
+                    chosen = order[len(known) : 2 * len(known)]
+                known = np.concatenate([known, chosen])
+            found.append(accuracies)
+    for number in range(ROUNDS + 1):
+        one, other = (100 * np.array(errors[how])[:, number] for how in errors)
+        print(
+            f"{FIRST_LABELS * 2**number} labels: suggested {one.mean():.1f} %, random {other.mean():.1f} %, difference "
+            f"{(one - other).mean():.1f} (sd {(one - other).std(ddof=1):.1f}, {seeds} seeds, n = {len(truth):,})"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--data", default="fashion-mnist-small")
+    parser.add_argument("--split", default="all", choices=("training", "validation", "all"), help="whose labels (all)")
+    parser.add_argument("--suggest", action="store_true", help="measure suggestions instead, on the validation split")
+    parser.add_argument("--seeds", type=int, default=5)
+    given = parser.parse_args()
+    bundle = load(given.bundle)
+    extracted = extract_features(bundle, given.data, split="training" if given.suggest else given.split)
+    features, labels, _ = extracted.gather()
+    num_classes = len(extracted.classes)
+    if not given.suggest:
+        find_wrong_labels(features, labels.numpy(), num_classes, given.seeds)
+        return
+    others, truth, _ = extract_features(bundle, given.data, split="validation").gather()
+    label_by_suggestion(features, labels.numpy(), others, truth.numpy(), num_classes, given.seeds)
+
+
+if __name__ == "__main__":
+    main()

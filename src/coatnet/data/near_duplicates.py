@@ -1,0 +1,129 @@
+"""Images that are nearly the same: re-encoded, resized or retouched copies, found by perceptual hashes.
+
+A hash has 64 bits: where the gray image, 8 x 9, grows brighter from left to right (dHash). Pairs whose hashes differ in
+at most 4 bits agree in one of 5 bands of bits, so only images of one band are compared; small colored versions of the
+images then decide.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coatnet.data.decode import BadImage
+from coatnet.data.loader import read_image
+from coatnet.data.splits import Splits
+from coatnet.data.transforms import as_images
+from coatnet.system.progress import track
+
+MAX_DISTANCE = 4  # bits of 64
+# chosen: of identical hashes by the thousand, such as of white pages, each is compared with as many that follow it
+MAX_COMPARED = 1000
+THUMBNAIL_SIDE = 16
+# chosen: root mean square of the difference, in parts of the image's own contrast and in levels of 255
+RELATIVE_DIFFERENCE, LEVELS = 0.1, 1.0
+_SIDE = 32
+_MIN_STEP = 2.0  # levels of 255, chosen: less is noise of a codec on an even background
+_READ_SIDE = 256  # of larger images every n-th pixel is read
+
+
+class Fingerprint(NamedTuple):
+    """What is kept of an image: its hash, and a colored version of uint8 (3, 16, 16)."""
+
+    hash: int
+    thumbnail: NDArray[np.uint8]
+
+
+def fingerprint(pixels: Tensor) -> Fingerprint:
+    """The fingerprint of an image (3 or 1, H, W) of uint8."""
+    step = max(1, min(pixels.shape[1:]) // _READ_SIDE)
+    small = F.interpolate(pixels[None, :, ::step, ::step].float(), size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
+    rows = F.adaptive_avg_pool2d(small.mean(dim=1), (8, 9))[0]  # (8, 9)
+    bits = (rows[:, 1:] - rows[:, :-1] > _MIN_STEP).numpy()
+    thumbnail = F.avg_pool2d(small[0], _SIDE // THUMBNAIL_SIDE).round().clamp(0, 255).byte().expand(3, -1, -1)
+    return Fingerprint(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail.numpy())
+
+
+def near_pairs(fingerprints: list[Fingerprint]) -> NDArray[np.int64]:
+    """Find the pairs of images that are nearly the same: places (P, 2), the earlier first, in order."""
+    if len(fingerprints) < 2:
+        return np.empty((0, 2), np.int64)
+    pairs = close_hashes(np.array([each.hash for each in fingerprints], dtype=np.uint64))
+    thumbnails = np.stack([each.thumbnail.ravel() for each in fingerprints])  # (N, 768)
+    contrast = thumbnails.std(axis=1)
+    same = [np.empty(0, bool)]
+    for part in np.array_split(pairs, -(-len(pairs) // 10_000) or 1):
+        one, other = (thumbnails[part[:, side]].astype(np.float32) for side in (0, 1))
+        difference = np.sqrt(np.square(one - other).mean(axis=1))
+        same.append(difference <= RELATIVE_DIFFERENCE * contrast[part].min(axis=1) + LEVELS)
+    return pairs[np.concatenate(same)]
+
+
+def close_hashes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> NDArray[np.int64]:
+    """Pairs of hashes (N,) that differ in at most `max_distance` bits: places (P, 2), the earlier first, in order."""
+    found = [np.empty((0, 2), np.int64)]
+    for bits in np.array_split(np.arange(64, dtype=np.uint64), max_distance + 1):
+        keys = hashes & np.bitwise_or.reduce(np.uint64(1) << bits)
+        order = np.lexsort((hashes, keys))
+        sorted_keys, sorted_hashes = keys[order], hashes[order]
+        left = np.arange(len(hashes))
+        for shift in range(1, min(len(hashes), MAX_COMPARED + 1)):
+            left = left[: np.searchsorted(left, len(hashes) - shift)]
+            left = left[sorted_keys[left] == sorted_keys[left + shift]]
+            if not len(left):
+                break
+            distance = np.bitwise_count(sorted_hashes[left] ^ sorted_hashes[left + shift])
+            close = left[distance <= max_distance]
+            found.append(np.sort(np.stack([order[close], order[close + shift]], axis=1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[tuple[str, ...], ...]:
+    """Groups of names of images that are copies or near copies of each other and have one label, in order.
+
+    Images that cannot be read are in none. A class that would be one group alone is left as it is.
+
+    Args:
+        crossing: only groups with images both in training and in validation.
+    """
+    places, digests, fingerprints = [], [], []
+    for part in (splits.training, splits.validation):
+        for index in track(range(len(part)), "looking for copies", len(part)):
+            try:
+                pixels = as_images(read_image(part, index)[0])
+            except BadImage:
+                continue
+            places.append((part, index))
+            digests.append(hash((tuple(pixels.shape), pixels.numpy().tobytes())))
+            fingerprints.append(fingerprint(pixels))
+    if len(places) < 2:
+        return ()
+    first: dict[int, int] = {}
+    same = [(first.setdefault(digest, row), row) for row, digest in enumerate(digests)]
+    pairs = np.concatenate([np.array(same), near_pairs(fingerprints)])
+    labels = np.array([part.label(index) for part, index in places]).reshape(len(places), -1)
+    pairs = pairs[(labels[pairs[:, 0]] == labels[pairs[:, 1]]).all(axis=1) & (pairs[:, 0] != pairs[:, 1])]
+    groups = groups_of(len(places), pairs)
+    found = []
+    for head in np.unique(groups[pairs[:, 0]]).tolist():
+        members = np.flatnonzero(groups == head)
+        whole_class = ((labels == labels[head]).all(axis=1) <= (groups == head)).all()
+        if not whole_class and (not crossing or len({id(places[row][0]) for row in members.tolist()}) == 2):
+            found.append(tuple(places[row][0].describe(places[row][1]) for row in members.tolist()))
+    return tuple(found)
+
+
+def groups_of(num_images: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The group of each image, (N,), named by its first image: pairs are in one group, and what is paired with them."""
+    groups = np.arange(num_images)
+    while len(pairs):
+        lowest = groups.copy()
+        np.minimum.at(lowest, pairs[:, 0], groups[pairs[:, 1]])
+        np.minimum.at(lowest, pairs[:, 1], groups[pairs[:, 0]])
+        lowest = lowest[lowest]
+        if (lowest == groups).all():
+            break
+        groups = lowest
+    return groups

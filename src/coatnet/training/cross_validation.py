@@ -1,0 +1,130 @@
+"""Cross-validation: as many trainings as folds, each measured on the images that the others have learned from."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from coatnet.bundle import load
+from coatnet.bundle.config import readable_json
+from coatnet.data.loader import BadImages
+from coatnet.data.open import open_dataset
+from coatnet.data.splits import SplitRule
+from coatnet.errors import UserError, counted
+from coatnet.evaluation.evaluate import label_translation
+from coatnet.evaluation.metrics import FIGURES, ClassFigures, Metrics
+from coatnet.evaluation.report import Report
+from coatnet.inference.logits import infer
+from coatnet.system.files import atomic_write, translate_write_errors
+from coatnet.system.terminal import escape_markdown
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import open_splits
+from coatnet.training.progress import TrainingProgress
+from coatnet.training.run_folder import FOLDS, RunFolder
+from coatnet.training.trainer import train
+
+MAX_FOLDS = 100  # chosen: each is a whole training
+
+
+def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: Console | None = None) -> Recipe:
+    """Train on all folds but one, for each of them, in `out/folds`, and write `report.md` and `report.json` there.
+
+    Every image is measured once, by the one model that has not learned from it; the figures are those of all images
+    together. The same call resumes what was interrupted. The images of a test split are in no fold.
+
+    Args:
+        recipe: what is asked of each training.
+        out: the run folder of the training that comes after it.
+        num_folds: number of folds.
+        console: as in `train`.
+
+    Returns:
+        The recipe with the copies that were kept together, for that training.
+
+    Raises:
+        UserError: the images have a split of their own, there are fewer than folds, or as `train`.
+    """
+    if not 2 <= num_folds <= MAX_FOLDS:
+        raise UserError(f"folds is {num_folds}; it must be 2 to {MAX_FOLDS}")
+    folder = RunFolder(out, recipe)
+    recipe, splits = open_splits(replace(folder.given, fold=f"1/{num_folds}"), TrainingProgress(console).say)
+    num_images = len(splits.training) + len(splits.validation)
+    if not len(splits.validation) or num_images < 2 * num_folds:
+        raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
+    place, reports, bundles = folder.path / FOLDS, [], []
+    for number in range(1, num_folds + 1):
+        run = place / f"{number}-of-{num_folds}"
+        reports.append(train(replace(recipe, fold=f"{number}/{num_folds}"), run, console=console))
+        bundles.append(run / "bundle")
+    if os.environ.get("RANK", "0") == "0":
+        with translate_write_errors(place):
+            _write(place, recipe, reports, bundles)
+    return replace(recipe, fold="")
+
+
+def _write(place: Path, recipe: Recipe, reports: Sequence[Report], bundles: Sequence[Path]) -> None:
+    """Measure each bundle on its fold, all figures together, and write the report."""
+    metrics = None
+    for number, folder in enumerate(bundles, start=1):
+        bundle = load(folder)
+        rule = replace(SplitRule.of(recipe.to_dict()), fold=f"{number}/{len(bundles)}")
+        dataset = open_dataset(recipe.data, rule=rule).validation
+        metrics = metrics or Metrics(len(bundle.classes), bundle.multilabel)
+        translate = label_translation(dataset, bundle)
+        answers = infer(
+            bundle.model,
+            dataset,
+            preprocessing=bundle.preprocessing,
+            batch_size=64,
+            num_workers=0,
+            bad_images=BadImages(len(dataset), budget=1.0),
+        )
+        with closing(answers):
+            for logits, labels, _ in answers:
+                metrics.update(logits, translate(labels))
+    assert metrics is not None
+    figures, intervals, per_class = metrics.compute(), metrics.intervals(), metrics.per_class()
+    pooled = replace(reports[0], figures=figures, intervals=intervals)  # for its way of writing figures
+    headline = f"{len(bundles)}-fold cross-validation: {pooled.headline()}"
+    classes = reports[0].classes
+    rows = [
+        f"| {FIGURES[name].title} | {pooled.format_figure(name)} | {pooled.format_interval(name)} |"
+        for name in figures
+        if name in FIGURES and name != "n"
+    ]
+    lines = [
+        f"# {escape_markdown(reports[0].model)} on {escape_markdown(reports[0].data)}, {len(bundles)} folds",
+        f"**{headline}**",
+        "Each image was measured once, by a model that has not learned from it or from a copy of it. The interval "
+        "takes the images as independent; it says nothing about other trainings.",
+        "\n".join(["| figure | all folds | 95 % interval |", "|---|---:|---:|", *rows]),
+        "\n".join(f"- fold {number}: {report.headline()}" for number, report in enumerate(reports, start=1)),
+        _table_of_classes(classes, per_class),
+    ]
+    atomic_write(place / "report.md", "\n\n".join(lines) + "\n")
+    plain = {
+        "headline": headline,
+        "figures": figures,
+        "intervals": {name: value and list(value) for name, value in intervals.items()},
+        "folds": [{"headline": report.headline(), "figures": dict(report.figures)} for report in reports],
+        "per_class": [{"class": name} | asdict(row) for name, row in zip(classes, per_class, strict=True)],
+    }
+    atomic_write(place / "report.json", readable_json(json.loads(json.dumps(plain, allow_nan=False))))
+
+
+def _table_of_classes(classes: Sequence[str], per_class: Sequence[ClassFigures]) -> str:
+    names = list(asdict(per_class[0]))
+    rows = [
+        f"| {escape_markdown(label)} | {' | '.join(_cell(getattr(row, name)) for name in names)} |"
+        for label, row in zip(classes, per_class, strict=True)
+    ]
+    titles = " | ".join(name.replace("_", " ") for name in names)
+    return "\n".join([f"| class | {titles} |", f"|---|{'---:|' * len(names)}", *rows])
+
+
+def _cell(value: object) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, float) else "" if value is None else str(value)

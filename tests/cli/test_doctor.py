@@ -1,0 +1,149 @@
+"""`coatnet doctor`: tables that training takes back, a page with images, and JSON."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.cli.main import main
+from coatnet.data.open import open_dataset
+from coatnet.data.transforms import Preprocessing
+from coatnet.evaluation import image_page
+from coatnet.model.network import create_model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=2, in_channels=1, resolution=16)
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    Bundle(model.eval(), ("one", "two"), Preprocessing(16, (0.5,), (0.5,))).save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """40 dark and 40 light images, of which two are in the wrong folder and one has a name that is markup."""
+    root = tmp_path / "images"
+    for number in range(80):
+        light = number % 2
+        place = root / ("light" if light != (number in (4, 7)) else "dark")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = 40 + 150 * light + np.random.default_rng(number).integers(0, 40, (16, 16))
+        name = f"{number}<script>alert(1)<!--.png" if number == 4 else f"{number}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(place / name)
+    return root
+
+
+def test_suspects_go_to_a_table_that_training_takes_back_and_to_a_page(folder, bundle, tmp_path, capsys) -> None:
+    table, page = tmp_path / "fixed.csv", tmp_path / "page.html"
+    arguments = [str(folder), "--labels", "--model", str(bundle), "--write", str(table), "--html", str(page)]
+    assert main(["doctor", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "2 images whose label looks wrong\n" in shown and "light/4<script>alert(1)<!--.png: light, rather dark" in shown
+    )
+
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "label", "suggested", "score", "split"] and len(rows) == 80
+    assert {row["path"] for row in rows[:2]} == {"images/light/4<script>alert(1)<!--.png", "images/dark/7.png"}
+    assert [row["suggested"] for row in rows] == [rows[0]["suggested"], rows[1]["suggested"], *[""] * 78]
+    before, after = open_dataset(folder), open_dataset(table)
+    for split in ("training", "validation"):
+        names = [
+            {getattr(each, split).path(index) for index in range(len(getattr(each, split)))} for each in (before, after)
+        ]
+        assert names[0] == names[1]
+    assert "columns that are not used: suggested, score" in after.describe()
+    for row in rows[:2]:
+        row["label"] = row["suggested"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    corrected = open_dataset(table)
+    assert np.bincount(np.r_[corrected.training.labels, corrected.validation.labels]).tolist() == [40, 40]
+
+    text = page.read_text()
+    assert "<script" not in text and "4&lt;script&gt;" in text and "http" not in text.replace("http-equiv", "")
+    assert "default-src 'none'; img-src data:" in text
+    assert text.index("light, rather dark") and text.count("data:image/jpeg;base64,") >= 2
+
+
+def test_json_has_all_findings(folder, bundle, capsys) -> None:
+    assert main(["doctor", str(folder), "--labels", "--model", str(bundle), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["healthy"] and found["sizes"]["num_sampled"] == 80 and found["sizes"]["complete"]
+    assert {each["name"].split("/")[1][0] for each in found["labels"]["suspects"]} == {"4", "7"}
+    assert {each["property"] for each in found["shortcuts"]} == {"brightness"}
+
+
+def test_a_clean_table_is_without_copies_leaks_and_unreadable_images(make_images, tmp_path, capsys) -> None:
+    root = make_images({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    (root / "train/a/again.png").write_bytes((root / "train/a/0.png").read_bytes())
+    (root / "val/b/leak.png").write_bytes((root / "train/b/1.png").read_bytes())
+    (root / "train/b/wrong.png").write_bytes((root / "train/a/1.png").read_bytes())
+    (root / "val/a/broken.png").write_bytes(b"")
+    assert main(["doctor", str(root), "--write", str(tmp_path / "clean.csv")]) == 1
+    assert "1 cannot be used, 1 a copy under another label" not in capsys.readouterr().err
+    splits = open_dataset(tmp_path / "clean.csv")
+    names = [splits.training.describe(index) for index in range(len(splits.training))]
+    assert names == [f"images/train/{name}.png" for name in ("a/0", "a/2", "b/0", "b/2")]
+    names = [splits.validation.describe(index) for index in range(len(splits.validation))]
+    assert names == [f"images/val/{name}.png" for name in ("a/0", "a/1", "b/0", "b/1", "b/leak")]
+
+
+@pytest.fixture
+def make_images(tmp_path):
+    def make_images(counts: dict[str, int]) -> Path:
+        for number, (name, count) in enumerate(counts.items()):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.random.default_rng((number, index)).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+        return tmp_path / "images"
+
+    return make_images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits", "--labels"], "--labels needs --model: a bundle of your own"),
+        (["digits", "--model", "runs/mine"], "--model is for --labels"),
+        (["digits", "--write", "all.parquet"], "--write all.parquet is no .csv"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys) -> None:
+    assert main(["doctor", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_table_names_only_images_that_it_can_give_back(make_images, tmp_path, capsys) -> None:
+    root = make_images({"a|b": 2, "c": 2})
+    assert main(["doctor", str(root), "--write", str(tmp_path / "clean.csv")]) == 2
+    assert "would be read as" in capsys.readouterr().err
+    (root / "a|b").rename(root / "a")
+    (tmp_path / "elsewhere").mkdir()
+    assert main(["doctor", str(root), "--write", str(tmp_path / "elsewhere/clean.csv")]) == 2
+    assert f"these lie in {root}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/*.csv"))
+
+
+def test_a_page_of_very_many_images_stays_below_ten_megabytes(tmp_path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    entries = (image_page.Entry([noise], ["a" * 200]) for _ in range(5000))
+    image_page.write_page(tmp_path / "page.html", "<b>many", [image_page.Section("all", 5000, entries)])
+    text = (tmp_path / "page.html").read_text()
+    shown = text.count("<li>")
+    assert 5_000_000 < len(text) < 10_000_000
+    assert int(re.search(r"<p>([\d,]+) more are not shown here", text)[1].replace(",", "")) == 5000 - shown
+    assert "&lt;b&gt;many" in text

@@ -23,7 +23,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = create_model("coatnet-femto-16", num_classes=2, in_channels=1, resolution=16)
     folder = tmp_path_factory.mktemp("model") / "bundle"
-    Bundle(model.eval(), ("one", "two"), Preprocessing(16, (0.5,), (0.5,))).save(folder)
+    Bundle(model.eval(), ("one", "two"), Preprocessing(resolution=16, mean=(0.5,), std=(0.5,))).save(folder)
     return folder
 
 

@@ -21,7 +21,8 @@ from coatnet.model.network import create_model
 def test_the_gradients_are_those_of_the_classifier() -> None:
     """The first picks, by formed gradients and the same random numbers, are the same."""
     torch.manual_seed(0)
-    features, classifier = torch.randn(40, 6), torch.nn.Linear(6, 3)
+    features, classifier = 3 * torch.randn(40, 6) + 1, torch.nn.Linear(6, 3)
+    given, features = features, (features - features.mean(dim=0)) / features.std(dim=0, correction=0)
     logits = classifier(features)
     gradients = []
     for row in range(40):
@@ -33,7 +34,7 @@ def test_the_gradients_are_those_of_the_classifier() -> None:
         away = torch.cdist(gradients, gradients[expected]).square().min(dim=1).values
         away[expected] = 0
         expected.append(int(generator.choice(40, p=(away / away.sum()).numpy())))
-    found = pick(logits.detach().softmax(dim=1), features, 10)
+    found = pick(logits.detach().softmax(dim=1), given, 10)
     assert found.tolist() == expected
 
 
@@ -61,13 +62,15 @@ def test_labels_that_are_suggested_beat_random_ones_on_digits() -> None:
             learned = torch.cat([known, more])
             again = fit_linear(features[learned], labels[learned], 10, l2=1e-2)
             errors[name].append(float((again.scores(features[others]).argmax(dim=1) != labels[others]).float().mean()))
-    assert np.mean(errors["suggested"]) < 0.85 * np.mean(errors["random"])
+    assert np.mean(errors["suggested"]) < 0.8 * np.mean(errors["random"])  # 10.2 and 14.4 %
 
 
 def test_the_table_names_each_image_once_and_training_takes_it_back(tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)
     model = create_model("coatnet-femto-16", num_classes=2, in_channels=1, resolution=16)
-    Bundle(model.eval(), ("one", "two"), Preprocessing(16, (0.5,), (0.5,))).save(tmp_path / "bundle")
+    Bundle(model.eval(), ("one", "two"), Preprocessing(resolution=16, mean=(0.5,), std=(0.5,))).save(
+        tmp_path / "bundle"
+    )
     (tmp_path / "unlabeled").mkdir()
     for number in range(12):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16), dtype=np.uint8)

@@ -19,8 +19,8 @@ from coatnet.data.transforms import as_images
 from coatnet.system.progress import track
 
 MAX_DISTANCE = 4  # bits of 64
-# chosen: of identical hashes by the thousand, such as of white pages, each is compared with as many that follow it
-MAX_COMPARED = 1000
+# chosen: of identical hashes by the thousand, such as of white pages, each is compared with so many that follow it
+MAX_COMPARED = 200
 THUMBNAIL_SIDE = 16
 # chosen: root mean square of the difference, in parts of the image's own contrast and in levels of 255
 RELATIVE_DIFFERENCE, LEVELS = 0.1, 1.0
@@ -63,21 +63,22 @@ def near_pairs(fingerprints: list[Fingerprint]) -> NDArray[np.int64]:
 
 def close_hashes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> NDArray[np.int64]:
     """Pairs of hashes (N,) that differ in at most `max_distance` bits: places (P, 2), the earlier first, in order."""
-    found = [np.empty((0, 2), np.int64)]
+    found, number = [np.empty(0, np.int64)], len(hashes)
     for bits in np.array_split(np.arange(64, dtype=np.uint64), max_distance + 1):
         keys = hashes & np.bitwise_or.reduce(np.uint64(1) << bits)
         order = np.lexsort((hashes, keys))
         sorted_keys, sorted_hashes = keys[order], hashes[order]
-        left = np.arange(len(hashes))
-        for shift in range(1, min(len(hashes), MAX_COMPARED + 1)):
-            left = left[: np.searchsorted(left, len(hashes) - shift)]
+        left = np.arange(number)
+        for shift in range(1, min(number, MAX_COMPARED + 1)):
+            left = left[: np.searchsorted(left, number - shift)]
             left = left[sorted_keys[left] == sorted_keys[left + shift]]
             if not len(left):
                 break
             distance = np.bitwise_count(sorted_hashes[left] ^ sorted_hashes[left + shift])
             close = left[distance <= max_distance]
-            found.append(np.sort(np.stack([order[close], order[close + shift]], axis=1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            one, other = order[close], order[close + shift]
+            found.append(np.minimum(one, other) * number + np.maximum(one, other))
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), number), axis=1)
 
 
 def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[tuple[str, ...], ...]:

@@ -32,7 +32,7 @@ from coatnet.data.loader import BadImages
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import choose_datasets, label_translation, load_model, recorded_fraction
+from coatnet.evaluation.evaluate import choose_datasets, label_translation, load_model, recorded_rule
 from coatnet.inference.graph import to_probabilities
 from coatnet.inference.logits import infer, workers_for
 
@@ -86,7 +86,7 @@ def calibrate(
     """
     bundle = load_model(bundle, device).uncalibrated()
     if isinstance(data, str | Path):
-        data = open_dataset(data, validation_fraction=recorded_fraction(bundle), evaluation=True)
+        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     training = data.training if isinstance(data, Splits) and split == "validation" else None
     num_held_out = min(MAX_IMAGES, sum(map(len, datasets)))

@@ -138,7 +138,7 @@ def check_labels(
     suspected, suggested, scores = confident_suspects(probabilities.numpy(), labels)
 
     worst = [row for row in np.argsort(scores, kind="stable").tolist() if suspected[row]]
-    far = np.flatnonzero(_far_out(distances))
+    far = np.flatnonzero(far_out(distances))
     return LabelCheck(
         model=source,
         num_images=len(names),
@@ -235,7 +235,8 @@ def neighbor_distances(features: Tensor, k: int = NUM_NEIGHBORS) -> Tensor:
     return torch.cat(distances).clamp(min=0)
 
 
-def _far_out(distances: NDArray[np.floating]) -> NDArray[np.bool_]:
+def far_out(distances: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which distances (N,) are far above the others, by Tukey's rule on their logarithms."""
     logarithms = np.log(distances + 1e-6)
     lower, upper = np.quantile(logarithms, (0.25, 0.75))
     return logarithms > upper + FAR_OUT * (upper - lower)

@@ -109,13 +109,15 @@ def pick(
 ) -> NDArray[np.int64]:
     """Pick up to `count` images (of N) by k-means++ on the gradients of the classifier: their rows, in order.
 
-    The gradients (K x D each) are never formed: their products are those of (probabilities - decision), (N, K), times
-    those of the features, (N, D).
+    Features are standardized, as the linear probe has them: otherwise a quarter more mistakes remain on digits. The
+    gradients (K x D each) are never formed: their products are those of (probabilities - decision), (N, K), times those
+    of the features, (N, D).
     """
     decision = (probabilities > 0.5).float() if multilabel else torch.zeros_like(probabilities)
     if not multilabel:
         decision[torch.arange(len(probabilities)), probabilities.argmax(dim=1)] = 1
     errors = probabilities - decision
+    features = (features - features.mean(dim=0)) / features.std(dim=0, correction=0).clamp(min=1e-6)
     lengths = errors.square().sum(dim=1) * features.square().sum(dim=1)
     generator = np.random.default_rng(seed)
     distances, picked = lengths.double(), [int(lengths.argmax())]

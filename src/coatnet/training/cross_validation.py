@@ -84,8 +84,8 @@ def _write(place: Path, recipe: Recipe, reports: Sequence[Report], bundles: Sequ
             bad_images=BadImages(len(dataset), budget=1.0),
         )
         with closing(answers):
-            for logits, labels, _ in answers:
-                metrics.update(logits, translate(labels))
+            for answer in answers:
+                metrics.update(answer.outputs, translate(answer.labels))
     assert metrics is not None
     figures, intervals, per_class = metrics.compute(), metrics.intervals(), metrics.per_class()
     pooled = replace(reports[0], figures=figures, intervals=intervals)  # for its way of writing figures

@@ -367,14 +367,14 @@ def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Spl
         UserError: as `open_dataset`.
     """
     rule = SplitRule.of(recipe.to_dict())
-    splits = open_dataset(recipe.data, rule=rule)
-    if recipe.kept_together is not None or not splits.by_name or not isinstance(splits.training, FileDataset):
-        return recipe, splits
+    if recipe.kept_together is not None:
+        return recipe, open_dataset(recipe.data, rule=rule)
+    splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold=""))
     num_images = len(splits.training) + len(splits.validation)
-    if num_images > MAX_COMPARED_IMAGES:
-        say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
-        return replace(recipe, kept_together=()), splits
-    groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
-    return replace(recipe, kept_together=groups), divide(
-        splits, replace(rule, kept_together=groups)
-    ) if groups else splits
+    groups: tuple[tuple[str, ...], ...] = ()
+    if splits.by_name and isinstance(splits.training, FileDataset):
+        if num_images <= MAX_COMPARED_IMAGES:
+            groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
+        else:
+            say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
+    return replace(recipe, kept_together=groups), divide(splits, replace(rule, kept_together=groups))

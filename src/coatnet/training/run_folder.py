@@ -273,7 +273,8 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     """
     reset = [name for name in MAY_CHANGE if name not in REQUIRED]
     kept = {name: value for name, value in stored.to_dict().items() if name not in reset}
-    kept = {"cache": "none", "kept_together": []} | kept  # as in earlier releases, whose split stays what it was
+    kept.setdefault("cache", "none")  # as in earlier releases
+    kept.setdefault("kept_together", [])  # likewise: the split stays what it was
     asked = given.to_dict()
     if asked.get("init") == AUTO:
         del asked["init"]  # it has been chosen

@@ -60,7 +60,8 @@ def test_a_csv_has_the_rows_of_the_parquet_file(predictor: Predictor, images: Pa
         assert float(row.pop("probability") or "nan") == pytest.approx(
             other.pop("probability") or math.nan, nan_ok=True
         )
-        assert {name: value or None for name, value in row.items()} == other
+        read = {"": None, "false": False, "true": True}
+        assert {name: read.get(value, value) for name, value in row.items()} == other
     before = out.stat().st_mtime_ns
     assert predict_to_file(predictor, open_samples([str(images)]), out, top_k=3) == written  # read, not computed again
     assert out.stat().st_mtime_ns == before
@@ -180,7 +181,7 @@ def test_an_existing_other_file_is_kept_and_refused(predictor: Predictor, images
     with pytest.raises(UserError, match="made with views one where this has flip"):
         predict_to_file(Predictor(predictor.bundle, "torch", "fp32", views="flip"), data, out, top_k=2)
     with pytest.raises(UserError, match=r"\.parquet"):
-        predict_to_file(predictor, data, tmp_path / "out.csv")
+        predict_to_file(predictor, data, tmp_path / "out.xlsx")
 
 
 def test_parts_of_another_plan_are_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:

@@ -89,7 +89,11 @@ if (canvas) {
   canvas.addEventListener("click", (event) => {
     const [x, y] = [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map((part) => part * data.classes.length - 0.5);
     const distance = ([truth, predicted]) => (truth - y) ** 2 + (predicted - x) ** 2;
-    const [truth, predicted] = data.cells.reduce((best, cell) => distance(cell) < distance(best) ? cell : best);
+    // A cell may be smaller than a pixel: of those that a pointer cannot tell apart, the most frequent.
+    const reach = (3 * data.classes.length / canvas.clientWidth) ** 2;
+    const near = data.cells.filter((cell) => distance(cell) <= Math.max(reach, 0.5));
+    const better = near.length ? (cell, best) => cell[2] > best[2] : (cell, best) => distance(cell) < distance(best);
+    const [truth, predicted] = (near.length ? near : data.cells).reduce((best, cell) => better(cell, best) ? cell : best);
     show(truth, predicted);
   });
 }

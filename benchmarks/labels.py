@@ -1,6 +1,7 @@
 """How many wrong labels are found, and how much suggested labels are worth, on images of which the truth is known.
 
     python benchmarks/labels.py BUNDLE --data fashion-mnist-small --split all --seeds 5
+    python benchmarks/labels.py BUNDLE --learn              # features of a network that learned from the wrong labels
     python benchmarks/labels.py BUNDLE --data digits --suggest --seeds 10
 
 A twentieth of the labels is made wrong: to any other class at random, or to the class that looks most like the right
@@ -9,16 +10,20 @@ must not have learned from the right labels of these images.
 """
 
 import argparse
-from statistics import mean, stdev
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from coatnet.bundle import load
+from coatnet.data import open_dataset
 from coatnet.evaluation import extract_features
 from coatnet.evaluation.label_check import confident_suspects, out_of_fold
 from coatnet.evaluation.probe import fit_linear
 from coatnet.evaluation.suggest import pick
+from coatnet.training.recipes import named_recipe
+from coatnet.training.trainer import train
 
 WRONG = 0.05
 ROUNDS, FIRST_LABELS = 4, 20
@@ -43,23 +48,46 @@ def with_wrong_labels(labels: np.ndarray, num_classes: int, alike: np.ndarray | 
     return given
 
 
-def find_wrong_labels(features: torch.Tensor, labels: np.ndarray, num_classes: int, seeds: int) -> None:
+def find_wrong_labels(features: torch.Tensor, labels: np.ndarray, num_classes: int, seeds: int, *, learn: bool) -> None:
     """Print precision and recall at the number of wrong labels, and those of the suspects."""
     for name, alike in (("at random", None), ("as a similar class", confused_with(features, labels, num_classes))):
         found = []
         for seed in range(seeds):
             given = with_wrong_labels(labels, num_classes, alike, seed)
             wrong = given != labels
+            if learn:
+                with TemporaryDirectory() as folder:
+                    run = learn_wrong_labels(given, Path(folder))
+                    features = extract_features(run, "fashion-mnist-small", split="training").gather()[0]
             probabilities = out_of_fold(features, torch.from_numpy(given), num_classes).numpy()
             suspected, suggested, scores = confident_suspects(probabilities, given)
             first = np.argsort(scores, kind="stable")[: wrong.sum()]
             right = (suggested[suspected & wrong] == labels[suspected & wrong]).mean()
             found.append((wrong[first].mean(), wrong[suspected].mean(), suspected[wrong].mean(), right))
-        columns = [f"{mean(column):.3f} (sd {stdev(column):.3f})" for column in zip(*found, strict=True)]
+        columns = [f"{np.mean(column):.3f} (sd {np.std(column):.3f})" for column in zip(*found, strict=True)]
         print(
-            f"{WRONG:.0%} wrong {name}, n = {len(labels):,}, {seeds} seeds: precision = recall at their number "
+            f"{WRONG:.0%} wrong {name}, n = {len(labels):,}, seeds: {seeds}: precision = recall at their number "
             f"{columns[0]}; suspects: precision {columns[1]}, recall {columns[2]}, suggestion right {columns[3]}"
         )
+
+
+def learn_wrong_labels(given: np.ndarray, folder: Path) -> Path:
+    """Train on fashion-mnist-small with other labels, written as IDX files; return the run folder."""
+    splits = open_dataset("fashion-mnist-small")
+    data = folder / "data"
+    data.mkdir()
+    for name, part, labels in (
+        ("train", splits.training, given),
+        ("t10k", splits.validation, splits.validation.labels),
+    ):
+        for kind, array in (
+            ("images-idx3", np.stack([part.read(row)[0] for row in range(len(part))])),
+            ("labels-idx1", labels),
+        ):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (data / f"{name}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    train(named_recipe("fashion-mnist", {"data": str(data), "model": "coatnet-femto-64", "epochs": 6}), folder / "run")
+    return folder / "run"
 
 
 def label_by_suggestion(
@@ -97,14 +125,15 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist-small")
     parser.add_argument("--split", default="all", choices=("training", "validation", "all"), help="whose labels (all)")
     parser.add_argument("--suggest", action="store_true", help="measure suggestions instead, on the validation split")
+    parser.add_argument("--learn", action="store_true", help="train on the wrong labels of fashion-mnist-small")
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     bundle = load(given.bundle)
-    extracted = extract_features(bundle, given.data, split="training" if given.suggest else given.split)
+    extracted = extract_features(bundle, given.data, split="training" if given.suggest or given.learn else given.split)
     features, labels, _ = extracted.gather()
     num_classes = len(extracted.classes)
     if not given.suggest:
-        find_wrong_labels(features, labels.numpy(), num_classes, given.seeds)
+        find_wrong_labels(features, labels.numpy(), num_classes, given.seeds, learn=given.learn)
         return
     others, truth, _ = extract_features(bundle, given.data, split="validation").gather()
     label_by_suggestion(features, labels.numpy(), others, truth.numpy(), num_classes, given.seeds)

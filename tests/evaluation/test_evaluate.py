@@ -93,7 +93,7 @@ def test_split_selects_one_or_all_splits(bundle: Bundle) -> None:
     splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
     counts = {split: evaluate(bundle, splits, split=split).figures["n"] for split in ("validation", "training", "all")}
     assert counts == {"validation": 7, "training": 10, "all": 17}
-    with pytest.raises(UserError, match="split 'test' is unknown"):
+    with pytest.raises(UserError, match="there is no test split"):
         evaluate(bundle, splits, split="test")
 
 

@@ -15,7 +15,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "Rank images without labels: first those to label next, of which the model is unsure and which differ from\n"
         "each other, then the others by how unsure it is. The table has the columns path, label (empty: fill it in),\n"
         "suggested (what the model says) and score (how sure it is); its labeled rows are data for `coatnet train`.",
-        "example:\n  coatnet suggest runs/mine --images unlabeled --out ranked.csv",
+        "examples:\n  coatnet suggest runs/mine --images unlabeled --out ranked.csv",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="files and folders of images")

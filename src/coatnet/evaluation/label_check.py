@@ -40,7 +40,7 @@ class Suspect:
         split: training or validation.
         label: name of its class.
         suggested: name of the class that is likelier.
-        score: normalized margin, (1 + p(label) - highest p of another class) / 2: 0 is certainly wrong.
+        score: p / (p + q^2) of the probability p of the label and q of the likeliest other class; 0 is certainly wrong.
     """
 
     name: str
@@ -61,7 +61,7 @@ class LabelCheck:
         suspects: worst first.
         outliers: name of each image unlike all others, and its distance in units of the median; farthest first.
         alike: pairs of classes, and the share of their images that are taken for the other class; highest first.
-        scores: of every image that was judged: by split and name, the normalized margin.
+        scores: of every image that was judged, by split and name.
     """
 
     model: str
@@ -203,7 +203,9 @@ def confident_suspects(
         labels: (N,).
 
     Returns:
-        A mask of the suspects, the class that each image is rather of, and the normalized margin, all (N,).
+        A mask of the suspects, the class that each image is rather of, and its score, all (N,). The score puts wrong
+        labels first whether they are any class or a similar one: cleanlab's self-confidence misses more of the latter
+        and its normalized margin more of the former (docs/results); with two classes all three have one order.
     """
     rows, num_classes = np.arange(len(labels)), probabilities.shape[1]
     given = probabilities[rows, labels]
@@ -216,7 +218,7 @@ def confident_suspects(
     suspected = confident.any(axis=1) & (suggested != labels) & (likeliest != labels)
     others = probabilities.copy()
     others[rows, labels] = -np.inf
-    return suspected, suggested, (1 + given - others.max(axis=1)) / 2
+    return suspected, suggested, given / np.maximum(given + others.max(axis=1) ** 2, 1e-30)
 
 
 def neighbor_distances(features: Tensor, k: int = NUM_NEIGHBORS) -> Tensor:

@@ -6,7 +6,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +16,7 @@ from coatnet.cli.main import main
 from coatnet.cli.predict import print_prediction
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError, without_credentials
+from coatnet.inference.predictor import Prediction
 from coatnet.system import credentials
 from coatnet.training.config import Recipe, read_yaml
 
@@ -196,9 +196,7 @@ def test_a_record_of_an_earlier_release_is_published_without_its_paths():
 
 
 def test_a_url_among_the_images_is_refused_without_its_credentials(capsys):
-    prediction = SimpleNamespace(
-        name=str(Path("https://user:pw@host/a?sig=pw")), error="a URL", classes=(), probabilities=()
-    )
+    prediction = Prediction(str(Path("https://user:pw@host/a?sig=pw")), error="a URL")
     for as_json in (False, True):
         print_prediction(prediction, as_json)
     shown = capsys.readouterr()

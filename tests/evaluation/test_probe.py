@@ -279,7 +279,8 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     found = load(tmp_path / "out")
     assert (found.classes, found.multilabel) == (splits.classes, splits.multilabel)
     assert found.preprocessing == start.preprocessing
-    after = found.model.state_dict()
+    assert found.calibration is not None
+    after = found.uncalibrated().model.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"head.classifier.weight", "head.classifier.bias"}
     assert all(torch.equal(before[name], value) for name, value in start.model.state_dict().items())
@@ -290,7 +291,7 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     others, _, _ = extract_features(start, splits, split="validation").gather()
     fitted = fit_linear(features, labels, len(splits.classes))
     with torch.no_grad():
-        folded = found.model.get_classifier()(others)
+        folded = found.uncalibrated().model.get_classifier()(others)
     torch.testing.assert_close(folded, fitted.scores(others), rtol=1e-3, atol=1e-3)
 
     written = json.loads((tmp_path / "out" / "report.json").read_text())

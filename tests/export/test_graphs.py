@@ -31,7 +31,7 @@ def open_export(folder: Path, format: str, given: str, made: str) -> Opened:
             onnx.checker.check_model(graph, full_check=True)
             assert not {node.op_type for node in graph.graph.node} & {"BatchNormalization"}
             session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-            assert [each.name for each in session.get_outputs()] == [made]
+            assert [each.name for each in session.get_outputs()] in ([made], [made, "novelty"])
             inside = session.get_modelmeta().custom_metadata_map
             return lambda images: session.run(None, {given: images})[0], inside
         case "openvino":
@@ -44,11 +44,16 @@ def open_export(folder: Path, format: str, given: str, made: str) -> Opened:
             module = torch.export.load(folder / "model.pt2", extra_files=files).module()
             values = json.loads(files["metadata.json"]).items()
             inside = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values}
-            return lambda images: module(torch.from_numpy(images)).detach().numpy(), inside
+            return lambda images: first_output(module(torch.from_numpy(images))), inside
         case "aoti":
             compiled = torch._inductor.aoti_load_package(str(folder / "model.pt2"))
-            return lambda images: compiled(torch.from_numpy(images)).numpy(), compiled.loader.get_metadata()
+            return lambda images: first_output(compiled(torch.from_numpy(images))), compiled.loader.get_metadata()
     raise AssertionError(format)
+
+
+def first_output(found: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]) -> NDArray:
+    """Probabilities; a calibrated bundle gives the novelty as well."""
+    return (found if isinstance(found, torch.Tensor) else found[0]).detach().numpy()
 
 
 def network_inputs(images: torch.Tensor) -> NDArray[np.uint8]:

@@ -80,13 +80,14 @@ def test_the_code_of_an_export_without_coatnet_answers_as_predict_does(
     expected = Predictor(bundle, "torch", "fp32")([*files, desk / "out/example.png"], top_k=10)
 
     loop = f"from classify import *\nimport torch\nfor file in {[str(file) for file in files]!r}:\n"
-    loop += "    print(model(torch.from_numpy(decode(file)[None]))[0].tolist())"
+    loop += "    print(model(torch.from_numpy(decode(file)[None]))[0][0].tolist())"
     opened = 'import torch; model = torch.export.load("out/model.pt2").module()\n'
     done = subprocess.run(
         [*ALONE, PROLOGUE + "sys.path.insert(0, 'out')\n" + code + opened + loop],
         capture_output=True, text=True, check=True, cwd=desk,
     )  # fmt: skip
     lines = done.stdout.splitlines()
+    assert lines.pop(5) == f"{expected[-1].novelty:7.2%}  novelty: the share of known images that look less foreign"
     shown = [line.split(maxsplit=1) for line in lines[:5]]
     *of_files, of_example = expected
     assert [name for _, name in shown] == list(of_example.classes[:5])

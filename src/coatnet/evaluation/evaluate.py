@@ -37,6 +37,7 @@ from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
+PROBABILITY_FIGURES = ("nll", "brier", "calibration_error")
 THUMBNAIL_PIXELS, EXAMPLE_PIXELS = 160, 96  # of the longer side
 
 # Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class, its index.
@@ -87,6 +88,9 @@ def evaluate(
     data = _open(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
+    # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
+    # an image, ranks are those of the classes of an image, and the same for both.
+    fitted = Metrics(len(bundle.classes), bundle.multilabel) if bundle.multilabel and bundle.calibration else metrics
     total, done = sum(map(len, datasets)), 0
     bad_images = BadImages(total, budget=1.0)
     worst: list[_Wrong] = []
@@ -109,8 +113,10 @@ def evaluate(
             for outputs, labels, indices, digests in batches:
                 labels, logits = translate(labels), outputs[:, : len(bundle.classes)]
                 if reliability is not None and digests is not None:
-                    logits = reliability.update(outputs, labels, digests)
-                metrics.update(logits, labels)
+                    own, logits = logits, reliability.update(outputs, labels, digests)
+                    if fitted is not metrics:
+                        metrics.update(own, labels)
+                fitted.update(logits, labels)
                 places += (batch := [(number, index) for index in indices.tolist()])
                 wrong = _find_mistakes(logits, labels, batch, bundle)
                 worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
@@ -135,7 +141,11 @@ def evaluate(
     training = data.training if isinstance(data, Splits) and split_name == "validation" else None
     thumbnails = tuple(thumbnail(datasets[number], index) for _, (number, index), *_ in worst)
     shown = choose_examples(answers) if with_images and not bundle.multilabel else []
-    confusion = metrics.confusion()
+    confusion, figures, intervals = metrics.confusion(), metrics.compute(), metrics.intervals()
+    if fitted is not metrics:
+        probabilities, their_intervals = fitted.compute(), fitted.intervals()
+        figures |= {name: probabilities[name] for name in PROBABILITY_FIGURES}
+        intervals |= {name: their_intervals[name] for name in PROBABILITY_FIGURES}
     return Report(
         data=name,
         split=split_name,
@@ -144,15 +154,15 @@ def evaluate(
         num_parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
         classes=bundle.classes,
         multilabel=bundle.multilabel,
-        figures=metrics.compute(),
-        intervals=metrics.intervals(),
+        figures=figures,
+        intervals=intervals,
         per_class=tuple(metrics.per_class()),
         confusion=None if confusion is None else tuple(map(tuple, confusion.tolist())),
         confused_pairs=tuple(
             (bundle.classes[truth], bundle.classes[predicted], count)
             for truth, predicted, count in metrics.confused_pairs()
         ),
-        calibration=metrics.calibration(),
+        calibration=fitted.calibration(),
         mistakes=tuple(
             Mistake(datasets[number].describe(index), truth, predicted, probability)
             for probability, (number, index), truth, predicted, _ in worst

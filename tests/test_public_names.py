@@ -19,6 +19,7 @@ PACKAGES = [
 ]
 PUBLIC = [
     "Bundle",
+    "Explanation",
     "Interrupted",
     "Prediction",
     "Predictor",

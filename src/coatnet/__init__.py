@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from coatnet.evaluation.report import Report as Report
     from coatnet.evaluation.report_markdown import write_report as write_report
     from coatnet.evaluation.soup import soup as soup
+    from coatnet.inference.explanation import Explanation as Explanation
     from coatnet.inference.predictor import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
     from coatnet.model.compat import from_coatnet_pytorch as from_coatnet_pytorch
@@ -45,6 +46,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "Bundle": "coatnet.bundle.bundle",
+        "Explanation": "coatnet.inference.explanation",
         "Interrupted": "coatnet.training.interruption",
         "Prediction": "coatnet.inference.predictor",
         "Predictor": "coatnet.inference.predictor",

@@ -36,6 +36,7 @@ COMMANDS = {
     "compare": ("RUN RUN ...", "compare runs on the same images: paired intervals, where they disagree"),
     "runs": ("FOLDER", "list the runs in a folder with their figures"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet or .csv file"),
+    "explain": ("BUNDLE IMAGE ...", "write what mattered in images as heat maps; or the relative biases"),
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": (
         "BUNDLE --data DATA [--out FOLDER]",

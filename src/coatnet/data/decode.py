@@ -233,7 +233,7 @@ def _kind(data: bytes, name: str) -> ImageFormat:
     if kind := sniff(data):
         return kind
     known = ", ".join(each.name for each in FORMATS)
-    raise BadImage(name, f"format: not one of {known}; it begins with {data[:8]!r}")
+    raise BadImage(name, f"format: not one of {known}; it begins with {str(data[:8])[1:]}")
 
 
 def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:

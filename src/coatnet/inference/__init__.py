@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from coatnet.public_names import lazy_exports
 
 if TYPE_CHECKING:
+    from coatnet.inference.explanation import Explanation as Explanation
     from coatnet.inference.logits import infer as infer
     from coatnet.inference.predictor import Prediction as Prediction
     from coatnet.inference.predictor import Predictor as Predictor
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "Explanation": "coatnet.inference.explanation",
         "Prediction": "coatnet.inference.predictor",
         "Predictor": "coatnet.inference.predictor",
         "infer": "coatnet.inference.logits",

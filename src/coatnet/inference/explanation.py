@@ -29,6 +29,9 @@ PATCHES_PER_SIDE = 8  # chosen: an occluding patch is an eighth of the image wid
 MAX_OCCLUDED_IMAGES = 64  # computed together
 
 
+Box = tuple[float, float, float, float]  # left, top, right and bottom, as fractions of an image's width and height
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """What mattered in an image for one of the classes, or why it cannot be said.
@@ -46,7 +49,7 @@ class Explanation:
     target: str = ""
     probability: float = math.nan
     heat: NDArray[np.float32] | None = None
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    box: Box = (0.0, 0.0, 1.0, 1.0)
     error: str | None = None
 
     def overlay(self, image: "PIL.Image.Image") -> "PIL.Image.Image":
@@ -54,12 +57,13 @@ class Explanation:
         import PIL.Image
 
         shown = image.convert("RGB")
+        if self.heat is None:
+            return shown
         left, right = (round(edge * image.width) for edge in self.box[::2])
         top, bottom = (round(edge * image.height) for edge in self.box[1::2])
-        layer = PIL.Image.fromarray(heat_colors(self.heat)) if self.heat is not None else None
-        if layer is not None and right > left and bottom > top:
-            layer = layer.resize((right - left, bottom - top), PIL.Image.Resampling.BILINEAR)
-            shown.paste(layer, (left, top), layer)
+        size = (max(1, right - left), max(1, bottom - top))
+        layer = PIL.Image.fromarray(heat_colors(self.heat)).resize(size, PIL.Image.Resampling.BILINEAR)
+        shown.paste(layer, (left, top), layer)
         return shown
 
 
@@ -87,7 +91,7 @@ def heat_maps(
         return attention(bundle, images)
     if method == "occlusion":
         return occlusion(bundle, images, targets)
-    return layercam(bundle, images, targets, -1 if stage is None else stage)
+    return layercam(bundle, images, targets, stage)
 
 
 def check_method(model: CoAtNet, method: str, stage: int | None) -> None:
@@ -103,19 +107,25 @@ def check_method(model: CoAtNet, method: str, stage: int | None) -> None:
         raise UserError(f"{model.variant.name} has no attention; explain it by layercam or occlusion")
 
 
-def layercam(bundle: Bundle, images: Tensor, targets: Tensor | None = None, stage: int = -1) -> Tensor:
+def layercam(bundle: Bundle, images: Tensor, targets: Tensor | None = None, stage: int | None = None) -> Tensor:
     """Positive gradient times activation, summed over the channels of a stage (Jiang et al. 2021, LayerCAM).
 
     Args:
         bundle, images, targets: as in `heat_maps`.
-        stage: 0 for the output of the stem, 1, 2, ... of the stages; negative numbers count from the last. Early
-            stages are sharper, the last one says best what mattered.
+        stage: 0 for the output of the stem, 1, 2, ... of the stages; negative numbers count from the last. By default
+            the last convolutional stage: attention moves what it reads to cells elsewhere, and its activations may
+            be negative. On 48 images with a planted object the maximum falls on it in 94 %, against 65 % at the last
+            stage; at half as many steps of training in 98 against 67 %, and a third of the latter maps are empty.
 
     Returns:
         float32 (B, R, R) on the CPU, from 0 to 1.
     """
-    check_method(bundle.model, "layercam", stage)
-    model, stage = bundle.model, stage % (len(bundle.model.stages) + 1)
+    model = bundle.model
+    check_method(model, "layercam", stage)
+    if stage is None:
+        convolutional = [number for number, each in enumerate(model.variant.stages, 1) if each.kind == "mbconv"]
+        stage = max(convolutional, default=-1)
+    stage %= len(model.stages) + 1
     with torch.inference_mode(False), in_evaluation(model):
         with torch.no_grad():
             x = model.forward_intermediates(to_model(images, model), [stage], stop_early=True, intermediates_only=True)
@@ -189,9 +199,11 @@ def attention_rollout(model: CoAtNet, images: Tensor) -> tuple[Tensor, tuple[int
 
 
 def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, patch: int | None = None) -> Tensor:
-    """How far the logit falls when a patch of the mean color hides a part, for all places of the patch.
+    """How far the log-odds of a class fall when a patch of the mean color hides a part, for all places of the patch.
 
     A pixel gets the mean of the falls of all patches that hide it, or 0 if that is a rise (Zeiler and Fergus 2014).
+    Log-odds, since a logit may fall together with those of all other classes: on images with a planted object as wide
+    as the patch the maximum falls on it in all of 24, in 8 by the logit.
 
     Args:
         bundle, images, targets: as in `heat_maps`.
@@ -208,7 +220,7 @@ def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, pat
         images = to_model(images, model)
         logits = model(images)
         indices = _targets(logits, targets)[:, None]
-        whole = logits.gather(1, indices)  # (B, 1)
+        whole = _log_odds(logits, indices, bundle.multilabel)  # (B, 1)
         falls, hidden = torch.zeros(len(images), side, side), torch.zeros(side, side)
         at_once = max(1, MAX_OCCLUDED_IMAGES // len(images))
         for start in range(0, len(places), at_once):
@@ -216,7 +228,7 @@ def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, pat
             occluded = images.repeat(len(some), 1, 1, 1)  # (P * B, C, R, R)
             for views, (rows, columns) in zip(occluded.split(len(images)), some, strict=True):
                 views[..., rows, columns] = 0  # the mean of the preprocessing
-            scores = model(occluded).gather(1, indices.repeat(len(some), 1))
+            scores = _log_odds(model(occluded), indices.repeat(len(some), 1), bundle.multilabel)
             changes = (whole.repeat(len(some), 1) - scores).view(len(some), -1).float().cpu()  # (P, B)
             for change, (rows, columns) in zip(changes, some, strict=True):
                 falls[:, rows, columns] += change[:, None, None]
@@ -242,6 +254,14 @@ def to_model(images: Tensor, model: CoAtNet) -> Tensor:
 
 def _targets(logits: Tensor, targets: Tensor | None) -> Tensor:
     return logits.argmax(1) if targets is None else targets.to(logits.device)
+
+
+def _log_odds(logits: Tensor, indices: Tensor, multilabel: bool) -> Tensor:
+    """log(p / (1 - p)) of one class of each image: logits (B, K) and indices (B, 1) to (B, 1)."""
+    chosen = logits.gather(1, indices)
+    if multilabel or logits.shape[1] == 1:
+        return chosen
+    return chosen - logits.scatter(1, indices, -torch.inf).logsumexp(1, keepdim=True)
 
 
 def stride_of(model: CoAtNet, stage: int) -> int:

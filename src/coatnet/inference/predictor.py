@@ -5,6 +5,7 @@ Shapes: B images, V views of each, R resolution, C channels (3, or 1 for graysca
 
 import itertools
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,10 @@ from coatnet.bundle.calibration import METHODS, Calibration, set_scores, thresho
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, decode, pixels_of
 from coatnet.data.folder import expand_paths
-from coatnet.data.transforms import as_images, match_channels
-from coatnet.errors import UserError, first_line
+from coatnet.data.transforms import as_images, match_channels, normalize, seen_box
+from coatnet.errors import UserError, first_line, nearest
 from coatnet.inference.engines import open_engine
+from coatnet.inference.explanation import Box, Explanation, check_method, heat_maps
 from coatnet.inference.graph import to_probabilities
 from coatnet.inference.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
 from coatnet.public_names import renamed_attribute
@@ -122,6 +124,7 @@ class Predictor:
         side = self.bundle.preprocessing.resolution
         self.image_shape = (NUM_VIEWS[views], side, side, self.bundle.preprocessing.channels)
         self.engine = open_engine(self.bundle, engine, precision, device)
+        self._explaining = threading.Lock()  # attention is read by hooks
 
     def __call__(self, images: Image | Iterable[Image], *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
         """Classify images.
@@ -194,6 +197,10 @@ class Predictor:
             BadImage: the image cannot be read or decoded.
             UserError: it is not an image in one of the forms.
         """
+        return self.prepare_and_locate(image, name)[0]
+
+    def prepare_and_locate(self, image: Image, name: str = "image") -> tuple[NDArray[np.uint8], Box]:
+        """As `prepare`, with the part of the image that the first view shows, as in `Explanation`. Thread-safe."""
         encoded = _encoded(image, name)
         if encoded is not None:
             pixels = decode(encoded, name)
@@ -204,7 +211,8 @@ class Predictor:
         pixels = match_channels(pixels, self.bundle.preprocessing)
         views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
         views = views.permute(0, 2, 3, 1)  # (V, R, R, 1 or C)
-        return views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
+        prepared = views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
+        return prepared, seen_box(pixels.shape[-2], pixels.shape[-1], self.bundle.preprocessing)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute the probabilities of a batch, averaged over the views. Not thread-safe.
@@ -230,6 +238,92 @@ class Predictor:
         if self.bundle.calibration is None:
             return Answers(probabilities, None)
         return Answers(probabilities, found[:, -1].unflatten(0, (len(images), -1)).mean(dim=1).numpy())
+
+    def explain(
+        self,
+        images: Image | Iterable[Image],
+        *,
+        method: str = "layercam",
+        target: str | None = None,
+        stage: int | None = None,
+        batch_size: int = 16,
+    ) -> list[Explanation]:
+        """Say what mattered in images for one class of each, as heat maps.
+
+        The probability is that of the engine; the map is computed by torch in float32 on the first view, wherever the
+        bundle's network is.
+
+        Args:
+            images: as in `__call__`.
+            method: "layercam", "attention" or "occlusion", see `coatnet.inference.explanation`.
+            target: name of the class to explain; by default the most probable one of each image.
+            stage: for LayerCAM, 0 for the stem, 1, 2, ... for the stages; by default the last
+                convolutional one.
+            batch_size: images computed together.
+
+        Returns:
+            One explanation per image, in order; that of an unreadable image has an `error`.
+
+        Raises:
+            UserError: there is no such method, class or stage, or the network has no attention.
+        """
+        check_at_least_one(top_k=1, batch_size=batch_size)
+        check_method(self.bundle.model, method, stage)
+        index = None if target is None else self.class_index(target)
+        given = _as_list(images)
+        explanations: list[Explanation] = []
+        for first in range(0, len(given), batch_size):
+            batch = given[first : first + batch_size]
+            names = [_name(image, number) for number, image in enumerate(batch, first)]
+            explanations += self._explain(names, batch, index, method, stage)
+        return explanations
+
+    def _explain(
+        self, names: Sequence[str], images: Sequence[Image], index: int | None, method: str, stage: int | None
+    ) -> list[Explanation]:
+        errors: dict[int, str] = {}
+        located: dict[int, tuple[NDArray[np.uint8], Box]] = {}
+        for number, (image, name) in enumerate(zip(images, names, strict=True)):
+            try:
+                located[number] = self.prepare_and_locate(image, name)
+            except BadImage as error:
+                errors[number] = error.reason
+        explained: dict[int, Explanation] = {}
+        if located:
+            views = np.stack([prepared for prepared, _ in located.values()])
+            rows = self.probabilities(views)
+            targets = rows.argmax(1) if index is None else np.full(len(rows), index)
+            maps = self.heat_maps(views, targets, method=method, stage=stage)
+            for number, row, target, heat in zip(located, rows, targets, maps, strict=True):
+                if error := why_no_answer(row):
+                    errors[number] = error
+                else:
+                    box, one = located[number][1], self.classes[target]
+                    explained[number] = Explanation(names[number], one, float(row[target]), heat, box)
+        return [explained.get(k) or Explanation(name, error=errors[k]) for k, name in enumerate(names)]
+
+    def heat_maps(
+        self,
+        images: NDArray[np.uint8],
+        targets: NDArray[np.integer[Any]],
+        *,
+        method: str = "layercam",
+        stage: int | None = None,
+    ) -> NDArray[np.float32]:
+        """What mattered in prepared images, uint8 (B, V, R, R, C), for classes (B,): (B, R, R), 0 to 1. Thread-safe.
+
+        Raises UserError as `explain` does.
+        """
+        pixels = torch.from_numpy(np.ascontiguousarray(images[:, 0])).permute(0, 3, 1, 2)  # (B, C, R, R)
+        normalized = normalize(pixels, self.bundle.preprocessing)
+        with self._explaining:
+            return heat_maps(self.bundle, normalized, torch.from_numpy(targets), method=method, stage=stage).numpy()
+
+    def class_index(self, name: str) -> int:
+        """The index of a class. Raises UserError if the model has none of that name."""
+        if name not in self.classes:
+            raise UserError(f"the model has no class {name[:100]!r}{nearest(name[:100], self.classes, most=3)}")
+        return self.classes.index(name)
 
     def is_unknown(self, novelty: float | None) -> bool:
         """Whether an image of this novelty is refused."""

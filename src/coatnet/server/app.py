@@ -2,8 +2,9 @@
 
 The contract with the page at `/` and with every other client stands in the OpenAPI description at `/docs`, from the
 models below and those of `errors.py` and `protocol.py`. `POST /predict?model=NAME&top_k=5` takes the bytes of an image
-as the body, without a form. Where a token is set, `/models`, `/predict`, `/metrics` and `/v2/models/...` require
-`Authorization: Bearer TOKEN`; the page, the documentation and the health checks do not. Class names are arbitrary text.
+as the body, without a form, and so does `POST /explain`. Where a token is set, `/models`, `/predict`, `/explain`,
+`/metrics` and `/v2/models/...` require `Authorization: Bearer TOKEN`; the page, the documentation and the health checks
+do not. Class names are arbitrary text.
 Nothing is fetched from elsewhere, no model is loaded or unloaded, and no upload is written to a disk.
 """
 
@@ -11,10 +12,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from mimetypes import guess_type
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +24,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coatnet.bundle.bundle import without_places
 from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
@@ -142,7 +145,7 @@ SWAGGER_START = 'SwaggerUIBundle({ url: "/openapi.json", dom_id: "#docs", valida
 
 
 class ModelInfo(BaseModel):
-    """One model of `GET /models`. `classes` counts them, `max_bytes` bounds a body, `card` is the bundle's README."""
+    """One model of `GET /models`. `classes` counts them, `max_bytes` bounds a body, `card` is its README."""
 
     name: str
     variant: str
@@ -189,6 +192,31 @@ class PredictParameters(BaseModel, extra="forbid"):
 
     model: str = Field("", description="a name of GET /models; the first one if it is left out")
     top_k: int = Field(5, ge=1, description="how many of the likeliest classes")
+
+
+class ExplanationAnswer(BaseModel):
+    """What mattered for a class.
+
+    `heat_map`: a PNG in base64, as large as what the model sees, blue to red and more opaque where hot. `box`: where it
+    lies in the image, upright: left, top, right and bottom, as fractions of its width and height.
+    """
+
+    model: str
+    method: str
+    name: str = Field(alias="class")
+    probability: float
+    box: tuple[float, float, float, float]
+    heat_map: str
+
+
+class ExplainParameters(BaseModel, extra="forbid"):
+    """The query of `POST /explain`."""
+
+    model: str = Field("", description="a name of GET /models; the first one if it is left out")
+    # Occlusion takes hundreds of predictions an image.
+    method: Literal["layercam", "attention"] = Field("layercam", description="of `coatnet explain`")
+    target: str = Field("", description="name of the class to explain; the likeliest if it is left out")
+    stage: int | None = Field(None, description="for layercam: 0 for the stem, 1, 2, ... for the stages")
 
 
 IMAGE_BODY = {
@@ -260,6 +288,16 @@ def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:
         """The classes of one image with their probabilities, likeliest first."""
         return json_response(await service.predict(request, asked.model, asked.top_k))
 
+    @app.post(
+        "/explain",
+        dependencies=secured,
+        responses={200: {"model": ExplanationAnswer}} | ERRORS,
+        openapi_extra=IMAGE_BODY,
+    )
+    async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
+        """What mattered in one image for one class, as a heat map."""
+        return json_response(await service.explain(request, asked.model, asked.method, asked.target, asked.stage))
+
     @app.get("/metrics", dependencies=secured, response_class=Response)
     async def metrics() -> Response:
         """Figures for Prometheus."""
@@ -299,6 +337,9 @@ def _add_file(
 
 def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, Any]:
     bundle = predictor.bundle
+    # The recipe is for who trains; of older bundles it names folders of another machine.
+    record = {key: value for key, value in without_places(bundle.record).items() if key != "recipe"}
+    shown = replace(bundle, record=record)
     return {
         "name": name,
         "variant": bundle.model.variant.name,
@@ -310,7 +351,7 @@ def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, An
         "precision": predictor.engine.precision,
         "num_parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
         "max_bytes": max_bytes,
-        "card": bundle.card(),
+        "card": shown.card(),
     }
 
 
@@ -328,7 +369,8 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        name, known = str(first["loc"][-1])[:100], PredictParameters.model_fields
+        asked = ExplainParameters if request.url.path == "/explain" else PredictParameters
+        name, known = str(first["loc"][-1])[:100], asked.model_fields
         problem = f"{name}: {first['msg']}"
         if first["type"] == "extra_forbidden":
             problem = f"there is no parameter {name!r}{nearest_option(name, known)}; there are {', '.join(known)}"

@@ -17,6 +17,7 @@ class ModelMetrics:
         self.queue = metrics.queue.labels(model)
         self.inference = metrics.inference.labels(model)
         self.total = metrics.total.labels(model)
+        self.explain = metrics.explain.labels(model)
         self.batch_size = metrics.batch_size.labels(model)
         self.dropped = metrics.dropped.labels(model)
 
@@ -31,6 +32,7 @@ class Metrics:
         self.queue = self._times("queue_seconds", "one image between decoding and its batch")
         self.inference = self._times("inference_seconds", "one batch in the engine")
         self.total = self._times("predict_seconds", "one image from its first byte to its answer")
+        self.explain = self._times("explain_seconds", "one heat map from the image's first byte to its answer")
         self.batch_size = Histogram(
             "coatnet_batch_size", "images in a batch", ("model",), buckets=IMAGES, registry=self.registry
         )

@@ -1,14 +1,21 @@
 """The service behind the routes: several models, from the bytes of an image to probabilities or an error."""
 
 import asyncio
+import base64
+import io
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+import PIL.Image
 from starlette.requests import Request
 
-from coatnet.errors import nearest
+from coatnet.errors import UserError, nearest
+from coatnet.inference.explanation import check_method, heat_colors
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.batching import Answer, Batcher, Reservation
@@ -39,6 +46,8 @@ class Service:
         self.uploads = Uploads(settings)
         self.pool = DecodingPool(num_cores(), settings.max_decoding_pixels)
         self.models = {name: self._serve(name, predictor) for name, predictor in predictors.items()}
+        # One at a time: gradients of several images at once would take the cores from the predictions.
+        self.explaining = ThreadPoolExecutor(1, thread_name_prefix="explaining")
         self.draining = False
         self.unanswered = 0  # requests in progress that the end of the server cut off
         self.metrics.watch_uploads(lambda: self.uploads.num_bytes)
@@ -75,6 +84,7 @@ class Service:
     def stop(self) -> None:
         """Stop the threads, after all requests are answered; a thread that still computes is abandoned."""
         self.pool.close()
+        self.explaining.shutdown(wait=False, cancel_futures=True)
         for served in self.models.values():
             served.batcher.stop()
 
@@ -88,7 +98,7 @@ class Service:
 
     async def from_file(self, served: ServedModel, reservation: Reservation, encoded: bytes) -> tuple[Answer, float]:
         """The answer to an encoded image, and the seconds of its decoding. Raises RequestError."""
-        views, seconds = await self.pool.prepare(served.predictor, encoded)
+        views, _, seconds = await self.pool.prepare(served.predictor, encoded)
         served.metrics.decode.observe(seconds)
         return await served.batcher.answer(reservation, views), seconds
 
@@ -113,18 +123,23 @@ class Service:
             leaving.cancel()
             await asyncio.gather(working, leaving, return_exceptions=True)
 
-    async def predict(self, request: Request, name: str, top_k: int) -> dict[str, Any]:
-        """The likeliest classes of the image in the request's body. Raises RequestError, ClientDisconnected."""
-        served = self.model(name)
+    @asynccontextmanager
+    async def receive(self, request: Request, served: ServedModel) -> AsyncIterator[tuple[bytes, Reservation]]:
+        """The image in a request's body, and a place in the queue. Raises RequestError, ClientDisconnected."""
         if request.headers.get("content-type", "").startswith("multipart/"):
             raise RequestError("format", "this is a form; send the image itself: curl --data-binary @image.jpg")
         served.batcher.check()  # before the image is uploaded
-        started = time.perf_counter()
         async with self.uploads.receive(request) as body:
             if not body:
                 raise RequestError("empty", "the body is empty: send the bytes of an image")
             with served.batcher.reserve() as reservation:
-                answer, decoding = await self.until_disconnect(request, self.from_file(served, reservation, body))
+                yield body, reservation
+
+    async def predict(self, request: Request, name: str, top_k: int) -> dict[str, Any]:
+        """The likeliest classes of the image in the request's body. Raises RequestError, ClientDisconnected."""
+        served, started = self.model(name), time.perf_counter()
+        async with self.receive(request, served) as (body, reservation):
+            answer, decoding = await self.until_disconnect(request, self.from_file(served, reservation, body))
         total = time.perf_counter() - started
         served.metrics.total.observe(total)
         found = served.predictor.describe(answer.probabilities, answer.novelty, top_k)
@@ -145,6 +160,44 @@ class Service:
             "set": found.class_set,
             "milliseconds": {step: round(1e3 * seconds, 3) for step, seconds in times.items()},
         }
+
+    async def explain(self, request: Request, name: str, method: str, target: str, stage: int | None) -> dict[str, Any]:
+        """What mattered in the image in the request's body. Raises RequestError, ClientDisconnected."""
+        served = self.model(name)
+        try:
+            check_method(served.predictor.bundle.model, method, stage)
+            index = served.predictor.class_index(target) if target else None
+        except UserError as error:
+            raise RequestError("parameters", str(error)) from None
+        started = time.perf_counter()
+        async with self.receive(request, served) as (body, reservation):
+            work = self._explain(served, reservation, body, index, method, stage)
+            explained = await self.until_disconnect(request, work)
+        served.metrics.explain.observe(time.perf_counter() - started)
+        return {"model": served.name, "method": method, **explained}
+
+    async def _explain(
+        self,
+        served: ServedModel,
+        reservation: Reservation,
+        encoded: bytes,
+        index: int | None,
+        method: str,
+        stage: int | None,
+    ) -> dict[str, Any]:
+        views, box, seconds = await self.pool.prepare(served.predictor, encoded)
+        served.metrics.decode.observe(seconds)
+        probabilities = (await served.batcher.answer(reservation, views)).probabilities
+        target = int(probabilities.argmax()) if index is None else index
+
+        def draw() -> str:
+            heat = served.predictor.heat_maps(views[None], np.array([target]), method=method, stage=stage)[0]
+            PIL.Image.fromarray(heat_colors(heat)).save(buffer := io.BytesIO(), "PNG")
+            return base64.b64encode(buffer.getvalue()).decode()
+
+        drawn = await asyncio.get_running_loop().run_in_executor(self.explaining, draw)
+        named = {"class": served.predictor.classes[target], "probability": float(probabilities[target])}
+        return {**named, "box": box, "heat_map": drawn}
 
 
 async def gather_or_cancel(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from coatnet.data.decode import BadImage, decoding_pixels
+from coatnet.inference.explanation import Box
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
 from coatnet.server.errors import ClientDisconnected, RequestError
@@ -84,8 +85,8 @@ class DecodingPool:
         self._condition = threading.Condition()
         self._free = self._max_pixels = max_pixels
 
-    async def prepare(self, predictor: Predictor, encoded: bytes) -> tuple[NDArray[np.uint8], float]:
-        """The views `(V, R, R, C)` of an image, and the seconds that they took.
+    async def prepare(self, predictor: Predictor, encoded: bytes) -> tuple[NDArray[np.uint8], Box, float]:
+        """The views `(V, R, R, C)` of an image, the part of it that they show, and the seconds that they took.
 
         Raises:
             RequestError: not an image, or one that cannot be decoded; the code is that of `BadImage`.
@@ -118,11 +119,11 @@ class DecodingPool:
 
     def _prepare(
         self, predictor: Predictor, encoded: bytes, check: Callable[[], None]
-    ) -> tuple[NDArray[np.uint8], float]:
+    ) -> tuple[NDArray[np.uint8], Box, float]:
         with self._reserve_pixels(_num_pixels(encoded), check):
             started = time.perf_counter()
-            views = predictor.prepare(encoded)
-            return views, time.perf_counter() - started
+            views, box = predictor.prepare_and_locate(encoded)
+            return views, box, time.perf_counter() - started
 
     @contextmanager
     def _reserve_pixels(self, pixels: int, check: Callable[[], None]) -> Iterator[None]:

@@ -125,7 +125,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visit: Open, serv
     chooser.value.set_files(images[:2])
     expect(seen.see(".tile[data-state=done]")).to_have_count(2)
     visited = []
-    for _ in range(5):
+    for _ in range(6):
         keyboard.press("Tab")
         visited.append(
             seen.page.evaluate(
@@ -133,7 +133,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(visit: Open, serv
             )
         )
         assert seen.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    assert visited == ["clear", "tile", "tile", "summary", "a"]
+    assert visited == ["explain", "clear", "tile", "tile", "summary", "a"]
     keyboard.press("Shift+Tab")
     keyboard.press("Enter")
     expect(seen.see("#card")).to_be_visible()

@@ -5,11 +5,11 @@ import { onServerBack, serverAnswers } from "./connection.js";
 import { element } from "./element.js";
 import { addTile, markTile, onClear, updateTile } from "./history.js";
 import { onFiles } from "./intake.js";
-import { percent } from "./numbers.js";
 import { Image } from "./images.js";
 import { Queue } from "./queue.js";
 import { onTryAgain, showResult } from "./result.js";
 import { models, Unreachable } from "./server.js";
+import { verdict } from "./verdict.js";
 
 const AT_ONCE = 3; // requests in flight
 const MOST_ANNOUNCED = 10;
@@ -66,9 +66,9 @@ function show(image) {
   document.getElementById("result").scrollIntoView({ block: "nearest" });
 }
 
-function announce({ name, answer, problem }) {
-  const best = answer?.predictions[0];
-  const line = best ? `${name}: ${best.class}, ${percent(best.probability)}` : `${name}: ${problem.title}`;
+function announce({ name, answer, problem, model }) {
+  const said = answer && verdict(answer, model);
+  const line = said ? `${name}: ${said.title}, ${said.number}` : `${name}: ${problem.title}`;
   const log = document.getElementById("announcements");
   log.append(element("p", "", line));
   if (log.children.length > MOST_ANNOUNCED) log.firstChild.remove();
@@ -98,6 +98,6 @@ async function load() {
 function tell(error) {
   const refused = error.status === 401;
   document.getElementById("notice").textContent = refused
-    ? "Nothing can be classified without the token. Drop an image to be asked again."
+    ? "Nothing can be classified without the token. Give it an image to be asked again."
     : `The server does not say which models it has: ${error.message}`;
 }

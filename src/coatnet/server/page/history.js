@@ -1,8 +1,8 @@
 // What was dropped, newest first: a tile an image, kept as long as the tab.
 
 import { element } from "./element.js";
-import { percent } from "./numbers.js";
 import { showImage } from "./preview.js";
+import { verdict } from "./verdict.js";
 
 const MOST = 200; // images; the oldest goes first
 const WAITING = { waiting: "waiting", sent: "looking …", busy: "server busy" };
@@ -34,10 +34,10 @@ export function addTile(image, select) {
 export function updateTile(image) {
   const item = tiles.get(image);
   if (!item) return;
-  const best = image.answer?.predictions[0];
-  const label = image.problem?.title ?? best?.class ?? WAITING[image.state];
+  const said = image.answer && verdict(image.answer, image.model);
+  const label = image.problem?.title ?? said?.title ?? WAITING[image.state];
   item.querySelector(".label").textContent = label;
-  item.querySelector(".number").textContent = best ? percent(best.probability) : "";
+  item.querySelector(".number").textContent = said?.number ?? "";
   item.firstChild.dataset.state = image.state;
 }
 

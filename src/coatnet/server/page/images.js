@@ -2,7 +2,7 @@
 
 import { serverAnswers } from "./connection.js";
 import { bytes } from "./numbers.js";
-import { predict, Refusal, Unreachable } from "./server.js";
+import { explain, predict, Refusal, Unreachable } from "./server.js";
 
 const MOST_SENDS = 3; // of an image whose connection breaks: it could be what ends the server
 
@@ -11,6 +11,7 @@ export class Image {
   state = "waiting";
   answer = null; // {model, predictions, milliseconds}
   problem = null; // {title, detail, final}
+  explanation = null; // a promise of {box, heat_map}
   #abort = new AbortController();
 
   constructor(file, model) {
@@ -34,6 +35,12 @@ export class Image {
       this.problem = describe(error);
       this.#become("failed", changed);
     }
+  }
+
+  /** What mattered for its likeliest class. */
+  async explain() {
+    const body = await this.file.arrayBuffer();
+    return explain(body, { model: this.model.name, type: this.file.type, signal: this.#abort.signal });
   }
 
   /** Forget it: its request is cancelled, its memory given back. */

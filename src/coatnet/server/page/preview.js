@@ -6,7 +6,10 @@ const SMALL = 128; // pixels; below it an image is enlarged without blur
 export function showImage(frame, image) {
   const img = frame.querySelector("img");
   frame.classList.remove("small", "no-preview");
-  img.onload = () => frame.classList.toggle("small", img.naturalWidth < SMALL);
+  img.onload = () => {
+    frame.classList.toggle("small", img.naturalWidth < SMALL);
+    frame.style.setProperty("--ratio", img.naturalWidth / img.naturalHeight);
+  };
   img.onerror = () => frame.classList.add("no-preview");
   img.src = image.url;
 }

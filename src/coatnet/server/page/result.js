@@ -1,8 +1,10 @@
 // The main view: one image and what the server says of it.
 
 import { element } from "./element.js";
+import { showHeat } from "./heat.js";
 import { milliseconds, percent } from "./numbers.js";
 import { showImage } from "./preview.js";
+import { verdict } from "./verdict.js";
 
 const WAITING = {
   waiting: ["Waiting", "It is sent as soon as there is room."],
@@ -41,6 +43,8 @@ export function showResult(image) {
     document.getElementById("file-name").textContent = image.name;
   }
   result.dataset.state = image.state;
+  result.dataset.sure = String(image.state !== "done" || verdict(image.answer, image.model).sure);
+  showHeat(image);
   result.ariaBusy = String(!["done", "failed"].includes(image.state));
   again.hidden = image.state !== "failed" || image.problem.final;
   [headline.textContent, detail.textContent] = words(image);
@@ -53,7 +57,9 @@ function words({ state, answer, problem, model }) {
   if (state !== "done") return WAITING[state];
   const count = model.classes.toLocaleString("en");
   const many = `likeliest of ${count} labels, any number of which may apply`;
-  return [answer.predictions[0].class, model.multilabel ? many : `likeliest of ${count} classes`];
+  const { title, reason } = verdict(answer, model);
+  const among = model.multilabel ? many : `likeliest of ${count} classes`;
+  return [title, answer.unknown ? reason : [reason, among].filter(Boolean).join(", ")];
 }
 
 function bar(prediction) {

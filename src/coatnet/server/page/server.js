@@ -49,6 +49,13 @@ export async function predict(body, { model, type, signal, onBusy }) {
   }
 }
 
+/** What mattered for the likeliest class of an image: where in it a heat map lies, and the map. */
+export function explain(body, { model, type, signal }) {
+  const headers = { "Content-Type": type || "application/octet-stream" };
+  const limit = AbortSignal.any([signal, AbortSignal.timeout(PREDICT_TIMEOUT)]);
+  return ask(`explain?${new URLSearchParams({ model })}`, { method: "POST", body, headers, signal: limit });
+}
+
 /** Wait some seconds, or until the signal ends it with its reason. */
 export function pause(seconds, signal) {
   return new Promise((resolve, reject) => {

@@ -1,0 +1,183 @@
+"""`coatnet explain`: write what mattered to a model in images, or the relative biases it has learned, as PNG files."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coatnet.cli.parser import BUNDLE_HELP, FAILED, Parser, print_unreadable
+from coatnet.errors import cut, one_line
+from coatnet.system.terminal import echo, echo_summary
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    from numpy.typing import NDArray
+
+    from coatnet.bundle import Bundle
+    from coatnet.inference import Predictor
+
+IMAGES_AT_ONCE = 16
+SHOWN_SIDES = (224, 1024)  # pixels; images are shown at a size between these
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "explain",
+        "Write what mattered to a model in images: a PNG for each, the image and beside it the same under a heat map,\n"
+        "blue for nothing to red for the most. An unreadable image gets its own line, and makes the exit code 1.\n"
+        "With --biases, write the relative biases of each layer and head, which need no image.",
+        "methods:\n"
+        "  layercam   gradient times activation; fast, for one class (Jiang et al. 2021)\n"
+        "  attention  attention rollout with the relative biases; of no class in particular (Abnar, Zuidema 2020)\n"
+        "  occlusion  how the class falls when a patch is hidden; slow, a reference (Zeiler, Fergus 2014)\n\n"
+        "examples:\n"
+        "  coatnet explain runs/mine holiday.jpg --out heat\n"
+        '  coatnet explain runs/mine more/images --class "tabby cat" --method occlusion\n'
+        "  coatnet explain runs/mine --biases",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("paths", nargs="*", metavar="IMAGE", help="images and folders of images")
+    parser.add_argument("--method", metavar="M", help="layercam, attention or occlusion (layercam)")
+    parser.add_argument("--class", dest="target", metavar="NAME", help="class to explain (the likeliest of each image)")
+    parser.add_argument(
+        "--stage", type=int, metavar="N", help="for layercam: 0 for the stem, 1, 2, ... (the last convolutional)"
+    )
+    parser.add_argument("--out", default=".", metavar="DIR", help="folder for the PNG files (this one)")
+    parser.add_argument("--biases", action="store_true", help="write the relative biases instead")
+    parser.add_max_megapixels()
+    given = parser.parse(arguments)
+    if given.biases and (given.paths or given.method or given.target is not None or given.stage is not None):
+        parser.error("--biases is about the network: give no image, method, class or stage with it")
+    if not given.biases and not given.paths:
+        parser.error("give images to explain, or --biases")
+    return given
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Explain images, or write the relative biases."""
+    given = parse_arguments(arguments)
+    from coatnet.system.files import translate_write_errors, user_path
+
+    folder = user_path(given.out)
+    with translate_write_errors(given.out):
+        if given.biases:
+            from coatnet.bundle import load
+
+            return write_biases(load(given.bundle), folder)
+        from coatnet.inference import Predictor
+
+        return explain_images(Predictor(given.bundle, "torch", "fp32", device="cpu"), given, folder)
+
+
+def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Path) -> int:
+    """Write a PNG and print a line for each image."""
+    from coatnet.data.folder import expand_paths
+    from coatnet.inference.explanation import Explanation, check_method
+
+    method = given.method or "layercam"
+    check_method(predictor.bundle.model, method, given.stage)  # before the folder is made
+    if given.target is not None:
+        predictor.class_index(given.target)
+    folder.mkdir(parents=True, exist_ok=True)
+    found, taken, num_unreadable = expand_paths(given.paths), set[str](), 0
+    while batch := list(islice(found, IMAGES_AT_ONCE)):
+        readable = [path for path, error in batch if error is None]
+        explained = iter(predictor.explain(readable, method=method, target=given.target, stage=given.stage))
+        for path, error in batch:
+            explanation = Explanation(str(path), error=error) if error else next(explained)
+            if explanation.error is not None:
+                print_unreadable({str(path): explanation.error})
+                num_unreadable += 1
+                continue
+            file = _new_name(folder, path.stem, explanation.target, taken)
+            side_by_side(shown := open_upright(path), explanation.overlay(shown)).save(file)
+            percent = f"{100 * explanation.probability:.1f} %"
+            echo(one_line(f"{path}: {cut(explanation.target)} {percent}: {file}"))
+    return FAILED if num_unreadable else 0
+
+
+def _new_name(folder: Path, stem: str, target: str, taken: set[str]) -> Path:
+    """A file name of image and class that no image before had: `holiday.tabby-cat.png`."""
+    words = "-".join("".join(c if c.isalnum() else " " for c in target).split())[:40]
+    name = f"{stem[:80]}.{words or 'class'}"
+    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    chosen = next(each for each in candidates if each.lower() not in taken)
+    taken.add(chosen.lower())
+    return folder / f"{chosen}.png"
+
+
+def open_upright(path: Path) -> "PIL.Image.Image":
+    """An image as the model is given it, upright and on white, scaled to be looked at."""
+    import PIL.Image
+
+    from coatnet.data.datasets import read_image_file
+    from coatnet.data.decode import decode
+
+    image = PIL.Image.fromarray(decode(read_image_file(str(path), str(path)), str(path)).permute(1, 2, 0).numpy())
+    least, most = SHOWN_SIDES
+    if (longest := max(image.size)) > most:
+        image.thumbnail((most, most))
+    elif longest < least:
+        factor = -(-least // longest)
+        image = image.resize((factor * image.width, factor * image.height), PIL.Image.Resampling.NEAREST)
+    return image
+
+
+def side_by_side(left: "PIL.Image.Image", right: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Two images of one size beside each other on white."""
+    import PIL.Image
+
+    gap = 8
+    both = PIL.Image.new("RGB", (2 * left.width + gap, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + gap, 0))
+    return both
+
+
+def write_biases(bundle: "Bundle", folder: Path) -> int:
+    """Write a PNG for each layer with relative biases, a square for each head."""
+    from matplotlib.figure import Figure
+
+    from coatnet.errors import UserError
+
+    layers = list(relative_biases(bundle))
+    if not layers:
+        raise UserError(f"{bundle.model.variant.name} has no relative biases; of the paper's, those with T stages have")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in layers:
+        table = table - table.mean(axis=(1, 2), keepdims=True)
+        heads, columns = len(table), min(8, len(table))
+        rows, most = -(-heads // columns), float(abs(table).max()) or 1.0
+        figure = Figure(figsize=(1.3 * columns + 0.6, 1.45 * rows + 0.3), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        height, width = table.shape[1] // 2, table.shape[2] // 2  # of the largest offset
+        for panel in panels:
+            panel.set_axis_off()
+        for head, panel in enumerate(panels[:heads]):
+            extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5)
+            shown = panel.imshow(table[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent)
+            panel.set_title(f"head {head + 1}", fontsize=8)
+        figure.colorbar(shown, ax=panels.tolist(), shrink=0.8).ax.tick_params(labelsize=7)
+        figure.savefig(folder / f"biases-{name}.png", dpi=90)
+        echo_summary(one_line(f"{folder / f'biases-{name}.png'}: {heads} heads, offsets up to {height} cells"))
+    return 0
+
+
+def relative_biases(bundle: "Bundle") -> Iterator[tuple[str, "NDArray[np.float32]"]]:
+    """Of each layer its name, such as `stage-3-block-1`, and its biases by head and by offset of query minus key."""
+    import torch
+
+    from coatnet.model.relative_bias import GlobalRelativeBias, LocalRelativeBias
+
+    model = bundle.model
+    grids = model.variant.grids(bundle.preprocessing.resolution)
+    for number, (blocks, side) in enumerate(zip(model.stages, grids, strict=True), 1):
+        for index, block in enumerate(blocks.children(), 1):
+            for module in block.modules():
+                if isinstance(module, GlobalRelativeBias | LocalRelativeBias):
+                    with torch.no_grad():
+                        local = isinstance(module, LocalRelativeBias)
+                        table = module.table if local else module.table_for((side, side))
+                    yield f"stage-{number}-block-{index}", table.detach().float().cpu().numpy()

@@ -138,7 +138,7 @@ def evaluate(
             for number, dataset in enumerate(datasets)
             for look in look_at(dataset, [index for where, index in places if where == number])
         ]
-    training = data.training if isinstance(data, Splits) and split_name == "validation" else None
+    training = data.training if isinstance(data, Splits) and split_name in ("validation", "test") else None
     thumbnails = tuple(thumbnail(datasets[number], index) for _, (number, index), *_ in worst)
     shown = choose_examples(answers) if with_images and not bundle.multilabel else []
     confusion, figures, intervals = metrics.confusion(), metrics.compute(), metrics.intervals()

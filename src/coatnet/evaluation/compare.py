@@ -263,8 +263,8 @@ def describe(each: Difference) -> str:
     verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable from it"
     return (
         f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points (95 % interval {low:+.2f} to "
-        f"{high:+.2f}), {verdict}. Only it is right for {counted(each.gained, 'image')}, only the other for {each.lost:,} "
-        f"(McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood {each.nll_difference:+.4f} "
+        f"{high:+.2f}), {verdict}. Only it is right for {counted(each.gained, 'image')}, only the other for "
+        f"{each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood {each.nll_difference:+.4f} "
         f"({each.nll_interval[0]:+.4f} to {each.nll_interval[1]:+.4f})."
     )
 

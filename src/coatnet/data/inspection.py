@@ -103,7 +103,9 @@ class Inspection:
         lines += _section("of validation nearly the same as one of training", _equations(self.near_leaks))
         if self.leaks or self.near_leaks:
             lines.append(
-                "  training uses them as they are, and the figures on validation are then too high; --write FILE.csv "
+                "  a new training keeps copies with one label on one side, among up to 20,000 image files"
+                if self.splits.by_name
+                else "  training uses them as they are, and the figures on validation are then too high; --write FILE.csv "
                 "leaves them out of training"
             )
         lines += _section("with a duplicate of another label", _equations(self.contradictions))

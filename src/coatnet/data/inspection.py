@@ -105,7 +105,7 @@ class Inspection:
             lines.append(
                 "  a new training keeps copies with one label on one side, among up to 20,000 image files"
                 if self.splits.by_name
-                else "  training uses them as they are, and the figures on validation are then too high; --write FILE.csv "
+                else "  training uses them as they are, and the figures on validation are then too high; --write FILE "
                 "leaves them out of training"
             )
         lines += _section("with a duplicate of another label", _equations(self.contradictions))

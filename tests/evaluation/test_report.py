@@ -12,6 +12,8 @@ from PIL import Image
 from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.report_markdown import to_markdown, write_report
+from coatnet.evaluation.report_sections import document
+from coatnet.system.document import show
 
 ODD = (
     "t-shirt | top",
@@ -146,6 +148,20 @@ def test_a_name_that_is_not_unicode_is_written_escaped(tmp_path: Path) -> None:
 def test_one_image_has_a_report() -> None:
     page = to_markdown(report_of(("a", "b"), num_images=1))
     assert "on 1 image of 2 classes" in page and "unknown" in page
+
+
+def test_on_a_terminal_a_report_is_tables_with_names_as_they_are(
+    report: Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(document(report))
+    printed = capsys.readouterr().out
+    assert "back`tick_s*" in printed and "<b>bag</b>" in printed and "line\\nbreak" in printed
+    assert "---" not in printed and "**" not in printed and "\n# " not in printed and "──" in printed
+    show(document(report), markdown=True)
+    assert capsys.readouterr().out == to_markdown(report)
+    show(document(report), json=report.to_json())
+    assert json.loads(capsys.readouterr().out) == report.to_dict()
 
 
 def test_nan_is_refused(report: Report) -> None:

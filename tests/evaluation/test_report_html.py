@@ -13,6 +13,7 @@ from tests.evaluation.test_report import report_of
 from tests.server.page.visiting import Visit
 
 from coatnet.evaluation.answers import Answers, Duplicates, Slice, choose_examples
+from coatnet.evaluation.reliability import ClassSets, Refusals, Reliability, SelectiveAccuracy
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
 
@@ -47,6 +48,17 @@ def with_answers(report: Report, matrix: np.ndarray, side: int = 28) -> Report:
         heat_maps=report.thumbnails,
         duplicates=Duplicates(3, 117, 0.5, (0.4, 0.6)),
         slices=(Slice("folder", HOSTILE[0], 60, 0.2, (0.1, 0.3)), Slice("folder", "b", 60, 0.9, (0.8, 0.95))),
+        reliability=Reliability(
+            temperature=0.8,
+            num_shared=120,
+            error_before=0.2,
+            error_after=0.013,
+            bins_before=report.calibration,
+            selective=(SelectiveAccuracy(0.9, 0.77, (0.7, 0.8)),),
+            risk_coverage=((0.5, 0.1), (1.0, 0.3)),
+            refusals=(Refusals(0.05, 0.06, (0.04, 0.09)),),
+            sets=(ClassSets("aps", 0.9, 0.91, (0.88, 0.93), 1.7, (None, *[0.93] * (len(report.classes) - 1))),),
+        ),
         training={"epochs": 2.0, "steps": 40, "minutes": 0.5, "images": 1_000, "hardware": HOSTILE[0]},
         recipe={"data": HOSTILE[0], "loss": "softmax", "mixing": {"label_smoothing": 0.1, "cutmix_alpha": 1.0}},
     )
@@ -97,11 +109,14 @@ def test_a_cell_shows_its_images_and_headings_sort_by_mouse_and_keyboard(visit: 
     expect(seen.see("#cell h3")).to_contain_text(f"{HOSTILE[0]} recognized as such")
     expect(seen.see('[data-cell="0,0"]').first).to_have_attribute("aria-pressed", "true")
 
-    rows = seen.see("table.sortable tbody tr")
+    rows = seen.see("table.sortable").first.locator("tbody tr")
     shown = [row.split("\t")[0] for row in rows.all_inner_texts()]
 
     def recalls() -> list[float]:
-        return [float(said.rstrip(" %")) for said in seen.see("table.sortable td:nth-child(3)").all_inner_texts()]
+        return [
+            float(said.rstrip(" %"))
+            for said in seen.see("table.sortable").first.locator("td:nth-child(3)").all_inner_texts()
+        ]
 
     heading = seen.see("table.sortable th button").nth(2)
     heading.focus()
@@ -125,6 +140,11 @@ def test_the_page_says_what_stands_beside_the_figure(visit: Open, hostile: Path)
         "labels smoothed by 0.1 cost even a perfect network are subtracted",
         "mixed by cutmix",
         "Bonferroni",
+        "Expected calibration error 20.0 % as the network gives its probabilities, 1.3 % calibrated",
+        "The same before calibration",
+        "90.0 %\t77.0 %",
+        "APS\t90.0 %\t91.0 %\t88.0 to 93.0\t1.70",
+        "Risk and coverage",
     ):
         assert part in said, part
     assert HOSTILE[3] in said and "\u202e" not in said and "\\u202egnp.txt" in said
@@ -157,7 +177,7 @@ def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_ten_megabyt
     path.write_text(page, encoding="utf-8")
     assert 2e6 < path.stat().st_size < 10e6
     seen = visit(path)
-    expect(seen.see("table.sortable tbody tr")).to_have_count(1_000)
+    expect(seen.see("table.sortable").first.locator("tbody tr")).to_have_count(1_000)
     seen.see("#truth").select_option("7")
     seen.see("#predicted").select_option("900")
     expect(seen.see("#cell h3")).to_contain_text("40 images")

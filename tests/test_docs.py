@@ -31,6 +31,7 @@ GIVEN = {
     "docs/guides/batch.md": ["runs/mine/bundle"],
     "docs/guides/export.md": ["runs/mine/bundle", "runs/timm/bundle"],
     "docs/guides/finetuning.md": ["runs/clothes/bundle"],
+    "docs/guides/explaining.md": ["runs/mine/bundle"],
     "docs/guides/predicting.md": ["runs/mine/bundle"],
     "docs/guides/reports.md": ["runs/mine/bundle"],
     "docs/guides/serving.md": ["server"],

@@ -25,7 +25,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.evaluation import calibrate
 from coatnet.evaluation.calibrate import Outputs, fit_distances
-from coatnet.evaluation.evaluate import label_translation
+from coatnet.evaluation.evaluate import label_translation, recorded_rule
 from coatnet.inference.logits import infer
 
 NEIGHBORS = 10
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--foreign", nargs="+", default=["digits", "noise"], help="noise, black, or data sources")
     given = parser.parse_args()
     bundle = load(given.bundle)
-    splits = open_dataset(given.data, evaluation=True)
+    splits = open_dataset(given.data, rule=recorded_rule(bundle), evaluation=True)
     assert isinstance(splits, Splits)
     bundle = calibrate(bundle, splits)
     training = Views(bundle, splits.training, MOST_TRAINING, labeled=True)

@@ -34,6 +34,7 @@ GIVEN = {
     "docs/guides/explaining.md": ["runs/mine/bundle"],
     "docs/guides/predicting.md": ["runs/mine/bundle"],
     "docs/guides/reports.md": ["runs/mine/bundle"],
+    "docs/guides/reliability.md": ["runs/mine/bundle"],
     "docs/guides/serving.md": ["server"],
 }
 # Parts of what the Python of a page prints.
@@ -105,7 +106,10 @@ def given(page: str, desk: Path, clothes: Path, two_classes: Path) -> Iterator[C
             model.train()(torch.randn(4, 3, 64, 64))
             Bundle(model.eval(), ("a", "b"), Preprocessing(resolution=64)).save(desk / name)
         elif name.startswith("runs/"):
-            shutil.copytree(clothes if "export" in page or "finetuning" in page else two_classes, desk / name)
+            shutil.copytree(
+                clothes if any(name in page for name in ("export", "finetuning", "reliability")) else two_classes,
+                desk / name,
+            )
     if "server" not in names:
         yield lambda text: text
         return

@@ -97,7 +97,7 @@ def test_all_is_training_followed_by_validation(bundle: Bundle) -> None:
     splits = Splits("both", dataset_of(10), dataset_of(7, seed=1))
     parts = [extract_features(bundle, splits, split=split).gather()[0] for split in ("training", "validation")]
     torch.testing.assert_close(extract_features(bundle, splits).gather()[0], torch.cat(parts))
-    with pytest.raises(UserError, match="split 'test' is unknown"):
+    with pytest.raises(UserError, match="there is no test split"):
         extract_features(bundle, splits, split="test")
 
 

@@ -221,9 +221,9 @@ def test_a_thread_that_waits_for_pixels_is_free_after_the_deadline() -> None:
     def prepare(encoded: bytes) -> object:
         prepared.append(encoded)
         assert decoding.wait(60)
-        return type(predictor).prepare(predictor, encoded)
+        return type(predictor).prepare_and_locate(predictor, encoded)
 
-    predictor.prepare = prepare
+    predictor.prepare_and_locate = prepare
     with running(predictor, Settings(deadline_seconds=0.3, max_decoding_pixels=10_000)) as address:
         pool = address.service.pool
         with ThreadPoolExecutor(4) as clients:  # one is decoded, another waits for pixels, others for a thread

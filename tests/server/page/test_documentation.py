@@ -10,7 +10,7 @@ def test_the_documentation_renders_with_nothing_from_elsewhere(visit: Callable[.
     tab = visit(server)
     tab.page.goto(f"{server.url}/docs")
     tab.see(".opblock").first.wait_for()
-    assert tab.see(".opblock").count() == 9
+    assert tab.see(".opblock").count() == 10
     operation = tab.see("#operations-default-predict_predict_post")
     operation.click()
     operation.locator(".responses-wrapper").wait_for()

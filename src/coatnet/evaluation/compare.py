@@ -178,7 +178,7 @@ class Comparison:
         lines = [
             Line(run.name, read_series(run.metrics, name) * (1, scale), number, dots=True)
             for number, run in enumerate(self.runs)
-            if run.metrics.exists()
+            if run.metrics.is_file()
         ]
         return line_chart(title, lines, "epoch")
 

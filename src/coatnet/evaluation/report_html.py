@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,14 +44,17 @@ MAX_POINTS = 400  # of a curve
 
 
 def to_html(report: Report, metrics_path: Path | None = None) -> str:
-    """The report as a page. The log of a run, metrics.jsonl, adds its curves where it exists."""
+    """The report as a page. The log of a run, metrics.jsonl, adds its curves where it can be read."""
     name = "mean_average_precision" if report.multilabel else "top1"
     headline = report.headline().partition(report.format_figure(name))
     notes = "".join(f"<p>{text(line)}</p>" for line in (*report.context(), *report.notes))
     top = f'<p class="figure">{text(headline[1])}</p><p>{text(headline[0])}{text(headline[2])}</p>{notes}' + table(
         figures_table(report)
     )
-    curves = _curves(report, metrics_path) if metrics_path is not None and metrics_path.exists() else ""
+    curves = ""
+    if metrics_path is not None and metrics_path.is_file():
+        with suppress(OSError):  # a report without curves is better than none; `train` says so for curves.png
+            curves = _curves(report, metrics_path)
     sections = {
         "": top,
         "Curves": curves,

@@ -65,7 +65,7 @@ demo: $(INSTALLED)
 	@echo 'Three images that the model has not seen:'
 	@$(COATNET) predict $(DEMO)/bundle examples/images --top-k 3
 	@echo
-	@echo 'What $(DEMO) holds: report.md, curves.png, confusion.png, mistakes.png, bundle/ (the finished model).'
+	@echo 'What $(DEMO) holds: report.html (open it in a browser), report.md, curves.png, predictions.csv, bundle/ (the finished model).'
 	@echo 'Next (`. .venv/bin/activate` first, or write .venv/bin/coatnet):'
 	@echo '  coatnet train --data path/to/folder --out runs/mine            your own images, a folder for each class'
 	@echo '  coatnet evaluate $(DEMO)/bundle --data fashion-mnist-small   the same measurement again'

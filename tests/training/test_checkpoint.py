@@ -166,3 +166,8 @@ def test_a_checkpoint_with_damaged_json_is_skipped_for_the_one_before(damage, na
 def test_advice_about_space_is_for_full_disks_alone(tmp_path):
     assert "free some space" in str(module.checkpoint_error(tmp_path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     assert "free some space" not in str(module.checkpoint_error(tmp_path, OSError(errno.EIO, os.strerror(errno.EIO))))
+
+
+def test_the_reason_is_a_line_of_bounded_length() -> None:
+    reason = str(CorruptCheckpoint("the manifest names " + "x" * 100_000 + "\nforged\x1b[1m"))
+    assert len(reason) < 2_000 and not {"\n", "\x1b"} & set(reason)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coatnet.errors import UserError, shorten
+from coatnet.errors import UserError, cut, one_line, shorten
 from coatnet.system.files import (
     check_regular,
     commit_folder,
@@ -117,7 +117,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class CorruptCheckpoint(Exception):
-    """A folder is not a complete checkpoint; the text gives the reason."""
+    """A folder is not a complete checkpoint; the text gives the reason, in one line of bounded length."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(cut(one_line(reason)))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ Shapes: B batch, K classes, D width of stem and stages together, M class means, 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from coatnet.model.layers import mean_over_cells
 from coatnet.model.network import CoAtNet
 
 FOLDS = 5
-STEPS = 1000  # novelty and coverage are told apart in steps of a thousandth
+STEPS = 1000  # of novelty and coverage: they are multiples of a thousandth
 NO_THRESHOLD = 1e6  # above every score: with too few images the set holds all classes
 METHODS = ("lac", "aps", "raps")
 RAPS_PENALTY, RAPS_FREE = 0.01, 5  # lambda and k_reg of the reference implementation for ImageNet
@@ -63,7 +64,7 @@ class Novelty(nn.Module):
 
     def forward(self, probabilities: Tensor, pooled: Tensor) -> Tensor:
         """Probabilities (B, K) and means of all feature maps (B, D) to the novelty (B,)."""
-        return self.rank(self.score(probabilities, pooled)[:, None])
+        return self.rank(self.score(probabilities, pooled))
 
     def parts(self, probabilities: Tensor, pooled: Tensor) -> Tensor:
         """The two parts of the score before they are standardized, (B, 2)."""
@@ -79,9 +80,9 @@ class Novelty(nn.Module):
         standardized = (self.parts(probabilities, pooled) - self.location) / self.scale
         return standardized[:, 0] + DISTANCE_WEIGHT * standardized[:, 1]
 
-    def rank(self, scores: Tensor, fold: int = 0) -> Tensor:
-        """Scores (B, 1) to the share of held-out images that have a smaller one, (B,)."""
-        return (scores > self.quantiles[fold]).float().mean(1)
+    def rank(self, scores: Tensor, folds: Tensor | int = 0) -> Tensor:
+        """Scores (B,) to the share of held-out images with a smaller one, by one row of `quantiles` or one each."""
+        return (scores[:, None] > self.quantiles[folds]).float().mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +170,11 @@ def scale_classifier(model: CoAtNet, factor: Tensor) -> None:
     assert isinstance(classifier, nn.Linear)
     classifier.weight.mul_(factor[:, None])
     classifier.bias.mul_(factor)
+
+
+def is_refused(novelty: Any, rate: float) -> Any:
+    """Whether `--reject rate` refuses images of this novelty, a number or an array."""
+    return novelty > 1 - rate + 1e-6  # novelties are whole numbers of thousandths, in float32
 
 
 def set_scores(probabilities: Tensor, method: str) -> Tensor:

@@ -35,9 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="also write the report there: report.html, .md and .json, predictions.csv, plots",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
-    form.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a pipe")
+    parser.add_form("figures")
     parser.add_max_megapixels()
     parser.add_device()
     return parser.parse(arguments)

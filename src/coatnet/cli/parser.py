@@ -84,6 +84,12 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--raw", action="store_true", help="the network's own probabilities, without calibration")
 
+    def add_form(self, printed: str) -> None:
+        """Add `--json` and `--markdown`, for a command that prints a document."""
+        form = self.add_mutually_exclusive_group()
+        form.add_argument("--json", action="store_true", help=f"print the {printed} as JSON, for a program")
+        form.add_argument("--markdown", action="store_true", help="print Markdown on a terminal too, as into a pipe")
+
     def add_max_megapixels(self) -> None:
         """Add the option `--max-megapixels`, which `parse` passes on to all processes in the environment."""
         self.add_argument(

@@ -29,10 +29,9 @@ from coatnet.bundle.calibration import (
 )
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
-from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import choose_datasets, label_translation, load_model, recorded_rule
+from coatnet.evaluation.evaluate import choose_datasets, label_translation, load_model, open_recorded
 from coatnet.inference.graph import to_probabilities
 from coatnet.inference.logits import infer, workers_for
 
@@ -85,8 +84,7 @@ def calibrate(
             be read.
     """
     bundle = load_model(bundle, device).uncalibrated()
-    if isinstance(data, str | Path):
-        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
+    data = open_recorded(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     training = data.training if isinstance(data, Splits) and split == "validation" else None
     num_held_out = min(MAX_IMAGES, sum(map(len, datasets)))

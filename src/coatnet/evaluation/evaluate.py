@@ -85,7 +85,7 @@ def evaluate(
     """
     bundle = load_model(bundle, device)
     started = time.perf_counter()
-    data = _open(data, bundle)
+    data = open_recorded(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
@@ -203,7 +203,7 @@ def choose_datasets(
     Data without a split of its own is split as it was for the training of the bundle, so that no image of the training
     is among those held out.
     """
-    data = _open(data, bundle)
+    data = open_recorded(data, bundle)
     if not isinstance(data, Splits):
         return data.name, (data,), "all"
     if split not in ("validation", "training", "test", "all"):
@@ -217,7 +217,8 @@ def choose_datasets(
     return data.name, datasets, split
 
 
-def _open(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
+def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
+    """The data, opened unless it is, and divided as it was when the model was made."""
     if isinstance(data, str | Path):
         return open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
     return data

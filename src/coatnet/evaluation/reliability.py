@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coatnet.bundle import Bundle
-from coatnet.bundle.calibration import set_scores, threshold_index
+from coatnet.bundle.calibration import is_refused, set_scores, threshold_index
 from coatnet.evaluation.metrics import (
     CalibrationBin,
     Interval,
@@ -117,7 +117,7 @@ class ReliabilityCounts:
         confidence, correct = _decisions(probabilities, labels, several)
         before, _ = _decisions(to_probabilities(own, multilabel=several), labels, several)
         scores = fitted.novelty.score(probabilities, outputs[:, num_classes:])
-        novelty = (scores[:, None] > fitted.novelty.quantiles[folds]).float().mean(1)
+        novelty = fitted.novelty.rank(scores, folds)
         held, sizes = [], []
         for method in fitted.thresholds:
             each = set_scores(probabilities, method)
@@ -139,7 +139,7 @@ class ReliabilityCounts:
         wrong = np.cumsum(~right[order])
         counts = np.unique(np.linspace(size / CURVE_POINTS, size, CURVE_POINTS).round().clip(1).astype(int))
         answered = [(share, max(1, round(share * size))) for share in ANSWERED]
-        refused = [(rate, int((novelty > 1 - rate + 1e-6).sum())) for rate in REFUSED]
+        refused = [(rate, int(is_refused(novelty, rate).sum())) for rate in REFUSED]
         return Reliability(
             temperature=float(self._calibration.temperature[0].median()),
             num_shared=int((folds > 0).sum()),

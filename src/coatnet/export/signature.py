@@ -119,9 +119,9 @@ def describe_calibration(bundle: Bundle, signature: Signature) -> dict[str, Any]
     """What to make of the outputs of a calibrated bundle: logits and probabilities are calibrated already."""
     if (calibration := bundle.calibration) is None:
         return {}
-    told: dict[str, Any] = {"temperature": calibration.temperature[0].tolist()}
+    described: dict[str, Any] = {"temperature": calibration.temperature[0].tolist()}
     if NOVELTY in signature.outputs(bundle):
-        told[NOVELTY] = {
+        described[NOVELTY] = {
             "shape": [-1],
             "meaning": "share of known images that look less foreign; above 0.95 an image is unknown, as 5 % of the "
             "known ones are",
@@ -129,8 +129,8 @@ def describe_calibration(bundle: Bundle, signature: Signature) -> dict[str, Any]
     if not bundle.multilabel:
         columns = {coverage: threshold_index(coverage) for coverage in SET_COVERAGES}
         limits = {str(coverage): float(calibration.thresholds["lac"][0, at]) for coverage, at in columns.items()}
-        told["sets"] = {"meaning": "classes of 1 - probability <= limit, by coverage", "limits": limits}
-    return {"calibration": told}
+        described["sets"] = {"meaning": "classes of 1 - probability <= limit, by coverage", "limits": limits}
+    return {"calibration": described}
 
 
 def string_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.bundle.calibration import METHODS, Calibration, set_scores, threshold_index
+from coatnet.bundle.calibration import METHODS, Calibration, is_refused, set_scores, threshold_index
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, decode, pixels_of
 from coatnet.data.folder import expand_paths
@@ -327,8 +327,7 @@ class Predictor:
 
     def is_unknown(self, novelty: float | None) -> bool:
         """Whether an image of this novelty is refused."""
-        # The novelty is a whole number of thousandths, in float32.
-        return self.reject is not None and novelty is not None and novelty > 1 - self.reject + 1e-6
+        return self.reject is not None and novelty is not None and bool(is_refused(novelty, self.reject))
 
     def class_set(self, probabilities: NDArray[np.float32]) -> tuple[str, ...] | None:
         """Names of the classes in the set of one image (K,), most probable first; None if none were asked for."""

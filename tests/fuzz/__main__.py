@@ -2,11 +2,16 @@
 
 Each fault is kept in tests/fuzz/found as TARGET-HASH, which `make test` reads again from then on. Exit code 1 if there
 was any. `python -m tests.fuzz TARGET ...` fuzzes some targets alone.
+
+The inputs follow from FUZZ_SEED (0): every run reads the same ones in the same order, as far as its time lets it, so a
+commit passes or fails for what it changes. A longer run goes on from there; FUZZ_SEED=random, or any other number,
+reads new inputs.
 """
 
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -22,7 +27,10 @@ HANGING = 60  # seconds after which a child that does not react is killed
 def main(names: list[str]) -> int:
     """Fuzz in child processes, one after the other: a fault ends one."""
     seconds = float(os.environ.get("FUZZ_SECONDS", "60"))
-    end, number, faults, counts = time.monotonic() + seconds, int(time.time()) % 10**6, 0, Counter()
+    given = os.environ.get("FUZZ_SEED", "0")
+    number = random.SystemRandom().randrange(10**9) if given == "random" else int(given)
+    end, faults, counts = time.monotonic() + seconds, [], Counter()
+    print(f"FUZZ_SEED={number}", flush=True)
     while (left := end - time.monotonic()) > 0:
         with tempfile.TemporaryDirectory() as folder:
             state = Path(folder)
@@ -36,12 +44,14 @@ def main(names: list[str]) -> int:
                 if not (state / "input").exists():
                     print((state / "log").read_text(errors="replace")[-3_000:])
                     return 1
-                faults += 1
-                print(keep(state, code), flush=True)
+                faults.append(keep(state, code))
+                print(faults[-1], flush=True)
         number += 1_000
     for name, count in counts.items():
         print(f"{name:20} {count:8,} inputs")
-    print(f"{sum(counts.values()):,} inputs of {len(counts)} readers, {faults} faults")
+    for fault in faults:  # once more, since the end of a log is what is read
+        print(fault[-1_500:])
+    print(f"{sum(counts.values()):,} inputs of {len(counts)} readers, {len(faults)} faults")
     return 1 if faults else 0
 
 

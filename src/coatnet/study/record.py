@@ -1,4 +1,4 @@
-"""`study.json`: the plan of a study before it starts, and the figures of its runs as they end; pages are drawn from it."""
+"""`study.json`: the plan of a study before it starts, the figures of its runs as they end, and all that pages show."""
 
 import json
 from dataclasses import asdict, field, replace

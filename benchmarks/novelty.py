@@ -25,7 +25,8 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.evaluation import calibrate
 from coatnet.evaluation.calibrate import Outputs, fit_distances
-from coatnet.evaluation.evaluate import label_translation, recorded_rule
+from coatnet.evaluation.evaluate import recorded_rule
+from coatnet.evaluation.outputs import label_translation
 from coatnet.inference.logits import infer
 
 NEIGHBORS = 10
@@ -61,15 +62,15 @@ class Views:
     """Logits, features and means of feature maps of the images of a dataset; labels in the order of the bundle."""
 
     def __init__(self, bundle: Bundle, dataset: Dataset, most: int, *, labeled: bool = False) -> None:
-        one = outputs(bundle, dataset, "logits and means", most)
-        self.logits, self.means = one[0][:, : len(bundle.classes)], one[0][:, len(bundle.classes) :]
-        self.features = outputs(bundle, dataset, "features", most)[0]
+        one = outputs(bundle, dataset, most)
+        self.features, self.means = one[0][:, : bundle.model.num_features], one[0][:, bundle.model.num_features :]
+        self.logits = bundle.model.get_classifier()(self.features).detach()
         self.labels = label_translation(dataset, bundle)(one[1]) if labeled else one[1]
         self.last = self.means[:, -bundle.model.num_features :]
 
 
-def outputs(bundle: Bundle, dataset: Dataset, kind: str, most: int) -> tuple[Tensor, Tensor]:
-    """Outputs of one kind and labels of at most `most` images, evenly spaced batches."""
+def outputs(bundle: Bundle, dataset: Dataset, most: int) -> tuple[Tensor, Tensor]:
+    """Features and means of feature maps, and labels, of at most `most` images, evenly spaced batches."""
     batches = infer(
         bundle.model,
         dataset,
@@ -77,7 +78,7 @@ def outputs(bundle: Bundle, dataset: Dataset, kind: str, most: int) -> tuple[Ten
         batch_size=16,
         num_workers=0,
         bad_images=BadImages(len(dataset)),
-        output=kind,  # pyrefly: ignore
+        output="features and means",
         every=max(1, -(-len(dataset) // most)),
     )
     with closing(batches):

@@ -1,6 +1,7 @@
 """Calibration: temperatures, novelty and sets of classes, stored in the bundle and the same everywhere."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation import calibrate, evaluate
-from coatnet.evaluation.calibrate import coverage_thresholds, fit_temperature
+from coatnet.evaluation.calibrate import calibrate_and_evaluate, coverage_thresholds, fit_temperature
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
@@ -145,6 +146,34 @@ def test_reported_figures_are_cross_fitted(calibrated: Bundle, trained: Bundle, 
     )
     # Images that calibration has not seen are measured with what the bundle answers.
     assert (other := evaluate(calibrated, digits, split="training").reliability) is not None and other.num_shared == 0
+
+
+class Counted(ArrayDataset):
+    """Images that are read one by one, as files are; each reading is counted."""
+
+    in_memory = False
+
+    def __init__(self, source: ArrayDataset) -> None:
+        super().__init__(source.name, source.classes, source.images, source.labels, source.numbers)
+        self.readings: list[int] = []
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        self.readings.append(index)
+        return super().read(index)
+
+
+def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, digits: Splits) -> None:
+    counted = Counted(digits.validation)  # pyrefly: ignore
+    bundle, report = calibrate_and_evaluate(trained, replace(digits, validation=counted), num_workers=0)
+    assert counted.readings[: len(counted)] == list(range(len(counted)))
+    assert len(counted.readings) == len(counted) + len(report.mistakes) + len(report.examples)
+    assert report == evaluate(bundle, digits) and report.slices and report.duplicates is not None
+    # The network's own probabilities, of which the log of a training tells, stay beside the calibrated ones.
+    own = evaluate(trained, digits).figures
+    assert report.network_figures() == pytest.approx(own, rel=1e-4) and report.figures["nll"] < own["nll"] - 0.01
+    few = replace(digits, validation=ArrayDataset("few", digits.classes, counted.images[:19], counted.labels[:19]))
+    bundle, report = calibrate_and_evaluate(trained, few)
+    assert bundle is trained and report.figures["n"] == 19
 
 
 def test_coverage_and_refusals_are_those_asked_for(calibrated: Bundle, digits: Splits) -> None:

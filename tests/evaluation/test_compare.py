@@ -129,7 +129,27 @@ def test_copies_of_training_images_are_counted_and_left_out() -> None:
     said = "3 of these images have the same pixels as a training image; without them 30.0 % of 10 are right"
     assert said in to_markdown(report)
     assert report.to_dict()["duplicates"]["count"] == 3
-    assert "No image of these" in to_markdown(replace(report, duplicates=replace(found, count=0)))
+    assert "No image of these has the same pixels as a training image, or nearly so." in to_markdown(
+        replace(report, duplicates=replace(found, count=0))
+    )
+
+
+def test_near_copies_of_training_images_are_counted_apart_and_left_out() -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (40, 4, 4), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    near = np.clip(images[:4].astype(int) + random.integers(-3, 4, (4, 32, 32)), 0, 255).astype(np.uint8)
+    training = ArrayDataset("some", ("a", "b"), images[:30], np.zeros(30, np.int64))
+    held_out = ArrayDataset("some", ("a", "b"), np.concatenate([images[28:], near, near[:1]]), np.zeros(17, np.int64))
+    found = find_duplicates(np.arange(17) < 7, look_at(held_out), training)
+    assert (found.count, found.near, found.others, found.accuracy) == (2, 5, 10, 0.5)
+    said = to_markdown(replace(report_of(("a", "b")), duplicates=found))
+    assert (
+        "2 of these images have the same pixels as a training image, 5 more nearly; without them 50.0 % of 10" in said
+    )
+    said = to_markdown(replace(report_of(("a", "b")), duplicates=replace(found, count=0, near=1)))
+    assert "1 of these images has nearly the same pixels as a training image; without it 50.0 %" in said
+    unseen = find_duplicates(np.arange(17) < 7, look_at(held_out, near=False), training)
+    assert (unseen.count, unseen.near, unseen.others) == (2, None, 15)
 
 
 def test_groups_of_images_have_intervals_for_all_of_them_at_once() -> None:

@@ -56,6 +56,9 @@ def test_folds_are_trained_and_measured_together_before_the_model(folder: Path, 
     assert {len(copies & fold) for fold in folds} == {0, 9}
     correct = sum(round(fold["figures"]["top1"] * fold["figures"]["n"]) for fold in found["folds"])
     assert found["figures"]["top1"] == pytest.approx(correct / 68)
+    # Probabilities as the reports of the folds have them: calibrated without the image that they are of.
+    loss = sum(fold["figures"]["nll"] * fold["figures"]["n"] for fold in found["folds"])
+    assert found["figures"]["nll"] == pytest.approx(loss / 68)
     shown = capsys.readouterr().out
     assert "2-fold cross-validation" in shown and "2-fold cross-validation" in (run / "report.md").read_text()
     assert (run / "bundle").is_dir() and len(copies & held_out(run, folder)) in (0, 9)

@@ -62,6 +62,14 @@ def whole(tmp_path_factory):
     return out, train(EVERYTHING, out, console=RecordingConsole())
 
 
+def test_the_last_held_out_loss_in_the_log_is_that_of_the_network_as_all_before(whole):
+    out, report = whole
+    last, own = log(out)[-1], coatnet.evaluate(coatnet.load(out / "bundle").uncalibrated(), "digits").figures
+    for name in ("nll", "brier", "calibration_error"):
+        assert last[name] == report.reliability.network[name] == pytest.approx(own[name], rel=1e-4)
+        assert last[name] != report.figures[name] == coatnet.evaluate(out, "digits").figures[name]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypatch):
     out, report = whole

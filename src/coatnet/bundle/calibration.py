@@ -17,7 +17,7 @@ an image to which they were fitted takes those of its fold, so that nothing is m
 Shapes: B batch, K classes, D width of stem and stages together, M class means, R dimensions of the distance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,12 @@ def read_calibration(path: Path, model: CoAtNet, multilabel: bool) -> Calibratio
 def logits_and_means(model: CoAtNet, images: Tensor) -> tuple[Tensor, Tensor]:
     """Normalized images to logits (B, K) and the means of all feature maps, (B, D) in float32."""
     last, maps = model.forward_intermediates(images)
-    means = torch.cat([mean_over_cells(each) for each in maps], dim=1)
-    return model.forward_head(last), means.float()
+    return model.forward_head(last), means_of(maps)
+
+
+def means_of(maps: Sequence[Tensor]) -> Tensor:
+    """The means of feature maps (B, C, H, W) side by side, (B, D) in float32."""
+    return torch.cat([mean_over_cells(each) for each in maps], dim=1).float()
 
 
 def means_width(model: CoAtNet) -> int:

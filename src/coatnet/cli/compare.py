@@ -80,7 +80,9 @@ def _evaluate(folder: Path, device: str) -> tuple[Mapping[str, Any], "Answers"]:
 def _thumbnails(folder: Path, names: Sequence[str]) -> dict[str, "np.ndarray"]:
     """Images of the data that the recipe of a run names; none where it cannot be opened any more."""
     from coatnet.data.decode import BadImage
+    from coatnet.data.loader import read_image
     from coatnet.data.open import open_dataset
+    from coatnet.data.splits import SplitRule
     from coatnet.evaluation.evaluate import EXAMPLE_PIXELS, thumbnail
     from coatnet.training.config import read_yaml
 
@@ -88,12 +90,12 @@ def _thumbnails(folder: Path, names: Sequence[str]) -> dict[str, "np.ndarray"]:
     try:
         if data is None:
             return {}
-        fraction = read_yaml(folder / "recipe.yaml").get("validation_fraction", 0.1)
-        dataset = open_dataset(data, validation_fraction=fraction).validation
+        rule = SplitRule.of(read_yaml(folder / "recipe.yaml"))
+        dataset = open_dataset(data, rule=rule, evaluation=True).validation
         wanted = set(names)
         for index in range(len(dataset)):
             if (name := dataset.describe(index)) in wanted:
-                images[name] = thumbnail(dataset, index, EXAMPLE_PIXELS)
+                images[name] = thumbnail(read_image(dataset, index)[0], EXAMPLE_PIXELS)
     except (UserError, BadImage, OSError):
         pass
     return images

@@ -111,6 +111,7 @@ def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None")
 
 def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
     """Write the page with the images that were found."""
+    from coatnet.data.loader import read_image
     from coatnet.evaluation import image_page
     from coatnet.evaluation.evaluate import thumbnail
     from coatnet.evaluation.image_page import Entry, Section
@@ -122,7 +123,8 @@ def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") 
         places = {(place[0], inspection.name(place)): place for place in every}
 
     def entry(shown: Sequence["Place"], *lines: str) -> "Entry":
-        images = [thumbnail(getattr(splits, split), index, image_page.THUMBNAIL_PIXELS) for split, index in shown]
+        pixels = (read_image(getattr(splits, split), index)[0] for split, index in shown)
+        images = [thumbnail(each, image_page.THUMBNAIL_PIXELS) for each in pixels]
         return Entry(images, lines)
 
     def pairs(found: Sequence[tuple["Place", "Place"]]) -> Iterator["Entry"]:

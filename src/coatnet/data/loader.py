@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -240,7 +240,8 @@ def evaluation_batches(
     first: int = 0,
     every: int = 1,
     pin_memory: bool = False,
-) -> Generator[tuple[Tensor, Tensor, Tensor], None, None]:
+    look: Callable[[Sequence[Image]], list[Any]] | None = None,
+) -> Generator[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Any]], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
     An image that cannot be used is left out, because another one in its place would count twice.
@@ -251,14 +252,16 @@ def evaluation_batches(
         first: number of the first batch to make.
         every: distance to the next.
         pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
+        look: called with decoded images, where they are decoded; what it gives for each is yielded as a list of B.
 
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
-    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing))
+    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing), look)
     for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images, pin_memory):
         if len(batch.indices):
-            yield batch.images, batch.labels, batch.indices
+            found = (batch.images, batch.labels, batch.indices)
+            yield found if look is None else (*found, batch.looks)
 
 
 def sampler_of(dataset: Dataset, seed: int, balanced: bool = False) -> Sampler:
@@ -302,16 +305,18 @@ def require_readable(dataset: Dataset, purpose: str) -> None:
 
 @dataclass
 class _Batch:
-    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), and the reason for each bad image by name."""
+    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), the reason for each bad image by name, and what `look`
+    gave for each image, if anything."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     bad: dict[str, str] = field(default_factory=dict)
+    looks: list[Any] = field(default_factory=list)
 
     def pin_memory(self) -> "_Batch":
         """The same in pinned memory; DataLoader calls it in a thread."""
-        return _Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices, self.bad)
+        return _Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices, self.bad, self.looks)
 
 
 @dataclass(frozen=True)
@@ -321,6 +326,7 @@ class _EvaluationBatches:
     dataset: Dataset
     batch_size: int
     transform: EvaluationTransform
+    look: Callable[[Sequence[Image]], list[Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -344,7 +350,7 @@ class _EvaluationBatches:
         def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
             return self.transform.batch(pixels, out)
 
-        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, candidates=1)
+        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, 1, self.look)
 
 
 @dataclass(frozen=True)
@@ -389,6 +395,7 @@ def _make_batch(
     preprocessing: Preprocessing,
     transform: Callable[[Tensor, slice, Tensor | None], Tensor],
     candidates: int,
+    look: Callable[[Sequence[Image]], list[Any]] | None = None,
 ) -> _Batch:
     """Read, decode and transform images (B,); a bad one is replaced by the first good one of so many candidates.
 
@@ -397,10 +404,11 @@ def _make_batch(
     if getattr(dataset, "in_memory", False):
         pixels, labels = dataset.read_batch(indices)
         images = transform(as_images(pixels), slice(None), None)
-        return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices))
+        looks = look(pixels) if look else []
+        return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), looks=looks)
 
     images = _empty_images(len(indices), preprocessing)
-    labels, used, bad = [], [], {}
+    labels, used, bad, looks = [], [], {}, []
     for position, index in enumerate(indices.tolist()):
         for number in range(index, index + candidates):
             candidate = number % len(dataset)
@@ -413,10 +421,12 @@ def _make_batch(
             transform(as_images(image)[None], slice(position, position + 1), images[filled : filled + 1])
             labels.append(label)
             used.append(candidate)
+            if look:
+                looks += look([image])
             break
     if not used:
         return _Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64), bad)
-    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad)
+    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad, looks)
 
 
 def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:

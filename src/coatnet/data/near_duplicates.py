@@ -38,19 +38,31 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(pixels: Tensor) -> Fingerprint:
     """The fingerprint of an image (3 or 1, H, W) of uint8."""
-    step = max(1, min(pixels.shape[1:]) // _READ_SIDE)
-    small = F.interpolate(pixels[None, :, ::step, ::step].float(), size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
-    rows = F.adaptive_avg_pool2d(small.mean(dim=1), (8, 9))[0]  # (8, 9)
-    bits = (rows[:, 1:] - rows[:, :-1] > _MIN_STEP).numpy()
-    thumbnail = F.avg_pool2d(small[0], _SIDE // THUMBNAIL_SIDE).round().clamp(0, 255).byte().expand(3, -1, -1)
-    return Fingerprint(int.from_bytes(np.packbits(bits).tobytes(), "big"), thumbnail.numpy())
+    return fingerprints(pixels[None])[0]
 
 
-def near_pairs(fingerprints: list[Fingerprint]) -> NDArray[np.int64]:
-    """Find the pairs of images that are nearly the same: places (P, 2), the earlier first, in order."""
+def fingerprints(pixels: Tensor) -> list[Fingerprint]:
+    """The fingerprints of images of one size (B, 3 or 1, H, W) of uint8."""
+    step = max(1, min(pixels.shape[2:]) // _READ_SIDE)
+    small = F.interpolate(pixels[:, :, ::step, ::step].float(), size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
+    rows = F.adaptive_avg_pool2d(small.mean(dim=1), (8, 9))  # (B, 8, 9)
+    bits = np.packbits((rows[..., 1:] - rows[..., :-1] > _MIN_STEP).flatten(1).numpy(), axis=1)
+    thumbnails = F.avg_pool2d(small, _SIDE // THUMBNAIL_SIDE).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    hashes = (int.from_bytes(row.tobytes(), "big") for row in bits)
+    return [Fingerprint(*each) for each in zip(hashes, thumbnails.numpy(), strict=True)]
+
+
+def near_pairs(fingerprints: list[Fingerprint], *, between: int = 0) -> NDArray[np.int64]:
+    """Find the pairs of images that are nearly the same: places (P, 2), the earlier first, in order.
+
+    Args:
+        between: only pairs of one of the first so many images and a later one; 0 for all pairs.
+    """
     if len(fingerprints) < 2:
         return np.empty((0, 2), np.int64)
     pairs = close_hashes(np.array([each.hash for each in fingerprints], dtype=np.uint64))
+    if between:
+        pairs = pairs[(pairs[:, 0] < between) & (pairs[:, 1] >= between)]
     thumbnails = np.stack([each.thumbnail.ravel() for each in fingerprints])  # (N, 768)
     contrast = thumbnails.std(axis=1)
     same = [np.empty(0, bool)]

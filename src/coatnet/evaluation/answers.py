@@ -4,9 +4,10 @@ import csv
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from statistics import NormalDist
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.inspection import pixel_digest
 from coatnet.data.loader import read_image
-from coatnet.data.transforms import as_images
+from coatnet.data.near_duplicates import Fingerprint, fingerprint, fingerprints, near_pairs
+from coatnet.data.transforms import Image, as_images
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Interval, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, read_regular
@@ -27,6 +29,7 @@ HEADER = ("image", "truth", "predicted", "probability", "nll")
 MAX_FILES_READ = 20_000  # chosen: a minute of decoding photographs; more are left to `coatnet doctor`
 MIN_SLICED_IMAGES = 30  # chosen: a third of fewer says nothing
 MAX_FOLDERS = 12  # chosen: more slices make every interval wider
+READ_TOGETHER = 1000  # images in memory
 EXAMPLES_IN_A_CELL, MAX_EXAMPLES = 8, 800  # chosen: of 96 pixels, a few MB
 
 
@@ -102,42 +105,67 @@ class Duplicates:
 
     Attributes:
         count: number of such images.
-        others: number of the other measured images.
+        others: number of the other measured images, without near copies.
         accuracy: fraction of the others that is right, None without any.
         interval: its 95 % interval.
+        near: number of further images that are nearly the same as a training image; None where not looked for.
     """
 
     count: int
     others: int
     accuracy: float | None
     interval: Interval | None
+    near: int | None = None
 
 
 class Look(NamedTuple):
-    """What is seen of an image without a model: a digest of its pixels, its size, its mean from 0 (black) to 1."""
+    """What is seen of an image without a model: a digest of its pixels, its size, its mean from 0 (black) to 1, and by
+    what near copies are found, if they are looked for."""
 
     digest: bytes
     height: int
     width: int
     brightness: float
+    fingerprint: Fingerprint | None = None
 
 
-def look_at(dataset: Dataset, indices: Sequence[int] | None = None) -> list[Look | None]:
-    """Decode images, by default all; None for one that cannot be read."""
+def look(images: Sequence[Image] | np.ndarray, *, near: bool = True) -> list[Look]:
+    """Look at images, or at an array of images of one size; with `near`, at their fingerprints as well."""
+    same_size = isinstance(images, np.ndarray)
+    pixels = as_images(images) if same_size else [as_images(each) for each in images]  # each (3 or 1, H, W)
+    found = (fingerprints(pixels) if same_size else map(fingerprint, pixels)) if near else [None] * len(images)
+    return [
+        Look(pixel_digest(image), each.shape[1], each.shape[2], float(each.numpy().mean()) / 255, mark)
+        for image, each, mark in zip(images, pixels, found, strict=True)
+    ]
 
-    def look(index: int) -> Look | None:
+
+def look_at(dataset: Dataset, *, near: bool = True) -> list[Look | None]:
+    """Decode and look at all images; None for one that cannot be read."""
+
+    def read(index: int) -> Look | None:
         try:
-            image, _ = read_image(dataset, index)
+            return look([read_image(dataset, index)[0]], near=near)[0]
         except BadImage:
             return None
-        pixels = as_images(image)  # (3 or 1, H, W)
-        return Look(pixel_digest(image), pixels.shape[1], pixels.shape[2], float(pixels.numpy().mean()) / 255)
 
-    chosen = range(len(dataset)) if indices is None else indices
-    if dataset.in_memory or not dataset.thread_safe:
-        return [look(index) for index in chosen]
+    if dataset.in_memory:
+        parts = np.array_split(np.arange(len(dataset)), -(-len(dataset) // READ_TOGETHER))
+        return [each for part in parts for each in look(dataset.read_batch(part)[0], near=near)]
+    if not dataset.thread_safe:
+        return list(map(read, range(len(dataset))))
     with ThreadPoolExecutor(num_cores()) as pool:
-        return list(pool.map(look, chosen))
+        return list(pool.map(read, range(len(dataset))))
+
+
+def choose_look(
+    datasets: Sequence[Dataset], training: Dataset | None
+) -> Callable[[Sequence[Image]], list[Look]] | None:
+    """How to look at images that are measured, which takes time: None where they are too many."""
+    if not few_enough(*datasets):
+        return None
+    every = [*datasets, training] if training is not None else []
+    return partial(look, near=0 < sum(map(len, every)) <= MAX_FILES_READ)
 
 
 def few_enough(*datasets: Dataset) -> bool:
@@ -145,22 +173,34 @@ def few_enough(*datasets: Dataset) -> bool:
     return sum(len(dataset) for dataset in datasets if not dataset.in_memory) <= MAX_FILES_READ
 
 
-def find_duplicates(correct: np.ndarray, looks: Sequence[Look | None], training: Dataset) -> Duplicates:
-    """Compare measured images, whether they are right (N,) and what they look like, with those of the training."""
-    learned = {look.digest for look in look_at(training) if look}
-    others = correct[[look is None or look.digest not in learned for look in looks]]
-    right = int(others.sum())
-    measured = (right / len(others), wilson_interval(right, len(others))) if len(others) else (None, None)
-    return Duplicates(len(correct) - len(others), len(others), *measured)
+def find_duplicates(correct: np.ndarray, looks: Sequence[Look], training: Dataset) -> Duplicates | None:
+    """Compare measured images, whether they are right (N,) and what they look like, with those of the training; None
+    if that has no images. Near copies are looked for if the images have fingerprints."""
+    if not len(training):
+        return None
+    near = looks[0].fingerprint is not None
+    learned = {each.digest: each.fingerprint for each in look_at(training, near=near) if each}
+    copied = np.array([each.digest in learned for each in looks])
+    close = np.zeros(len(looks), bool)
+    if near:
+        others = {each.digest: each.fingerprint for each in looks if each.digest not in learned}
+        marks = [each for each in (*learned.values(), *others.values()) if each is not None]
+        digests = np.array([*learned, *others], dtype=object)
+        found = set(digests[near_pairs(marks, between=len(learned))[:, 1]])
+        close = np.array([each.digest in found for each in looks])
+    rest = correct[~(copied | close)]
+    right = int(rest.sum())
+    measured = (right / len(rest), wilson_interval(right, len(rest))) if len(rest) else (None, None)
+    return Duplicates(int(copied.sum()), len(rest), *measured, near=int(close.sum()) if near else None)
 
 
-def find_slices(answers: Answers, looks: Sequence[Look | None]) -> tuple[Slice, ...]:
+def find_slices(answers: Answers, looks: Sequence[Look]) -> tuple[Slice, ...]:
     """Accuracy by image size, brightness and folder, where the images differ in it."""
     correct = answers.correct
-    if len(correct) < MIN_SLICED_IMAGES or None in looks:
+    if len(correct) < MIN_SLICED_IMAGES:
         return ()
-    sides = np.array([math.sqrt(look.height * look.width) for look in looks if look])
-    lights = np.array([100 * look.brightness for look in looks if look])
+    sides = np.array([math.sqrt(each.height * each.width) for each in looks])
+    lights = np.array([100 * each.brightness for each in looks])
     groups = [
         *(("image size", *group) for group in _thirds(sides, "pixels")),
         *(("brightness", *group) for group in _thirds(lights, "% of white")),

@@ -4,11 +4,12 @@ Shapes: N images, K classes, D width of stem and stages together.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -31,9 +32,19 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import choose_datasets, label_translation, load_model, open_recorded
+from coatnet.evaluation.answers import choose_look
+from coatnet.evaluation.evaluate import (
+    EVALUATED_TOGETHER,
+    Measured,
+    choose_datasets,
+    evaluate,
+    load_model,
+    measure,
+    open_recorded,
+)
+from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
+from coatnet.evaluation.report import Report
 from coatnet.inference.graph import to_probabilities
-from coatnet.inference.logits import infer, workers_for
 
 MAX_IMAGES = 50_000  # chosen: the validation images of ImageNet; 200 MB of logits
 MAX_TRAINING_IMAGES = 4_000  # chosen: more do not change the distances (docs/results)
@@ -51,6 +62,18 @@ class Outputs(NamedTuple):
     pooled: Tensor
     labels: Tensor
     digests: Tensor
+
+    @classmethod
+    def of(cls, bundle: Bundle, batches: Iterable[ImageOutputs]) -> Self:
+        """What a bundle makes of batches. Raises UserError if a logit is not finite."""
+        found = [(each.logits(bundle), each.means(bundle), each.labels, each.digests) for each in batches]
+        if not found:
+            empty = torch.zeros(0, dtype=torch.int64)
+            return cls(torch.zeros(0, len(bundle.classes)), torch.zeros(0, means_width(bundle.model)), empty, empty)
+        outputs = cls(*(torch.cat(column) for column in zip(*found, strict=True)))
+        if not torch.isfinite(outputs.logits).all():
+            raise UserError("the model's output is not finite (NaN or infinity): its weights are broken")
+        return outputs
 
 
 def calibrate(
@@ -93,16 +116,14 @@ def calibrate(
     def advance(done: int) -> None:
         progress(min(done, total), total)
 
-    held_out = compute_outputs(bundle, datasets, MAX_IMAGES, num_workers, advance)
+    held_out = _outputs(bundle, datasets, MAX_IMAGES, num_workers, advance)
     if len(held_out.logits) < MIN_IMAGES:
         raise UserError(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
             f"{MIN_IMAGES} that the model was not trained on"
         )
-    if not torch.isfinite(held_out.logits).all():
-        raise UserError("the model's output is not finite (NaN or infinity): its weights are broken")
     if training is not None and len(training):
-        reference = compute_outputs(
+        reference = _outputs(
             bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(num_held_out + done)
         )
     else:
@@ -111,10 +132,56 @@ def calibrate(
     return with_calibration(bundle, held_out, reference)
 
 
-def calibrate_if_enough(bundle: Bundle, splits: Splits, num_workers: int | None) -> Bundle:
-    """The bundle calibrated on the validation split, as it is if that has fewer than 20 images."""
-    # Some images may be unreadable, so twice as many as are needed.
-    return calibrate(bundle, splits, num_workers=num_workers) if len(splits.validation) >= 2 * MIN_IMAGES else bundle
+def calibrate_and_evaluate(
+    bundle: Bundle,
+    splits: Splits,
+    *,
+    batch_size: int = EVALUATED_TOGETHER,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Bundle, Report]:
+    """Calibrate a bundle on the validation split and evaluate it there, with one pass of the network over its images.
+
+    A bundle is left as it is if fewer than 20 images are held out: some of them may be unreadable.
+
+    Args:
+        bundle: not calibrated.
+        splits: the images.
+        batch_size: held-out images computed together.
+        num_workers: processes that decode; None as in `evaluate`.
+        progress: called with the number of images done and the number of all.
+
+    Raises:
+        UserError: as `calibrate` and `evaluate`.
+    """
+    name, datasets, split = choose_datasets(splits, "validation", bundle)
+    total = len(splits.validation)
+    if not 2 * MIN_IMAGES <= total <= MAX_IMAGES:  # the outputs of more are not kept
+        bundle = calibrate(bundle, splits, num_workers=num_workers, progress=progress) if total > MAX_IMAGES else bundle
+        return bundle, evaluate(bundle, splits, batch_size=batch_size, num_workers=num_workers, progress=progress)
+    started, bad_images = time.perf_counter(), BadImages(total)
+    done_in_all = total + min(MAX_TRAINING_IMAGES, len(splits.training))
+    outputs = list(
+        compute_outputs(
+            bundle,
+            datasets,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            bad_images=bad_images,
+            means=True,
+            look=choose_look(datasets, splits.training),
+            progress=lambda done: progress(done, done_in_all),
+        )
+    )
+    seconds = time.perf_counter() - started
+    held_out = Outputs.of(bundle, outputs)
+    if len(held_out.logits) >= MIN_IMAGES and len(splits.training):
+        advance = lambda done: progress(min(total + done, done_in_all), done_in_all)  # noqa: E731
+        reference = _outputs(bundle, (splits.training,), MAX_TRAINING_IMAGES, num_workers, advance)
+        bundle = with_calibration(bundle, held_out, reference)
+    return bundle, measure(
+        bundle, outputs, Measured(name, split, datasets, splits.training), bad_images, seconds=seconds
+    )
 
 
 def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> Bundle:
@@ -226,29 +293,21 @@ def fit_distances(reference: Outputs, bundle: Bundle) -> Novelty:
     return Novelty({name: each.float().contiguous() for name, each in tensors.items()})
 
 
-def compute_outputs(
+def _outputs(
     bundle: Bundle, datasets: Sequence[Dataset], most: int, num_workers: int | None, advance: Callable[[int], None]
 ) -> Outputs:
-    """Run a bundle over at most `most` images, evenly spaced batches of 16; labels are in the order of its classes."""
-    num_classes, found, done = len(bundle.classes), [], 0
-    every = max(1, -(-sum(map(len, datasets)) // most))
-    for dataset in filter(len, datasets):
-        translate = label_translation(dataset, bundle)
-        batches = infer(
-            bundle.model,
-            dataset,
-            preprocessing=bundle.preprocessing,
-            batch_size=_BATCH,
-            num_workers=workers_for(dataset, num_workers),
-            bad_images=BadImages(len(dataset), budget=1.0),
-            output="logits and means",
-            every=every,
-        )
-        with closing(batches):
-            for outputs, labels, _, digests in batches:
-                found.append((outputs[:, :num_classes], outputs[:, num_classes:], translate(labels), digests))
-                advance(done := done + len(labels))
-    if not found:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Outputs(torch.zeros(0, num_classes), torch.zeros(0, means_width(bundle.model)), empty, empty)
-    return Outputs(*(torch.cat(column) for column in zip(*found, strict=True)))
+    """Run a bundle over at most `most` images: all of them, or evenly spaced batches of 16."""
+    num_images = sum(map(len, datasets))
+    every = max(1, -(-num_images // most))
+    outputs = compute_outputs(
+        bundle,
+        datasets,
+        batch_size=EVALUATED_TOGETHER if every == 1 else _BATCH,
+        num_workers=num_workers,
+        bad_images=BadImages(num_images),
+        means=True,
+        every=every,
+        progress=advance,
+    )
+    with closing(outputs):
+        return Outputs.of(bundle, outputs)

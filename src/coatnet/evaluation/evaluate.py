@@ -2,8 +2,9 @@
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,25 +20,26 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import SplitRule, Splits
-from coatnet.data.transforms import EvaluationTransform, as_images, seen_box
+from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.answers import (
     Answers,
+    Look,
     choose_examples,
+    choose_look,
     few_enough,
     find_duplicates,
     find_slices,
-    look_at,
 )
-from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.reliability import ReliabilityCounts
+from coatnet.evaluation.metrics import Interval, Metrics
+from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
+from coatnet.evaluation.reliability import PROBABILITY_FIGURES, ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.inference.explanation import Explanation, layercam
-from coatnet.inference.logits import infer, workers_for
 from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
-PROBABILITY_FIGURES = ("nll", "brier", "calibration_error")
+EVALUATED_TOGETHER = 64  # images
 THUMBNAIL_PIXELS, EXAMPLE_PIXELS = 160, 96  # of the longer side
 
 # Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class, its index.
@@ -49,7 +51,7 @@ def evaluate(
     data: str | Path | Dataset | Splits,
     *,
     split: Literal["validation", "training", "test", "all"] = "validation",
-    batch_size: int = 64,
+    batch_size: int = EVALUATED_TOGETHER,
     num_workers: int | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -84,76 +86,100 @@ def evaluate(
             image can be read.
     """
     bundle = load_model(bundle, device)
-    started = time.perf_counter()
     data = open_recorded(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
-    metrics = Metrics(len(bundle.classes), bundle.multilabel)
+    total = sum(map(len, datasets))
+    bad_images = BadImages(total, budget=1.0)
+    training = data.training if isinstance(data, Splits) and split_name in ("validation", "test") else None
+    outputs = compute_outputs(
+        bundle,
+        datasets,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        bad_images=bad_images,
+        means=bundle.calibration is not None,
+        look=choose_look(datasets, training),
+        progress=lambda done: progress(done, total) if progress is not None else None,
+    )
+    measured = Measured(name, split_name, datasets, training)
+    with closing(outputs):
+        return measure(bundle, outputs, measured, bad_images, with_images=with_images)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images that are measured: name of the data, name of the split, datasets in order, and the images of the training,
+    among which copies are looked for; None for no search."""
+
+    name: str
+    split: str
+    datasets: Sequence[Dataset]
+    training: Dataset | None
+
+
+def measure(
+    bundle: Bundle,
+    outputs: Iterable[ImageOutputs],
+    images: Measured,
+    bad_images: BadImages,
+    *,
+    seconds: float = 0.0,
+    with_images: bool = True,
+) -> Report:
+    """The report on a bundle by what its network computed for images.
+
+    Args:
+        outputs: of a network that differs at most in its classifier; with means if the bundle is calibrated.
+        seconds: that it took to compute them, if they are computed already.
+
+    Raises:
+        UserError: there are no outputs, so no image could be read.
+    """
+    started = time.perf_counter()
+    num_classes, several, datasets = len(bundle.classes), bundle.multilabel, images.datasets
+    metrics = Metrics(num_classes, several)
     # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
     # an image, ranks are those of the classes of an image, and the same for both.
-    fitted = Metrics(len(bundle.classes), bundle.multilabel) if bundle.multilabel and bundle.calibration else metrics
-    total, done = sum(map(len, datasets)), 0
-    bad_images = BadImages(total, budget=1.0)
+    fitted = Metrics(num_classes, several) if several and bundle.calibration else metrics
     worst: list[_Wrong] = []
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
-    for number, dataset in enumerate(datasets):
-        if not len(dataset):
-            continue
-        translate = label_translation(dataset, bundle)
-        batches = infer(
-            bundle.model,
-            dataset,
-            preprocessing=bundle.preprocessing,
-            batch_size=batch_size,
-            num_workers=workers_for(dataset, num_workers),
-            bad_images=bad_images,
-            output="logits" if reliability is None else "logits and means",
-        )
-        with closing(batches):
-            for outputs, labels, indices, digests in batches:
-                labels, logits = translate(labels), outputs[:, : len(bundle.classes)]
-                if reliability is not None and digests is not None:
-                    own, logits = logits, reliability.update(outputs, labels, digests)
-                    if fitted is not metrics:
-                        metrics.update(own, labels)
-                fitted.update(logits, labels)
-                places += (batch := [(number, index) for index in indices.tolist()])
-                wrong = _find_mistakes(logits, labels, batch, bundle)
-                worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
-                done += len(indices)
-                if progress is not None:
-                    progress(done, total)
-    if done == 0:
+    looks: list[Look] = []
+    for batch in outputs:
+        logits = batch.logits(bundle)
+        if reliability is not None and batch.digests is not None:
+            own, logits = logits, reliability.update(logits, batch.means(bundle), batch.labels, batch.digests)
+            if fitted is not metrics:
+                metrics.update(own, batch.labels)
+        fitted.update(logits, batch.labels)
+        places += batch.places
+        looks += batch.looks or []
+        wrong = _find_mistakes(logits, batch.labels, batch.places, bundle)
+        worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
+    if not places:
         raise UserError(
-            f"{name}: none of the {total:,} images of the {split_name} split could be read, the last one "
-            f"{bad_images.last}"
+            f"{images.name}: none of the {bad_images.num_images:,} images of the {images.split} split could be read, "
+            f"the last one {bad_images.last}"
         )
-    seconds = time.perf_counter() - started
+    seconds += time.perf_counter() - started
 
     answers = _answers(metrics, bundle, [datasets[number].describe(index) for number, index in places])
-    looks = None
-    if few_enough(*datasets):
-        looks = [
-            look
-            for number, dataset in enumerate(datasets)
-            for look in look_at(dataset, [index for where, index in places if where == number])
-        ]
-    training = data.training if isinstance(data, Splits) and split_name in ("validation", "test") else None
-    thumbnails = tuple(thumbnail(datasets[number], index) for _, (number, index), *_ in worst)
-    shown = choose_examples(answers) if with_images and not bundle.multilabel else []
-    confusion, figures, intervals = metrics.confusion(), metrics.compute(), metrics.intervals()
-    if fitted is not metrics:
-        probabilities, their_intervals = fitted.compute(), fitted.intervals()
-        figures |= {name: probabilities[name] for name in PROBABILITY_FIGURES}
-        intervals |= {name: their_intervals[name] for name in PROBABILITY_FIGURES}
+    thumbnails, heat_maps = [], []
+    for _, (number, index), _, _, decision in worst:
+        image = read_image(datasets[number], index)[0]
+        thumbnails.append(thumbnail(image))
+        if with_images:
+            heat_maps.append(_heat_map(bundle, image, decision, thumbnails[-1]))
+    shown = choose_examples(answers) if with_images and not several else []
+    confusion, (figures, intervals) = metrics.confusion(), combine_figures(metrics, fitted)
     return Report(
-        data=name,
-        split=split_name,
+        data=images.name,
+        split=images.split,
         model=bundle.model.variant.name,
         resolution=bundle.preprocessing.resolution,
         num_parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
         classes=bundle.classes,
-        multilabel=bundle.multilabel,
+        multilabel=several,
         figures=figures,
         intervals=intervals,
         per_class=tuple(metrics.per_class()),
@@ -171,18 +197,32 @@ def evaluate(
         seconds=seconds,
         reliability=None if reliability is None else reliability.compute(),
         duplicates=(
-            find_duplicates(answers.correct, looks, training)
-            if looks is not None and training is not None and len(training) and few_enough(*datasets, training)
+            find_duplicates(answers.correct, looks, images.training)
+            if looks and images.training is not None and few_enough(*datasets, images.training)
             else None
         ),
-        slices=find_slices(answers, looks) if looks is not None else (),
+        slices=find_slices(answers, looks) if looks else (),
         training=bundle.record.get("training") or {},
         recipe=without_places(bundle.record).get("recipe") or {},
-        thumbnails=thumbnails,
+        thumbnails=tuple(thumbnails),
         answers=answers,
-        heat_maps=_heat_maps(bundle, datasets, worst, thumbnails) if with_images else (),
-        examples=tuple((row, thumbnail(datasets[places[row][0]], places[row][1], EXAMPLE_PIXELS)) for row in shown),
+        metrics=(metrics, fitted),
+        heat_maps=tuple(heat_maps),
+        examples=tuple(
+            (row, thumbnail(read_image(datasets[number], index)[0], EXAMPLE_PIXELS))
+            for row, (number, index) in ((row, places[row]) for row in shown)
+        ),
     )
+
+
+def combine_figures(ranks: Metrics, probabilities: Metrics) -> tuple[dict[str, float], dict[str, Interval | None]]:
+    """Figures and intervals, of which those of probabilities are of other metrics than the rest, or of the same."""
+    figures, intervals = ranks.compute(), ranks.intervals()
+    if probabilities is not ranks:
+        fitted, their_intervals = probabilities.compute(), probabilities.intervals()
+        figures |= {name: fitted[name] for name in PROBABILITY_FIGURES}
+        intervals |= {name: their_intervals[name] for name in PROBABILITY_FIGURES}
+    return figures, intervals
 
 
 def load_model(bundle: Bundle | str | Path, device: str | None) -> Bundle:
@@ -230,38 +270,6 @@ def recorded_rule(bundle: Bundle) -> SplitRule:
     return SplitRule.of(next((each for each in recorded if "validation_fraction" in each), {}))
 
 
-def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
-    """A function from labels of a dataset to labels of a model, matched by the names of the classes.
-
-    It maps (B,) to (B,), or for a multi-label model (B,) or (B, K of the dataset) to (B, K of the model).
-
-    Raises:
-        UserError: a class is unknown to the model, or only the dataset is multi-label.
-    """
-    outputs = {name: index for index, name in enumerate(bundle.classes)}
-    unknown = [name for name in dataset.classes if name not in outputs]
-    if unknown:
-        known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
-        raise UserError(
-            f"{dataset.name}: {len(unknown)} of {len(dataset.classes)} classes are unknown to the model, "
-            f"first {unknown[0]!r}; its classes are {known}"
-        )
-    if dataset.multilabel and not bundle.multilabel:
-        raise UserError(f"{dataset.name} has several labels per image, the model gives only one")
-    columns = torch.tensor([outputs[name] for name in dataset.classes])
-
-    def translate(labels: Tensor) -> Tensor:
-        if not bundle.multilabel:
-            return columns[labels]
-        translated = torch.zeros(len(labels), len(outputs), dtype=torch.uint8)  # (B, K)
-        if not dataset.multilabel:
-            return translated.scatter_(1, columns[labels][:, None], 1)
-        translated[:, columns] = labels.to(torch.uint8)
-        return translated
-
-    return translate
-
-
 def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
     labels, predicted, probability, _, nll = metrics.per_image()
 
@@ -293,23 +301,17 @@ def _find_mistakes(
         yield float(probabilities[row, predictions[row]]), images[row], truth, predicted, int(predictions[row])
 
 
-def _heat_maps(
-    bundle: Bundle, datasets: Sequence[Dataset], worst: Sequence[_Wrong], thumbnails: Sequence[np.ndarray]
-) -> tuple[np.ndarray, ...]:
-    """The thumbnails of mistakes with what mattered to the wrong answer laid over: uint8 (H, W, 3)."""
-    prepare, drawn = EvaluationTransform(bundle.preprocessing), []
-    for row, small in zip(worst, thumbnails, strict=True):  # one by one: gradients take memory
-        image = read_image(datasets[row[1][0]], row[1][1])[0]
-        heat = layercam(bundle, prepare(image)[None], torch.tensor([row[4]]))[0].numpy()
-        height, width = as_images(image).shape[1:]
-        box = seen_box(height, width, bundle.preprocessing)
-        drawn.append(np.array(Explanation("", heat=heat, box=box).overlay(PIL.Image.fromarray(small))))
-    return tuple(drawn)
+def _heat_map(bundle: Bundle, image: Image, decision: int, small: np.ndarray) -> np.ndarray:
+    """A thumbnail with what mattered to the decision laid over: uint8 (H, W, 3)."""
+    heat = layercam(bundle, EvaluationTransform(bundle.preprocessing)(image)[None], torch.tensor([decision]))[0].numpy()
+    height, width = as_images(image).shape[1:]
+    box = seen_box(height, width, bundle.preprocessing)
+    return np.array(Explanation("", heat=heat, box=box).overlay(PIL.Image.fromarray(small)))
 
 
-def thumbnail(dataset: Dataset, index: int, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
-    """An image of a dataset, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
-    pixels = as_images(read_image(dataset, index)[0])  # (3 or 1, H, W)
+def thumbnail(image: Image, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
+    """An image, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
+    pixels = as_images(image)  # (3 or 1, H, W)
     scale = side / max(pixels.shape[1:])
     if scale < 1:
         size = [max(1, round(length * scale)) for length in pixels.shape[1:]]

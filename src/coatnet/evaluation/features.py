@@ -106,7 +106,7 @@ class Features:
                     output="features",
                 )
                 with closing(batches):
-                    for features, labels, indices, _ in batches:
+                    for features, labels, indices, *_ in batches:
                         found_any = True
                         _require_finite(features)
                         yield FeatureBatch(features, labels, tuple(map(dataset.describe, indices.tolist())))

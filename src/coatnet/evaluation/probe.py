@@ -21,8 +21,8 @@ from coatnet.bundle.timm.selection import is_auto, load_pretrained
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
-from coatnet.evaluation.calibrate import calibrate_if_enough
-from coatnet.evaluation.evaluate import choose_datasets, evaluate, load_model, recorded_rule
+from coatnet.evaluation.calibrate import calibrate_and_evaluate
+from coatnet.evaluation.evaluate import choose_datasets, load_model, recorded_rule
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
 from coatnet.evaluation.report_markdown import write_report
@@ -147,9 +147,14 @@ def probe(
     with translate_write_errors(out), atomic_folder(out) as staged:
         source, bundle, splits = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
-        fitted = calibrate_if_enough(linear.replace_classifier(bundle, splits), splits, num_workers)
         with ProgressBar("evaluating") as bar:
-            report = evaluate(fitted, splits, batch_size=batch_size, num_workers=num_workers, progress=bar.update)
+            fitted, report = calibrate_and_evaluate(
+                linear.replace_classifier(bundle, splits),
+                splits,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                progress=bar.update,
+            )
         report = replace(report, bad_images=found.bad_images)
         about = {
             "model": source,

@@ -4,6 +4,7 @@ An image that the calibration was fitted to is measured with temperatures and th
 no figure here is one of the fit. Shapes: B batch, N images, K classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from coatnet.bundle.calibration import is_refused, set_scores, threshold_index
 from coatnet.evaluation.metrics import (
     CalibrationBin,
     Interval,
+    Metrics,
     calibration_bins,
     calibration_error,
     wilson_interval,
@@ -25,6 +27,7 @@ ANSWERED = (1.0, 0.95, 0.9, 0.8)
 REFUSED = (0.01, 0.05, 0.1, 0.2)
 COVERAGE = 0.9
 CURVE_POINTS = 100
+PROBABILITY_FIGURES = ("nll", "brier", "calibration_error")  # what temperatures change
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Reliability:
     Attributes:
         temperature: by which logits are divided; the median over classes for several labels.
         num_shared: number of the images that the calibration was fitted to, measured by thresholds without them.
+        network: `PROBABILITY_FIGURES` of the network's own probabilities.
         error_before: expected calibration error of the network's own probabilities.
         error_after: of the calibrated ones.
         bins_before: the reliability diagram of the network's own probabilities.
@@ -85,6 +89,7 @@ class Reliability:
 
     temperature: float
     num_shared: int
+    network: Mapping[str, float]
     error_before: float
     error_after: float
     bins_before: tuple[CalibrationBin, ...]
@@ -100,23 +105,24 @@ class ReliabilityCounts:
     def __init__(self, bundle: Bundle) -> None:
         assert bundle.calibration is not None
         self._bundle, self._calibration = bundle, bundle.calibration
+        self._network = Metrics(len(bundle.classes), bundle.multilabel)
         self._batches: list[tuple[np.ndarray, ...]] = []
 
-    def update(self, outputs: Tensor, labels: Tensor, digests: Tensor) -> Tensor:
-        """Add a batch: logits and means of all feature maps (B, K + D), labels, digests (B,).
+    def update(self, answered: Tensor, means: Tensor, labels: Tensor, digests: Tensor) -> Tensor:
+        """Add a batch: logits of the bundle (B, K), means of all feature maps (B, D), labels, digests (B,).
 
         Returns:
             The logits (B, K) at temperatures that were not fitted to these images.
         """
         fitted, several = self._calibration, self._bundle.multilabel
-        num_classes = len(self._bundle.classes)
         folds = fitted.folds(digests)
-        own = outputs[:, :num_classes] * fitted.temperature[0]
-        logits = fitted.without_own(outputs[:, :num_classes], folds)
+        own = answered * fitted.temperature[0]
+        self._network.update(own, labels)
+        logits = fitted.without_own(answered, folds)
         probabilities = to_probabilities(logits, multilabel=several)
         confidence, correct = _decisions(probabilities, labels, several)
         before, _ = _decisions(to_probabilities(own, multilabel=several), labels, several)
-        scores = fitted.novelty.score(probabilities, outputs[:, num_classes:])
+        scores = fitted.novelty.score(probabilities, means)
         novelty = fitted.novelty.rank(scores, folds)
         held, sizes = [], []
         for method in fitted.thresholds:
@@ -143,6 +149,7 @@ class ReliabilityCounts:
         return Reliability(
             temperature=float(self._calibration.temperature[0].median()),
             num_shared=int((folds > 0).sum()),
+            network={name: value for name, value in self._network.compute().items() if name in PROBABILITY_FIGURES},
             error_before=calibration_error(before.ravel(), correct.ravel()),
             error_after=calibration_error(confidence.ravel(), correct.ravel()),
             bins_before=calibration_bins(before.ravel(), correct.ravel()),

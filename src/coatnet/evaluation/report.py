@@ -10,7 +10,7 @@ import numpy as np
 
 from coatnet.bundle.config import readable_json
 from coatnet.evaluation.answers import Answers, Duplicates, Slice
-from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval
+from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics
 from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
 
@@ -58,6 +58,7 @@ class Report:
         answers: the answer to each image, in the order of the data.
         examples: images of the confusion matrix: number in `answers`, pixels uint8 (H, W, 3) up to 96 a side.
         heat_maps: `thumbnails` with what mattered to the wrong answer laid over (LayerCAM).
+        metrics: the numbers of each image behind the figures, and behind those of probabilities.
     """
 
     data: str
@@ -86,6 +87,7 @@ class Report:
     answers: Answers | None = field(default=None, compare=False, repr=False)
     examples: tuple[tuple[int, np.ndarray], ...] = field(default=(), compare=False, repr=False)
     heat_maps: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    metrics: tuple[Metrics, Metrics] | None = field(default=None, compare=False, repr=False)
 
     def headline(self) -> str:
         """The main figure in one line: `top-1 accuracy 94.1 % (95 % interval 93.6 to 94.5) on 10,000 images ...`."""
@@ -125,6 +127,10 @@ class Report:
             return {"chance": sum(occurring) / len(occurring) if occurring else 0.0}
         return {"chance": 1 / len(self.classes), "majority": max(support) / total}
 
+    def network_figures(self) -> dict[str, float]:
+        """The figures of the network itself, whose probabilities a calibration has not changed."""
+        return {**self.figures, **(self.reliability.network if self.reliability is not None else {})}
+
     def context(self) -> list[str]:
         """What is said beside the headline: baselines, and the figure without images of the training; sentences."""
         percent = {name: f"{100 * value:.1f} %" for name, value in self.baselines().items()}
@@ -138,16 +144,20 @@ class Report:
             + (f", {percent['majority']} by always naming the most frequent class." if "majority" in percent else ".")
         ]
         found = self.duplicates
-        if found is not None and not found.count:
-            lines.append("No image of these has the same pixels as a training image.")
+        if found is not None and not (found.count or found.near):
+            nearly = ", or nearly so" if found.near == 0 else ""
+            lines.append(f"No image of these has the same pixels as a training image{nearly}.")
         elif found is not None:
-            one = found.count == 1
+            first, nearly = (found.count, "") if found.count else (found.near or 0, "nearly ")
+            same = f"{first:,} of these images {'has' if first == 1 else 'have'} {nearly}the same"
+            more = f", {found.near:,} more nearly" if found.count and found.near else ""
+            them = "it" if found.count + (found.near or 0) == 1 else "them"
             lines.append(
-                f"{found.count:,} of these images {'has' if one else 'have'} the same pixels as a training image; "
+                f"{same} pixels as a training image{more}; "
                 + (
                     "no image is left without them."
                     if found.accuracy is None or found.interval is None
-                    else f"without {'it' if one else 'them'} {100 * found.accuracy:.{self._percent_digits}f} % of "
+                    else f"without {them} {100 * found.accuracy:.{self._percent_digits}f} % of "
                     f"{found.others:,} are right (95 % interval "
                     f"{' to '.join(f'{100 * bound:.{self._percent_digits}f}' for bound in found.interval)})."
                 )
@@ -160,7 +170,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
-        left_out = {"thumbnails", "per_class", "reliability", "recipe", "answers", "examples", "heat_maps"}
+        left_out = {"thumbnails", "per_class", "reliability", "recipe", "answers", "examples", "heat_maps", "metrics"}
         left_out |= {name for name in ("notes", "slices", "duplicates", "training") if not getattr(self, name)}
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]

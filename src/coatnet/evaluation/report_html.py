@@ -256,7 +256,6 @@ def comparable_loss(series: np.ndarray, report: Report) -> tuple[np.ndarray, str
             else ("; both are 0 at best" if comparable else "; its scale is another")
         )
         + ". It lies above the other as long as augmentation makes the task harder: compare how they go on."
-        + (" The last held-out loss is that of calibrated probabilities." if report.reliability is not None else "")
     )
 
 

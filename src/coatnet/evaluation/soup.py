@@ -22,6 +22,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
+from coatnet.evaluation.calibrate import calibrate_and_evaluate
 from coatnet.evaluation.evaluate import evaluate, load_model
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
@@ -63,7 +64,7 @@ class Soup:
     Attributes:
         bundle: the average; its record holds all that follows.
         members: the models that were offered, in the order in which they were tried.
-        report: the evaluation of the average; None without images.
+        report: the evaluation of the calibrated average; None without images.
         notes: what there is to say about the average, in a line each.
     """
 
@@ -98,7 +99,8 @@ def soup(
     The greedy rule: the best model first, then each other one, from the best down, if the main figure of the average
     (top-1 accuracy, or mean average precision) does not fall with it. BatchNorm statistics of an average are computed
     anew on up to 4,096 training images, seen as in evaluation, except frozen ones, which all models share; without
-    training images they are averaged too. Each model, and each average that is tried, is evaluated once.
+    training images they are averaged too. Each model, and each average that is tried, is evaluated once; the last one
+    is then calibrated, as after a training.
 
     Args:
         models: two or more bundles, runs, or ids of the hub, of the same network, classes and preprocessing.
@@ -161,12 +163,18 @@ def soup(
 
     has_norms = any(isinstance(module, nn.BatchNorm2d) for module in bundle.model.modules())
     if len(taken) == 1:
-        notes.append("No average is as good as the best model alone: the bundle is that model, unchanged.")
+        notes.append("No average is as good as the best model alone: the bundle is that model, calibrated.")
     elif has_norms and (training is None or not len(training)):
         notes.append("BatchNorm statistics are averaged: there are no training images to compute them anew.")
     elif has_norms and training is not None:
         images = min(len(training), MAX_STATISTICS_IMAGES)
         notes.append(f"BatchNorm statistics were computed anew on {images:,} training images.")
+    if data is not None:
+        with ProgressBar("calibrating") as bar:
+            bundle, report = calibrate_and_evaluate(bundle, data, num_workers=num_workers, progress=bar.update)
+    if bundle.calibration is None:
+        few = "no images" if data is None else "too few held-out images"
+        notes.append(f"The average is not calibrated ({few}): `coatnet calibrate` does it with others.")
     if report is not None:
         if report.figures[figure] < (best := alone[order[0]] or 0.0):
             notes.append(f"The best model alone has {100 * best:.2f} %, more than the average.")

@@ -3,18 +3,18 @@
 Shapes: B images, C channels, R resolution, K classes, D features.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from hashlib import blake2b
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coatnet.bundle.calibration import logits_and_means
+from coatnet.bundle.calibration import means_of
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, evaluation_batches
-from coatnet.data.transforms import Preprocessing
+from coatnet.data.transforms import Image, Preprocessing
 from coatnet.model.network import CoAtNet
 
 MAX_IMAGES_WITHOUT_WORKERS = 2000  # chosen: starting workers takes about as long as reading as many small photographs
@@ -24,17 +24,19 @@ class OutputBatch(NamedTuple):
     """What a model computed for a batch, and which images of the dataset these are.
 
     Attributes:
-        outputs: logits (B, K), features (B, D), or logits and means of all feature maps side by side (B, K + D);
-            float32 on the CPU.
+        outputs: logits (B, K), features (B, D), or features and means of all feature maps side by side; float32 on the
+            CPU.
         labels: class indices (B,), or 0 and 1 per class (B, K), in the dataset's own order of classes.
         indices: place of each image in the dataset, (B,).
-        digests: with "logits and means", a hash of each image as the network sees it, int64 (B,).
+        digests: with "features and means", a hash of each image as the network sees it, int64 (B,).
+        looks: what `look` gave for each image.
     """
 
     outputs: Tensor
     labels: Tensor
     indices: Tensor
     digests: Tensor | None = None
+    looks: list[Any] | None = None
 
 
 def infer(
@@ -45,10 +47,11 @@ def infer(
     batch_size: int,
     bad_images: BadImages,
     num_workers: int | None = None,
-    output: Literal["logits", "features", "logits and means"] = "logits",
+    output: Literal["logits", "features", "features and means"] = "logits",
     bf16: bool = False,
     first: int = 0,
     every: int = 1,
+    look: Callable[[Sequence[Image]], list[Any]] | None = None,
 ) -> Generator[OutputBatch, None, None]:
     """Run a model over every image of a dataset, once and in order.
 
@@ -61,11 +64,12 @@ def infer(
         bf16: whether matrix products are computed in bf16 (`torch.autocast`).
         first: number of the first batch to compute, such as the rank of this process.
         every: distance to the next, such as the number of processes.
+        look: as in `evaluation_batches`.
 
     Raises:
         UserError: batch_size is below 1, or `bad_images` is over its budget.
     """
-    forward = {"logits": _logits, "features": _features, "logits and means": _logits_and_means}[output]
+    forward = {"logits": _logits, "features": _features, "features and means": _features_and_means}[output]
     device = next(model.parameters()).device
     batches = evaluation_batches(
         dataset,
@@ -76,16 +80,17 @@ def infer(
         first=first,
         every=every,
         pin_memory=device.type == "cuda",
+        look=look,
     )
     was_training = model.training
     model.eval()
     try:
         with closing(batches):
-            for images, labels, indices in batches:
+            for images, labels, indices, *looks in batches:
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                     outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
-                digests = _digests(images) if output == "logits and means" else None
-                yield OutputBatch(outputs.float().cpu(), labels, indices, digests)
+                digests = _digests(images) if output == "features and means" else None
+                yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *looks)
     finally:
         model.train(was_training)
 
@@ -101,9 +106,9 @@ def _logits(model: CoAtNet, images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _logits_and_means(model: CoAtNet, images: Tensor) -> Tensor:
-    logits, means = logits_and_means(model, images)
-    return torch.cat([logits.float(), means], dim=1)
+def _features_and_means(model: CoAtNet, images: Tensor) -> Tensor:
+    last, maps = model.forward_intermediates(images)
+    return torch.cat([model.forward_head(last, pre_logits=True).float(), means_of(maps)], dim=1)
 
 
 def _digests(images: Tensor) -> Tensor:

@@ -3,22 +3,16 @@
 import json
 import os
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from coatnet.bundle import load
 from coatnet.bundle.config import readable_json
-from coatnet.data.loader import BadImages
-from coatnet.data.open import open_dataset
-from coatnet.data.splits import SplitRule
 from coatnet.errors import UserError, counted
-from coatnet.evaluation.evaluate import label_translation
+from coatnet.evaluation.evaluate import combine_figures
 from coatnet.evaluation.metrics import FIGURES, ClassFigures, Metrics
 from coatnet.evaluation.report import Report
-from coatnet.inference.logits import infer
 from coatnet.system.files import atomic_write, translate_write_errors
 from coatnet.system.terminal import escape_markdown
 from coatnet.training.config import Recipe
@@ -55,41 +49,31 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     num_images = len(splits.training) + len(splits.validation)
     if not len(splits.validation) or num_images < 2 * num_folds:
         raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
-    place, reports, bundles = folder.path / FOLDS, [], []
+    place, reports = folder.path / FOLDS, []
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
         reports.append(train(replace(recipe, fold=f"{number}/{num_folds}"), run, console=console))
-        bundles.append(run / "bundle")
     if os.environ.get("RANK", "0") == "0":
         with translate_write_errors(place):
-            _write(place, recipe, reports, bundles)
+            _write(place, reports)
     return replace(recipe, fold="")
 
 
-def _write(place: Path, recipe: Recipe, reports: Sequence[Report], bundles: Sequence[Path]) -> None:
-    """Measure each bundle on its fold, all figures together, and write the report."""
-    metrics = None
-    for number, folder in enumerate(bundles, start=1):
-        bundle = load(folder)
-        rule = replace(SplitRule.of(recipe.to_dict()), fold=f"{number}/{len(bundles)}")
-        dataset = open_dataset(recipe.data, rule=rule).validation
-        metrics = metrics or Metrics(len(bundle.classes), bundle.multilabel)
-        translate = label_translation(dataset, bundle)
-        answers = infer(
-            bundle.model,
-            dataset,
-            preprocessing=bundle.preprocessing,
-            batch_size=64,
-            num_workers=0,
-            bad_images=BadImages(len(dataset), budget=1.0),
-        )
-        with closing(answers):
-            for answer in answers:
-                metrics.update(answer.outputs, translate(answer.labels))
-    assert metrics is not None
-    figures, intervals, per_class = metrics.compute(), metrics.intervals(), metrics.per_class()
+def pool(metrics: Sequence[Metrics]) -> Metrics:
+    """The metrics of all images of several."""
+    found = Metrics(metrics[0].num_classes, metrics[0].multilabel)
+    found.batches = [batch for each in metrics for batch in each.batches]
+    return found
+
+
+def _write(place: Path, reports: Sequence[Report]) -> None:
+    """Put the numbers of all images together, and write the report."""
+    found = [each.metrics for each in reports if each.metrics is not None]
+    ranks, probabilities = (pool(each) for each in zip(*found, strict=True))
+    figures, intervals = combine_figures(ranks, probabilities if reports[0].multilabel else ranks)
+    per_class = ranks.per_class()
     pooled = replace(reports[0], figures=figures, intervals=intervals)  # for its way of writing figures
-    headline = f"{len(bundles)}-fold cross-validation: {pooled.headline()}"
+    headline = f"{len(reports)}-fold cross-validation: {pooled.headline()}"
     classes = reports[0].classes
     rows = [
         f"| {FIGURES[name].title} | {pooled.format_figure(name)} | {pooled.format_interval(name)} |"
@@ -97,7 +81,7 @@ def _write(place: Path, recipe: Recipe, reports: Sequence[Report], bundles: Sequ
         if name in FIGURES and name != "n"
     ]
     lines = [
-        f"# {escape_markdown(reports[0].model)} on {escape_markdown(reports[0].data)}, {len(bundles)} folds",
+        f"# {escape_markdown(reports[0].model)} on {escape_markdown(reports[0].data)}, {len(reports)} folds",
         f"**{headline}**",
         "Each image was measured once, by a model that has not learned from it or from a copy of it. The interval "
         "takes the images as independent; it says nothing about other trainings.",

@@ -216,7 +216,7 @@ class Teacher:
         )
         bar = ProgressBar("the teacher answers", len(dataset), "images", shown=processes.is_main and not quiet)
         with processes.collective(), bar, closing(batches):
-            for logits, _, indices, _ in batches:
+            for logits, _, indices, *_ in batches:
                 logits = logits[:, self._order.cpu()]
                 if not logits.isfinite().all():
                     first = dataset.describe(int(indices[0]))

@@ -27,7 +27,7 @@ from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, is_memory_shortage
-from coatnet.evaluation.calibrate import calibrate_if_enough
+from coatnet.evaluation.calibrate import calibrate_and_evaluate
 from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.metrics import Metrics, wilson_interval
 from coatnet.evaluation.plots import draw_curves
@@ -656,14 +656,13 @@ class Trainer:
         """
         folder, num_workers = self.folder, self.config.num_workers
         workers = None if num_workers == "auto" else num_workers
-        bundle = calibrate_if_enough(bundle, self.splits, workers)
-        report = evaluate(bundle, self.splits, num_workers=workers)
+        bundle, report = calibrate_and_evaluate(bundle, self.splits, num_workers=workers)
         notes = (*([SELECTED_BY_SEARCH] if folder.tuned else []), *cross_validated(folder), *self._measure_test(bundle))
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:
             count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
             self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
-        self.log({**report.figures, "bad_images": len(report.bad_images)})
+        self.log({**report.network_figures(), "bad_images": len(report.bad_images)})  # as all those before
         replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
         try:
             with atomic_files(folder.path / "curves.png") as (staged,):

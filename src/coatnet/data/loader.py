@@ -45,6 +45,7 @@ from coatnet.system.parents import end_with_parent
 from coatnet.system.terminal import warn
 
 Item = TypeVar("Item")
+LookAt = Callable[[Sequence[Image] | NDArray[np.uint8]], list[Any]]  # an array holds images of one size
 
 CHECK_SECONDS = 5.0  # between two checks that all workers are alive; a forkserver does not report their death
 SHARED_MEMORY = "/dev/shm"
@@ -240,7 +241,7 @@ def evaluation_batches(
     first: int = 0,
     every: int = 1,
     pin_memory: bool = False,
-    look: Callable[[Sequence[Image]], list[Any]] | None = None,
+    look: LookAt | None = None,
 ) -> Generator[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Any]], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
@@ -326,7 +327,7 @@ class _EvaluationBatches:
     dataset: Dataset
     batch_size: int
     transform: EvaluationTransform
-    look: Callable[[Sequence[Image]], list[Any]] | None = None
+    look: LookAt | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -395,7 +396,7 @@ def _make_batch(
     preprocessing: Preprocessing,
     transform: Callable[[Tensor, slice, Tensor | None], Tensor],
     candidates: int,
-    look: Callable[[Sequence[Image]], list[Any]] | None = None,
+    look: LookAt | None = None,
 ) -> _Batch:
     """Read, decode and transform images (B,); a bad one is replaced by the first good one of so many candidates.
 

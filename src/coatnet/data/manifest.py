@@ -377,8 +377,8 @@ def _open_parquet(path: Path, required: Sequence[str]) -> _Table:
         names = [None if column is None else header[column] for column in columns]
         with parquet.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                # Zero rows: reads the metadata of each column without a page of data. `RowGroupMetaData.column` ends the
-                # process where that metadata contradicts itself, here it raises.
+                # Zero rows: reads the metadata of each column without a page of data. `RowGroupMetaData.column` ends
+                # the process where that metadata contradicts itself, here it raises.
                 list(file.reader.iter_batches(0, [group], range(file.metadata.num_columns), use_threads=False))
             dictionaries = _check_expansion(path, file.metadata, {name for name in names if name})
     except UserError:

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.inspection import pixel_digest
-from coatnet.data.loader import read_image
+from coatnet.data.loader import LookAt, read_image
 from coatnet.data.near_duplicates import Fingerprint, fingerprint, fingerprints, near_pairs
 from coatnet.data.transforms import Image, as_images
 from coatnet.errors import UserError
@@ -131,12 +131,16 @@ class Look(NamedTuple):
 
 def look(images: Sequence[Image] | np.ndarray, *, near: bool = True) -> list[Look]:
     """Look at images, or at an array of images of one size; with `near`, at their fingerprints as well."""
-    same_size = isinstance(images, np.ndarray)
-    pixels = as_images(images) if same_size else [as_images(each) for each in images]  # each (3 or 1, H, W)
-    found = (fingerprints(pixels) if same_size else map(fingerprint, pixels)) if near else [None] * len(images)
+    marks: Iterable[Fingerprint | None] = [None] * len(images)
+    if isinstance(images, np.ndarray):
+        pixels = as_images(images)  # (B, 3 or 1, H, W)
+        marks = fingerprints(pixels) if near else marks
+    else:
+        pixels = [as_images(each) for each in images]
+        marks = map(fingerprint, pixels) if near else marks
     return [
         Look(pixel_digest(image), each.shape[1], each.shape[2], float(each.numpy().mean()) / 255, mark)
-        for image, each, mark in zip(images, pixels, found, strict=True)
+        for image, each, mark in zip(images, pixels, marks, strict=True)
     ]
 
 
@@ -158,9 +162,7 @@ def look_at(dataset: Dataset, *, near: bool = True) -> list[Look | None]:
         return list(pool.map(read, range(len(dataset))))
 
 
-def choose_look(
-    datasets: Sequence[Dataset], training: Dataset | None
-) -> Callable[[Sequence[Image]], list[Look]] | None:
+def choose_look(datasets: Sequence[Dataset], training: Dataset | None) -> LookAt | None:
     """How to look at images that are measured, which takes time: None where they are too many."""
     if not few_enough(*datasets):
         return None

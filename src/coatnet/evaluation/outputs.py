@@ -12,8 +12,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import BadImages
-from coatnet.data.transforms import Image
+from coatnet.data.loader import BadImages, LookAt
 from coatnet.errors import UserError
 from coatnet.evaluation.answers import Look
 from coatnet.inference.logits import infer, workers_for
@@ -56,7 +55,7 @@ def compute_outputs(
     num_workers: int | None,
     bad_images: BadImages,
     means: bool,
-    look: Callable[[Sequence[Image]], list[Look]] | None = None,
+    look: LookAt | None = None,
     every: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Generator[ImageOutputs, None, None]:

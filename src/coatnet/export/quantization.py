@@ -20,8 +20,8 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalize
 from coatnet.errors import UserError, import_extra
-from coatnet.evaluation.evaluate import label_translation
 from coatnet.evaluation.metrics import Interval, Metrics
+from coatnet.evaluation.outputs import label_translation
 from coatnet.export import openvino as files
 from coatnet.export.classifier import Fit, ImageProbabilities
 from coatnet.export.parity import median_milliseconds, spread_images

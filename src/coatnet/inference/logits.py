@@ -3,7 +3,7 @@
 Shapes: B images, C channels, R resolution, K classes, D features.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from coatnet.bundle.calibration import means_of
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import BadImages, evaluation_batches
-from coatnet.data.transforms import Image, Preprocessing
+from coatnet.data.loader import BadImages, LookAt, evaluation_batches
+from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import CoAtNet
 
 MAX_IMAGES_WITHOUT_WORKERS = 2000  # chosen: starting workers takes about as long as reading as many small photographs
@@ -51,7 +51,7 @@ def infer(
     bf16: bool = False,
     first: int = 0,
     every: int = 1,
-    look: Callable[[Sequence[Image]], list[Any]] | None = None,
+    look: LookAt | None = None,
 ) -> Generator[OutputBatch, None, None]:
     """Run a model over every image of a dataset, once and in order.
 

@@ -12,8 +12,10 @@ from tests.data.loaders import train
 from coatnet.data.decode import BadImage
 from coatnet.data.hugging_face import HuggingFaceDataset, open_hugging_face
 from coatnet.data.loader import BadImages
+from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
+from coatnet.data.splits import SplitRule
 from coatnet.errors import UserError
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
@@ -235,3 +237,34 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'coatnet\[datasets\]'"):
         open_hugging_face("hf://some/thing", 0.1)
+
+
+def test_one_split_is_divided_by_folds_and_keeps_copies_together(images, tmp_path):
+    cells = [*images, *[images[0]] * 6]
+    root = saved(
+        tmp_path, train=table(cells, [n % 2 for n in range(30)] + [0] * 6, datasets.ClassLabel(names=list("ab")))
+    )
+    plain = open_dataset(root)
+    copies = {"saved/train[0]", *(f"saved/train[{n}]" for n in range(30, 36))}
+    _, groups = keep_copies_together(plain, SplitRule(fold="1/3"), print)
+    assert [set(group) for group in groups] == [copies]
+    splits = open_dataset(root, rule=SplitRule(kept_together=groups))
+    folds = [open_dataset(root, rule=SplitRule(fold=f"{n}/3", kept_together=groups)) for n in (1, 2, 3)]
+    held_out = [{each.validation.describe(n) for n in range(len(each.validation))} for each in folds]
+    assert len(set.union(*held_out)) == sum(map(len, held_out)) == 36
+    assert {len(copies & each) for each in held_out} == {0, 7}
+    names = {splits.validation.describe(n) for n in range(len(splits.validation))}
+    assert len(copies & names) in (0, 7)
+    # Nothing else moves, and an image goes with its label.
+    assert names - copies == {plain.validation.describe(n) for n in range(len(plain.validation))} - copies
+    for dataset in (folds[0].training, folds[0].validation):
+        for n in range(len(dataset)):
+            row = int(dataset.describe(n).rpartition("[")[2][:-1])
+            assert dataset.read(n) == (cells[row], row % 2 if row < 30 else 0)
+    two = saved(
+        tmp_path / "two",
+        train=table(images, [n % 3 for n in range(30)], ANIMALS),
+        test=table(images, [1] * 30, ANIMALS),
+    )
+    with pytest.raises(UserError, match="is divided already, which fold would change: give the images without a split"):
+        open_dataset(two, rule=SplitRule(fold="1/3"))

@@ -5,7 +5,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,9 +215,24 @@ class FileDataset(Dataset):
         return printable(str(self.path(index)))
 
 
+class TableDataset(Dataset):
+    """Some rows (N,) of a table of images."""
+
+    rows: NDArray[np.int64]
+
+    @abstractmethod
+    def with_rows(self, rows: NDArray[np.int64], labels: NDArray) -> Self:
+        """Other rows of the same table, and their labels."""
+        ...
+
+
 def select(datasets: Sequence[Dataset], chosen: NDArray[np.bool_]) -> Dataset:
-    """The chosen images of datasets of one source, all arrays or all files, one after the other."""
+    """The chosen images of datasets of one source and class, one after the other."""
     first, labels = datasets[0], np.concatenate([each.labels for each in datasets])[chosen]
+    if isinstance(first, TableDataset):
+        return first.with_rows(
+            np.concatenate([each.rows for each in datasets if isinstance(each, TableDataset)])[chosen], labels
+        )
     if isinstance(first, FileDataset):
         keys = [each.key(index) for each in datasets for index in range(len(each))]
         paths = [keys[row] for row in np.flatnonzero(chosen)]

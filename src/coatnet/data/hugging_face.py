@@ -4,14 +4,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.datasets import (
     TRUSTED_ROOTS,
-    Dataset,
+    TableDataset,
     as_labels,
     empty_label_table,
     is_below,
@@ -30,7 +30,7 @@ _IMAGE_NAMES = ("image", "img", "picture")
 _LABEL_NAMES = ("label", "labels", "class", "fine_label")
 
 
-class HuggingFaceDataset(Dataset):
+class HuggingFaceDataset(TableDataset):
     """Rows of a table with an image column; no other column is read.
 
     Args:
@@ -58,16 +58,16 @@ class HuggingFaceDataset(Dataset):
         self.classes = tuple(classes)
         self.labels = as_labels(labels)
         self.multilabel = self.labels.ndim == 2
-        self._rows = rows
+        self.rows = rows
         self._column = column
         self._table = table
         self._roots = [os.path.realpath(root) for root in roots]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
-        cell = self._table[int(self._rows[index])][self._column]
+        cell = self._table[int(self.rows[index])][self._column]
         if cell is None:
             raise BadImage(self.describe(index), "empty: the row has no image")
         if cell["bytes"] is not None:
@@ -81,7 +81,13 @@ class HuggingFaceDataset(Dataset):
         return read_image_file(path, self.describe(index)), self.labels[index]
 
     def describe(self, index: int) -> str:
-        return f"{self.name}[{self._rows[index]}]"
+        return f"{self.name}[{self.rows[index]}]"
+
+    def key(self, index: int) -> str:
+        return f"{self.name.rpartition('/')[0]}[{self.rows[index]}]"  # without the split
+
+    def with_rows(self, rows: NDArray[np.int64], labels: NDArray) -> Self:
+        return type(self)(self.name, self.classes, self._table, self._column, rows, labels, self._roots)
 
 
 def is_saved_folder(folder: Path) -> bool:
@@ -127,6 +133,7 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
         images.append(_undecoded(tables[split], image))
         labels.append(_encode(f"{source}, {split}", found, classes, named=class_names is not None))
 
+    by_name = False
     if evaluation and len(splits) == 1 and splits[0].lower() in (*VALIDATION_NAMES, *TEST_NAMES):
         rows = [np.arange(0), np.arange(len(labels[0]))]
         note = f"its split {splits[0]}"
@@ -143,6 +150,7 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
             if not evaluation:
                 raise UserError(f"{source}: no class has two images, so none can be held out")
             held_out[:], note = True, NONE_TO_HOLD_OUT
+        by_name = not held_out.all()
         rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
         splits, images, labels = splits * 2, images * 2, [labels[0][part] for part in rows]
     roots = _roots(place)
@@ -150,7 +158,7 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
         HuggingFaceDataset(f"{name}/{split}", list(classes), table, image, numbers, part, roots)
         for split, table, numbers, part in zip(splits, images, rows, labels, strict=True)
     )
-    return Splits(name, training, validation, (f"{note}; images are {image}, labels {label}",))
+    return Splits(name, training, validation, (f"{note}; images are {image}, labels {label}",), by_name)
 
 
 def _roots(place: str) -> list[str]:

@@ -103,7 +103,7 @@ class Inspection:
         lines += _section("of validation nearly the same as one of training", _equations(self.near_leaks))
         if self.leaks or self.near_leaks:
             lines.append(
-                "  a new training keeps copies with one label on one side, among up to 20,000 image files"
+                "  a new training keeps copies with one label on one side, among up to 20,000 images"
                 if self.splits.by_name
                 else "  training uses them as they are, and the figures on validation are then too high; --write FILE "
                 "leaves them out of training"

@@ -5,6 +5,8 @@ at most 4 bits agree in one of 5 bands of bits, so only images of one band are c
 images then decide.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +16,14 @@ from torch import Tensor
 
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits, divide
 from coatnet.data.transforms import as_images
 from coatnet.system.progress import track
 
 MAX_DISTANCE = 4  # bits of 64
 # chosen: of identical hashes by the thousand, such as of white pages, each is compared with so many that follow it
 MAX_COMPARED = 200
+MAX_SEARCHED = 20_000  # chosen: images that are decoded before the first step, some 70 seconds for photographs
 THUMBNAIL_SIDE = 16
 # chosen: root mean square of the difference, in parts of the image's own contrast and in levels of 255
 RELATIVE_DIFFERENCE, LEVELS = 0.1, 1.0
@@ -91,6 +94,27 @@ def close_hashes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -
             one, other = order[close], order[close + shift]
             found.append(np.minimum(one, other) * number + np.maximum(one, other))
     return np.stack(np.divmod(np.unique(np.concatenate(found)), number), axis=1)
+
+
+def keep_copies_together(
+    splits: Splits, rule: SplitRule, say: Callable[[str], None]
+) -> tuple[Splits, tuple[tuple[str, ...], ...]]:
+    """Images divided as a rule says, copies and near copies on one side, and the groups of those.
+
+    Images in memory, and those that have a split of their own, are not searched.
+
+    Args:
+        splits: divided by the rule's `validation_fraction` alone.
+        say: what a line is for that says that there are too many images to search.
+    """
+    groups: tuple[tuple[str, ...], ...] = ()
+    num_images = len(splits.training) + len(splits.validation)
+    if splits.by_name and not splits.training.in_memory:
+        if num_images <= MAX_SEARCHED:
+            groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
+        else:
+            say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
+    return divide(splits, replace(rule, kept_together=groups)), groups
 
 
 def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[tuple[str, ...], ...]:

@@ -235,7 +235,11 @@ def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Spli
     if not splits.by_name:
         asked = "fold" * bool(rule.fold) or "test_fraction" * bool(rule.test_fraction)
         if asked and not evaluation:
-            raise UserError(f"{splits.name} is divided already, which {asked} would change: leave {asked} out")
+            raise UserError(
+                f"{splits.name} is divided already, which {asked} would change: give the images without a split (one "
+                f"folder for each class, a table without a column split; of shards, what was packed), or leave {asked} "
+                "out"
+            )
         return splits
     parts = (splits.training, splits.validation)
     keys = np.array([part.key(index) for part in parts for index in range(len(part))], dtype=object)

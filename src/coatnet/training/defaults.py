@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from coatnet.bundle import Bundle
-from coatnet.data.datasets import Dataset, FileDataset
+from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
-from coatnet.data.near_duplicates import groups_to_keep_together
+from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.pixel_cache import Reduction, memory_room
-from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits, divide
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
@@ -30,7 +30,6 @@ SHORT_RUN_EPOCHS = 25  # below, an untrained network learns less from photograph
 MUON_RATE = 4  # times the learning rate of AdamW, for untrained weights
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
-MAX_COMPARED_IMAGES = 20_000  # chosen: all are decoded before the first step, some 70 seconds for photographs
 
 
 @dataclass(frozen=True)
@@ -361,7 +360,7 @@ def head_first_steps(config: TrainingConfig, num_images: int) -> int:
 def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Splits]:
     """The images of a recipe, and the recipe with the copies that stay on one side of the split.
 
-    Copies are looked for once, where image files have no split of their own; the recipe of the run names them.
+    Copies are looked for once, where images have no split of their own; the recipe of the run names them.
 
     Raises:
         UserError: as `open_dataset`.
@@ -370,11 +369,5 @@ def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Spl
     if recipe.kept_together is not None:
         return recipe, open_dataset(recipe.data, rule=rule)
     splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold=""))
-    num_images = len(splits.training) + len(splits.validation)
-    groups: tuple[tuple[str, ...], ...] = ()
-    if splits.by_name and isinstance(splits.training, FileDataset):
-        if num_images <= MAX_COMPARED_IMAGES:
-            groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
-        else:
-            say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
-    return replace(recipe, kept_together=groups), divide(splits, replace(rule, kept_together=groups))
+    splits, groups = keep_copies_together(splits, rule, say)
+    return replace(recipe, kept_together=groups), splits

@@ -199,3 +199,16 @@ def test_links_out_of_the_data_are_not_packed_unless_their_folder_is_trusted(lin
     assert not (tmp_path / "packed").exists() and not list(tmp_path.glob(".packed*"))
     monkeypatch.setenv("COATNET_DATA_ROOTS", str(tmp_path / "secret"))
     assert pack(root, tmp_path / "packed", num_workers=1).num_images >= 12
+
+
+def test_copies_are_packed_into_one_split(make_folder, tmp_path):
+    root = make_folder({"cat": 30, "dog": 30})
+    for number in range(20):
+        (root / f"cat/copy{number}.png").write_bytes((root / "cat/0.png").read_bytes())
+    plain = open_dataset(root)
+    assert any("copy" in plain.validation.describe(n) for n in range(len(plain.validation)))  # else nothing is tested
+    pack(root, tmp_path / "packed", num_workers=1)
+    packed = open_dataset(tmp_path / "packed")
+    pixels = plain.training.read(0)[0]
+    found = [sum(part.read(n)[0] == pixels for n in range(len(part))) for part in (packed.training, packed.validation)]
+    assert sorted(found) == [0, 21], plain.training.describe(0)

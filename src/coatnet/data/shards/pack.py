@@ -32,6 +32,7 @@ from PIL import Image
 from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, evenly_spaced, links_outside
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import hide_main_script, may_start_processes
+from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import EpochSampler
 from coatnet.data.shards.dataset import WORK
@@ -49,7 +50,7 @@ from coatnet.data.shards.index import (
     table_name,
     to_npy,
 )
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits
 from coatnet.errors import UserError, counted
 from coatnet.system.files import (
     atomic_files,
@@ -67,6 +68,7 @@ from coatnet.system.hardware import num_cores
 from coatnet.system.json_reader import parse_json
 from coatnet.system.parents import end_with_parent
 from coatnet.system.progress import ProgressBar
+from coatnet.system.terminal import warn
 
 OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
@@ -260,7 +262,8 @@ def pack(
 ) -> Packed:
     """Write both splits of a source to a new folder of tar shards.
 
-    The shards of an interrupted packing are kept beside `out`, and the same call continues with the missing ones.
+    Copies and near copies fall on one side, as in a training. The shards of an interrupted packing are kept beside
+    `out`, and the same call continues with the missing ones.
 
     Args:
         source: a source as `open_dataset` takes it, or splits.
@@ -276,7 +279,10 @@ def pack(
     target = user_path(output_path(out)).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{out} exists already; give a new folder")
-    splits = source if isinstance(source, Splits) else open_dataset(source)
+    if isinstance(source, Splits):
+        splits = source
+    else:
+        splits, _ = keep_copies_together(open_dataset(source), SplitRule(), warn)
     datasets = {TRAINING: splits.training, VALIDATION: splits.validation}
     if outside := [link for dataset in datasets.values() for link in links_outside(dataset)]:
         name, file = outside[0]

@@ -40,7 +40,7 @@ _MAX_COUNTED_CLASSES = 16  # with numbers in its cells
 
 
 @contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
+def open_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A matplotlib figure, width and height in inches, saved to `path` at the end of the block."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # without a home it tells at length where it keeps its fonts
@@ -74,7 +74,7 @@ def draw_curves(metrics_path: str | Path, out_png: str | Path) -> None:
     if not len(values):
         values, name = read_series(metrics_path, "mean_average_precision"), "mean average precision"
 
-    with _figure(out_png, 9.0, 3.4) as figure:
+    with open_figure(out_png, 9.0, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         left.set(title="Loss", xlabel="epoch")
         if len(training):
@@ -149,7 +149,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], out_png: str | Pa
     colors = np.where(diagonal[..., None], blues(fractions), oranges(scale(fractions)))
 
     side = float(np.clip(2.2 + 0.5 * size, 4.2, 9.0))
-    with _figure(out_png, side, side) as figure:
+    with open_figure(out_png, side, side) as figure:
         axes = figure.add_subplot(title="What is taken for what", xlabel="predicted", ylabel="truth")
         axes.imshow(colors, interpolation="nearest")
         axes.tick_params(length=0)
@@ -177,7 +177,7 @@ def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake],
     """Draw a grid of images, uint8 (H, W, 3), numbered as in the report: true class in blue, predicted in orange."""
     columns = min(6, len(thumbnails))
     rows = -(-len(thumbnails) // columns)
-    with _figure(out_png, 1.6 * max(columns, 3), 2.05 * rows) as figure:
+    with open_figure(out_png, 1.6 * max(columns, 3), 2.05 * rows) as figure:
         for number, (image, mistake) in enumerate(zip(thumbnails, mistakes, strict=False), start=1):
             axes = figure.add_subplot(rows, columns, number)
             height, width = image.shape[:2]
@@ -199,7 +199,7 @@ def draw_calibration(bins: Sequence[CalibrationBin], out_png: str | Path) -> Non
     filled = [row for row in bins if row.count]
     width = bins[0].high - bins[0].low
     middles = [row.low + width / 2 for row in filled]
-    with _figure(out_png, 4.6, 4.8) as figure:
+    with open_figure(out_png, 4.6, 4.8) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         above.bar(middles, [row.accuracy for row in filled], 0.9 * width, color=_RIGHT, alpha=0.85)
         above.plot((0, 1), (0, 1), color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))

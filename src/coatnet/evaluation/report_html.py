@@ -35,7 +35,7 @@ from coatnet.evaluation.report_sections import (
     reliability_section,
     slices_section,
 )
-from coatnet.system.document import Plot, Section, Table
+from coatnet.system.document import Section, Table
 
 MAX_MATRIX_CLASSES = 20  # chosen: more become an image, whose cells are chosen by two menus
 MAX_IMAGE_BYTES = 5_000_000  # chosen: of all images of the matrix, so that a report stays below 10 MB
@@ -105,8 +105,8 @@ def text(content: str) -> str:
     return html.escape(one_line(content))
 
 
-def table(content: Table, *, sortable: bool = False) -> str:
-    """A table that scrolls within its frame; with `sortable` a click on a heading sorts it."""
+def table(content: Table, *, sortable: bool = False, label: str = "") -> str:
+    """A table that scrolls within its frame; with `sortable` a click on a heading sorts it. `label` is its name."""
 
     begin, end = ('<button type="button">', "</button>") if sortable else ("", "")
 
@@ -121,7 +121,7 @@ def table(content: Table, *, sortable: bool = False) -> str:
 
     head = f"<thead><tr>{row(content.header, heading=True)}</tr></thead>" if any(content.header) else ""
     body = "".join(f"<tr>{row(cells)}</tr>" for cells in content.rows)
-    label = text(", ".join(filter(None, content.header)) or "Details")
+    label = text(label or ", ".join(filter(None, content.header)) or "Details")
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {label}">'
@@ -129,13 +129,20 @@ def table(content: Table, *, sortable: bool = False) -> str:
     )
 
 
-def blocks(section: Section) -> str:
-    """The paragraphs and tables of a section."""
-    return "".join(
-        f"<p>{text(block)}</p>" if isinstance(block, str) else table(block, sortable=bool(block.summary))
-        for block in section.blocks
-        if not isinstance(block, Plot)
-    )
+def blocks(section: Section, plots: Path | None = None) -> str:
+    """The paragraphs and tables of a section, and its plots if their folder is given."""
+    shown, tables = [], 0
+    for block in section.blocks:
+        if isinstance(block, str):
+            shown.append(f"<p>{text(block)}</p>")
+        elif isinstance(block, Table):
+            tables += 1  # regions of one page need names of their own
+            label = f"{section.title} ({tables})" if tables > 1 else section.title
+            shown.append(table(block, sortable=bool(block.summary), label=label))
+        elif plots is not None:
+            encoded = base64.b64encode((plots / block.file).read_bytes()).decode()
+            shown.append(f'<img class="plot" src="data:image/png;base64,{encoded}" alt="{text(block.shows)}">')
+    return "".join(shown)
 
 
 class Line(NamedTuple):

@@ -118,6 +118,8 @@ def print_table(console: "Console", table: Table) -> None:
 
 def _markdown_table(table: Table) -> str:
     rule = ["---:" if number in table.numbers else "---" for number in range(len(table.header))]
-    cells: Iterable[Sequence[str]] = ([escape_markdown(cell) for cell in row] for row in (table.header, *table.rows))
+    cells: Iterable[Sequence[str]] = (
+        [escape_markdown(cell, begins_line=False) for cell in row] for row in (table.header, *table.rows)
+    )
     header, *rows = cells
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

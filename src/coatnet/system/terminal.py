@@ -121,11 +121,16 @@ def report_wait(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def escape_markdown(text: str) -> str:
-    """A name as a piece of a Markdown page: no markup, links, images, mentions, formulas or line breaks."""
+def escape_markdown(text: str, *, begins_line: bool = True) -> str:
+    """A name as a piece of a Markdown page: no markup, links, images, mentions, formulas or line breaks.
+
+    A cell of a table begins no line, so that what would be a list or a heading there is none: `-1.20` stays as it is.
+    """
     flat = one_line(" ".join(text.split()))
     flat = re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(flat, quote=False))
     # GitHub and the hub make links of bare addresses, and of a mention. An entity is no markup.
     flat = flat.replace("://", ":&#47;&#47;").replace("@", "&#64;").replace("$", "&#36;")
     flat = re.sub(r"(?i)\b(www)\.", r"\1&#46;", flat)
+    if not begins_line:
+        return flat
     return re.sub(r"^([#+=-]|\d+(?=[.)](?:\s|$)))", lambda found: f"{found[0][:-1]}&#{ord(found[0][-1])};", flat)

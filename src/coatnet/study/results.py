@@ -103,7 +103,7 @@ class Difference:
         """Cells of a table of differences."""
         found, digits = self.found, self.measure.digits
         shown = "" if found is None else _signed(found.mean, digits)
-        interval = " to ".join(_signed(bound, digits) for bound in (found and found.interval) or ())
+        interval = " to ".join(_signed(bound, digits) for bound in (found.interval if found else None) or ())
         p = _shown_p(self.p) if interval else ""
         pairs = str(found.n if found else 0)
         return (f"{self.size:,}", self.member, self.reference, shown, interval, pairs, p, self.result, self.expected)

@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ("[RECIPE] --data DATA --out RUN", "train, evaluate, and write the trained model (RUN/bundle)"),
     "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
     "calibrate": ("BUNDLE --data DATA", "fit its probabilities, novelty and sets of classes to held-out images"),
+    "study": ("QUESTION --data DATA --out STUDY", "ask a question of the paper of your images, at equal cost"),
     "compare": ("RUN RUN ...", "compare runs on the same images: paired intervals, where they disagree"),
     "runs": ("FOLDER", "list the runs in a folder with their figures"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet or .csv file"),
@@ -58,6 +59,7 @@ COMPUTING = (
     "features",
     "probe",
     "soup",
+    "study",
     "suggest",
 )  # commands that compute with torch, for minutes or hours
 

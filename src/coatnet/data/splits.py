@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.datasets import Dataset, evenly_spaced, select
+from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, evenly_spaced, select
 from coatnet.data.decode import BadImage, decode, image_size
 from coatnet.errors import UserError, counted, cut, one_line
 from coatnet.public_names import renamed_attribute
@@ -57,12 +57,16 @@ class SplitRule:
         test_fraction: of the images, for a test split, by another hash of their names.
         fold: instead of a fraction, `2/5` is the second of five folds; empty for none.
         kept_together: names of images that fall on one side, group by group.
+        training_images: of the images to learn from, as many of each class; 0 for all.
+        seed: which ones these are.
     """
 
     validation_fraction: float = 0.1
     test_fraction: float = 0.0
     fold: str = ""
     kept_together: Sequence[Sequence[str]] = ()
+    training_images: int = 0
+    seed: int = 0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -228,8 +232,29 @@ def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Spli
         evaluation: the rule is that of a training, perhaps on other images, which may have a split of their own.
 
     Raises:
-        UserError: the source says itself which images are held out, or the fold is none.
+        UserError: the source says itself which images are held out, the fold is none, or there are fewer images to
+            learn from than asked for.
     """
+    divided = _divide(splits, rule, evaluation=evaluation)
+    if not rule.training_images or evaluation:
+        return divided
+    training, n = divided.training, rule.training_images
+    if not isinstance(training, ArrayDataset | FileDataset):
+        raise UserError(f"training_images is for images in folders, tables and arrays, not for {splits.name}")
+    if n > len(training):
+        raise UserError(f"training_images is {n:,}, but {splits.name} has {len(training):,} to learn from")
+    chosen = np.zeros(len(training), bool)
+    chosen[choose_training(training.labels, rule.seed)[:n]] = True
+    few = select((training,), chosen)
+    if empty := int((few.class_counts == 0).sum() - (training.class_counts == 0).sum()):
+        raise UserError(
+            f"training_images is {n:,}, which leaves {counted(empty, 'class')} without any: give "
+            f"{len(training.classes):,} or more"
+        )
+    return replace(divided, training=few, notes=(*divided.notes, f"{n:,} of {len(training):,} images to learn from"))
+
+
+def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
     if not (rule.test_fraction or rule.fold or rule.kept_together):
         return splits
     if not splits.by_name:
@@ -276,6 +301,26 @@ def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Spli
         test=select(parts, test) if rule.test_fraction else None,
         notes=(*notes, *(note for note in splits.notes if not note.startswith("held out"))),
     )
+
+
+def choose_training(labels: NDArray, seed: int) -> NDArray[np.int64]:
+    """An order of images, any beginning of which has as many of each class, give or take one, until a class ends.
+
+    Args:
+        labels: class indices (N,). Multi-label images (N, K) are one group.
+        seed: another seed is another order.
+
+    Returns:
+        The images' places, (N,).
+    """
+    groups = labels if labels.ndim == 1 else np.zeros(len(labels), dtype=np.int64)
+    shuffled = np.random.default_rng(seed).permutation(len(groups))
+    by_class = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    starts = np.flatnonzero(np.diff(groups[by_class], prepend=-1))
+    sizes = np.diff(starts, append=len(groups))
+    turns = np.empty(len(groups), dtype=np.int64)  # in which round of all classes the image comes
+    turns[by_class] = np.arange(len(groups)) - np.repeat(starts, sizes)
+    return np.lexsort((groups, turns))
 
 
 def _every(parts: Sequence[Dataset]) -> Iterator[tuple[Dataset, int]]:

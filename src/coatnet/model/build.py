@@ -9,7 +9,7 @@ from coatnet.model.attention import (
     PostRelativeAttention,
     RelativeAttention,
 )
-from coatnet.model.config import PATCH_STRIDE, Stage, Variant
+from coatnet.model.config import Stage, Variant
 from coatnet.model.layers import Head
 from coatnet.model.mbconv import ConvNormGELU, MBConv
 from coatnet.model.relative_bias import RelativeBias
@@ -17,10 +17,10 @@ from coatnet.model.transformer import Transformer
 
 
 def build_stem(variant: Variant, in_channels: int) -> nn.Module:
-    """Build S0: two 3x3 convolutions, the first with the stride; or the 16x16 patches of ViT_REL."""
+    """Build S0: two 3x3 convolutions, the first with the stride; or the patches of ViT_REL."""
     width = variant.stem_width
     if variant.stem == "patch":
-        return nn.Conv2d(in_channels, width, kernel_size=PATCH_STRIDE, stride=PATCH_STRIDE)
+        return nn.Conv2d(in_channels, width, kernel_size=variant.stem_stride, stride=variant.stem_stride)
     # chosen: BatchNorm and GELU between the two and nothing after the second, from the authors' later code.
     first = nn.Conv2d(in_channels, width, kernel_size=3, stride=variant.stem_stride, padding=1, bias=False)
     return nn.Sequential(ConvNormGELU(first, norm="batch"), nn.Conv2d(width, width, kernel_size=3, padding=1))

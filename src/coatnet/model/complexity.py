@@ -42,6 +42,7 @@ def complexity(
     *,
     table_resolution: int = 224,
     num_classes: int = 1000,
+    in_channels: int = 3,
     **variations: Any,
 ) -> Complexity:
     """Count the cost of one image, without allocating the network.
@@ -52,6 +53,7 @@ def complexity(
         table_resolution: resolution in pixels that the relative bias tables belong to; the paper counts their
             parameters at 224.
         num_classes: number of outputs.
+        in_channels: channels of the image.
         variations: as in `create_model`.
 
     Raises:
@@ -62,8 +64,8 @@ def complexity(
     # All blocks of a stage after its first have equal costs, so only two of each stage are run.
     short = replace(variant, stages=tuple(replace(stage, depth=min(stage.depth, 2)) for stage in variant.stages))
     with torch.device("meta"):
-        model = create_model(short, num_classes=num_classes, resolution=table_resolution)
-        x = torch.empty(1, 3, resolution, resolution)
+        model = create_model(short, num_classes=num_classes, in_channels=in_channels, resolution=table_resolution)
+        x = torch.empty(1, in_channels, resolution, resolution)
     total = Complexity(0, 0, 0)
     x, cost = _count(model.stem, x)
     total += cost

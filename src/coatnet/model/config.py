@@ -1,7 +1,7 @@
 """Configuration of a network: its stages, and as fields of a `Variant` the design choices that the paper studies."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ BLOCK_KIND_OF_OPTION = {
 LAYOUTS = ("C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T", "ViT_REL")
 # paper: Table 7 moves four blocks from S2 to S3 (V1) or two from S3 to S2 (V2).
 BLOCKS_MOVED_TO_S3 = {"V0": 0, "V1": 4, "V2": -2}
-PATCH_STRIDE = 16  # pixels; paper: "16x16 stride" of the ViT stem
+# Variations beside the fields of `Variant`.
+SHORTHANDS = ("layout", "block_counts", "depths", "widths", "strides")
 MAX_STAGE_DEPTH, MAX_STAGE_WIDTH = 128, 8192
 
 
@@ -85,7 +86,7 @@ class Variant(Architecture):
     """A network of the paper's family: everything that `create_model` needs except classes, channels and resolution.
 
     Args:
-        stem: "convolution" (two 3x3), or "patch", the 16x16 patches of ViT_REL (section 2.2).
+        stem: "convolution" (two 3x3), or "patch", the patches of ViT_REL (section 2.2), with a side of `stem_stride`.
         downsample: the convolution of MBConv with the stride: "expand" (equation 5) or "depthwise" (Table 9).
         mbconv_norm: "batch" or "layer" (Table 8).
         attention: "pre" or "post" (equation 3), "local" or "linear" (section 2.2, options B and C).
@@ -112,10 +113,6 @@ class Variant(Architecture):
                 raise UserError(f"{key}={getattr(self, key)!r}: it is a whole number of at least 1")
         if not isinstance(self.relative_bias, bool):
             raise UserError(f"relative_bias={self.relative_bias!r}: it is true or false")
-        if self.stem == "patch" and self.stem_stride != PATCH_STRIDE:
-            raise UserError(
-                f"stem='patch' has stem_stride={PATCH_STRIDE}, not {self.stem_stride}; layout='ViT_REL' sets both"
-            )
         if not self.stages:
             raise UserError(f"{self.name} has no stages; a network has at least one")
         for stage in self.stages:
@@ -140,12 +137,24 @@ class Variant(Architecture):
         if stage.kind == "transformer" and stage.width % self.head_dim:
             raise UserError(f"head_dim={self.head_dim} does not divide the width {stage.width} of a stage")
 
-    def vary(self, *, layout: str | None = None, block_counts: str | None = None, **changes: Any) -> "Variant":
+    def vary(
+        self,
+        *,
+        layout: str | None = None,
+        block_counts: str | None = None,
+        depths: Sequence[int] | None = None,
+        widths: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        **changes: Any,
+    ) -> "Variant":
         """Return a variant with changed options.
 
         Args:
             layout: kinds of the four stages, such as "C-C-T-T", or "ViT_REL" (section 2.2).
             block_counts: "V0", "V1" or "V2": blocks moved between S2 and S3 (Table 7).
+            depths: blocks of each stage; it and the next two are counted in the stages of the layout.
+            widths: channels of each stage.
+            strides: of the first block of each stage.
             changes: fields of `Variant`.
 
         Raises:
@@ -155,8 +164,8 @@ class Variant(Architecture):
         for key in changes:
             if key not in known:
                 raise UserError(
-                    f"unknown variation {key!r}{nearest(key, ['layout', 'block_counts', *known])}; "
-                    f"there are layout, block_counts, {', '.join(known)}"
+                    f"unknown variation {key!r}{nearest(key, [*SHORTHANDS, *known])}; "
+                    f"there are {', '.join((*SHORTHANDS, *known))}"
                 )
         varied = self
         if block_counts is not None:
@@ -167,10 +176,26 @@ class Variant(Architecture):
         for key in changes:
             if (kind := BLOCK_KIND_OF_OPTION.get(key)) and kind not in kinds:
                 raise UserError(f"{key}={changes[key]!r} is about {kind} blocks, of which there are none here")
-        varied = replace(varied, **changes)
+        stages = varied._stages_with(depth=depths, width=widths, stride=strides)
+        varied = replace(varied, stages=stages, **changes)
         if "window" in changes and varied.attention != "local":
             raise UserError(f"window={varied.window} is about attention='local', not {varied.attention!r}; pass both")
         return varied
+
+    def _stages_with(self, **values: Sequence[int] | None) -> tuple[Stage, ...]:
+        """The stages with other depths, widths or strides, one value for each of them."""
+        stages = self.stages
+        for name, given in values.items():
+            if given is None:
+                continue
+            whole = isinstance(given, list | tuple) and all(type(value) is int for value in given)
+            if not whole or len(given) != len(stages):
+                raise UserError(
+                    f"{name}s={given!r}: {len(stages)} whole numbers, one for each stage, such as "
+                    f"{[getattr(stage, name) for stage in stages]}"
+                )
+            stages = tuple(replace(stage, **{name: value}) for stage, value in zip(stages, given, strict=True))
+        return stages
 
     def _with_block_counts(self, counts: str) -> "Variant":
         if counts not in BLOCKS_MOVED_TO_S3:
@@ -196,7 +221,9 @@ class Variant(Architecture):
             # sizes: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
             width, depth = self.stages[2].width, sum(stage.depth for stage in self.stages)
             blocks = Stage("transformer", depth, width, stride=1)
-            return replace(self, stem="patch", stem_width=width, stem_stride=PATCH_STRIDE, stages=(blocks,))
+            # paper: "16x16 stride" of the stem at 224 pixels, where S3 has the same stride.
+            patch = self.stem_stride * math.prod(stage.stride for stage in self.stages[:3])
+            return replace(self, stem="patch", stem_width=width, stem_stride=patch, stages=(blocks,))
         kinds = {"C": "mbconv", "T": "transformer"}
         stages = zip(self.stages, layout.split("-"), strict=True)
         return replace(self, stages=tuple(replace(stage, kind=kinds[letter]) for stage, letter in stages))

@@ -46,7 +46,7 @@ class Member:
     macs: PositiveInt
     """Multiply-accumulates of an image."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of the recipe that differ from those of the study, among them `model` and `variations`."""
+    """Fields of the recipe that differ from those of the study, among them `variations`."""
     paper: Paper = Paper()
     """What the paper says of it."""
     note: Text = ""
@@ -152,6 +152,10 @@ class Study:
     """Seeds of every member."""
     learning_rates: tuple[PositiveFloat, ...]
     """Peak learning rates that every member is trained with."""
+    threads: PositiveInt = 1
+    """Threads of a run on CPUs; with another number the last bits of its sums may differ."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """Options of the command that the plan follows from."""
     runs: tuple[Run, ...] = ()
     """All trainings, in the order in which they are made."""
 

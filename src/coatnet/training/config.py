@@ -134,6 +134,9 @@ class TrainingConfig:
     """Hours of training for each of which one more checkpoint stays; by default none (0)."""
     validation_fraction: FractionBelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""
+    training_images: NonNegativeInt = 0
+    """Number of images to learn from, as many of each class, chosen by the seed and among those of every larger number;
+    by default all (0)."""
     test_fraction: FractionBelowOne = 0.0
     """Fraction of the images for a test split, measured once at the end, where the data has none; by default none."""
     fold: Text = ""
@@ -242,6 +245,7 @@ class Recipe:
     keep_checkpoints: int | None = None
     keep_every_hours: float | None = None
     validation_fraction: float = TrainingConfig.validation_fraction
+    training_images: int | None = None
     test_fraction: float | None = None
     fold: str | None = None
     kept_together: Sequence[Sequence[str]] | None = None

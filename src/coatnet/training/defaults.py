@@ -368,6 +368,6 @@ def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Spl
     rule = SplitRule.of(recipe.to_dict())
     if recipe.kept_together is not None:
         return recipe, open_dataset(recipe.data, rule=rule)
-    splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold=""))
+    splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold="", training_images=0))
     splits, groups = keep_copies_together(splits, rule, say)
     return replace(recipe, kept_together=groups), splits

@@ -6,7 +6,7 @@ Shapes: B images of a batch on this process, C channels, R side of the images, K
 import math
 import platform
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -688,7 +688,13 @@ class Trainer:
         return [f"Test split, measured once: {tested.headline()}; test/report.md has the rest."]
 
 
-def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) -> Report:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    console: Console | None = None,
+    finish: Callable[[Trainer, Bundle], Report] = Trainer.finish,
+) -> Report:
     """Train, evaluate, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
 
     In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
@@ -700,6 +706,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
         recipe: what is asked of the run.
         out: the run folder, new or to be resumed.
         console: where progress goes; standard error if None.
+        finish: measures the trained model and writes what stays of the run.
 
     Returns:
         The evaluation of the bundle on the validation images.
@@ -762,7 +769,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
                 if trainer.out_of_patience:
                     trainer.restore_best()
                 bundle = trainer.bundle()
-                return processes.run_on_main(lambda: trainer.finish(bundle))
+                return processes.run_on_main(lambda: finish(trainer, bundle))
             finally:
                 trainer.loggers.close()
 

@@ -1,0 +1,114 @@
+"""`coatnet study`: ask the paper's questions of one's own images."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from coatnet.cli.parser import DATA_HELP, FAILED, Parser
+from coatnet.errors import UserError, counted
+from coatnet.system.terminal import echo, echo_summary
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "study",
+        "Train networks of equal cost on the same images in the same order, and tell which is better, and how sure\n"
+        "that is. The same command again goes on where it stopped; more seeds, sizes or learning rates extend it.",
+        "examples:\n"
+        "  coatnet study layouts --data fashion-mnist-small --out studies/layouts --minutes 10\n"
+        "  coatnet study attention --data path/to/folder --out studies/attention --sizes 10% 100% --seeds 5\n"
+        "  coatnet study mine.yaml --data path/to/folder --out studies/mine --learning_rates 5e-4 2e-3\n"
+        "  coatnet study --report studies/layouts                        # draws its pages again\n\n"
+        "questions:\n"
+        "  layouts     which stages are convolution and which attention (section 2.2, Figure 1)\n"
+        "  attention   global with the relative bias before or after the softmax or without it; local; linear\n"
+        "  bias        with and without the relative bias (Table 6)\n"
+        "  blocks      where the blocks stand, V0, V1, V2 (Table 7)\n"
+        "  heads       how wide a head is (Table 8)\n"
+        "  norms       BatchNorm or LayerNorm in MBConv (Table 8)\n"
+        "  stride      which convolution of MBConv has the stride (Table 9)\n"
+        "  FILE.yaml   your own: members, or a grid over fields of a recipe\n\n"
+        f"{DATA_HELP}",
+    )
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="one of those below, or a YAML file")
+    parser.add_argument("--data", metavar="DATA", help="what to learn from, see below")
+    parser.add_argument("--out", metavar="STUDY", help="folder of the study, new or to go on with")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="N", help="numbers or percentages of training images (10%% 100%%)"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many seeds each member is trained with (3)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of each run (2000)")
+    parser.add_argument("--epochs", type=float, metavar="E", help="instead: passes over the largest size")
+    parser.add_argument("--minutes", type=float, metavar="M", help="instead: what the whole study may take here")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="images of a step (64)")
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=float, metavar="X", help="of AdamW (2e-3 for 128 images, by their root)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="row with four stages that members vary (by the image size)")
+    parser.add_argument("--width", type=float, metavar="F", help="factor on its widths (1)")
+    parser.add_argument("--resolution", type=int, metavar="R", help="side of the images in pixels (by the images)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (the cores, or the GPUs)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of matrix products (auto)")
+    parser.add_device()
+    parser.add_argument("--keep_weights", action="store_true", help="keep the models, and not their figures only")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, and train nothing")
+    parser.add_argument("--report", metavar="STUDY", help="draw the pages of a study again, and train nothing")
+    return parser.parse(arguments)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Make a study, or go on with it, and write its pages."""
+    given = parse_arguments(arguments)
+    if given.report:
+        return _report(Path(given.report))
+    for name in ("question", "data", "out"):
+        if not getattr(given, name):
+            option = "a question, such as layouts" if name == "question" else f"--{name}"
+            raise UserError(f"study needs {option}; `coatnet study --help` shows how")
+    from coatnet.study.plan import Options, choose_jobs, describe_plan, open_study
+    from coatnet.study.run import Part, run_study
+
+    part = Part.of(os.environ)
+    names = ("sizes", "seeds", "steps", "epochs", "minutes", "batch_size", "learning_rates", "model", "width")
+    asked = {name: getattr(given, name) for name in (*names, "resolution", "precision", "jobs", "device")}
+    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value}
+    options = Options(given.question, given.data, **asked)
+    folder = Path(given.out)
+    study = open_study(options, folder, _say, dry_run=given.dry_run)
+    jobs, devices = choose_jobs(options)
+    if part.count > 1 and given.jobs is None and part.local_world_size > 1:
+        jobs = 1
+        devices = [devices[part.local_rank % len(devices)]]
+    echo(describe_plan(study, jobs))
+    if given.dry_run:
+        echo("Nothing was trained or written.")
+        return 0
+    study = run_study(folder, jobs=jobs, devices=devices, part=part, keep_weights=given.keep_weights, say=_say)
+    return _report(folder)
+
+
+def _say(text: str) -> None:
+    echo(text, error=True)
+
+
+def _report(folder: Path) -> int:
+    from coatnet.study.record import Study
+
+    study = Study.read(folder)
+    left = [run for run in study.runs if run.status in ("planned", "running")]
+    failed = [run for run in study.runs if run.status == "failed"]
+    for each in failed:
+        echo(f"coatnet: error: {each.folder}: {each.reason}", error=True)
+    try:
+        from coatnet.study.report import write_report  # pyrefly: ignore
+    except ImportError:
+        echo_summary(f"The figures are in {shlex.quote(str(folder))}/study.json.")
+    else:
+        if study.finished():
+            write_report(folder)
+            echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
+    if left:
+        echo_summary(f"{counted(len(left), 'run')} of {len(study.runs)} are still to be made, by the same command.")
+    return FAILED if failed else 0

@@ -1,0 +1,226 @@
+"""Networks of equal cost: the widths and depths of each member of a study, found by counting.
+
+Parameters and multiply-accumulates of a network are polynomials: quadratic in the widths of stem and stages, linear in
+their depths. A few dozen counts on the meta device determine both exactly, and all combinations are then compared.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coatnet.errors import UserError
+from coatnet.model.complexity import complexity
+from coatnet.model.config import BLOCK_KIND_OF_OPTION, LAYOUTS, Stage, Variant
+
+TOLERANCE = 0.02  # between the smallest and the largest of a study, of parameters and of multiply-accumulates
+WIDTH_STEP = 4  # channels; squeeze-and-excitation has a quarter of them
+MAX_WIDTH_FACTOR = 1.7  # chosen: beyond, a stage is another one
+CANDIDATES = 12  # widths of a stage that are tried
+MAX_DEPTH_CHANGE = 3  # blocks in all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the networks of a study are made for: square images of a side in pixels, their channels and classes."""
+
+    resolution: int
+    channels: int
+    classes: int
+
+    def count(self, variant: Variant) -> tuple[int, int]:
+        """Parameters and multiply-accumulates of a variant."""
+        cost = complexity(
+            variant,
+            self.resolution,
+            table_resolution=self.resolution,
+            num_classes=self.classes,
+            in_channels=self.channels,
+        )
+        return cost.parameters, cost.macs
+
+
+@dataclass(frozen=True)
+class Network:
+    """A member's network with its counts."""
+
+    variant: Variant
+    parameters: int
+    macs: int
+
+    def distance(self, target: tuple[int, int]) -> float:
+        """The larger relative difference of the two counts from a target."""
+        return max(abs(self.parameters / target[0] - 1), abs(self.macs / target[1] - 1))
+
+
+def build(name: str, row: Variant, variations: Mapping[str, Any], problem: Problem) -> Variant:
+    """The variant of a member. Raises UserError if there is none, or it has nothing to compute on so few pixels."""
+    side = problem.resolution
+    try:
+        variant = row.vary(**variations)
+    except UserError as error:
+        raise UserError(f"member {name} is impossible: {error}") from None
+    if variant.stem == "patch" and side % variant.stem_stride:
+        near = variant.stem_stride * max(1, round(side / variant.stem_stride))
+        raise UserError(
+            f"member {name} is impossible: {side} pixels are not whole patches of {variant.stem_stride}; give a "
+            f"resolution such as {near}"
+        )
+    for number, (stage, grid) in enumerate(zip(variant.stages, variant.grids(side), strict=True), start=1):
+        if stage.kind == "transformer" and grid < 2:
+            raise UserError(
+                f"member {name} is impossible: at {side} pixels S{number} has one cell, over which there is nothing to "
+                "attend; give a larger resolution or smaller strides"
+            )
+    return replace(variant, resolution=side)
+
+
+def variations_of(variant: Variant, row: Variant) -> dict[str, Any]:
+    """The variations by which a row of the registry becomes a variant, as a recipe has them."""
+    if variant.stem == "patch":
+        layout = "ViT_REL"
+    else:
+        layout = "-".join(stage.kind[0].upper().replace("M", "C") for stage in variant.stages)
+    start = row.vary(layout=layout) if layout in LAYOUTS else row
+    kinds = {stage.kind for stage in variant.stages}
+    found: dict[str, Any] = {"layout": layout} if start.stages != row.stages else {}
+    for each in fields(Variant):
+        value = getattr(variant, each.name)
+        applies = BLOCK_KIND_OF_OPTION.get(each.name) in (None, *kinds)
+        if each.name not in ("name", "stages", "resolution") and applies and value != getattr(start, each.name):
+            found[each.name] = value
+    for name, shorthand in (("depth", "depths"), ("width", "widths"), ("stride", "strides")):
+        found[shorthand] = [getattr(stage, name) for stage in variant.stages]
+    return found
+
+
+def match(variants: Mapping[str, Variant], problem: Problem, *, fixed_depths: bool = False) -> dict[str, Network]:
+    """The networks of a study, with widths, and depths unless these are fixed, so that all cost the same.
+
+    What the first one costs is the target, unless another has too few widths to come near it: then what that one can
+    reach is. A network that is within the tolerance as it is stays so. The caller compares the counts.
+
+    Args:
+        variants: by the name of the member.
+        problem: what they are for.
+        fixed_depths: the depths are what is studied.
+    """
+    networks = {name: Network(variant, *problem.count(variant)) for name, variant in variants.items()}
+    target = _counts(next(iter(networks.values())))
+    searches = {name: _Search(network, problem, fixed_depths) for name, network in networks.items()}
+    for last in (False, True):
+        found = {name: search.nearest(target) for name, search in searches.items()}
+        worst = max(found.values(), key=lambda network: network.distance(target))
+        if last or worst.distance(target) <= TOLERANCE / 2:
+            break
+        target = _counts(worst)
+    return found
+
+
+def _counts(network: Network) -> tuple[int, int]:
+    return network.parameters, network.macs
+
+
+class _Search:
+    """All widths and depths near those of a network, with their counts."""
+
+    def __init__(self, network: Network, problem: Problem, fixed_depths: bool) -> None:
+        self.network, self.problem, self.fixed_depths = network, problem, fixed_depths
+        self.variant = network.variant
+        self.has_stem = self.variant.stem != "patch"  # else it is as wide as the first stage
+        self._coefficients: NDArray[np.float64] | None = None
+
+    def nearest(self, target: tuple[int, int]) -> Network:
+        """The most similar network within half the tolerance of the target, or else the nearest to the target."""
+        if self.network.distance(target) <= TOLERANCE / 2:
+            return self.network
+        before = np.array(self._widths(self.variant), float)
+        best: tuple[float, tuple[int, ...], Sequence[int]] | None = None
+        for depths in self._depths():
+            widths = self._growing(_without_equal_neighbors(np.array(list(itertools.product(*self._choices())))))
+            counts = self._features(widths, np.array(depths)) @ self._fitted()
+            distance = np.abs(counts / np.array(target) - 1).max(axis=1)
+            change = np.square(np.log(widths / before)).sum(axis=1)
+            close = distance <= TOLERANCE / 2
+            row = int(np.where(close, change, np.inf).argmin() if close.any() else distance.argmin())
+            if best is None or distance[row] < best[0]:
+                best = float(distance[row]), depths, widths[row].tolist()
+            if close.any():
+                break
+        assert best is not None
+        variant = self._resized(best[2], best[1])
+        return Network(variant, *self.problem.count(variant))
+
+    def _widths(self, variant: Variant) -> list[int]:
+        """The free widths of a variant."""
+        return [variant.stem_width] * self.has_stem + [stage.width for stage in variant.stages]
+
+    def _steps(self) -> list[int]:
+        """What each free width is a multiple of."""
+        of_stages = [self.variant.head_dim if s.kind == "transformer" else WIDTH_STEP for s in self.variant.stages]
+        return [WIDTH_STEP] * self.has_stem + of_stages
+
+    def _choices(self) -> Iterator[list[int]]:
+        """The values of each free width."""
+        for width, step in zip(self._widths(self.variant), self._steps(), strict=True):
+            low, high = math.ceil(width / MAX_WIDTH_FACTOR / step), math.floor(width * MAX_WIDTH_FACTOR / step)
+            numbers = np.unique(np.linspace(max(1, low), max(1, high), CANDIDATES).round().astype(int))
+            yield sorted({width, *(step * numbers).tolist()})
+
+    def _growing(self, widths: NDArray) -> NDArray:
+        """Those of the widths (N, W) that grow from stage to stage, if those of the variant do."""
+        stages = slice(int(self.has_stem), None)
+        if (np.diff(self._widths(self.variant)[stages]) < 0).any():
+            return widths
+        return widths[(np.diff(widths[:, stages], axis=1) >= 0).all(axis=1)]
+
+    def _depths(self) -> list[tuple[int, ...]]:
+        """Depths of the stages, those of the variant first, then by their distance from them."""
+        depths = [stage.depth for stage in self.variant.stages]
+        if self.fixed_depths:
+            return [tuple(depths)]
+        reach = MAX_DEPTH_CHANGE if len(depths) > 1 else max(MAX_DEPTH_CHANGE, depths[0] - 1)
+        changes = itertools.product(range(-reach, reach + 1), repeat=len(depths))
+        near = sorted((c for c in changes if sum(map(abs, c)) <= reach), key=lambda c: (sum(map(abs, c)), c))
+        moved = [tuple(np.add(depths, change).tolist()) for change in near]
+        return [each for each in moved if min(each) >= 1]
+
+    def _resized(self, widths: Sequence[int], depths: Sequence[int]) -> Variant:
+        stem, of_stages = (widths[0], widths[1:]) if self.has_stem else (widths[0], widths)
+        stages = zip(self.variant.stages, of_stages, depths, strict=True)
+        resized: tuple[Stage, ...] = tuple(replace(stage, width=w, depth=d) for stage, w, d in stages)
+        return replace(self.variant, stem_width=stem, stages=resized)
+
+    def _features(self, widths: NDArray, depths: NDArray) -> NDArray[np.float64]:
+        """The terms of the polynomials, (N, F), for widths (N, W) and depths (S,) or (N, S)."""
+        w = widths.astype(float)
+        stages = w[:, 1:] if self.has_stem else w
+        more = np.broadcast_to(depths, stages.shape) - 1.0  # blocks after the first, whose input is as wide as they are
+        parts = [np.ones((len(w), 1)), w, w**2, w[:, :-1] * w[:, 1:], more, more * stages, more * stages**2]
+        return np.hstack(parts)
+
+    def _fitted(self) -> NDArray[np.float64]:
+        """Coefficients (F, 2) of parameters and multiply-accumulates, from exact counts."""
+        if self._coefficients is None:
+            generator = np.random.default_rng(0)
+            steps, num_stages = np.array(self._steps()), len(self.variant.stages)
+            num_terms = self._features(steps[None], np.ones(num_stages)).shape[1]
+            widths = _without_equal_neighbors(steps * generator.integers(1, 9, (4 * num_terms, len(steps))))
+            widths = widths[: num_terms + 4]
+            depths = generator.integers(1, 3, (len(widths), num_stages))
+            counts = [
+                self.problem.count(self._resized(w.tolist(), d.tolist())) for w, d in zip(widths, depths, strict=True)
+            ]
+            solved = np.linalg.lstsq(self._features(widths, depths), np.array(counts, float), rcond=None)[0]
+            self._coefficients = solved
+        return self._coefficients
+
+
+def _without_equal_neighbors(widths: NDArray) -> NDArray:
+    """Those of the widths (N, W) where every stage projects its input: between equal widths there is no projection, and
+    the counts are not those of the polynomial."""
+    return widths[(widths[:, :-1] != widths[:, 1:]).all(axis=1)]

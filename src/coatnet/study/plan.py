@@ -1,0 +1,419 @@
+"""The plan of a study, settled before anything starts: its networks, its recipe, its runs and how long they take."""
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
+from coatnet.errors import UserError, counted
+from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
+from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
+from coatnet.study.record import RECORD, Member, Run, Study
+from coatnet.study.run import MAX_TRAINING_IMAGES, measure_steps, recipe_of, share_machine
+from coatnet.system.files import file_lock, output_path, require_outside, translate_write_errors
+from coatnet.system.hardware import choose_device, describe_device, num_cores
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import default_learning_rate, open_splits, resolve
+from coatnet.training.duration import EVALUATION_COST
+from coatnet.version import __version__
+
+DEFAULT_SIZES = ("10%", "100%")
+DEFAULT_SEEDS = 3
+DEFAULT_STEPS = 2000
+MOST_EVALUATIONS, FEWEST_EVALUATIONS = 12, 4
+EVALUATION_SHARE = 0.15  # of the time of the steps, which decides how many evaluations there are
+TIME_FOR_RUNS = 0.9  # of a limit in minutes; the rest are the plan, the pages, and what other programs take
+LEAST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a study; the names are those of the command line.
+
+    Attributes:
+        question: a name of `QUESTIONS`, or a YAML file.
+        data: as of a recipe.
+        sizes: numbers of training images, or percentages of them such as "10%".
+        seeds: how many.
+        steps: optimizer steps of each run; None follows from epochs or minutes.
+        epochs: passes over the training images of the largest size, whose steps all sizes have.
+        minutes: of the whole study on this machine.
+        batch_size: images of a step.
+        learning_rates: of AdamW; empty for the default.
+        model: row that the members vary; None chooses by the size of the images.
+        width: factor on its widths.
+        resolution: side of the images in pixels; None chooses by the images.
+        device: where to compute.
+        precision: as of a recipe.
+        jobs: runs at once; None for one on each core, or on each GPU.
+    """
+
+    question: str
+    data: str
+    sizes: tuple[str, ...] = DEFAULT_SIZES
+    seeds: int = DEFAULT_SEEDS
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    batch_size: int = 64
+    learning_rates: tuple[float, ...] = ()
+    model: str | None = None
+    width: float = 1.0
+    resolution: int | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    jobs: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError for values that make no study."""
+        for name, least in (("seeds", 1), ("batch_size", 1), ("steps", 1), ("jobs", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}; it must be {least} or more")
+        for name in ("epochs", "minutes", "width"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value:g}; it must be above 0")
+        if sum(value is not None for value in (self.steps, self.epochs, self.minutes)) > 1:
+            raise UserError("steps, epochs and minutes each decide how long the runs are: give one of them")
+        for rate in self.learning_rates:
+            if not 0 < rate < float("inf"):
+                raise UserError(f"learning rate {rate:g} must be above 0")
+
+    def asked(self) -> dict[str, Any]:
+        """What a plan follows from, apart from what may be extended: sizes, seeds and learning rates."""
+        free = ("sizes", "seeds", "learning_rates", "jobs", "device")
+        return {name: value for name, value in vars(self).items() if name not in free and value is not None}
+
+
+def parse_sizes(sizes: Sequence[str], num_images: int) -> tuple[int, ...]:
+    """Numbers of training images, ascending. Raises UserError for what is none, or more than there are."""
+    found = set()
+    for text in sizes:
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            raise UserError(
+                f"size {text!r} is neither a number of images such as 600 nor a percentage such as 10%"
+            ) from None
+        size = round(number / 100 * num_images) if text.endswith("%") else round(number)
+        if not 1 <= size <= num_images:
+            raise UserError(f"size {text} is {size:,} of {num_images:,} training images; give 1 to {num_images:,}")
+        found.add(size)
+    return tuple(sorted(found))
+
+
+def choose_jobs(options: Options) -> tuple[int, list[str]]:
+    """How many runs at once, and what they compute on in turn: a core each, or a GPU each."""
+    device = choose_device(options.device)
+    if device.type != "cuda":
+        # A network of less than a million parameters gains nothing from a second thread.
+        return options.jobs or num_cores(), [device.type]
+    devices = [str(device)] if device.index is not None else [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    return options.jobs or len(devices), devices
+
+
+def shared_recipe(options: Options, question: Question, splits: Splits, given: Recipe) -> Recipe:
+    """The recipe of all members: AdamW, mild augmentation, no smoothing and no averaging, whatever the size.
+
+    Everything that would follow from the number of images or of steps is settled here, on all images.
+    """
+    asked: dict[str, Any] = {
+        "data": options.data,
+        "kept_together": given.to_dict().get("kept_together", []),
+        "resolution": options.resolution,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "ema_decay": 0.0,
+        "stochastic_depth": 0.0,
+        "num_workers": 0,
+        "cache": "auto",
+        "optimizer": {"algorithm": "adamw"},
+        "schedule": {"minimum_learning_rate": 1e-5},
+    }
+    start = Recipe.from_dict({name: value for name, value in asked.items() if value is not None})
+    config = resolve(start.changed(question.recipe), splits)
+    flip = config.augmentation.flip_rate
+    small = config.preprocessing.resolution <= SMALL_IMAGE_PIXELS
+    mild: dict[str, Any] = {
+        "placement": "shift" if small else "crop",
+        "flip_rate": flip,
+        "rand_augment_layers": 0,
+        "erasing_rate": 0.0,
+    }
+    mild |= {"shift": max(1, config.resolution // 28)} if small else {"crop_scale": [0.6, 1.0]}
+    settled = {
+        "preprocessing": config.to_dict()["preprocessing"],
+        "channels": config.channels,
+        "augmentation": mild,
+        "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0},
+        "cache": config.cache,
+        "loss": "softmax",
+    }
+    return start.changed(settled).changed(question.recipe)
+
+
+def matched_members(question: Question, options: Options, problem: Problem) -> tuple[str, tuple[Member, ...]]:
+    """The row of the registry, and the members with their networks. Raises UserError if one is impossible."""
+    row = base_row(problem.resolution, options.model, options.width)
+    base = row.vary(**question.base)
+    variants = {choice.name: build(choice.name, base, choice.variations, problem) for choice in question.choices}
+    if question.matched:
+        networks = match(variants, problem, fixed_depths=question.fixed_depths)
+    else:
+        networks = {name: Network(variant, *problem.count(variant)) for name, variant in variants.items()}
+    registered = find_row(row.name)
+    first = next(iter(networks.values()))
+    return row.name, tuple(
+        _member(choice, networks[choice.name], first, variations_of(networks[choice.name].variant, registered))
+        for choice in question.choices
+    )
+
+
+def find_row(name: str) -> Any:
+    """The row of the registry that a recipe's `model` names."""
+    from coatnet.model.registry import find_variant
+
+    return find_variant(name)
+
+
+def _member(choice: Choice, network: Network, first: Network, variations: dict[str, Any]) -> Member:
+    distance = max(network.parameters / first.parameters, first.parameters / network.parameters)
+    distance = max(distance, network.macs / first.macs, first.macs / network.macs) - 1
+    note = f"its cost is {100 * distance:.1f} % from that of the first" if distance > TOLERANCE else ""
+    return Member(
+        name=choice.name,
+        description=choice.description,
+        parameters=network.parameters,
+        macs=network.macs,
+        changes={**choice.changes, "variations": variations},
+        paper=choice.paper,
+        note=note,
+    )
+
+
+def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> Study:
+    """The study that is asked for, with all its runs and their expected seconds; nothing is written.
+
+    Raises:
+        UserError: a member, a size or an option is impossible.
+    """
+    options.check()
+    path = Path(options.question)
+    own = read_question(path) if path.suffix in (".yaml", ".yml") else None
+    if own is None:
+        find_question(options.question, base_row(32, None, 1.0))  # its name, before the data is opened
+    given, splits = open_splits(Recipe(data=options.data), say)
+    if splits.multilabel:
+        raise UserError(f"{splits.name} has several labels an image; a study compares accuracy, and needs one")
+    sizes = parse_sizes(options.sizes, len(splits.training))
+    recipe = shared_recipe(options, own or Question("", "", ()), splits, given)
+    config = resolve(recipe, splits)
+    require_outside(folder, config.data)
+    problem = Problem(config.resolution, config.channels, len(splits.classes))
+    question = own or find_question(options.question, base_row(problem.resolution, options.model, options.width))
+    say(f"matching {len(question.choices)} networks at {problem.resolution} pixels by counting")
+    model, members = matched_members(question, options, problem)
+    rates = options.learning_rates or (default_learning_rate(options.batch_size),)
+    study = Study(
+        format=1,
+        question=question.name,
+        title=question.title,
+        data=options.data,
+        held_out=len(splits.validation),
+        resolution=(config.resolution, config.resolution),
+        classes=len(splits.classes),
+        command=shlex.join(["coatnet", *sys.argv[1:]]),
+        versions={"coatnet": __version__, "torch": torch.__version__, "Python": platform.python_version()},
+        machine=describe_device(choose_device(options.device)),
+        recipe=recipe.changed({"data": config.data, "model": model}).to_dict(),
+        members=members,
+        sizes=sizes,
+        seeds=tuple(range(options.seeds)),
+        learning_rates=tuple(sorted(rates)),
+        asked=options.asked(),
+    )
+    jobs, devices = choose_jobs(options)
+    threads = share_machine(jobs, None) if devices == ["cpu"] else max(1, num_cores() // jobs)
+    study = replace(study, threads=threads)
+    # With a step each, every member is resolved as its runs will be; what is impossible is said before anything starts.
+    probes = [recipe_of(study, _run(study, member.name, sizes[-1], 0, rates[0], 1, 0.0)) for member in members]
+    for member, probe in zip(members, probes, strict=True):
+        try:
+            resolve(probe, splits)
+        except UserError as error:
+            raise UserError(f"member {member.name} is impossible: {error}") from None
+    say(f"measuring a few steps of each, {counted(jobs, 'run')} at once")
+    measured = measure_steps([probe.changed({"device": devices[0]}).to_dict() for probe in probes], jobs, threads)
+    *seconds, opening = measured
+    return _with_runs(study, options, dict(zip((m.name for m in members), seconds, strict=True)), opening, jobs)
+
+
+def _run(study: Study, member: str, size: int, seed: int, rate: float, steps: int, seconds: float) -> Run:
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in member)
+    folder = f"runs/{plain}-{size}-seed{seed}-lr{rate:g}"
+    return Run(
+        member=member, size=size, seed=seed, learning_rate=rate, steps=steps, folder=folder, seconds=round(seconds, 2)
+    )
+
+
+def _with_runs(study: Study, options: Options, seconds: dict[str, float], opening: float, jobs: int) -> Study:
+    """The study with its runs: the same steps for all, as many as were asked for or fit into the minutes."""
+    batch, largest = options.batch_size, study.sizes[-1]
+    mean = sum(seconds.values()) / len(seconds)
+    # In steps: what an evaluation on the way, and the two measurements at the end, take.
+    evaluation = EVALUATION_COST * study.held_out / batch
+    ending = {size: evaluation + EVALUATION_COST * min(size, MAX_TRAINING_IMAGES) / batch for size in study.sizes}
+    if options.minutes is not None:
+        runs_at_once = len(study.seeds) * len(study.learning_rates) * len(study.sizes) * len(seconds) / jobs
+        of_a_run = 60 * options.minutes * TIME_FOR_RUNS / runs_at_once - opening
+        left = of_a_run / mean - sum(ending.values()) / len(ending)
+        evaluations = _evaluations(left, evaluation)
+        steps = int(left - evaluations * evaluation)
+        if steps < LEAST_STEPS:
+            raise UserError(
+                f"minutes {options.minutes:g} is too short: {counted(round(runs_at_once * jobs), 'run')} would have "
+                f"{max(0, steps)} steps of {mean:.2g} s; give more minutes, or fewer seeds and sizes"
+            )
+    else:
+        steps = options.steps or (round(options.epochs * largest / batch) if options.epochs else DEFAULT_STEPS)
+        evaluations = _evaluations(steps, evaluation)
+    study = replace(study, asked={**study.asked, "evaluations": evaluations, "planned_steps": max(1, steps)})
+    runs = tuple(
+        _run(
+            study, member.name, size, seed, rate, max(1, steps),
+            opening + seconds[member.name] * (steps + evaluations * evaluation + ending[size]),
+        )
+        for seed in study.seeds
+        for size in study.sizes
+        for rate in study.learning_rates
+        for member in study.members
+    )  # fmt: skip
+    folders = {run.folder for run in runs}
+    if len(folders) < len(runs):
+        raise UserError("names of members differ in signs only, which folders cannot show: give other names")
+    return replace(study, runs=runs)
+
+
+def _evaluations(steps: float, evaluation: float) -> int:
+    """Evaluations on the way, which take about a seventh of the time: 4 to 12."""
+    fit = int(EVALUATION_SHARE * max(0.0, steps) / max(evaluation, 1e-9))
+    return min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, fit))
+
+
+def open_study(options: Options, folder: Path, say: Callable[[str], None], *, dry_run: bool = False) -> Study:
+    """The study in a folder, with the plan of its first start, extended by new sizes, seeds and learning rates.
+
+    Raises:
+        UserError: the folder holds another study, or something else.
+    """
+    folder = output_path(folder)
+    if (folder / RECORD).exists():
+        with file_lock(folder / ".study.lock"):
+            return _extended(Study.read(folder), options, folder)
+    if folder.exists() and not (folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())):
+        raise UserError(f"{folder} exists and is not the folder of a study: choose a new folder for out")
+    if dry_run:
+        return plan_study(options, folder, say)
+    options.check()
+    with translate_write_errors(folder, "choose another folder for out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with file_lock(folder / ".study.lock"):
+                if (folder / RECORD).exists():  # another process of the same study has planned it meanwhile
+                    return _extended(Study.read(folder), options, folder)
+                study = plan_study(options, folder, say)
+                study.write(folder)
+        except UserError:
+            if {entry.name for entry in folder.iterdir()} <= {".study.lock"}:
+                (folder / ".study.lock").unlink(missing_ok=True)
+                folder.rmdir()
+            raise
+    return study
+
+
+def _extended(study: Study, options: Options, folder: Path) -> Study:
+    """A study with the runs of new sizes, seeds and learning rates. Raises UserError if it is another one."""
+    options.check()
+    for name, value in options.asked().items():
+        if study.asked.get(name) != value:
+            raise UserError(
+                f"{folder} holds a study with {name} {study.asked.get(name, 'not given')}, not {value}: give the same "
+                "to go on, or another folder for a new study"
+            )
+    for name in ("steps", "epochs", "minutes"):
+        if name in study.asked and name not in options.asked():
+            raise UserError(f"{folder} holds a study with {name} {study.asked[name]}: give the same to go on")
+    full = [text for text in options.sizes if not text.endswith("%")]
+    if len(full) < len(options.sizes):
+        _, splits = open_splits(Recipe(data=options.data), lambda text: None)
+        sizes = parse_sizes(options.sizes, len(splits.training))
+    else:
+        sizes = tuple(sorted({round(float(text)) for text in full}))
+    rates = options.learning_rates or (default_learning_rate(options.batch_size),)
+    wider = replace(
+        study,
+        sizes=tuple(sorted({*study.sizes, *sizes})),
+        seeds=tuple(range(max(len(study.seeds), options.seeds))),
+        learning_rates=tuple(sorted({*study.learning_rates, *rates})),
+    )
+    steps = study.asked["planned_steps"]
+    before = {run.folder: run for run in study.runs}
+    planned: dict[str, list[float]] = {}
+    for run in study.runs:
+        planned.setdefault(run.member, []).append(run.seconds)
+    runs = []
+    for seed in wider.seeds:
+        for size in wider.sizes:
+            for rate in wider.learning_rates:
+                for member in wider.members:
+                    seconds = sum(planned[member.name]) / len(planned[member.name])
+                    run = _run(wider, member.name, size, seed, rate, steps, seconds)
+                    runs.append(before.get(run.folder, run))
+    wider = replace(wider, runs=tuple(runs))
+    if wider != study:
+        wider.write(folder)
+    return wider
+
+
+def describe_plan(study: Study, jobs: int) -> str:
+    """Members with their counts, and how many runs there are and how long they take."""
+    first = study.members[0]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("member", "parameters", "to the first", "MACs", "to the first", "seconds a run"):
+        table.add_column(column, justify="left" if column == "member" else "right", no_wrap=True)
+    for member in study.members:
+        planned = [run.seconds for run in study.runs if run.member == member.name]
+        table.add_row(
+            member.name,
+            f"{member.parameters:,}",
+            f"{100 * (member.parameters / first.parameters - 1):+.2f} %",
+            f"{member.macs:,}",
+            f"{100 * (member.macs / first.macs - 1):+.2f} %",
+            f"{sum(planned) / max(1, len(planned)):.0f}",
+        )
+    console = Console(width=110, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    todo = [run for run in study.runs if run.status != "finished"]
+    minutes = sum(run.seconds for run in todo) / jobs / 60
+    steps = study.runs[0].steps
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    lines = [
+        f"{study.title}",
+        captured.get().rstrip(),
+        *(f"{member.name}: {member.note}" for member in study.members if member.note),
+        f"{counted(len(study.runs), 'run')}: {len(study.members)} members, sizes "
+        f"{', '.join(f'{size:,}' for size in study.sizes)}, {counted(len(study.seeds), 'seed')}, learning rates "
+        f"{rates}; {steps:,} steps of {study.recipe['batch_size']} images each",
+        f"{counted(len(todo), 'run')} to go, {jobs} at once: about {minutes:.0f} minutes on this machine",
+    ]
+    return "\n".join(lines)

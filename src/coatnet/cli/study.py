@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from coatnet.cli.parser import DATA_HELP, FAILED, Parser
 from coatnet.errors import UserError, counted
@@ -72,7 +73,9 @@ def run(arguments: Sequence[str]) -> int:
 
     part = Part.of(os.environ)
     names = ("sizes", "seeds", "steps", "epochs", "minutes", "batch_size", "learning_rates", "model", "width")
-    asked = {name: getattr(given, name) for name in (*names, "resolution", "precision", "jobs", "device")}
+    asked: dict[str, Any] = {
+        name: getattr(given, name) for name in (*names, "resolution", "precision", "jobs", "device")
+    }
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value}
     options = Options(given.question, given.data, **asked)
     folder = Path(given.out)

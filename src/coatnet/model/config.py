@@ -182,7 +182,7 @@ class Variant(Architecture):
             raise UserError(f"window={varied.window} is about attention='local', not {varied.attention!r}; pass both")
         return varied
 
-    def _stages_with(self, **values: Sequence[int] | None) -> tuple[Stage, ...]:
+    def _stages_with(self, **values: Any) -> tuple[Stage, ...]:
         """The stages with other depths, widths or strides, one value for each of them."""
         stages = self.stages
         for name, given in values.items():
@@ -194,7 +194,8 @@ class Variant(Architecture):
                     f"{name}s={given!r}: {len(stages)} whole numbers, one for each stage, such as "
                     f"{[getattr(stage, name) for stage in stages]}"
                 )
-            stages = tuple(replace(stage, **{name: value}) for stage, value in zip(stages, given, strict=True))
+            changes: list[dict[str, Any]] = [{name: value} for value in given]
+            stages = tuple(replace(stage, **change) for stage, change in zip(stages, changes, strict=True))
         return stages
 
     def _with_block_counts(self, counts: str) -> "Variant":

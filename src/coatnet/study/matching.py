@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,15 @@ def build(name: str, row: Variant, variations: Mapping[str, Any], problem: Probl
     """The variant of a member. Raises UserError if there is none, or it has nothing to compute on so few pixels."""
     side = problem.resolution
     try:
+        letters = str(variations.get("layout")).split("-")
+        if "widths" not in variations and "T" in letters and len(letters) == len(row.stages):
+            # A stage that becomes attention has whole heads; what that changes is matched afterwards.
+            head = variations.get("head_dim", row.head_dim)
+            widths = [
+                max(1, round(stage.width / head)) * head if letter == "T" else stage.width
+                for stage, letter in zip(row.stages, letters, strict=True)
+            ]
+            row = row.vary(widths=widths)
         variant = row.vary(**variations)
     except UserError as error:
         raise UserError(f"member {name} is impossible: {error}") from None
@@ -132,7 +142,6 @@ class _Search:
         self.network, self.problem, self.fixed_depths = network, problem, fixed_depths
         self.variant = network.variant
         self.has_stem = self.variant.stem != "patch"  # else it is as wide as the first stage
-        self._coefficients: NDArray[np.float64] | None = None
 
     def nearest(self, target: tuple[int, int]) -> Network:
         """The most similar network within half the tolerance of the target, or else the nearest to the target."""
@@ -142,7 +151,7 @@ class _Search:
         best: tuple[float, tuple[int, ...], Sequence[int]] | None = None
         for depths in self._depths():
             widths = self._growing(_without_equal_neighbors(np.array(list(itertools.product(*self._choices())))))
-            counts = self._features(widths, np.array(depths)) @ self._fitted()
+            counts = self._features(widths, np.array(depths)) @ self._fitted
             distance = np.abs(counts / np.array(target) - 1).max(axis=1)
             change = np.square(np.log(widths / before)).sum(axis=1)
             close = distance <= TOLERANCE / 2
@@ -203,21 +212,19 @@ class _Search:
         parts = [np.ones((len(w), 1)), w, w**2, w[:, :-1] * w[:, 1:], more, more * stages, more * stages**2]
         return np.hstack(parts)
 
-    def _fitted(self) -> NDArray[np.float64]:
+    @cached_property
+    def _fitted(self) -> NDArray[Any]:
         """Coefficients (F, 2) of parameters and multiply-accumulates, from exact counts."""
-        if self._coefficients is None:
-            generator = np.random.default_rng(0)
-            steps, num_stages = np.array(self._steps()), len(self.variant.stages)
-            num_terms = self._features(steps[None], np.ones(num_stages)).shape[1]
-            widths = _without_equal_neighbors(steps * generator.integers(1, 9, (4 * num_terms, len(steps))))
-            widths = widths[: num_terms + 4]
-            depths = generator.integers(1, 3, (len(widths), num_stages))
-            counts = [
-                self.problem.count(self._resized(w.tolist(), d.tolist())) for w, d in zip(widths, depths, strict=True)
-            ]
-            solved = np.linalg.lstsq(self._features(widths, depths), np.array(counts, float), rcond=None)[0]
-            self._coefficients = solved
-        return self._coefficients
+        generator = np.random.default_rng(0)
+        steps, num_stages = np.array(self._steps()), len(self.variant.stages)
+        num_terms = self._features(steps[None], np.ones(num_stages)).shape[1]
+        widths = _without_equal_neighbors(steps * generator.integers(1, 9, (4 * num_terms, len(steps))))
+        widths = widths[: num_terms + 4]
+        depths = generator.integers(1, 3, (len(widths), num_stages))
+        counts = [
+            self.problem.count(self._resized(w.tolist(), d.tolist())) for w, d in zip(widths, depths, strict=True)
+        ]
+        return np.linalg.lstsq(self._features(widths, depths), np.array(counts, float), rcond=None)[0]
 
 
 def _without_equal_neighbors(widths: NDArray) -> NDArray:

@@ -81,9 +81,9 @@ def base_row(resolution: int, model: str | None, width: float) -> Variant:
         tiny = resolution <= 16
         row = find_variant("coatnet-femto").vary(
             stem_stride=1 if tiny else 2,
-            stem_width=12 if tiny else 24,
-            depths=[1, 2, 2, 1] if tiny else [2, 3, 3, 1],
-            widths=[16, 32, 32, 48] if tiny else [40, 48, 64, 80],
+            stem_width=12 if tiny else 48,
+            depths=[1, 2, 2, 1] if tiny else [1, 3, 3, 1],
+            widths=[16, 32, 32, 48] if tiny else [28, 52, 64, 80],
             strides=strides,
             head_dim=8 if tiny else 16,
         )

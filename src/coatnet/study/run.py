@@ -21,9 +21,7 @@ from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
 from coatnet.data.loader import BadImages
 from coatnet.data.splits import choose_training
 from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
-from coatnet.evaluation.evaluate import evaluate
 from coatnet.evaluation.metrics import Metrics
-from coatnet.evaluation.report import Report
 from coatnet.inference.logits import infer
 from coatnet.study.record import Curves, Figures, Run, Study
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, only_process, read_regular
@@ -35,7 +33,7 @@ from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
-from coatnet.training.trainer import Trainer, deterministic_on_cpu, step_seconds, train
+from coatnet.training.trainer import Trainer, deterministic_on_cpu, run_training, step_seconds
 
 FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
@@ -73,35 +71,31 @@ def train_run(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> No
     Raises:
         UserError: as `train`.
     """
-    started = time.monotonic()
 
-    def finish(trainer: Trainer, bundle: Bundle) -> Report:
-        splits = trainer.images
-        report = evaluate(bundle, splits, num_workers=0, with_images=False)
-        training = _some(splits.training, trainer.config.seed)
-        on_training = _measure(bundle, training)
-        trainer.log({"top1": report.figures["top1"], "nll": report.figures["nll"]})
+    def finish(trainer: Trainer, bundle: Bundle) -> None:
+        trained, images = time.monotonic(), trainer.images
+        held_out = measure(bundle, images.validation)
+        training = measure(bundle, _some(images.training, trainer.config.seed))
+        trainer.log({"top1": held_out["top1"], "nll": held_out["nll"]})
         figures = Figures(
-            top1=report.figures["top1"],
-            held_out_loss=report.figures["nll"],
-            train_top1=on_training["top1"],
-            train_loss=on_training["nll"],
-            n=int(report.figures["n"]),
-            n_train=int(on_training["n"]),
+            top1=held_out["top1"],
+            held_out_loss=held_out["nll"],
+            train_top1=training["top1"],
+            train_loss=training["nll"],
+            n=int(held_out["n"]),
+            n_train=int(training["n"]),
         )
-        if keep_weights:
-            replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(trainer.folder.bundle)
-            atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")
         result = {
             "recipe": dict(recipe),
             "figures": asdict(figures),
             "curves": asdict(read_curves(trainer.folder.metrics)),
-            "seconds": max(trainer.state.seconds, time.monotonic() - started),
+            "seconds": trainer.state.seconds + time.monotonic() - trained,
         }
         atomic_write(folder / FIGURES, json.dumps(result))
-        return report
+        if keep_weights:
+            trainer.finish(bundle)
 
-    train(Recipe.from_dict(recipe), folder, console=Console(quiet=True), finish=finish)
+    run_training(Recipe.from_dict(recipe), folder, finish, Console(quiet=True))
     if not keep_weights:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -115,7 +109,7 @@ def _some(dataset: Dataset, seed: int) -> Dataset:
     return select((dataset,), chosen)
 
 
-def _measure(bundle: Bundle, dataset: Dataset) -> dict[str, float]:
+def measure(bundle: Bundle, dataset: Dataset) -> dict[str, float]:
     """Figures of a bundle on images, without augmentation."""
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     batches = infer(
@@ -180,7 +174,7 @@ class Worker:
     def start(cls, function: Callable[..., Any], *arguments: Any, threads: int, slot: int = 0) -> "Worker":
         """Start a process. It is forked from a server that has imported torch, in a fraction of a second."""
         methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload([__name__])
         ours, theirs = context.Pipe(duplex=False)
@@ -331,7 +325,8 @@ def _begin(folder: Path, study: Study, run: Run, slot: int, devices: Sequence[st
 
 
 def _train_unless_finished(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> None:
-    if _figures_of(folder, recipe) is None:
+    kept = not keep_weights or (folder / "bundle").exists()
+    if _figures_of(folder, recipe) is None or not kept:
         train_run(recipe, folder, keep_weights)
 
 

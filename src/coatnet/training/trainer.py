@@ -12,7 +12,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ from coatnet.training.progress import TrainingProgress
 from coatnet.training.progressive_resizing import ProgressiveResizing
 from coatnet.training.run_folder import RunFolder, cross_validated
 from coatnet.version import __version__
+
+Value = TypeVar("Value")
 
 LOGS_PER_RUN = 400
 FEW_MEASURED = 100  # chosen: a figure of 80 % is within 8 points either way
@@ -688,13 +690,7 @@ class Trainer:
         return [f"Test split, measured once: {tested.headline()}; test/report.md has the rest."]
 
 
-def train(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    console: Console | None = None,
-    finish: Callable[[Trainer, Bundle], Report] = Trainer.finish,
-) -> Report:
+def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) -> Report:
     """Train, evaluate, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
 
     In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
@@ -706,7 +702,6 @@ def train(
         recipe: what is asked of the run.
         out: the run folder, new or to be resumed.
         console: where progress goes; standard error if None.
-        finish: measures the trained model and writes what stays of the run.
 
     Returns:
         The evaluation of the bundle on the validation images.
@@ -715,6 +710,13 @@ def train(
         UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
     """
+    return run_training(recipe, out, Trainer.finish, console)
+
+
+def run_training(
+    recipe: Recipe, out: str | Path, finish: Callable[[Trainer, Bundle], Value], console: Console | None = None
+) -> Value | Report:
+    """As `train`, but `finish` measures the trained model, and writes what stays of it."""
     if not isinstance(recipe, Recipe):
         raise UserError(f"recipe must be a coatnet.Recipe, such as Recipe(data='digits'), got {recipe!r:.80}")
     keep_freed_memory()

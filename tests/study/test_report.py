@@ -1,7 +1,8 @@
 """The pages of a study: what they say of known results, whole or not, and how a browser shows them."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from playwright.sync_api import Browser
 from tests.evaluation.test_report_html import HOSTILE
 from tests.server.page.visiting import Visit
 
+from coatnet.errors import UserError
 from coatnet.study.record import Curves, Figures, Member, Paper, Run, Study
 from coatnet.study.report import document, write_report
 from coatnet.study.results import ACCURACY, GAP, TRAINING_LOSS, Results
@@ -255,6 +257,20 @@ def test_the_page_is_whole_in_itself_whatever_a_member_is_called(chromium: Brows
             assert seen.page.evaluate("window.hacked") is None and not seen.complaints and not seen.outside
         finally:
             seen.leave()
+
+
+def test_a_record_that_contradicts_itself_is_one_error(tmp_path: Path) -> None:
+    study = study_of(sizes=(600,))
+    for values, said in (
+        ({"members": []}, "members must be one or more"),
+        ({"members": [asdict(study.members[0])] * 2}, "with different names"),
+        ({"runs": [asdict(study.runs[0]) | {"member": "other"}]}, "runs name 'other', which is no member"),
+        ({"runs": [asdict(study.runs[0]) | {"curves": {"step": [1, 2], "train_loss": [0.5]}}]}, "1 values for 2 steps"),
+    ):
+        (tmp_path / "study.json").write_text(json.dumps(asdict(study) | values))
+        with pytest.raises(UserError, match=said):
+            write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_committed_pages_are_what_is_drawn_today() -> None:

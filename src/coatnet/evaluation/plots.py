@@ -158,7 +158,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], out_png: str | Pa
             axes.set(xticks=[], yticks=[], ylabel=f"truth ({size:,} classes)")
             return
         axes.spines[:].set_visible(False)
-        names = [_short(name) for name in classes]
+        names = [short_name(name) for name in classes]
         font = 10 if size <= _MAX_COUNTED_CLASSES else 7
         axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
@@ -188,9 +188,9 @@ def draw_mistakes(thumbnails: Sequence[np.ndarray], mistakes: Sequence[Mistake],
             axes.set_ylim((height + side) / 2 - 0.5, (height - side) / 2 - 0.5)
             axes.set(xticks=[], yticks=[], facecolor="#f6f8fa")
             axes.spines[:].set(visible=True, color="#d0d7de")
-            truth = f"{number}  {_short(mistake.truth)}"
+            truth = f"{number}  {short_name(mistake.truth)}"
             axes.set_title(truth, pad=16, color=_RIGHT, fontsize=8, fontweight="normal")
-            answer = f"{_short(mistake.predicted)}  {100 * mistake.probability:.0f} %"
+            answer = f"{short_name(mistake.predicted)}  {100 * mistake.probability:.0f} %"
             axes.text(0, 1.04, answer, transform=axes.transAxes, color=_WRONG, fontsize=8)
 
 
@@ -217,7 +217,7 @@ def draw_calibration(bins: Sequence[CalibrationBin], out_png: str | Path) -> Non
         below.set(xlabel="probability given", ylabel="how many", yticks=[])
 
 
-def _short(name: str, length: int = 18) -> str:
+def short_name(name: str, length: int = 18) -> str:
     """Shorten a name to one line; what is not Unicode is escaped."""
     line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coatnet.evaluation.plots import open_figure, smooth
+from coatnet.evaluation.plots import open_figure, short_name, smooth
 from coatnet.study.record import Run
 from coatnet.study.statistics import Estimate, estimate
 
@@ -27,7 +27,7 @@ def draw_curves(runs: Mapping[str, Mapping[int, Sequence[Run]]], path: Path) -> 
     with open_figure(path, 9.0, 2.7 * len(sizes) + 0.4) as figure:
         rows = figure.subplots(len(sizes), 2, squeeze=False)
         for size, (loss, accuracy) in zip(sizes, rows, strict=True):
-            loss.set(title=f"Training loss, {size:,} images", yscale="log", xlabel="step")
+            loss.set(title=f"Training loss, {size:,} images", xlabel="step")
             accuracy.set(title=f"Held-out accuracy, {size:,} images, %", xlabel="step")
             curves = {member: [run.curves for run in by_size.get(size, ())] for member, by_size in runs.items()}
             trained = {
@@ -40,8 +40,7 @@ def draw_curves(runs: Mapping[str, Mapping[int, Sequence[Run]]], path: Path) -> 
                 ]
                 for member, seeds in curves.items()
             }
-            _draw_bands(loss, trained, is_smooth=True)
-            _label_log_axis(loss)
+            _draw_bands(loss, trained, is_loss=True)
             _draw_bands(accuracy, measured)
         _legend(figure, rows)
 
@@ -76,7 +75,7 @@ def draw_gap(
                     markersize=5,
                     linewidth=1.2,
                     capsize=3,
-                    label=member,
+                    label=_label(member),
                 )
             ticks = sorted({size for by_size in values.values() for size in by_size})
             axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
@@ -87,8 +86,11 @@ def draw_gap(
         _legend(figure, panels[None])
 
 
-def _draw_bands(axes: Any, members: Mapping[str, Sequence[Mapping[int, float]]], *, is_smooth: bool = False) -> None:
-    """Draw for each member the mean over the steps that all its seeds have, and its interval if there are several."""
+def _draw_bands(axes: Any, members: Mapping[str, Sequence[Mapping[int, float]]], *, is_loss: bool = False) -> None:
+    """Draw for each member the mean over the steps that all its seeds have, and its interval if there are several.
+
+    A loss is smoothed, and its axis is logarithmic.
+    """
     bands = []
     for number, (member, seeds) in enumerate(members.items()):
         steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
@@ -96,7 +98,7 @@ def _draw_bands(axes: Any, members: Mapping[str, Sequence[Mapping[int, float]]],
             continue
         found = [estimate(seed[step] for seed in seeds) for step in steps]
         means, halves = np.array([each.mean for each in found]), np.array([_half(each) for each in found])
-        if is_smooth:
+        if is_loss:
             means, halves = smooth(means), smooth(halves)
         axes.plot(
             steps,
@@ -105,17 +107,27 @@ def _draw_bands(axes: Any, members: Mapping[str, Sequence[Mapping[int, float]]],
             linestyle=_line(number),
             linewidth=1.4,
             marker="" if len(steps) > 1 else _MARKERS[number % len(_MARKERS)],
-            label=member,
+            label=_label(member),
         )
         if len(seeds) > 1:
             bands.append((steps, means - halves, means + halves, _color(number)))
+    is_log = is_loss and all(min(line.get_ydata()) > 0 for line in axes.lines)
+    if is_log:
+        axes.set_yscale("log")
     axes.margins(y=0.1)
     axes.set_ylim(axes.get_ylim())  # the lines set it: bands of two seeds would leave them no room
+    if is_log:
+        _label_log_axis(axes)
     for steps, low, high, color in bands:
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.set_xlim(left=0)
+
+
+def _label(member: str) -> str:
+    """A name in the legend, where matplotlib leaves out what begins with an underscore."""
+    return f" {short_name(member)}" if member.startswith("_") else short_name(member)
 
 
 def _half(value: Estimate) -> float:

@@ -68,6 +68,12 @@ class Curves:
     held_out_top1: tuple[Probability, ...] = ()
     """Fraction of the held-out images that were classified right."""
 
+    def __post_init__(self) -> None:
+        if len(self.step) != len(self.train_loss):
+            raise UserError(f"train_loss has {len(self.train_loss)} values for {len(self.step)} steps")
+        if not len(self.held_out_step) == len(self.held_out_loss) == len(self.held_out_top1):
+            raise UserError("held_out_step, held_out_loss and held_out_top1 must be of one length")
+
 
 @validated
 class Figures:
@@ -158,6 +164,13 @@ class Study:
     """Options of the command that the plan follows from."""
     runs: tuple[Run, ...] = ()
     """All trainings, in the order in which they are made."""
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if not names or len(set(names)) < len(names):
+            raise UserError("members must be one or more, with different names")
+        if unknown := {run.member for run in self.runs}.difference(names):
+            raise UserError(f"runs name {min(unknown)!r}, which is no member")
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -349,7 +349,7 @@ def _provenance(study: Study) -> Table:
         ("machine", study.machine),
         ("software", ", ".join(f"{name} {version}" for name, version in study.versions.items())),
         ("training", f"{counted(len(study.finished()), 'run')}, {_duration(taken)} together"),
-        *(("recipe: " + name, value) for name, value in _flat(study.recipe)),
+        *(("recipe: " + name, value) for name, value in _flat(study.recipe) if name != "data"),
     ]
     return Table(("", ""), rows)
 

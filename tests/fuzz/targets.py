@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from PIL import Image, features
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.timm.folders import read_timm_folder, write_timm_folder
 from coatnet.data.builtin import read_idx
-from coatnet.data.decode import decode, image_size
+from coatnet.data.channels import read_pixels
+from coatnet.data.decode import BadImage, Scale, decode, decoding_pixels, image_size
 from coatnet.data.manifest import open_manifest, read_manifest
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.index import digest
@@ -59,6 +61,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     os.environ["COATNET_CACHE_DIR"] = str(folder / "cache")
     images = {name: image_seeds(kind) for name, kind in SUFFIXES.items()}
     targets = {f"decode-{name}": Target(seeds, read_image) for name, seeds in images.items()}
+    targets |= {f"values-{name}": Target(seeds, read_deep_image) for name, seeds in deep_seeds().items()}
     targets["protocol"] = protocol_target()
     return targets | bundles(folder, images["png"][0]) | data(folder, images["png"][0]) | texts(folder)
 
@@ -80,6 +83,48 @@ def image_seeds(kind: str) -> tuple[bytes, ...]:
 def read_image(content: bytes) -> None:
     image_size(content, "image")
     decode(content, "image")
+
+
+def deep_seeds() -> dict[str, tuple[bytes, ...]]:
+    """Images of other channels and types than 8-bit RGB, by kind."""
+    values = np.random.default_rng(0).integers(0, 4096, (12, 17, 5)).astype(np.uint16)
+    arrays, archives, tiffs = [], [], []
+    for each in (values, values.astype(np.float32).transpose(2, 0, 1), values[..., 0]):
+        buffer = io.BytesIO()
+        np.save(buffer, each)
+        arrays.append(buffer.getvalue())
+    for save in (np.savez, np.savez_compressed):
+        buffer = io.BytesIO()
+        save(buffer, values)
+        archives.append(buffer.getvalue())
+    found = {"npy": tuple(arrays), "npz": tuple(archives)}
+    try:
+        import imagecodecs
+        import tifffile
+    except ImportError:
+        return found
+    layouts: tuple[dict[str, Any], ...] = (
+        {},
+        {"tile": (16, 16), "compression": "deflate", "predictor": True},
+        {"compression": "lzw", "bigtiff": True, "byteorder": ">"},
+        {"planarconfig": "separate", "compression": "zstd", "rowsperstrip": 5},
+        {"compression": "packbits"},
+    )
+    for options in layouts:
+        buffer, options = io.BytesIO(), {"planarconfig": "contig"} | options
+        given = values.transpose(2, 0, 1) if options["planarconfig"] == "separate" else values
+        tifffile.imwrite(buffer, given, photometric="minisblack", **options)
+        tiffs.append(buffer.getvalue())
+    return found | {"tiff": tuple(tiffs), "png": (imagecodecs.png_encode(values[..., :3].copy()),)}
+
+
+def read_deep_image(content: bytes) -> None:
+    with suppress(BadImage):
+        image_size(content, "image")
+        decoding_pixels(content, "image")
+    read_pixels(content, "image", Scale(5, 0, 4095))
+    with suppress(BadImage):
+        read_pixels(content, "image")
 
 
 def bundles(folder: Path, image: bytes) -> dict[str, Target]:
@@ -147,7 +192,7 @@ def protocol(image: bytes) -> Target:
 
     global ALLOWED
     ALLOWED = (*ALLOWED, RequestError) if RequestError not in ALLOWED else ALLOWED
-    predictor: Any = SimpleNamespace(image_shape=(1, 2, 2, 3))
+    predictor: Any = SimpleNamespace(image_shape=(1, 2, 2, 3), scale=None)
     pixels = {"name": "pictures", "shape": [1, 2, 2, 3], "datatype": "UINT8", "data": [[[[1, 2, 3]] * 2] * 2]}
     files = {"name": "pictures", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}
     bodies = [{"id": "1", "inputs": [each], "outputs": [{"name": "class"}]} for each in (pixels, files)]
@@ -244,7 +289,7 @@ def file_target(path: Path, seeds: tuple[bytes, ...], read: Callable[[Path], obj
 
 def protocol_target() -> Target:
     """Bodies of the Open Inference Protocol, for a model of 4 x 4 pixels."""
-    model: Any = SimpleNamespace(image_shape=(1, 4, 4, 3))
+    model: Any = SimpleNamespace(image_shape=(1, 4, 4, 3), scale=None)
 
     def request(datatype: str, shape: list[int], data: Any) -> bytes:
         tensor = {"name": "pictures", "datatype": datatype, "shape": shape, "data": data}

@@ -76,7 +76,7 @@ class Bundle:
         return (
             f"Bundle of {one_line(self.model.variant.name)}, {num_parameters:,} parameters\n"
             f"  classes: {len(self.classes):,}, {kind}: {cut(one_line(shorten(self.classes)))}\n"
-            f"  preprocessing: {seen.resolution} x {seen.resolution} pixels, {channels}, "
+            f"  preprocessing: {seen.size[0]} x {seen.size[1]} pixels, {channels}, "
             f"{seen.crop} crop of {seen.crop_fraction:g}, {seen.interpolation}, mean {seen.mean}, std {seen.std}"
         )
 

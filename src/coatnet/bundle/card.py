@@ -41,10 +41,15 @@ def model_card(
         "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder image.jpg\n```\n\n"
         '```python\nimport coatnet\n\nbundle = coatnet.load("path/to/this/folder")\n'
         "bundle.model, bundle.classes, bundle.preprocessing\n```",
-        f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.resolution} x {seen.resolution} pixels, "
+        f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.size[0]} x {seen.size[1]} pixels, "
         f"{seen.channels} channel{'s' * (seen.channels != 1)}, {seen.interpolation} interpolation, "
         f"crop fraction {seen.crop_fraction:g}, "
-        f"mean {list(seen.mean)}, standard deviation {list(seen.std)} (pixels in 0..1).",
+        f"mean {list(seen.mean)}, standard deviation {list(seen.std)} "
+        + (
+            "(pixels in 0..1)."
+            if seen.value_range is None
+            else f"(values from {seen.value_range[0]:g} to {seen.value_range[1]:g} as 0..1)."
+        ),
         f"## Classes\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
         _soup(record.get("soup")),
         _recipe(record.get("recipe"), "The recipe of the best of these models" if record.get("soup") else "The recipe"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, FiniteFloat
 
+from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, first_line
 from coatnet.model.complexity import inference_bytes
@@ -45,8 +46,9 @@ class PreprocessingCfg(BaseModel, strict=True):
     crop_pct: FiniteFloat
     crop_mode: Literal["center", "squash"]
     interpolation: Literal["bilinear", "bicubic"]
-    mean: Annotated[list[FiniteFloat], Field(max_length=3)]
-    std: Annotated[list[FiniteFloat], Field(max_length=3)]
+    mean: Annotated[list[FiniteFloat], Field(max_length=MAX_CHANNELS)]
+    std: Annotated[list[FiniteFloat], Field(max_length=MAX_CHANNELS)]
+    value_range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
 
 
 class PretrainedCfg(PreprocessingCfg):
@@ -153,9 +155,9 @@ class Config:
 
 def require_memory(model: CoAtNet, preprocessing: Preprocessing, where: object) -> None:
     """Raise UserError if one image of the preprocessing's size would take the network more than 16 GiB."""
-    if (needed := inference_bytes(model.variant, preprocessing.resolution)) > MAX_INFERENCE_BYTES:
+    if (needed := inference_bytes(model.variant, preprocessing.side)) > MAX_INFERENCE_BYTES:
         raise UserError(
-            f"{where}: at {preprocessing.resolution} pixels one image takes this network about {needed / 2**30:,.0f} "
+            f"{where}: at {preprocessing.shown_size} pixels one image takes this network about {needed / 2**30:,.0f} "
             f"GiB; models of more than {MAX_INFERENCE_BYTES >> 30} GiB are not loaded, give a smaller resolution"
         )
 
@@ -176,12 +178,13 @@ def config_json(
         "model_args": {name: value for name, value in model.config().items() if name != "num_classes"},
         "multilabel": multilabel,
         "pretrained_cfg": {
-            "input_size": [preprocessing.channels, preprocessing.resolution, preprocessing.resolution],
+            "input_size": [preprocessing.channels, *preprocessing.size],
             "crop_pct": preprocessing.crop_fraction,
             "crop_mode": preprocessing.crop,
             "interpolation": preprocessing.interpolation,
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
+            **({} if preprocessing.value_range is None else {"value_range": list(preprocessing.value_range)}),
             "num_classes": model.num_classes,
             "label_names": list(classes),
         },
@@ -230,16 +233,17 @@ def read_preprocessing(seen: PreprocessingCfg, path: Path) -> Preprocessing:
     """The preprocessing of a "pretrained_cfg". Raises UserError if a value is wrong."""
     try:
         preprocessing = Preprocessing(
-            resolution=seen.input_size[-1] if seen.input_size else 0,
+            resolution=tuple(seen.input_size[1:]) if len(seen.input_size) == 3 else 0,
             crop=seen.crop_mode,
             crop_fraction=seen.crop_pct,
             interpolation=seen.interpolation,
             mean=tuple(seen.mean),
             std=tuple(seen.std),
+            value_range=None if seen.value_range is None else (seen.value_range[0], seen.value_range[1]),
         )
     except UserError as error:
         raise UserError(f"{path}: pretrained_cfg: {error}") from None
-    expected = [preprocessing.channels, preprocessing.resolution, preprocessing.resolution]
+    expected = [preprocessing.channels, *preprocessing.size]
     if seen.input_size != expected:
         raise UserError(f"{path}: input_size is {short(seen.input_size)}; by mean and resolution it must be {expected}")
     return preprocessing

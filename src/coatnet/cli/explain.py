@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coatnet.bundle import Bundle
+    from coatnet.data.decode import Scale
     from coatnet.inference import Predictor
 
 IMAGES_AT_ONCE = 16
@@ -92,7 +93,8 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
                 num_unreadable += 1
                 continue
             file = _new_name(folder, path.stem, explanation.target, taken)
-            side_by_side(shown := open_upright(path), explanation.overlay(shown)).save(file)
+            shown = open_upright(path, predictor.bundle.preprocessing.scale)
+            side_by_side(shown, explanation.overlay(shown)).save(file)
             percent = f"{100 * explanation.probability:.1f} %"
             echo(one_line(f"{path}: {cut(explanation.target)} {percent}: {file}"))
     return FAILED if num_unreadable else 0
@@ -108,14 +110,15 @@ def _new_name(folder: Path, stem: str, target: str, taken: set[str]) -> Path:
     return folder / f"{chosen}.png"
 
 
-def open_upright(path: Path) -> "PIL.Image.Image":
+def open_upright(path: Path, scale: "Scale | None") -> "PIL.Image.Image":
     """An image as the model is given it, upright and on white, scaled to be looked at."""
     import PIL.Image
 
+    from coatnet.data.channels import read_pixels, to_rgb
     from coatnet.data.datasets import read_image_file
-    from coatnet.data.decode import decode
 
-    image = PIL.Image.fromarray(decode(read_image_file(str(path), str(path)), str(path)).permute(1, 2, 0).numpy())
+    pixels = to_rgb(read_pixels(read_image_file(str(path), str(path)), str(path), scale))
+    image = PIL.Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     least, most = SHOWN_SIDES
     if (longest := max(image.size)) > most:
         image.thumbnail((most, most))
@@ -172,12 +175,12 @@ def relative_biases(bundle: "Bundle") -> Iterator[tuple[str, "NDArray[np.float32
     from coatnet.model.relative_bias import GlobalRelativeBias, LocalRelativeBias
 
     model = bundle.model
-    grids = model.variant.grids(bundle.preprocessing.resolution)
-    for number, (blocks, side) in enumerate(zip(model.stages, grids, strict=True), 1):
+    heights, widths = (model.variant.grids(side) for side in bundle.preprocessing.size)
+    for number, (blocks, *grid) in enumerate(zip(model.stages, heights, widths, strict=True), 1):
         for index, block in enumerate(blocks.children(), 1):
             for module in block.modules():
                 if isinstance(module, GlobalRelativeBias | LocalRelativeBias):
                     with torch.no_grad():
                         local = isinstance(module, LocalRelativeBias)
-                        table = module.table if local else module.table_for((side, side))
+                        table = module.table if local else module.table_for((grid[0], grid[1]))
                     yield f"stage-{number}-block-{index}", table.detach().float().cpu().numpy()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coatnet.data.sampler import Words, expand_words, hash_words, uniform
 
+GEOMETRIC_OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 Range = tuple[float, float]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -78,15 +79,20 @@ def crop_boxes(size: Sequence[int], seeds: Words, *, scale: Range, ratio: Range)
     return [_crop_box(size[0], size[1], numbers, scale, ratio) for numbers in _draw(seeds, _CROP, 4 * _CROP_ATTEMPTS)]
 
 
-def rand_augment(images: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int]) -> Tensor:
-    """RandAugment (Cubuk et al. 2019) of each image of uint8 (B, C, H, W); uncovered pixels become `fill`."""
-    return _each_seeded(_rand_augment(layers, magnitude, tuple(fill)), images, seeds ^ _RAND_AUGMENT)
+def rand_augment(
+    images: Tensor, seeds: Words, *, layers: int, magnitude: int, fill: list[int], colors: bool = True
+) -> Tensor:
+    """RandAugment (Cubuk et al. 2019) of each image (B, C, H, W); uncovered pixels become `fill`.
+
+    Without `colors`, for images of other channels or types than uint8 RGB, only operations that move pixels are drawn.
+    """
+    return _each_seeded(_rand_augment(layers, magnitude, tuple(fill), colors), images, seeds ^ _RAND_AUGMENT)
 
 
-def trivial_augment(images: Tensor, seeds: Words, *, fill: list[int]) -> Tensor:
-    """TrivialAugment (Müller and Hutter 2021, the wide ranges) of each image of uint8 (B, C, H, W): one operation of
-    random strength; uncovered pixels become `fill`."""
-    return _each_seeded(_trivial_augment(tuple(fill)), images, seeds ^ _TRIVIAL_AUGMENT)
+def trivial_augment(images: Tensor, seeds: Words, *, fill: list[int], colors: bool = True) -> Tensor:
+    """TrivialAugment (Müller and Hutter 2021, the wide ranges) of each image (B, C, H, W): one operation of random
+    strength; uncovered pixels become `fill`, and `colors` is as for `rand_augment`."""
+    return _each_seeded(_trivial_augment(tuple(fill), colors), images, seeds ^ _TRIVIAL_AUGMENT)
 
 
 def _each_seeded(transform: Any, images: Tensor, words: Words) -> Tensor:
@@ -143,17 +149,25 @@ def _between(number: float, limits: Range) -> float:
 
 
 @cache
-def _rand_augment(layers: int, magnitude: int, fill: tuple[int, ...]) -> Any:
+def _rand_augment(layers: int, magnitude: int, fill: tuple[int, ...], colors: bool) -> Any:
     from torchvision.transforms import v2  # takes 2.5 s, so only when RandAugment is used
 
-    return v2.RandAugment(num_ops=layers, magnitude=magnitude, num_magnitude_bins=31, fill=list(fill))
+    return _limited(v2.RandAugment(num_ops=layers, magnitude=magnitude, num_magnitude_bins=31, fill=list(fill)), colors)
 
 
 @cache
-def _trivial_augment(fill: tuple[int, ...]) -> Any:
+def _trivial_augment(fill: tuple[int, ...], colors: bool) -> Any:
     from torchvision.transforms import v2
 
-    return v2.TrivialAugmentWide(fill=list(fill))
+    return _limited(v2.TrivialAugmentWide(fill=list(fill)), colors)
+
+
+def _limited(policy: Any, colors: bool) -> Any:
+    """The policy, without `colors` with those of its operations that move pixels."""
+    if not colors:
+        space = policy._AUGMENTATION_SPACE.items()
+        policy._AUGMENTATION_SPACE = {name: values for name, values in space if name in GEOMETRIC_OPERATIONS}
+    return policy
 
 
 @contextmanager

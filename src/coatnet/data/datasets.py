@@ -10,7 +10,7 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from coatnet.data.decode import BadImage
+from coatnet.data.decode import BadImage, Scale
 from coatnet.data.sampler import EpochSampler
 from coatnet.errors import UserError, one_line
 from coatnet.system.files import read_regular
@@ -36,6 +36,7 @@ class Dataset(Protocol):
         labels: class indices (N,) int64; if multi-label, 0 and 1 per class (N, K) uint8.
         in_memory: whether `read_batch` gives many images at once. No worker processes are started then.
         thread_safe: whether several threads may read at the same time.
+        scale: how the values of images become levels, where they are not 8-bit RGB.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dataset(Protocol):
     labels: NDArray
     in_memory: bool = False
     thread_safe: bool = False
+    scale: Scale | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,6 +55,8 @@ class Dataset(Protocol):
     @abstractmethod
     def read(self, index: int) -> tuple[Encoded, NDArray]:
         """An image, as the bytes of its file or as pixels uint8 (H, W) or (H, W, 3), and its label, () or (K,).
+
+        With a scale, pixels are values (H, W, C) of any type.
 
         Raises:
             BadImage: the image cannot be read.

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from torch import Tensor
 from coatnet.data.image_headers import (
     HEADER_ERRORS,
     TIFF_EXIF,
+    Directory,
     JpegHeader,
     Webp,
+    array_layout,
     count_jpeg2000_pieces,
     has_end_marker,
     jpeg_without_metadata,
@@ -33,6 +36,7 @@ from coatnet.data.image_headers import (
     png_without_metadata,
     read_directory,
     read_jpeg_header,
+    read_npy_header,
     read_webp,
 )
 from coatnet.errors import UserError, one_line
@@ -61,12 +65,15 @@ FORMATS = (
     ImageFormat("HEIF", (".heic", ".heif", ".hif"), rb".{4}ftyp(?:he[iv][cxms]|m(?:if|sf)1)", 3),
     ImageFormat("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), rb"P[1-6][\s#]"),
     ImageFormat("JPEG2000", (".jp2", ".jpx", ".j2k", ".j2c"), rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", 3),
+    ImageFormat("NPY", (".npy",), rb"\x93NUMPY"),
+    ImageFormat("NPZ", (".npz",), rb"PK\x03\x04"),
 )
 IMAGE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
 SNIFFED_BYTES = 32  # of a file, for `sniff`
 
 MAX_PIXELS = 200_000_000  # about 1.2 GB in the decoder; a third of it in formats of weight 3
 REDUCED_PIXELS = 50_000_000  # larger images are halved until they have no more
+MAX_CHANNELS = 16
 MAX_SIDE = 65_535  # pixels, the most that JPEG allows
 _SCANNED = 10  # the scans of a JPEG may pass over this many times the pixels that an image may have
 MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"
@@ -86,7 +93,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: np.rot90(stored),
 }
-_one_above_pillows_limit = threading.Lock()
+_oneabove_pillows_limit = threading.Lock()
 
 
 class BadImage(UserError):
@@ -104,14 +111,41 @@ class BadImage(UserError):
 
     @property
     def code(self) -> str:
-        """One of empty, format, truncated, large, pixels, corrupt, unreadable."""
+        """One of empty, format, truncated, large, pixels, channels, corrupt, unreadable."""
         return self.reason.partition(":")[0]
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
 
 
-class _Limits(NamedTuple):
+class Scale(NamedTuple):
+    """How the values of images that are not 8-bit RGB become levels, 0 to 255 in single precision.
+
+    Attributes:
+        channels: that every image has.
+        low: the value of level 0; NaN and infinity count as it.
+        high: the value of level 255. What lies beyond either is not cut off.
+    """
+
+    channels: int
+    low: float
+    high: float
+
+    def levels(self, values: NDArray) -> Tensor:
+        """Values (..., H, W, C) of any type to levels float32 (..., C, H, W), channels last in memory."""
+        single = values.astype(np.float32)
+        if values.dtype.kind == "f":
+            single[~np.isfinite(single)] = self.low
+        single -= np.float32(self.low)
+        single *= np.float32(255 / (self.high - self.low))
+        return torch.from_numpy(single).movedim(-1, -3)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """Levels to the values that they stand for."""
+        return levels * ((self.high - self.low) / 255) + self.low
+
+
+class Limits(NamedTuple):
     """What may be decoded of one image, and its name for errors."""
 
     name: str
@@ -159,7 +193,9 @@ def decode(data: bytes, name: str, *, max_pixels: int | None = None, max_side: i
         BadImage: the format is none of `FORMATS` or needs a package, the image exceeds the limits, the data is
             truncated or corrupt, or the values have no agreed white (floating point, 32-bit integers).
     """
-    kind, limits = _kind(data, name), _Limits(name, max_pixels or allowed_pixels(), max_side)
+    kind, limits = format_of(data, name), Limits(name, max_pixels or allowed_pixels(), max_side)
+    if kind.name in ("NPY", "NPZ"):
+        raise BadImage(name, "format: a NumPy file is not decoded, its values are read (coatnet.data.channels)")
     pixels = _decode_jpeg(data, limits) if kind.name == "JPEG" else _decode_with_pillow(data, kind, limits)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
@@ -186,14 +222,14 @@ def pixels_of(image: Image.Image, name: str) -> Tensor:
 
     Raises BadImage as `decode` does.
     """
-    limits = _Limits(name, allowed_pixels())
+    limits = Limits(name, allowed_pixels())
     with warnings.catch_warnings(action="ignore"):
         limits.check(*image.size)
         if 0 in image.size:
             raise BadImage(name, f"empty: {image.width} x {image.height} pixels")
         try:
             image.load()
-            pixels = _turned(_to_rgb(image, name), _orientation_of(image))
+            pixels = turned(_to_rgb(image, name), orientation_of(image))
         except BadImage:
             raise
         except Exception as error:
@@ -203,7 +239,7 @@ def pixels_of(image: Image.Image, name: str) -> Tensor:
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) in pixels from the header, before turning upright. Raises BadImage as `decode` does."""
-    return _header(data, _kind(data, name), name)
+    return _header(data, format_of(data, name), name)
 
 
 def decoding_pixels(data: bytes, name: str) -> int:
@@ -211,7 +247,7 @@ def decoding_pixels(data: bytes, name: str) -> int:
 
     Raises BadImage as `decode` does.
     """
-    kind = _kind(data, name)
+    kind = format_of(data, name)
     return math.prod(_header(data, kind, name)) * kind.weight
 
 
@@ -227,7 +263,7 @@ def jpeg_warning(data: object) -> str:
     return ""
 
 
-def _kind(data: bytes, name: str) -> ImageFormat:
+def format_of(data: bytes, name: str) -> ImageFormat:
     if not data:
         raise BadImage(name, "empty: the file has 0 bytes")
     if kind := sniff(data):
@@ -244,16 +280,33 @@ def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:
         raise BadImage(name, f"corrupt: its JPEG header cannot be read in {len(data):,} bytes")
     if kind.name == "WEBP":
         return _webp(data, name).canvas
+    if kind.name in ("NPY", "NPZ"):
+        return _array_size(data, name, zipped=kind.name == "NPZ")
     if kind.name == "TIFF":
-        _check_tiff(data, _Limits(name, 2**63, 2**63))
-    with warnings.catch_warnings(action="ignore"), _above_pillows_limit(), _open(data, kind, name) as image:
+        check_tiff(data, Limits(name, 2**63, 2**63))
+        directory = read_directory(data)
+        if is_deep_tiff(directory):  # Pillow opens few of them
+            return directory.numbers.get(257, 0), directory.numbers.get(256, 0)
+    with warnings.catch_warnings(action="ignore"), above_pillows_limit(), open_with_pillow(data, kind, name) as image:
         return image.height, image.width
+
+
+def _array_size(data: bytes, name: str, *, zipped: bool) -> tuple[int, int]:
+    try:
+        if zipped:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                first = next(each for each in archive.namelist() if each.endswith(".npy"))
+                with archive.open(first) as file:
+                    data = file.read(2**16)
+        return array_layout(read_npy_header(data).shape, None)[:2]
+    except Exception as error:  # of zipfile almost anything
+        raise BadImage(name, f"corrupt: no NumPy header can be read in {len(data):,} bytes") from error
 
 
 # JPEG
 
 
-def _decode_jpeg(data: bytes, limits: _Limits) -> Pixels:
+def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
     header = read_jpeg_header(data)
     if header:
         limits.check(header.width, header.height)
@@ -266,7 +319,7 @@ def _decode_jpeg(data: bytes, limits: _Limits) -> Pixels:
     pixels = _decode_with_simplejpeg(data, header)
     if pixels is None:
         pixels = _decode_with_pillow(jpeg_without_metadata(data), FORMATS[0], limits)
-    return _turned(pixels, header.turn)
+    return turned(pixels, header.turn)
 
 
 def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
@@ -286,11 +339,11 @@ def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
 # Everything else
 
 
-def _decode_with_pillow(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
+def _decode_with_pillow(data: bytes, kind: ImageFormat, limits: Limits) -> Pixels:
     try:
         return _attempt(data, kind, limits)
     except Image.DecompressionBombError:  # above Pillow's limit, which is that of the process; ours is checked anyway
-        with _above_pillows_limit():
+        with above_pillows_limit():
             return _attempt(data, kind, limits)
     except BadImage as error:
         # Pillow refuses a PNG with more than 1 MB of text or color profile; neither is needed.
@@ -300,9 +353,9 @@ def _decode_with_pillow(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixe
 
 
 @contextmanager
-def _above_pillows_limit() -> Iterator[None]:
+def above_pillows_limit() -> Iterator[None]:
     """Images of any size can be opened in the block, by one thread at a time."""
-    with _one_above_pillows_limit:
+    with _oneabove_pillows_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -310,7 +363,7 @@ def _above_pillows_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
+def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> Pixels:
     webp = None
     if kind.name == "WEBP":
         webp = _webp(data, limits.name)
@@ -318,19 +371,22 @@ def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
         limits.check(width, height, kind.weight)
         data = webp.first_frame
     elif kind.name == "TIFF":
-        _check_tiff(data, limits)
+        samples = check_tiff(data, limits).numbers.get(277, 1)
+        if samples > 4:
+            takes = f"a model that was trained with --channels {samples} takes it"
+            raise BadImage(limits.name, f"pixels: it has {samples} channels, where RGB is read: {takes}")
     elif kind.name == "JPEG2000" and (pieces := count_jpeg2000_pieces(data)) > _JPEG2000_PIECES:
         raise BadImage(limits.name, f"large: {pieces:,} precincts and code blocks would take too long to decode")
     # Pillow warns about odd metadata, and about sizes, which are checked here.
-    with warnings.catch_warnings(action="ignore"), _open(data, kind, limits.name) as image:
+    with warnings.catch_warnings(action="ignore"), open_with_pillow(data, kind, limits.name) as image:
         limits.check(*image.size, kind.weight)
         try:
             if kind.name == "JPEG" and (factor := _reduction(*image.size)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             if webp:
-                return _turned(_on_canvas(webp, _to_rgb(image, limits.name)), orientation(webp.exif, webp.xmp))
-            return _turned(_to_rgb(image, limits.name), _orientation_of(image))
+                return turned(_on_canvas(webp, _to_rgb(image, limits.name)), orientation(webp.exif, webp.xmp))
+            return turned(_to_rgb(image, limits.name), orientation_of(image))
         except (BadImage, Image.DecompressionBombError):
             raise
         except MemoryError as error:
@@ -340,7 +396,7 @@ def _attempt(data: bytes, kind: ImageFormat, limits: _Limits) -> Pixels:
             raise BadImage(limits.name, f"{code}: {_message(error)}") from error
 
 
-def _open(data: bytes, kind: ImageFormat, name: str) -> Image.Image:
+def open_with_pillow(data: bytes, kind: ImageFormat, name: str) -> Image.Image:
     """Read the header only. Naming the format keeps all other parsers of Pillow from running."""
     if kind.name == "AVIF" and not features.check("avif"):
         raise BadImage(name, "format: AVIF is read by Pillow 11.3 or later: pip install --upgrade pillow")
@@ -406,11 +462,11 @@ def _reduction(width: int, height: int) -> int:
     return factor
 
 
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
+def turned(pixels: Pixels, orientation: int) -> Pixels:
     return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
 
 
-def _orientation_of(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image, found where Pillow's `getexif` finds it."""
     info = image.info
     exif, raw, xmp = info.get("exif") or b"", info.get("Raw profile type exif"), info.get("xmp") or b""  # None of HEIC
@@ -436,12 +492,20 @@ def _check_exif(data: bytes, name: str) -> None:
             raise BadImage(name, f"corrupt: EXIF tags name more than the {len(data):,} bytes of the file")
 
 
-def _check_tiff(data: bytes, limits: _Limits) -> None:
-    """Raise BadImage if tags, tiles, strips or the scans within them would take far more than the image."""
+def is_deep_tiff(directory: Directory) -> bool:
+    """Whether Pillow would lose bits or channels: it keeps one channel of any depth, and 3 or 4 of 8 bits."""
+    samples = directory.numbers.get(277, 1)
+    return samples != 1 and (samples not in (3, 4) or directory.bits != 8)
+
+
+def check_tiff(data: bytes, limits: Limits) -> Directory:
+    """The first directory. Raises BadImage if tags, tiles, strips or the scans within them would take far more than
+    the image."""
     try:
-        numbers, num_bytes = read_directory(data)
+        directory = read_directory(data)
     except HEADER_ERRORS:
         raise BadImage(limits.name, f"corrupt: its TIFF header cannot be read in {len(data):,} bytes") from None
+    numbers, num_bytes = directory.numbers, directory.num_bytes
     for tag in TIFF_EXIF & set(numbers):
         with suppress(*HEADER_ERRORS):
             num_bytes += read_directory(data, numbers[tag]).num_bytes
@@ -455,6 +519,7 @@ def _check_tiff(data: bytes, limits: _Limits) -> None:
     if numbers.get(259) in (6, 7):  # JPEG; each scan passes over one tile or strip
         segment = tile_width * tile_height or width * min(rows or height, height)
         limits.check_scans(data.count(b"\xff\xda"), segment)
+    return directory
 
 
 def _webp(data: bytes, name: str) -> Webp:

@@ -3,10 +3,14 @@
 JPEG: ITU-T T.81, annex B. EXIF data is a TIFF directory. WebP: RFC 9649.
 """
 
+import ast
+import math
 import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 HEADER_ERRORS = (struct.error, KeyError, IndexError, ValueError)
 """What `read_directory` and `read_webp` raise where there is no such header."""
@@ -28,6 +32,8 @@ TIFF_EXIF = {0x8769, 0x8825, 0xA005}  # directories of EXIF, GPS and interoperab
 _PNG_ESSENTIAL = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
 
 _ORIENTATION_TAG = 0x0112
+_TIFF_BITS = 258
+_MAX_NPY_HEADER = 10_000  # bytes, as NumPy has it
 
 
 class JpegHeader(NamedTuple):
@@ -114,6 +120,7 @@ class Directory(NamedTuple):
 
     numbers: dict[int, int]
     num_bytes: int
+    bits: int = 1  # of the first channel of a TIFF image
 
 
 def read_directory(data: bytes, start: int = 0) -> Directory:
@@ -127,13 +134,18 @@ def read_directory(data: bytes, start: int = 0) -> Directory:
     first = start + count.size
     table = data[first : first + entries * entry.size]
     numbers: dict[int, int] = {}
-    num_bytes = 0
+    num_bytes, bits = 0, 1
     for tag, kind, length, value in entry.iter_unpack(table[: len(table) // entry.size * entry.size]):
         num_bytes += length * _TIFF_BYTES.get(kind, 0)
         if length == 1 and kind in _TIFF_NUMBERS:
             (number,) = struct.unpack_from(order + _TIFF_NUMBERS[kind], value)
             numbers[tag] = max(number, numbers.get(tag, number))
-    return Directory(numbers, num_bytes)
+        if tag == _TIFF_BITS:
+            inside = 2 * length <= len(value)
+            place = 0 if inside else struct.unpack(order + ("Q" if big else "I"), value)[0]
+            raw = (value if inside else data)[place : place + 2]
+            bits = struct.unpack(order + "H", raw)[0] if len(raw) == 2 else 0
+    return Directory(numbers, num_bytes, bits)
 
 
 def png_without_metadata(data: bytes) -> bytes:
@@ -255,3 +267,45 @@ def _pieces(coding: tuple[int, bytes], width: int, height: int) -> int:
         precincts += max(1, columns >> (precinct & 15)) * max(1, rows >> (precinct >> 4))
         blocks += (columns >> (2 + block_width)) * (rows >> (2 + block_height))
     return blocks + precincts * layers
+
+
+class NpyHeader(NamedTuple):
+    """The header of a NumPy file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+    offset: int  # of the first value, in bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_npy_header(data: bytes) -> NpyHeader:
+    """Read the header at the start of a NumPy file. Raises one of HEADER_ERRORS if there is none."""
+    size, start = ("<H", 10) if data[6:7] == b"\x01" else ("<I", 12)
+    (length,) = struct.unpack_from(size, data, 8)
+    if data[:6] != b"\x93NUMPY" or length > _MAX_NPY_HEADER or start + length > len(data):
+        raise ValueError("its NumPy header cannot be read")
+    try:
+        found = ast.literal_eval(data[start : start + length].decode("latin1").strip())
+        shape, descr, fortran = found["shape"], found["descr"], found["fortran_order"]
+        if not isinstance(descr, str) or not all(isinstance(side, int) and 0 <= side < 2**31 for side in shape):
+            raise ValueError
+        return NpyHeader(tuple(shape), np.dtype(descr), bool(fortran), start + length)
+    except (SyntaxError, TypeError, ValueError, KeyError, RecursionError, MemoryError):
+        raise ValueError("its NumPy header cannot be read") from None
+
+
+def array_layout(shape: tuple[int, ...], channels: int | None) -> tuple[int, int, int, bool]:
+    """Height, width and channels of an array (H, W), (H, W, C) or (C, H, W), and whether the channels come first.
+
+    They do if only that axis has the number that is wanted; without one, if the first axis is the shorter.
+    """
+    if len(shape) == 2:
+        return shape[0], shape[1], 1, False
+    first, middle, last = shape
+    leads = first == channels != last if channels in (first, last) else first < last
+    return (middle, last, first, True) if leads else (first, middle, last, False)

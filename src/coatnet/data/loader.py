@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from coatnet.data.augmentation import alternate
-from coatnet.data.datasets import Dataset, evenly_spaced
-from coatnet.data.decode import BadImage, decode
+from coatnet.data.channels import as_values, read_pixels, to_levels, with_scale
+from coatnet.data.datasets import Dataset, Encoded, evenly_spaced
+from coatnet.data.decode import BadImage, Scale
 from coatnet.data.sampler import BalancedSampler, EpochSampler, Sampler, hash_words
 from coatnet.data.transforms import (
     Augmentation,
@@ -220,7 +221,7 @@ def training_batches(
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
-    transform = TrainingTransform(preprocessing, augmentation)
+    transform, dataset = TrainingTransform(preprocessing, augmentation), with_scale(dataset, preprocessing.scale)
     if batch_indices is None:
         batch_indices = np.arange(batch_size)
     batches = _TrainingBatches(dataset, batch_size, transform, sampler_of(dataset, seed, balanced), seed, batch_indices)
@@ -258,6 +259,7 @@ def evaluation_batches(
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
+    dataset = with_scale(dataset, preprocessing.scale)
     batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing), look)
     for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images, pin_memory):
         if len(batch.indices):
@@ -277,19 +279,45 @@ def sampler_of(dataset: Dataset, seed: int, balanced: bool = False) -> Sampler:
 def read_image(dataset: Dataset, index: int) -> tuple[Image, NDArray]:
     """The pixels of an image, a tensor (3, H, W) or an array (H, W) or (H, W, 3) of uint8, and its label.
 
+    Where the dataset has a scale, they are levels, a float32 tensor (C, H, W).
+
     Raises:
         BadImage: the image cannot be read or decoded.
     """
     try:
         encoded, label = dataset.read(index)
-        if isinstance(encoded, bytes):
-            return decode(encoded, dataset.describe(index)), label
-        return encoded, label
-    except BadImage:
+        return to_image(dataset, index, encoded), label
+    except BadImage as bad:
+        if bad.code == "channels" and (other := _another_that_fits(dataset, index)):
+            raise UserError(
+                f"{bad}, as {other} has: all images of a data set need the same number of channels"
+            ) from None
         raise
     except Exception as error:
         error.add_note(f"while reading image {index} of {dataset.name}")
         raise
+
+
+def to_image(dataset: Dataset, index: int, encoded: Encoded | Tensor) -> Image:
+    """What a dataset has read of an image, decoded and as levels of its scale. Raises BadImage as `read_image` does."""
+    scale: Scale | None = getattr(dataset, "scale", None)
+    if isinstance(encoded, bytes):
+        return read_pixels(encoded, dataset.describe(index), scale)
+    if scale is not None and not isinstance(encoded, Tensor):
+        return to_levels(as_values(encoded), dataset.describe(index), scale)
+    return encoded
+
+
+def _another_that_fits(dataset: Dataset, index: int) -> str:
+    """The name of an image that has the channels of the scale; empty if none of eight, evenly spread, has."""
+    for other in evenly_spaced(len(dataset), 8):
+        try:
+            if other != index and isinstance(encoded := dataset.read(other)[0], bytes):
+                read_pixels(encoded, "", dataset.scale)
+                return dataset.describe(other)
+        except BadImage:
+            continue
+    return ""
 
 
 def require_readable(dataset: Dataset, purpose: str) -> None:
@@ -404,8 +432,11 @@ def _make_batch(
     """
     if getattr(dataset, "in_memory", False):
         pixels, labels = dataset.read_batch(indices)
+        scale: Scale | None = getattr(dataset, "scale", None)
+        if scale is not None:
+            pixels = to_levels(pixels if pixels.ndim == 4 else pixels[..., None], dataset.name, scale)
         images = transform(as_images(pixels), slice(None), None)
-        looks = look(pixels) if look else []
+        looks = look(pixels if isinstance(pixels, np.ndarray) else list(pixels)) if look else []
         return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), looks=looks)
 
     images = _empty_images(len(indices), preprocessing)
@@ -431,16 +462,16 @@ def _make_batch(
 
 
 def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:
-    """An uninitialized float32 tensor (B, C, R, R), channels last.
+    """An uninitialized float32 tensor (B, C, H, W), channels last.
 
     In a worker process it lies in shared memory, so that it is not copied there on its way out.
     """
-    shape = (count, preprocessing.resolution, preprocessing.resolution, preprocessing.channels)
+    shape = (count, *preprocessing.size, preprocessing.channels)
     if get_worker_info() is None:
-        return torch.empty(shape).movedim(-1, 1)  # (B, C, R, R)
+        return torch.empty(shape).movedim(-1, 1)  # (B, C, H, W)
     size = math.prod(shape)
     shared = torch.UntypedStorage._new_shared(4 * size)  # as torch's own collation does
-    return torch.empty(0).set_(shared, 0, (size,), (1,)).view(shape).movedim(-1, 1)  # (B, C, R, R)
+    return torch.empty(0).set_(shared, 0, (size,), (1,)).view(shape).movedim(-1, 1)  # (B, C, H, W)
 
 
 def _load(
@@ -488,7 +519,7 @@ def _from_workers(
         pin_memory=pin_memory,
     )
     preprocessing = batches.transform.preprocessing
-    bytes_per_image = 4 * preprocessing.channels * preprocessing.resolution**2
+    bytes_per_image = 4 * preprocessing.channels * math.prod(preprocessing.size)
     require_shared_memory(num_workers, batches.num_images * bytes_per_image)
     workers, num_received = WorkerReaper(), 0
     try:

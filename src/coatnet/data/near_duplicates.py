@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coatnet.data.channels import to_shown
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.splits import SplitRule, Splits, divide
@@ -33,24 +34,26 @@ _READ_SIDE = 256  # of larger images every n-th pixel is read
 
 
 class Fingerprint(NamedTuple):
-    """What is kept of an image: its hash, and a colored version of uint8 (3, 16, 16)."""
+    """What is kept of an image: its hash, and a colored version of uint8 (3, 16, 16), or of all channels."""
 
     hash: int
     thumbnail: NDArray[np.uint8]
 
 
 def fingerprint(pixels: Tensor) -> Fingerprint:
-    """The fingerprint of an image (3 or 1, H, W) of uint8."""
+    """The fingerprint of an image (C, H, W), of uint8 or of levels."""
     return fingerprints(pixels[None])[0]
 
 
 def fingerprints(pixels: Tensor) -> list[Fingerprint]:
-    """The fingerprints of images of one size (B, 3 or 1, H, W) of uint8."""
+    """The fingerprints of images of one size (B, C, H, W), of uint8 or of levels."""
+    pixels = to_shown(pixels)
     step = max(1, min(pixels.shape[2:]) // _READ_SIDE)
     small = F.interpolate(pixels[:, :, ::step, ::step].float(), size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
     rows = F.adaptive_avg_pool2d(small.mean(dim=1), (8, 9))  # (B, 8, 9)
     bits = np.packbits((rows[..., 1:] - rows[..., :-1] > _MIN_STEP).flatten(1).numpy(), axis=1)
-    thumbnails = F.avg_pool2d(small, _SIDE // THUMBNAIL_SIDE).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    thumbnails = F.avg_pool2d(small, _SIDE // THUMBNAIL_SIDE).round().clamp(0, 255).byte()
+    thumbnails = thumbnails.expand(-1, 3, -1, -1) if thumbnails.shape[1] == 1 else thumbnails
     hashes = (int.from_bytes(row.tobytes(), "big") for row in bits)
     return [Fingerprint(*each) for each in zip(hashes, thumbnails.numpy(), strict=True)]
 

@@ -9,6 +9,7 @@ from coatnet.data.builtin import (
     open_fashion_mnist_small,
     open_idx_folder,
 )
+from coatnet.data.channels import find_scale
 from coatnet.data.folder import MANIFEST_SUFFIXES, open_folder
 from coatnet.data.hugging_face import SCHEME, is_saved_folder, open_hugging_face
 from coatnet.data.manifest import open_manifest
@@ -59,7 +60,8 @@ def open_dataset(
             f"test_fraction must be 0 or more and leave images to learn from beside validation_fraction "
             f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
         )
-    return divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+    splits = divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+    return splits.with_scale(find_scale(splits.training if len(splits.training) else splits.validation))
 
 
 @report_wait("reading what images there are")

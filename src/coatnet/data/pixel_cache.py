@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import mmap
+import operator
 import os
 import shutil
 import tempfile
@@ -26,9 +27,10 @@ import PIL
 import torch
 from numpy.typing import NDArray
 
+from coatnet.data.channels import with_scale
 from coatnet.data.datasets import Dataset, FileDataset
-from coatnet.data.decode import BadImage, decode
-from coatnet.data.loader import SHARED_MEMORY, read_image
+from coatnet.data.decode import BadImage
+from coatnet.data.loader import SHARED_MEMORY, read_image, to_image
 from coatnet.data.sampler import EpochSampler
 from coatnet.data.transforms import (
     Augmentation,
@@ -77,15 +79,22 @@ class Reduction:
         """
         if self.smallest_part is None:
             return self.preprocessing.resized_side
-        return math.ceil(self.preprocessing.resolution / math.sqrt(self.smallest_part))
+        return math.ceil(self.preprocessing.side / math.sqrt(self.smallest_part))
 
-    def __call__(self, image: Image) -> NDArray[np.uint8]:
-        """An image, a uint8 tensor (3 or 1, H, W) or array (H, W) or (H, W, 3), to an array (H', W', C)."""
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is kept: levels in single precision where the preprocessing has a scale."""
+        return np.dtype(np.uint8 if self.preprocessing.scale is None else np.float32)
+
+    def __call__(self, image: Image) -> NDArray:
+        """An image, a uint8 tensor (3 or 1, H, W) or array (H, W) or (H, W, 3), or levels float32 (C, H, W), to an
+        array (H', W', C) of the same type."""
         pixels = match_channels(as_images(image)[None], self.preprocessing)
         height, width = pixels.shape[-2:]
         if min(height, width) > self.side:
             if self.smallest_part is None:
-                pixels = resize_with_margin(pixels, self.preprocessing)
+                if all(map(operator.ge, (height, width), self.preprocessing.resized_size)):
+                    pixels = resize_with_margin(pixels, self.preprocessing)
             else:
                 shorter = min(height, width)
                 size = (round(self.side * height / shorter), round(self.side * width / shorter))
@@ -95,7 +104,8 @@ class Reduction:
     def bytes_of(self, height: int, width: int) -> int:
         """About what an image of this size takes."""
         scale = min(1.0, self.side / max(1, min(height, width)))
-        return math.ceil(height * scale) * math.ceil(width * scale) * self.preprocessing.channels
+        values = math.ceil(height * scale) * math.ceil(width * scale) * self.preprocessing.channels
+        return values * self.dtype.itemsize
 
 
 class Address(NamedTuple):
@@ -121,7 +131,7 @@ class CachedDataset(Dataset):
     def __init__(self, source: Dataset, reduction: Reduction, descriptor: int | None, table: NDArray[np.int64]) -> None:
         self.source, self.reduction, self.table = source, reduction, table
         self.name, self.classes, self.multilabel = source.name, source.classes, source.multilabel
-        self.thread_safe = source.thread_safe
+        self.thread_safe, self.scale = source.thread_safe, reduction.preprocessing.scale
         self._descriptor, self._map = descriptor, None
         if descriptor is not None and os.fstat(descriptor).st_size:
             self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
@@ -149,15 +159,18 @@ class CachedDataset(Dataset):
         """Bytes of the pixels that are kept."""
         return 0 if self._map is None else len(self._map)
 
-    def read(self, index: int) -> tuple[NDArray[np.uint8], NDArray]:
-        """The reduced pixels, (H, W, 3) or (H, W), and the label. Raises BadImage as the source does."""
+    def read(self, index: int) -> tuple[Any, NDArray]:
+        """The reduced pixels, (H, W, 3) or (H, W), or levels, a tensor (C, H, W), and the label.
+
+        Raises BadImage as the source does.
+        """
         offset, height, width = self.table[index].tolist()
         if offset < 0 or self._map is None:
             image, label = read_image(self.source, index)
-            return _without_one_channel(self.reduction(image)), label
+            return _as_read(self.reduction(image)), label
         shape = (height, width, self.reduction.preprocessing.channels)
-        pixels = np.frombuffer(self._map, np.uint8, math.prod(shape), offset).reshape(shape)
-        return _without_one_channel(pixels), self.source.label(index)
+        pixels = np.frombuffer(self._map, self.reduction.dtype, math.prod(shape), offset).reshape(shape)
+        return _as_read(pixels), self.source.label(index)
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
@@ -183,7 +196,9 @@ class CachedDataset(Dataset):
         self._descriptor = self._map = None
 
 
-def _without_one_channel(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _as_read(pixels: NDArray) -> NDArray | torch.Tensor:
+    if pixels.dtype == np.float32:
+        return as_images(pixels)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
@@ -196,6 +211,7 @@ def attach(source: Dataset, reduction: Reduction, address: Address) -> CachedDat
 
     Elsewhere every image is decoded.
     """
+    source = with_scale(source, reduction.preprocessing.scale)
     try:
         descriptor = os.open(f"/proc/{address.process}/fd/{address.descriptor}", os.O_RDONLY)
     except OSError:
@@ -224,6 +240,7 @@ def keep_images(
     Raises:
         UserError: the disk has no room for them, or the data is damaged.
     """
+    source = with_scale(source, reduction.preprocessing.scale)
     if where == "disk":
         folder = cached_folder(
             _KIND,
@@ -308,7 +325,7 @@ def _fill(
         try:
             with reading:
                 encoded, _ = source.read(index)
-            image = decode(encoded, source.describe(index)) if isinstance(encoded, bytes) else encoded
+            image = to_image(source, index, encoded)
         except BadImage:
             return  # it is read again where it is needed, and counted there
         pixels = reduction(image)
@@ -329,7 +346,7 @@ def _fill(
     return table, not full
 
 
-def _written(file: int, pixels: NDArray[np.uint8], offset: int) -> bool:
+def _written(file: int, pixels: NDArray, offset: int) -> bool:
     """Whether the pixels are in the file from `offset` on; not if the disk or the memory is full."""
     left = pixels.data.cast("B")
     try:

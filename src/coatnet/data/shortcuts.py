@@ -29,7 +29,8 @@ class Shortcut(NamedTuple):
 
 
 def properties_of(pixels: Tensor) -> NDArray[np.float32]:
-    """The values of `PROPERTIES` of an image (3 or 1, H, W) of uint8."""
+    """The values of `PROPERTIES` of an image (C, H, W); one of other than three channels counts as gray."""
+    pixels = pixels if len(pixels) in (1, 3) else pixels.mean(dim=0, keepdim=True)
     height, width = pixels.shape[1:]
     step = max(1, min(height, width) // 64)
     colors = pixels[:, ::step, ::step].float().mean(dim=(1, 2)).expand(3)

@@ -11,8 +11,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from coatnet.data.channels import read_pixels, with_scale
 from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, evenly_spaced, select
-from coatnet.data.decode import BadImage, decode, image_size
+from coatnet.data.decode import BadImage, Scale, image_size
 from coatnet.errors import UserError, counted, cut, one_line
 from coatnet.public_names import renamed_attribute
 
@@ -120,6 +121,15 @@ class Splits:
         """Sizes and color of a sample of the training images, or of validation without any; read when first used."""
         return summarize(self.training if len(self.training) else self.validation)
 
+    def with_scale(self, scale: Scale | None) -> "Splits":
+        """The same images, read as levels of a scale, or as 8-bit RGB without one."""
+        parts = {
+            name: with_scale(part, scale)
+            for name in ("training", "validation", "test")
+            if (part := getattr(self, name)) is not None
+        }
+        return self if all(getattr(self, name) is part for name, part in parts.items()) else replace(self, **parts)
+
     @property
     def native_resolution(self) -> int:
         """The shorter side of the median training image, in pixels."""
@@ -152,11 +162,17 @@ class Splits:
             f"{self.name}: {counted(num_images, 'image')}, {counted(len(self.classes), 'class')}, {kind}",
             f"  split    {len(self.training):,} for training, {len(self.validation):,} for validation"
             + (f", {len(self.test):,} for the test at the end" if self.test is not None else ""),
-            f"  images   {_describe_sizes(summary)}, {'gray' if summary.gray else 'color'}",
+            f"  images   {_describe_sizes(summary)}, {self._describe_values(summary)}",
             f"  classes  {shown}",
             f"  balance  {_describe_balance(self.classes, counts)}",
         ]
         return "\n".join(cut(one_line(line)) for line in lines + [f"  note     {note}" for note in self.notes])
+
+    def _describe_values(self, summary: Summary) -> str:
+        scale: Scale | None = getattr(self.training, "scale", None)
+        if scale is None:
+            return "gray" if summary.gray else "color"
+        return f"{counted(scale.channels, 'channel')}, values from {scale.low:g} to {scale.high:g}"
 
 
 def summarize(dataset: Dataset) -> Summary:
@@ -178,7 +194,9 @@ def summarize(dataset: Dataset) -> Summary:
                 size = image_size(encoded, dataset.describe(index))
                 if gray or not sizes or decoded < DECODED_PIXELS:
                     decoded += size[0] * size[1]
-                    gray &= is_gray(decode(encoded, dataset.describe(index)).numpy())
+                    gray &= is_gray(
+                        read_pixels(encoded, dataset.describe(index), getattr(dataset, "scale", None)).numpy()
+                    )
             else:
                 size = encoded.shape[:2]
                 gray &= encoded.ndim == 2
@@ -349,8 +367,8 @@ def _name_hash(name: str) -> float:
 
 
 def is_gray(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the channels of an image (3, H, W) are equal."""
-    return bool((pixels[0] == pixels[1]).all() and (pixels[1] == pixels[2]).all())
+    """Whether the channels of an image (C, H, W) are equal."""
+    return all(bool((pixels[0] == other).all()) for other in pixels[1:])
 
 
 def _describe_sizes(summary: Summary) -> str:

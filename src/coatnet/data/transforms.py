@@ -1,6 +1,7 @@
 """From decoded images to what the model sees: deterministic for evaluation, seeded for training.
 
-Shapes: B batch, C channels, H W the image, R resolution. Images are uint8, of one size within a batch.
+Shapes: B batch, C channels, H W the image; R R the size that the model sees, which need not be square. Images are
+levels from 0 to 255, uint8, or float32 where a scale gives them; they are of one size within a batch.
 """
 
 import math
@@ -14,12 +15,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet.data import augmentation as augment
+from coatnet.data.decode import MAX_CHANNELS, Scale
 from coatnet.data.sampler import Words
 from coatnet.errors import UserError
-from coatnet.system.validated import Boolean, Integer, Number, PositiveFloat, PositiveFraction, Probability, validated
+from coatnet.system.validated import (
+    Boolean,
+    Integer,
+    Number,
+    PositiveFloat,
+    PositiveFraction,
+    Probability,
+    Size,
+    validated,
+)
 
 Image = Tensor | NDArray[np.uint8]
 
+MAX_SIDE_SEEN = 8192
 MAX_RESIZED_SIDE = 9_400  # an image four times as wide then takes 1 GB
 
 
@@ -27,8 +39,9 @@ MAX_RESIZED_SIDE = 9_400  # an image four times as wide then takes 1 GB
 class Preprocessing:
     """What the model sees at evaluation; it is stored with the weights."""
 
-    resolution: Annotated[Integer, Field(ge=1, le=8192)] = 224
-    """Side of the square image that the model sees, pixels, 1 to 8192; by default 224, in a run as `resolution`."""
+    resolution: Size = 224
+    """Side of the square image that the model sees, pixels, 1 to 8192, or height and width; by default 224, in a run as
+    `resolution`."""
     crop: Literal["center", "squash"] = "center"
     """`center` resizes the shorter side to `resolution / crop_fraction`, `squash` both; the middle is cut out."""
     crop_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.875
@@ -37,13 +50,24 @@ class Preprocessing:
     """How images are resized; both with antialiasing."""
     mean: tuple[Number, ...] = (0.5, 0.5, 0.5)
     """Subtracted from each channel, of pixels from 0 to 1; one number means a gray model, three a color
-    model. By default 0.5, and the mean of the data for small images."""
+    model. By default 0.5, and the mean of the data for small images, or with a `value_range`."""
     std: tuple[PositiveFloat, ...] = (0.5, 0.5, 0.5)
-    """What each channel is divided by after that; by default 0.5, and the deviation of the data for small images."""
+    """What each channel is divided by after that; by default 0.5, and the deviation of the data likewise."""
+    value_range: tuple[Number, Number] | None = None
+    """The values of images that stand for 0 and 1, such as [0,4095], where they are read as they are, with 1 to 16
+    channels; by default those of the data where it is deeper than 8-bit RGB, and else none: images are 8-bit RGB."""
 
     def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3):
+        if not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE_SEEN:
+            raise UserError(f"resolution must be 1 to {MAX_SIDE_SEEN}, got {self.resolution!r}")
+        if self.value_range is None and len(self.mean) not in (1, 3):
             raise UserError(f"mean must be one number (gray) or three (color), got {self.mean}")
+        if self.value_range is not None:
+            if not 1 <= len(self.mean) <= MAX_CHANNELS:
+                raise UserError(f"mean must be 1 to {MAX_CHANNELS} numbers, one a channel, got {self.mean}")
+            low, high = self.value_range
+            if not (high - low >= 1e-30 and max(abs(low), abs(high)) <= 1e30):
+                raise UserError(f"value_range must be two values, the first below the second, got {self.value_range}")
         if len(self.std) != len(self.mean):
             raise UserError(f"std must be {len(self.mean)} numbers, as many as mean, got {self.std}")
         # Pixels are from 0 to 1; beyond these bounds single precision gives infinity or nothing.
@@ -51,21 +75,47 @@ class Preprocessing:
             raise UserError(
                 f"mean must be at most 1e6 and std from 1e-6 to 1e6, of pixels from 0 to 1, got {self.mean}, {self.std}"
             )
-        if self.resized_side > MAX_RESIZED_SIDE:
+        if max(self.resized_size) > MAX_RESIZED_SIDE:
             raise UserError(
-                f"crop_fraction {self.crop_fraction:g} of {self.resolution} pixels enlarges images to "
-                f"{self.resized_side:,}, of which there may be {MAX_RESIZED_SIDE:,}; give a larger fraction"
+                f"crop_fraction {self.crop_fraction:g} of {self.shown_size} pixels enlarges images to "
+                f"{max(self.resized_size):,}, of which there may be {MAX_RESIZED_SIDE:,}; give a larger fraction"
             )
 
     @property
     def channels(self) -> int:
-        """Channels of the image that the model sees: 1 (gray) or 3 (color)."""
+        """Channels of the image that the model sees: 1 (gray) or 3 (color), or up to 16 with a value range."""
         return len(self.mean)
 
     @property
+    def scale(self) -> Scale | None:
+        """How values become levels; None for images of 8-bit RGB."""
+        return None if self.value_range is None else Scale(self.channels, *self.value_range)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image that the model sees, in pixels."""
+        return self.resolution if isinstance(self.resolution, tuple) else (self.resolution, self.resolution)
+
+    @property
+    def side(self) -> int:
+        """The longer side of the image that the model sees, in pixels."""
+        return max(self.size)
+
+    @property
+    def shown_size(self) -> int | str:
+        """The side of a square, 224; else height and width, `192 x 320`."""
+        return self.size[0] if self.size[0] == self.size[1] else f"{self.size[0]} x {self.size[1]}"
+
+    @property
+    def resized_size(self) -> tuple[int, int]:
+        """The least height and width of the resized image, before the middle is cut out, in pixels."""
+        height, width = (math.floor(min(side / self.crop_fraction, 1e9)) for side in self.size)  # as timm computes it
+        return height, width
+
+    @property
     def resized_side(self) -> int:
-        """Shorter side of the resized image, before the middle is cut out, in pixels."""
-        return math.floor(min(self.resolution / self.crop_fraction, 1e9))  # as timm computes it; may be infinite
+        """The shorter side of that, in pixels."""
+        return min(self.resized_size)
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -102,6 +152,11 @@ class Augmentation:
     """Whether TrivialAugment, one operation of random strength on each image, takes the place of RandAugment."""
     erasing_rate: Probability = 0.0
     """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
+
+    @property
+    def varies_colors(self) -> bool:
+        """Whether operations on colors are among those of 8-bit RGB images."""
+        return self.trivial_augment or bool(self.rand_augment_layers)
 
     def __post_init__(self) -> None:
         if self.trivial_augment and self.rand_augment_layers:
@@ -152,11 +207,12 @@ class TrainingTransform:
         pixels = self.crop(match_channels(pixels, self.preprocessing), seeds)
         pixels = augment.flip(pixels, seeds, ours.flip_rate) if mirrored is None else augment.mirror(pixels, mirrored)
         fill = [round(255 * value) for value in self.preprocessing.mean[: pixels.shape[1]]]
+        colors = self.preprocessing.value_range is None
         if ours.rand_augment_layers:
             layers, magnitude = ours.rand_augment_layers, ours.rand_augment_magnitude
-            pixels = augment.rand_augment(pixels, seeds, layers=layers, magnitude=magnitude, fill=fill)
+            pixels = augment.rand_augment(pixels, seeds, layers=layers, magnitude=magnitude, fill=fill, colors=colors)
         elif ours.trivial_augment:
-            pixels = augment.trivial_augment(pixels, seeds, fill=fill)
+            pixels = augment.trivial_augment(pixels, seeds, fill=fill, colors=colors)
         images = normalize(pixels, self.preprocessing, out)
         return augment.erase_(images, seeds, ours.erasing_rate)
 
@@ -168,9 +224,9 @@ class TrainingTransform:
                     images.shape[-2:],
                     seeds,
                     scale=self.augmentation.crop_scale,
-                    ratio=self.augmentation.crop_ratio,
+                    ratio=self._crop_ratio,
                 )
-                resolution = (self.preprocessing.resolution, self.preprocessing.resolution)
+                resolution = self.preprocessing.size
                 # In channels last, as images are decoded, the kernel transposes neither its input nor its output.
                 cuts = [
                     image[None, :, top : top + height, left : left + width].contiguous(
@@ -184,27 +240,35 @@ class TrainingTransform:
             case "none":
                 return resize_and_crop(images, self.preprocessing)
 
+    @property
+    def _crop_ratio(self) -> tuple[float, float]:
+        """Width over height of a random part: that of the augmentation, around the shape that the model sees."""
+        (low, high), (tall, wide) = self.augmentation.crop_ratio, self.preprocessing.size
+        return (low, high) if tall == wide else (low * wide / tall, high * wide / tall)
+
 
 def as_images(array: Image) -> Tensor:
-    """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor is returned unchanged."""
+    """An array (..., H, W) or (..., H, W, 3) to a tensor (..., C, H, W); a tensor is returned unchanged.
+
+    Levels in single precision are always (..., H, W, C).
+    """
     if isinstance(array, Tensor):
         return array
     tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    color = array.ndim > 2 and array.shape[-1] == 3
+    color = array.ndim > 2 and (array.shape[-1] == 3 or array.dtype == np.float32)
     return tensor.movedim(-1, -3) if color else tensor.unsqueeze(-3)
 
 
 def match_channels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Average the colors for a gray model; a gray image for a color model keeps one channel until `normalize`."""
-    if preprocessing.channels == 1 and images.shape[-3] == 3:
+    if preprocessing.channels == 1 and images.shape[-3] == 3 and preprocessing.value_range is None:
         return images.float().mean(-3, keepdim=True).round_().to(torch.uint8)
     return images
 
 
 def resize_and_crop(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (B, C, H, W) to uint8 (B, C, R, R): resize, then crop the center."""
-    resolution = preprocessing.resolution
-    return center_crop(resize_with_margin(images, preprocessing), resolution, resolution)
+    return center_crop(resize_with_margin(images, preprocessing), *preprocessing.size)
 
 
 def resize_with_margin(images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -215,23 +279,22 @@ def resize_with_margin(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def _resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width of the center that is resized, and what it is resized to."""
-    side = preprocessing.resized_side
+    tall, wide = preprocessing.resized_size
     if preprocessing.crop == "squash":
-        return (height, width), (side, side)
+        return (height, width), (tall, wide)
     # A 1 x 5000 image would grow to 256 x 1,280,000 before the crop, which shows 1 x 1 of it.
-    short = min(height, width)
-    height, width = min(height, 4 * short), min(width, 4 * short)
-    return (height, width), (max(side, side * height // width), max(side, side * width // height))
+    height, width = min(height, max(1, 4 * width * tall // wide)), min(width, max(1, 4 * height * wide // tall))
+    return (height, width), (max(tall, wide * height // width), max(wide, tall * width // height))
 
 
 def seen_box(height: int, width: int, preprocessing: Preprocessing) -> tuple[float, float, float, float]:
     """The part of an image that the model sees: left, top, right and bottom, as fractions of its width and height."""
     sides = []
     kept, size = _resized_size(height, width, preprocessing)
-    for whole, center, resized in zip((height, width), kept, size, strict=True):
+    for whole, center, resized, shown in zip((height, width), kept, size, preprocessing.size, strict=True):
         first = round((whole - center) / 2)  # as in `center_crop`
-        cut = round((resized - preprocessing.resolution) / 2)
-        edges = (cut, cut + preprocessing.resolution)
+        cut = round((resized - shown) / 2)
+        edges = (cut, cut + shown)
         sides.append([(first + edge * center / resized) / whole for edge in edges])
     (top, bottom), (left, right) = sides
     return left, top, right, bottom

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import without_places
+from coatnet.data.channels import to_rgb, with_scale
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import open_dataset
@@ -176,7 +177,7 @@ def measure(
         data=images.name,
         split=images.split,
         model=bundle.model.variant.name,
-        resolution=bundle.preprocessing.resolution,
+        resolution=bundle.preprocessing.shown_size,
         num_parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
         classes=bundle.classes,
         multilabel=several,
@@ -260,8 +261,9 @@ def choose_datasets(
 def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
     """The data, opened unless it is, and divided as it was when the model was made."""
     if isinstance(data, str | Path):
-        return open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
-    return data
+        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
+    scale = bundle.preprocessing.scale
+    return data.with_scale(scale) if isinstance(data, Splits) else with_scale(data, scale)
 
 
 def recorded_rule(bundle: Bundle) -> SplitRule:
@@ -311,11 +313,10 @@ def _heat_map(bundle: Bundle, image: Image, decision: int, small: np.ndarray) ->
 
 def thumbnail(image: Image, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
     """An image, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
-    pixels = as_images(image)  # (3 or 1, H, W)
+    pixels = to_rgb(as_images(image))  # (3, H, W)
     scale = side / max(pixels.shape[1:])
     if scale < 1:
         size = [max(1, round(length * scale)) for length in pixels.shape[1:]]
         pixels = F.interpolate(pixels[None].float(), size=size, mode="bilinear", antialias=True)[0]
         pixels = pixels.round().clamp(0, 255).byte()
-    pixels = pixels.expand(3, -1, -1)  # (3, H, W)
     return pixels.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)

@@ -63,7 +63,7 @@ class ProbeReport:
     """
 
     data: str
-    resolution: int
+    resolution: int | str
     num_features: int
     num_classes: int
     num_training: int
@@ -212,7 +212,7 @@ def _measure(
     linear = _metrics(probe.scores(validation_features), validation_labels)
     report = ProbeReport(
         data=name,
-        resolution=bundle.preprocessing.resolution,
+        resolution=bundle.preprocessing.shown_size,
         num_features=training.num_features,
         num_classes=num_classes,
         num_training=len(features),

@@ -34,7 +34,7 @@ class Report:
         data: name of the data.
         split: validation, training or all.
         model: name of the variant.
-        resolution: of the input, in pixels.
+        resolution: of the input, in pixels; height and width, `192 x 320`, where they differ.
         num_parameters: of the model.
         classes: names of the K classes.
         multilabel: whether an image may have several labels.
@@ -64,7 +64,7 @@ class Report:
     data: str
     split: str
     model: str
-    resolution: int
+    resolution: int | str
     num_parameters: int
     classes: tuple[str, ...]
     multilabel: bool

@@ -18,6 +18,8 @@ from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
 class Fit(nn.Module):
     """Images uint8 `(B, H, W, 3)` of any size to uint8 `(B, R, R, C)`: resized, then center-cropped.
 
+    Where the preprocessing has a scale, float32 values `(B, H, W, C)` to levels in single precision.
+
     This is `data.transforms.fit` as two products with matrices that follow from height and width by arithmetic alone,
     so one graph takes images of any size in every format, also where the format has no antialiasing. As in torch's
     kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole gray levels.
@@ -30,6 +32,8 @@ class Fit(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = self.matrices(images)
         planes = match_color(images, self.preprocessing).permute(0, 3, 1, 2).float()
+        if self.preprocessing.scale is not None:
+            return (rows @ (planes @ columns.mT)).permute(0, 2, 3, 1)
         planes = to_levels(planes @ columns.mT)  # (B, C, H, R): rows first, as the kernel does
         planes = to_levels(rows @ planes)  # (B, C, R, R)
         return planes.permute(0, 2, 3, 1).to(torch.uint8)
@@ -38,21 +42,24 @@ class Fit(nn.Module):
         """The matrices that resize H rows and W columns to R: `(R, H)` and `(R, W)`."""
         seen = self.preprocessing
         height, width = (length_of(images, axis) for axis in (1, 2))
-        side = torch.full_like(height, seen.resized_side)
+        tall, wide = (torch.full_like(height, side) for side in seen.resized_size)
         if seen.crop == "squash":
-            return self.matrix(images, 1, height, side), self.matrix(images, 2, width, side)
-        # As `data.transforms.scale` has it, in whole numbers.
-        short = torch.minimum(height, width)
-        height, width = torch.minimum(height, 4 * short), torch.minimum(width, 4 * short)
-        rows = torch.maximum(side, quotient(side * height, width))
-        columns = torch.maximum(side, quotient(side * width, height))
+            return self.matrix(images, 1, height, tall), self.matrix(images, 2, width, wide)
+        # As `data.transforms.resized_size` has it, in whole numbers.
+        height = torch.minimum(height, quotient(4 * width * tall, wide).clamp(min=1))
+        width = torch.minimum(width, quotient(4 * height * wide, tall).clamp(min=1))
+        rows = torch.maximum(tall, quotient(wide * height, width))
+        columns = torch.maximum(wide, quotient(tall * width, height))
         return self.matrix(images, 1, height, rows), self.matrix(images, 2, width, columns)
 
     def matrix(self, images: Tensor, axis: int, length: Tensor, size: Tensor) -> Tensor:
         """Resampling weights of one axis `(R, side)`: crop to `length`, resize to `size`, crop to R."""
         index = torch.arange(images.shape[axis]) - half(length_of(images, axis) - length)
-        place = torch.arange(self.preprocessing.resolution)[:, None]
-        weights = self.weights(index, place + half(size - self.preprocessing.resolution), length, size)
+        shown = self.preprocessing.size[axis - 1]
+        place = torch.arange(shown)[:, None]
+        weights = self.weights(index, place + half(size - shown), length, size)
+        if self.preprocessing.scale is not None:
+            return weights
         # The kernel rounds by the largest weight of all places, which is often one at the border.
         border = self.weights(index, place, length, size)
         return to_16_bits(weights, torch.maximum(weights.amax((0, 1)), border.amax((0, 1))))
@@ -81,7 +88,10 @@ FILTERS = {"bilinear": linear, "bicubic": cubic}
 
 
 def match_color(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a gray model the mean over colors."""
+    """uint8 `(B, H, W, 3)` to `(B, H, W, C)`: for a gray model the mean over colors; or values to levels of a scale."""
+    if (scale := preprocessing.scale) is not None:
+        values = torch.where(images.isnan() | images.isinf(), scale.low, images)
+        return (values - scale.low) * (255 / (scale.high - scale.low))
     if preprocessing.channels == 3:
         return images
     return images.float().mean(-1, keepdim=True).round().to(torch.uint8)
@@ -196,7 +206,7 @@ class DynamicPool(nn.Module):
 
 def bare_network(bundle: Bundle, *, any_size: bool = False) -> CoAtNet:
     """The network alone: normalized images float32 `(B, C, R, R)` to logits `(B, K)`."""
-    network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.resolution)
+    network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.size)
     if any_size:
         allow_dynamic_sizes(network)
     return network

@@ -24,20 +24,52 @@ def decode(file: Any) -> numpy.ndarray:
     return numpy.array(image.convert("RGB"))
 
 
+def read_values(file: Any, channels: int) -> numpy.ndarray:
+    """A NumPy file, or a TIFF by tifffile, to float32 (H, W, C): the values that it holds."""
+    if str(file).endswith(".npy"):
+        values = numpy.load(file)
+    else:
+        import tifffile
+
+        values = tifffile.imread(file)
+    values = values[..., None] if values.ndim == 2 else values
+    values = values if values.shape[-1] == channels else numpy.moveaxis(values, 0, -1)
+    return numpy.ascontiguousarray(values, dtype=numpy.float32)
+
+
+def prepare_values(values: numpy.ndarray, seen: dict[str, Any]) -> numpy.ndarray:
+    """float32 (H, W, C) to float32 (1, C, R, R) for a network alone: resized, cropped and normalized."""
+    low, high = seen["value_range"]
+    scaled = (numpy.where(numpy.isfinite(values), values, low) - low) / (high - low)
+    planes = [
+        numpy.asarray(fit(Image.fromarray(plane), seen)) for plane in scaled.astype(numpy.float32).transpose(2, 0, 1)
+    ]
+    mean, std = (numpy.array(seen[name], numpy.float32)[:, None, None] for name in ("mean", "std"))
+    return ((numpy.stack(planes) - mean) / std)[None]
+
+
 def prepare(pixels: numpy.ndarray, seen: dict[str, Any]) -> numpy.ndarray:
     """uint8 (H, W, 3) to float32 (1, C, R, R) for a network alone: resized, cropped and normalized."""
     if len(seen["mean"]) == 1:
         pixels = numpy.rint(pixels.mean(2, dtype=numpy.float32)).astype(numpy.uint8)
-    image, side = Image.fromarray(pixels), seen["resolution"]
-    size = (int(side / seen["crop_fraction"]),) * 2
-    if seen["crop"] == "center":
-        image = crop(image, *(min(length, 4 * min(image.size)) for length in image.size))
-        width, height = image.size
-        size = max(size[0], size[0] * width // height), max(size[0], size[0] * height // width)
-    image = crop(image.resize(size, Image.Resampling[seen["interpolation"].upper()]), side, side)
-    planes = numpy.asarray(image, dtype=numpy.float32).reshape(side, side, -1) / 255
+    planes = numpy.asarray(fit(Image.fromarray(pixels), seen), dtype=numpy.float32)
+    planes = planes.reshape(*planes.shape[:2], -1) / 255
     planes = (planes - numpy.float32(seen["mean"])) / numpy.float32(seen["std"])
     return numpy.ascontiguousarray(planes.transpose(2, 0, 1)[None])
+
+
+def fit(image: Image.Image, seen: dict[str, Any]) -> Image.Image:
+    """The part of an image that the network sees, at its resolution."""
+    sides = seen["resolution"] if isinstance(seen["resolution"], list | tuple) else [seen["resolution"]] * 2
+    tall, wide = (int(side / seen["crop_fraction"]) for side in sides)
+    size = wide, tall
+    if seen["crop"] == "center":
+        width, height = image.size
+        height = min(height, max(1, 4 * width * tall // wide))
+        width = min(width, max(1, 4 * height * wide // tall))
+        image = crop(image, width, height)
+        size = max(wide, tall * width // height), max(tall, wide * height // width)
+    return crop(image.resize(size, Image.Resampling[seen["interpolation"].upper()]), sides[1], sides[0])
 
 
 def crop(image: Image.Image, width: int, height: int) -> Image.Image:

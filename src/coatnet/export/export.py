@@ -18,7 +18,6 @@ from coatnet.export.signature import NOVELTY, Signature, describe
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors
 
 STEPS = 3
-EXAMPLE = "example.png"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def export_bundle(
     max_drop: float = 0.01,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
-    """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and example.png.
+    """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and an example.
 
     Args:
         bundle: the model.
@@ -100,10 +99,12 @@ def export_bundle(
         texts["classify.py"] = script(bundle, signature, snippet)
         for file, text in texts.items():
             (staged / file).write_text(text, encoding="utf-8", errors="backslashreplace")
-        (staged / EXAMPLE).write_bytes(example_file())
+        example, content = example_file(bundle.preprocessing)
+        (staged / example).write_bytes(content)
         progress(3, STEPS)
-    program = classify(bundle, signature, snippet, f"Path({str(out)!r})", f'folder / "{EXAMPLE}"')
-    return ExportResult(Path(out), signature, parity, quantization, f"{functions(signature)}\n\n{program}")
+    program = classify(bundle, signature, snippet, f"Path({str(out)!r})", f'folder / "{example}"')
+    code = functions(bundle, signature)
+    return ExportResult(Path(out), signature, parity, quantization, f"{code}\n\n{program}")
 
 
 def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -119,9 +120,13 @@ def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[s
         raise UserError(f"{metadata['format']} cannot represent this network: {first_line(root)}") from error
 
 
-def functions(signature: Signature) -> str:
+def functions(bundle: Bundle, signature: Signature) -> str:
     """The source of what the code of an export needs before its model: decoding, and preparing for a network alone."""
-    needed = (decode_image.decode, decode_image.prepare, decode_image.crop)[: 3 if signature.logits else 1]
+    eight_bits = bundle.preprocessing.scale is None
+    needed = [decode_image.decode if eight_bits else decode_image.read_values]
+    if signature.logits:
+        needed += [decode_image.prepare if eight_bits else decode_image.prepare_values]
+        needed += [decode_image.fit, decode_image.crop]
     imports = ("import json", "from contextlib import suppress", "from pathlib import Path", "from typing import Any")
     libraries = ("import numpy", "from PIL import Image, ImageOps")
     return "\n\n\n".join(["\n".join((*imports, "", *libraries)), *(getsource(each).rstrip() for each in needed)]) + "\n"
@@ -129,13 +134,15 @@ def functions(signature: Signature) -> str:
 
 def classify(bundle: Bundle, signature: Signature, snippet: str, folder: str, image: str) -> str:
     """Code that prints the likeliest classes of an image; `folder` and `image` are expressions."""
+    eight_bits = bundle.preprocessing.scale is None
+    more = "" if eight_bits else f", {bundle.preprocessing.channels}"
     lines = [
         f"folder = {folder}",
         'metadata = json.loads((folder / "metadata.json").read_text("utf-8"))',
-        f"images = decode({image})[None]  # or an image of yours",
+        f"images = {'decode' if eight_bits else 'read_values'}({image}{more})[None]  # or an image of yours",
     ]
     if signature.logits:
-        lines.append('images = prepare(images[0], metadata["preprocessing"])')
+        lines.append(f'images = {"prepare" if eight_bits else "prepare_values"}(images[0], metadata["preprocessing"])')
     lines.append(snippet)
     if signature.logits:
         odds = "numpy.exp(logits - logits.max())"
@@ -153,10 +160,10 @@ def classify(bundle: Bundle, signature: Signature, snippet: str, folder: str, im
 
 def script(bundle: Bundle, signature: Signature, snippet: str) -> str:
     """The content of classify.py."""
-    image = f'sys.argv[1] if len(sys.argv) > 1 else folder / "{EXAMPLE}"'
+    image = f'sys.argv[1] if len(sys.argv) > 1 else folder / "{example_file(bundle.preprocessing)[0]}"'
     program = classify(bundle, signature, snippet, "Path(__file__).parent", image)
     about = '"""Classify an image file: `python classify.py image.jpg`. Images are decoded as coatnet does."""'
-    code = functions(signature).replace("import json\n", "import json\nimport sys\n", 1)
+    code = functions(bundle, signature).replace("import json\n", "import json\nimport sys\n", 1)
     return f'{about}\n\n{code}\n\nif __name__ == "__main__":\n{indent(program, "    ")}'
 
 

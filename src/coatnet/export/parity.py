@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import logits_and_means
+from coatnet.data.channels import with_scale
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage, decode
 from coatnet.data.loader import read_image
@@ -116,9 +118,11 @@ class Reference:
         self.bundle, self.signature = bundle, signature
 
     def given(self, images: Tensor) -> NDArray:
-        """uint8 (B, 3, H, W) to the input of the export."""
+        """uint8 (B, 3, H, W), or levels (B, C, H, W), to the input of the export."""
         if self.signature.logits:
             return np.ascontiguousarray(self.images(images).numpy())
+        if (scale := self.bundle.preprocessing.scale) is not None:
+            images = scale.values(images)
         return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
     def images(self, images: Tensor) -> Tensor:
@@ -146,6 +150,8 @@ class Reference:
         tensor = torch.from_numpy(given)
         if self.signature.logits:
             return self.bundle.model(tensor)
+        if (scale := self.bundle.preprocessing.scale) is not None:
+            return self.probabilities(self.logits(scale.levels(given)))
         return self.probabilities(self.logits(tensor.permute(0, 3, 1, 2)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -203,15 +209,16 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
 def compare_files(reference: Reference, run: Run) -> dict[str, float]:
     """The largest difference of a probability for each kind of file: the bundle decodes it as it does, the export by
     the code that is given with it."""
-    found = {}
+    found: dict[str, float] = {}
+    if reference.bundle.preprocessing.scale is not None:  # its files are values, with nothing to decode
+        return found
     for kind, data in image_files().items():
         batches = [
             decode(data, kind)[None],
             torch.from_numpy(decode_image.decode(io.BytesIO(data))).permute(2, 0, 1)[None],
         ]
         if reference.signature.any_size:
-            side = reference.bundle.preprocessing.resolution
-            batches = [resize(batch, (side, side), "bilinear") for batch in batches]
+            batches = [resize(batch, reference.bundle.preprocessing.size, "bilinear") for batch in batches]
         given, _ = split_outputs(attempt(run, reference.given(batches[1])), reference.bundle)
         theirs = reference.probabilities(given) if reference.signature.logits else given
         found[kind] = float((theirs - reference.probabilities(reference.logits(batches[0]))).abs().max())
@@ -238,9 +245,25 @@ def image_files() -> dict[str, bytes]:
     }
 
 
-def example_file() -> bytes:
-    """The image beside an export: a PNG with transparent parts."""
-    return image_files()["transparent"]
+def example_file(preprocessing: Preprocessing) -> tuple[str, bytes]:
+    """The image beside an export, and its name: a PNG with transparent parts, or values in a NumPy file."""
+    if (scale := preprocessing.scale) is None:
+        return "example.png", image_files()["transparent"]
+    buffer = io.BytesIO()
+    np.save(buffer, scale.values(next(made_images(preprocessing))).permute(1, 2, 0).numpy())
+    return "example.npy", buffer.getvalue()
+
+
+def made_images(preprocessing: Preprocessing) -> Iterator[Tensor]:
+    """Images of soft blobs, of the mean and deviation that a model expects: levels (C, H, W) of several sizes."""
+    random = torch.Generator().manual_seed(0)
+    height, width = preprocessing.size
+    for number in range(MAX_CHECKED_IMAGES):
+        size = (height + number % 5 * height // 4, width + number % 3 * width // 2)
+        blobs = torch.randn(1, preprocessing.channels, 4, 4, generator=random)
+        blobs = F.interpolate(blobs, size=size, mode="bicubic")[0]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+        yield 255 * (mean + std * blobs)
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -328,24 +351,31 @@ def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tenso
     Raises:
         UserError: there is no such data, or none of its images can be read.
     """
+    if data is None and bundle.preprocessing.scale is not None:
+        return "made images", list(made_images(bundle.preprocessing))
     if data is None:
         data = "digits" if set(bundle.classes) == set(map(str, range(10))) else "fashion-mnist-small"
     splits = open_dataset(data, evaluation=True)
     dataset = splits.validation if len(splits.validation) else splits.training
-    images = [image for image, _ in spread_images(dataset, MAX_CHECKED_IMAGES)]
+    images = [image for image, _ in spread_images(dataset, bundle.preprocessing, MAX_CHECKED_IMAGES)]
     if not images:
         raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")
     return splits.name, images
 
 
-def spread_images(dataset: Dataset, most: int) -> Iterator[tuple[Tensor, int]]:
-    """At most `most` readable images of a dataset, spread evenly, uint8 (3, H, W), with their indices."""
+def spread_images(dataset: Dataset, preprocessing: Preprocessing, most: int) -> Iterator[tuple[Tensor, int]]:
+    """At most `most` readable images of a dataset, spread evenly, uint8 (3, H, W), with their indices.
+
+    Where the preprocessing has a scale, levels (C, H, W).
+    """
+    dataset = with_scale(dataset, preprocessing.scale)
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64)).tolist():
         try:
             image, _ = read_image(dataset, index)
         except BadImage:
             continue
-        yield as_images(image).expand(3, -1, -1), index
+        pixels = as_images(image)
+        yield pixels if preprocessing.scale is not None else pixels.expand(3, -1, -1), index
 
 
 def check_batches(images: list[Tensor]) -> Iterator[Tensor]:
@@ -360,7 +390,7 @@ def check_batches(images: list[Tensor]) -> Iterator[Tensor]:
 
 def resize_batches(batches: Iterator[Tensor], preprocessing: Preprocessing) -> Iterator[Tensor]:
     """The batches resized to the model's resolution and, three by three in turn, to a size that is not square."""
-    side = preprocessing.resolution
-    sizes = ((side, side), (side * 5 // 4, side * 3 // 2))
+    height, width = preprocessing.size
+    sizes = ((height, width), (height * 5 // 4, width * 3 // 2))
     for number, batch in enumerate(batches):
         yield resize(batch, sizes[number // len(BATCH_SIZES) % 2], preprocessing.interpolation)

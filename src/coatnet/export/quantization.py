@@ -205,7 +205,7 @@ def sample(dataset: Dataset, bundle: Bundle, signature: Signature, most: int, ba
     """Images spread evenly over a dataset, as inputs of the network."""
     transform, translate = EvaluationTransform(bundle.preprocessing), label_translation(dataset, bundle)
     prepared, indices = [], []
-    for image, index in spread_images(dataset, most):
+    for image, index in spread_images(dataset, bundle.preprocessing, most):
         prepared.append(transform.resize(image[None]))
         indices.append(index)
     labels = translate(torch.from_numpy(dataset.labels[indices]))

@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import threshold_index
+from coatnet.data.transforms import Preprocessing
 from coatnet.export.classifier import Classifier, bare_network
-from coatnet.inference.graph import to_program
+from coatnet.inference.graph import pixel_type, to_program
 from coatnet.version import __version__
 
 # Uint8 images or float32 images in; probabilities or logits (B, K) out, with the novelty, if any, as a last column.
@@ -38,6 +39,13 @@ DECODING = {
     "color_profile": "not applied",
     "animation": "the first frame",
     "above_50_megapixels": "halved until there are no more",
+}
+
+# The same where a model takes other values than 8-bit RGB.
+VALUES = {
+    "values": "as the file holds them, in single precision",
+    "not_finite": "the low end of value_range",
+    "exif_orientation": "applied",
 }
 
 
@@ -82,15 +90,22 @@ class Signature:
 
     def example(self, bundle: Bundle) -> Tensor:
         """An example input for the exporter: a batch of two, not square, so that height and width stay distinct."""
-        side = bundle.preprocessing.resolution
+        (height, width), channels = bundle.preprocessing.size, bundle.preprocessing.channels
         if self.logits:
-            return torch.zeros(2, bundle.preprocessing.channels, side, side + 32 if self.any_size else side)
-        return torch.zeros(2, side, side + 32, 3, dtype=torch.uint8)
+            return torch.zeros(2, channels, height, height + 32 if self.any_size else width)
+        pixels = 3 if bundle.preprocessing.scale is None else channels
+        return torch.zeros(2, height, height + 32, pixels, dtype=pixel_type(bundle.preprocessing))
 
     def shape(self, bundle: Bundle) -> tuple[int, ...]:
         """The shape of the input; -1 is dynamic."""
-        side = -1 if self.any_size or not self.logits else bundle.preprocessing.resolution
-        return (-1, bundle.preprocessing.channels, side, side) if self.logits else (-1, -1, -1, 3)
+        seen = bundle.preprocessing
+        height, width = (-1, -1) if self.any_size or not self.logits else seen.size
+        pixels = 3 if seen.scale is None else seen.channels
+        return (-1, seen.channels, height, width) if self.logits else (-1, -1, -1, pixels)
+
+    def dtype(self, bundle: Bundle) -> str:
+        """The type of the input."""
+        return "float32" if self.logits or bundle.preprocessing.scale is not None else "uint8"
 
 
 def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any]:
@@ -104,14 +119,14 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
         "multilabel": bundle.multilabel,
         "input": {
             "name": signature.input,
-            "dtype": "float32" if signature.logits else "uint8",
+            "dtype": signature.dtype(bundle),
             "shape": list(signature.shape(bundle)),
-            "meaning": _meaning(signature),
+            "meaning": _meaning(signature, bundle),
         },
         "output": {"name": signature.output, "shape": [-1, len(bundle.classes)], "activation": activation},
         **describe_calibration(bundle, signature),
-        "decoding": DECODING,
-        "preprocessing": asdict(bundle.preprocessing) | {"inside": _inside(signature)},
+        "decoding": DECODING if bundle.preprocessing.scale is None else VALUES,
+        "preprocessing": _preprocessing(bundle.preprocessing) | {"inside": _inside(signature)},
     }
 
 
@@ -164,7 +179,14 @@ def join_outputs(outputs: Sequence[NDArray]) -> NDArray[np.float32]:
     return np.column_stack(list(outputs)) if len(outputs) > 1 else np.array(outputs[0])
 
 
-def _meaning(signature: Signature) -> str:
+def _preprocessing(seen: Preprocessing) -> dict[str, Any]:
+    values = asdict(seen)
+    return values if seen.value_range is not None else {key: values[key] for key in values if key != "value_range"}
+
+
+def _meaning(signature: Signature, bundle: Bundle) -> str:
+    if not signature.logits and bundle.preprocessing.scale is not None:
+        return "the values of the file, height and width as they are; channels last"
     if signature.logits:
         return "resized, cut and normalized as the preprocessing says; channels first"
     return "RGB, 0 to 255, decoded as `decoding` says, height and width as they are; channels last"

@@ -32,7 +32,7 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
 
 def configuration(bundle: Bundle, signature: Signature) -> str:
     """The text of config.pbtxt, without a name: that is the folder's, which may be renamed."""
-    data_type = "TYPE_FP32" if signature.logits else "TYPE_UINT8"
+    data_type = "TYPE_UINT8" if signature.dtype(bundle) == "uint8" else "TYPE_FP32"
     dims = ", ".join(map(str, signature.shape(bundle)[1:]))
     outputs = [f'{{ name: "{signature.output}" data_type: TYPE_FP32 dims: [ {len(bundle.classes)} ] {LABELS} }}']
     if NOVELTY in signature.outputs(bundle):
@@ -59,7 +59,7 @@ def reopen(folder: Path, signature: Signature) -> Run:
 
 def snippet(bundle: Bundle, signature: Signature) -> str:
     """Code that opens the export in `folder`, and computes probabilities or logits (B, K) of the array `images`."""
-    wire = "FP32" if signature.logits else "UINT8"
+    wire = "UINT8" if signature.dtype(bundle) == "uint8" else "FP32"
     outputs = "".join(
         f'\n{name} = answer.as_numpy("{name}"){".ravel()" * (name == NOVELTY)}' for name in signature.outputs(bundle)
     )

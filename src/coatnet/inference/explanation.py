@@ -4,7 +4,7 @@ Shapes: B images, C channels, R resolution, K classes, H W cells of a feature ma
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -137,7 +137,7 @@ def layercam(bundle: Bundle, images: Tensor, targets: Tensor | None = None, stag
             score = logits.gather(1, _targets(logits, targets)[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, activation)
         cells = (gradient.relu() * activation.detach()).sum(1).relu()  # (B, H, W)
-    return over_pixels(cells, stride_of(model, stage), images.shape[-1])
+    return over_pixels(cells, stride_of(model, stage), images.shape[-2:])
 
 
 def attention(bundle: Bundle, images: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def attention(bundle: Bundle, images: Tensor) -> Tensor:
     shares, grid = attention_rollout(model, images)
     cells = shares.mean(1).unflatten(1, grid)
     cells = cells - cells.amin((1, 2), keepdim=True)
-    return over_pixels(cells, stride_of(model, first), images.shape[-1])
+    return over_pixels(cells, stride_of(model, first), images.shape[-2:])
 
 
 def attention_rollout(model: CoAtNet, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -212,16 +212,16 @@ def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, pat
     Returns:
         float32 (B, R, R) on the CPU, from 0 to 1.
     """
-    model, side = bundle.model, images.shape[-1]
-    patch = max(1, side // PATCHES_PER_SIDE) if patch is None else min(patch, side)
-    firsts = sorted({*range(0, side - patch, (patch + 1) // 2), side - patch})
-    places = [(slice(top, top + patch), slice(left, left + patch)) for top in firsts for left in firsts]
+    model, size = bundle.model, tuple(images.shape[-2:])
+    patch = max(1, min(size) // PATCHES_PER_SIDE) if patch is None else min(patch, *size)
+    tops, lefts = (sorted({*range(0, side - patch, (patch + 1) // 2), side - patch}) for side in size)
+    places = [(slice(top, top + patch), slice(left, left + patch)) for top in tops for left in lefts]
     with torch.inference_mode(), in_evaluation(model):
         images = to_model(images, model)
         logits = model(images)
         indices = _targets(logits, targets)[:, None]
         whole = _log_odds(logits, indices, bundle.multilabel)  # (B, 1)
-        falls, hidden = torch.zeros(len(images), side, side), torch.zeros(side, side)
+        falls, hidden = torch.zeros(len(images), *size), torch.zeros(size)
         at_once = max(1, MAX_OCCLUDED_IMAGES // len(images))
         for start in range(0, len(places), at_once):
             some = places[start : start + at_once]
@@ -233,7 +233,7 @@ def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, pat
             for change, (rows, columns) in zip(changes, some, strict=True):
                 falls[:, rows, columns] += change[:, None, None]
                 hidden[rows, columns] += 1
-    return over_pixels((falls / hidden).relu(), 1, side)
+    return over_pixels((falls / hidden).relu(), 1, images.shape[-2:])
 
 
 @contextmanager
@@ -269,13 +269,13 @@ def stride_of(model: CoAtNet, stage: int) -> int:
     return model.variant.stem_stride * math.prod(each.stride for each in model.variant.stages[:stage])
 
 
-def over_pixels(cells: Tensor, stride: int, resolution: int) -> Tensor:
+def over_pixels(cells: Tensor, stride: int, pixels: Sequence[int]) -> Tensor:
     """A map of cells (B, H, W) over the pixels (B, R, R), scaled so that the most of each image is 1.
 
     The last cells may reach beyond the image, since strides round up: 28 pixels are 4 cells of 8.
     """
     size = (cells.shape[1] * stride, cells.shape[2] * stride)
-    heat = F.interpolate(cells[:, None].float(), size=size, mode="bilinear")[:, 0, :resolution, :resolution]
+    heat = F.interpolate(cells[:, None].float(), size=size, mode="bilinear")[:, 0, : pixels[0], : pixels[1]]
     heat = heat / heat.amax((1, 2), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny)
     return heat.nan_to_num(0.0).clamp(0, 1).cpu()
 

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import logits_and_means
+from coatnet.data.transforms import Preprocessing
 from coatnet.errors import import_extra
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import fold_batch_norm
@@ -51,7 +52,7 @@ class NormalizedNetwork(nn.Module):
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
         super().__init__()
-        self.network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.resolution).to(dtype)
+        self.network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.size).to(dtype)
         self.dtype = dtype
         # Not "mean": torch 2.6 gives ONNX values the names of operations, and one is called mean.
         self.register_buffer("pixel_mean", 255 * torch.tensor(bundle.preprocessing.mean))
@@ -78,8 +79,13 @@ def to_probabilities(logits: Tensor, *, multilabel: bool) -> Tensor:
 
 def example_images(bundle: Bundle) -> Tensor:
     """Two black images, uint8 (2, R, R, C), for an exporter to trace the network with."""
-    side = bundle.preprocessing.resolution
-    return torch.zeros(2, side, side, bundle.preprocessing.channels, dtype=torch.uint8)
+    seen = bundle.preprocessing
+    return torch.zeros(2, *seen.size, seen.channels, dtype=pixel_type(seen))
+
+
+def pixel_type(preprocessing: Preprocessing) -> torch.dtype:
+    """Of the images that the network is given: whole levels, or, of a scale, levels in single precision."""
+    return torch.uint8 if preprocessing.scale is None else torch.float32
 
 
 class ConstantBias(nn.Module):
@@ -98,7 +104,7 @@ class ConstantBias(nn.Module):
 
 
 @torch.no_grad()
-def fold(model: CoAtNet, *, any_size: bool = False, resolution: int | None = None) -> CoAtNet:
+def fold(model: CoAtNet, *, any_size: bool = False, resolution: int | tuple[int, int] | None = None) -> CoAtNet:
     """Copy a network, in evaluation mode, with its BatchNorms folded where that is possible.
 
     Args:
@@ -118,7 +124,8 @@ def fold(model: CoAtNet, *, any_size: bool = False, resolution: int | None = Non
             _fold_into(module.classifier, module.norm, norm_first=True)
             module.norm = nn.Identity()
     if not any_size:
-        _precompute_biases(folded, resolution or model.resolution)
+        resolution = resolution or model.resolution
+        _precompute_biases(folded, resolution if isinstance(resolution, tuple) else (resolution, resolution))
     return folded
 
 
@@ -157,8 +164,8 @@ def _fold_into(product: nn.Module | None, norm: nn.BatchNorm2d, *, norm_first: b
     product.weight, product.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
-def _precompute_biases(model: CoAtNet, side: int) -> None:
-    """Replace the modules of relative biases by their matrices for square images of `side` pixels."""
+def _precompute_biases(model: CoAtNet, size: tuple[int, int]) -> None:
+    """Replace the modules of relative biases by their matrices for images of one size."""
     grids: dict[nn.Module, tuple[int, int]] = {}
 
     def record_grid(module: nn.Module, inputs: tuple[tuple[int, int], torch.dtype]) -> None:
@@ -167,7 +174,7 @@ def _precompute_biases(model: CoAtNet, side: int) -> None:
     biases = [module for module in model.modules() if isinstance(module, GlobalRelativeBias)]
     hooks = [module.register_forward_pre_hook(record_grid) for module in biases]
     parameter = next(model.parameters())
-    model(parameter.new_zeros(1, model.in_channels, side, side))
+    model(parameter.new_zeros(1, model.in_channels, *size))
     for hook in hooks:
         hook.remove()
     replace_modules(model, GlobalRelativeBias, lambda bias: ConstantBias(bias.matrix(grids[bias])))

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.calibration import METHODS, Calibration, is_refused, set_scores, threshold_index
+from coatnet.data.channels import as_values, read_pixels, to_levels
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
-from coatnet.data.decode import BadImage, decode, pixels_of
+from coatnet.data.decode import BadImage, Scale, pixels_of
 from coatnet.data.folder import expand_paths
 from coatnet.data.transforms import as_images, match_channels, normalize, seen_box
 from coatnet.errors import UserError, first_line, nearest
@@ -92,6 +93,8 @@ class Predictor:
         multilabel: whether an image may have several labels; probabilities are then independent of each other.
         engine: computes the logits; its `name` and `precision` are those chosen.
         image_shape: of a prepared image: (V, R, R, C).
+        scale: how values become levels, where the model takes other images than 8-bit RGB; else None.
+        pixel_type: of a prepared image: uint8, or float32 where the model takes other values than 8-bit RGB.
 
     Raises:
         UserError: there is no such model, engine, precision, view or device, the engine is not installed, or `reject`
@@ -121,8 +124,9 @@ class Predictor:
         self._set_threshold = None if coverage is None else find_threshold(self.bundle, coverage, set_method)
         self.classes, self.multilabel = self.bundle.classes, self.bundle.multilabel
         self.views = views
-        side = self.bundle.preprocessing.resolution
-        self.image_shape = (NUM_VIEWS[views], side, side, self.bundle.preprocessing.channels)
+        self.image_shape = (NUM_VIEWS[views], *self.bundle.preprocessing.size, self.bundle.preprocessing.channels)
+        self.scale = self.bundle.preprocessing.scale
+        self.pixel_type = np.dtype(np.uint8 if self.scale is None else np.float32)
         self.engine = open_engine(self.bundle, engine, precision, device)
         self._explaining = threading.Lock()  # attention is read by hooks
 
@@ -202,8 +206,11 @@ class Predictor:
     def prepare_and_locate(self, image: Image, name: str = "image") -> tuple[NDArray[np.uint8], Box]:
         """As `prepare`, with the part of the image that the first view shows, as in `Explanation`. Thread-safe."""
         encoded = _encoded(image, name)
+        scale = self.scale
         if encoded is not None:
-            pixels = decode(encoded, name)
+            pixels = read_pixels(encoded, name, scale)
+        elif scale is not None:
+            pixels = _to_levels(image, name, scale)
         elif isinstance(image, PIL.Image.Image):
             pixels = pixels_of(image, name)
         else:
@@ -214,18 +221,18 @@ class Predictor:
         prepared = views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
         return prepared, seen_box(pixels.shape[-2], pixels.shape[-1], self.bundle.preprocessing)
 
-    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def probabilities(self, images: NDArray) -> NDArray[np.float32]:
         """Compute the probabilities of a batch, averaged over the views. Not thread-safe.
 
         Args:
-            images: prepared images, uint8 (B, V, R, R, C).
+            images: prepared images, uint8 (B, V, R, R, C), or of `pixel_type`.
 
         Returns:
             (B, K): a softmax, or K sigmoids for multi-label.
         """
         return self.answers(images).probabilities
 
-    def answers(self, images: NDArray[np.uint8]) -> Answers:
+    def answers(self, images: NDArray) -> Answers:
         """Compute probabilities and novelty of a batch, averaged over the views. Not thread-safe.
 
         Args:
@@ -304,7 +311,7 @@ class Predictor:
 
     def heat_maps(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray,
         targets: NDArray[np.integer[Any]],
         *,
         method: str = "layercam",
@@ -356,7 +363,7 @@ class Predictor:
             for name, views in zip(names, prepared, strict=True)
         ]
 
-    def describe_all(self, images: NDArray[np.uint8], top_k: int) -> Iterator[Prediction]:
+    def describe_all(self, images: NDArray, top_k: int) -> Iterator[Prediction]:
         """What is said of each of some prepared images, uint8 (B, V, R, R, C); without names. Not thread-safe."""
         probabilities, novelty = self.answers(images)
         for index, row in enumerate(probabilities):
@@ -446,6 +453,19 @@ def _encoded(image: object, name: str) -> bytes | None:
 
 def _name(image: Image, index: int) -> str:
     return os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+
+
+def _to_levels(image: object, name: str, scale: Scale) -> Tensor:
+    """Values of an array (H, W) or (H, W, C), of a tensor (C, H, W) or of an image of Pillow to levels (C, H, W)."""
+    if isinstance(image, Tensor):
+        image = image.movedim(-3, -1).numpy(force=True) if image.ndim == 3 else image.numpy(force=True)
+    values = np.asarray(image) if isinstance(image, np.ndarray | PIL.Image.Image) else None
+    if values is None or values.ndim not in (2, 3) or values.dtype.kind not in "biuf" or 0 in values.shape:
+        given = "" if values is None else f" {values.dtype} of shape {values.shape}"
+        raise UserError(
+            f"{name} is a {type(image).__name__}{given}: give values (H, W, C) of {scale.channels} channels"
+        )
+    return to_levels(as_values(values), name, scale)
 
 
 def _to_pixels(image: object, name: str) -> Tensor:

@@ -25,10 +25,10 @@ def augmented_views(image: Tensor, preprocessing: Preprocessing, views: str) -> 
     five are equal for `crop_fraction` 1 and a square image); "ten-crop" is these five and their mirror images.
     """
     resized = resize_with_margin(image[None], preprocessing)  # (1, C, H, W)
-    side = preprocessing.resolution
-    crops = center_crop(resized, side, side)  # (1, C, R, R)
+    height, width = preprocessing.size
+    crops = center_crop(resized, height, width)  # (1, C, R, R)
     if views in ("five-crop", "ten-crop"):
-        top, bottom = resized[..., :side, :], resized[..., -side:, :]
-        corners = [edge[..., half] for edge in (top, bottom) for half in (slice(None, side), slice(-side, None))]
+        top, bottom = resized[..., :height, :], resized[..., -height:, :]
+        corners = [edge[..., half] for edge in (top, bottom) for half in (slice(None, width), slice(-width, None))]
         crops = torch.cat([crops, *corners])  # (5, C, R, R)
     return torch.cat([crops, crops.flip(-1)]) if views in ("flip", "ten-crop") else crops

@@ -131,7 +131,7 @@ class TrainingPlan:
         days = f"{self.days:,.{0 if self.days >= 100 else 2}f} days"
         lines = [
             f"{config.model}, {self.layout.cost.num_parameters / 1e6:,.1f} M parameters, by recipe {config.name}: "
-            f"{config.epochs:g} epochs of {self.num_images:,} images at {config.resolution} pixels",
+            f"{config.epochs:g} epochs of {self.num_images:,} images at {config.preprocessing.shown_size} pixels",
             "",
             f"on {world} GPU{'s' * (world > 1)} of {self.gpu_memory:g} GB{machines}:",
             f"  {describe_layout(config, self.processes)}; {config.batch_size:,} images per step, {config.precision}",
@@ -234,7 +234,7 @@ def resolve_config(
             raise UserError(f"recipe {recipe.name!r} takes {name} from the images: give {name}")
     if not num_images:
         raise UserError(f"recipe {recipe.name!r} has no number of images: give data, the number of images")
-    side = recipe.resolution or 0
+    side = recipe.resolution if isinstance(recipe.resolution, int) else 0
     config = resolve_for(recipe, DataFacts(num_images, side, shorter_side=side, largest_side=side))
     if config.batch_size < gpus:
         raise UserError(f"batch-size {config.batch_size} is below the number of GPUs, {gpus}: give a larger one")

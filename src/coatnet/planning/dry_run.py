@@ -100,6 +100,7 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     recipe, splits = open_splits(recipe, progress.say)
     recipe, init = load_init(recipe, splits, progress.say)
     config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress)
+    splits = splits.with_scale(config.preprocessing.scale)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())

@@ -63,8 +63,8 @@ class LayoutSearch:
         smallest = self._layout(list(self._parallelisms())[-1], RECOMPUTATIONS[-1], 1)
         least, how = smallest.cost.memory.total / 1e9, describe_layout(smallest.config, self.processes)
         raise UserError(
-            f"{self.config.model} at {self.config.resolution} pixels takes at least {least:.1f} GB of each GPU "
-            f"({how}), and {self.limit / 1e9:.1f} GB are free: "
+            f"{self.config.model} at {self.config.preprocessing.shown_size} pixels takes at least {least:.1f} GB of "
+            f"each GPU ({how}), and {self.limit / 1e9:.1f} GB are free: "
             + (why_not_sharded(self.config, self.processes) or "give larger GPUs, or more of them")
         )
 

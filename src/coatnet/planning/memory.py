@@ -215,7 +215,7 @@ def build_on_meta(config: TrainingConfig, num_classes: int) -> CoAtNet:
             config.model,
             num_classes=num_classes,
             in_channels=config.channels,
-            resolution=config.resolution,
+            resolution=config.preprocessing.side,
             stochastic_depth=config.stochastic_depth,
             **config.variations,
         )
@@ -231,7 +231,7 @@ def _take_step(
     images_per_gpu: int,
     keep_gradients: bool,
 ) -> StepCost:
-    side, micro, loss = config.resolution, config.micro_batch_size, build_loss(config.loss, None)
+    size, micro, loss = config.preprocessing.size, config.micro_batch_size, build_loss(config.loss, None)
     parameters = list(model.parameters())
     state = optimizer_state(config, model)
     memory = MemoryTracker()
@@ -239,7 +239,7 @@ def _take_step(
         memory.label("average", averages.values())
         memory.label("parameters", model.state_dict().values())  # without averaging, the average is the parameters
         memory.label("optimizer", state)
-        images = torch.empty(images_per_gpu, model.in_channels, side, side, memory_format=torch.channels_last)
+        images = torch.empty(images_per_gpu, model.in_channels, *size, memory_format=torch.channels_last)
         targets = torch.empty(images_per_gpu, model.num_classes)
         memory.label("activations", (images, targets))
         if keep_gradients:

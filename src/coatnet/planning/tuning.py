@@ -86,6 +86,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     given, init = load_init(given, splits, progress.say)
     config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress)
     config = folder.check_config(config, splits.classes, splits.content)
+    splits = splits.with_scale(config.preprocessing.scale)
     require_readable(splits.validation, "validation")
     with translate_write_errors(folder.path, "choose another folder for out"):
         folder.path.mkdir(parents=True, exist_ok=True)

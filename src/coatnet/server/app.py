@@ -145,13 +145,14 @@ SWAGGER_START = 'SwaggerUIBundle({ url: "/openapi.json", dom_id: "#docs", valida
 
 
 class ModelInfo(BaseModel):
-    """One model of `GET /models`. `classes` counts them, `max_bytes` bounds a body, `card` is its README."""
+    """One model of `GET /models`. `classes` counts them, `resolution` is a side in pixels, or `192 x 320`,
+    `max_bytes` bounds a body, `card` is its README."""
 
     name: str
     variant: str
     classes: int
     class_names: list[str]
-    resolution: int
+    resolution: int | str
     multilabel: bool
     engine: str
     precision: str
@@ -345,7 +346,7 @@ def _model_info(name: str, predictor: Predictor, max_bytes: int) -> dict[str, An
         "variant": bundle.model.variant.name,
         "classes": len(bundle.classes),
         "class_names": list(bundle.classes),
-        "resolution": bundle.preprocessing.resolution,
+        "resolution": bundle.preprocessing.shown_size,
         "multilabel": bundle.multilabel,
         "engine": predictor.engine.name,
         "precision": predictor.engine.precision,

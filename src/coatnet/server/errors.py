@@ -24,6 +24,7 @@ STATUS = {
     "truncated": 422,
     "large": 422,
     "pixels": 422,
+    "channels": 422,
     "corrupt": 422,
     "unreadable": 422,
     "parameters": 422,

@@ -92,7 +92,7 @@ def serve(
 def warm(predictor: Predictor, settings: Settings) -> Predictor:
     """Run a batch of each size that engines compile for, so that no request waits for that; returns `predictor`."""
     for power in range(settings.batch_size.bit_length()):
-        predictor.probabilities(np.zeros((1 << power, *predictor.image_shape), np.uint8))
+        predictor.probabilities(np.zeros((1 << power, *predictor.image_shape), predictor.pixel_type))
     return predictor
 
 

@@ -1,8 +1,9 @@
 """The Open Inference Protocol v2 over HTTP and in JSON, as KServe and Triton define it.
 
 Shapes: N images, R resolution, C channels, K classes. The one input is "pictures": UINT8 (N, R, R, C), as the network
-sees them, or BYTES (N,), image files of any size in base64. The outputs are "probabilities", FP32 (N, K), and "class",
-BYTES (N,), the likeliest; a calibrated model also has "novelty", FP32 (N,), and "unknown", BOOL (N,).
+sees them (FP32, values as files hold them, for a model of other images than 8-bit RGB), or BYTES (N,), image files of
+any size in base64. The outputs are "probabilities", FP32 (N, K), and "class", BYTES (N,), the likeliest; a calibrated
+model also has "novelty", FP32 (N,), and "unknown", BOOL (N,).
 """
 
 import json
@@ -12,11 +13,12 @@ from typing import Annotated, Any, Literal, NoReturn
 from fastapi import FastAPI, Request, Response
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from coatnet.data.decode import Scale
 from coatnet.inference.predictor import Predictor
 from coatnet.server.batching import Answer, Reservation
 from coatnet.server.errors import PROTOCOL_ERRORS, RequestError, Responses, json_response
 from coatnet.server.service import ServedModel, Service, gather_or_cancel
-from coatnet.server.tensors import PLACEHOLDER, cut_out_data, read_files, read_pixels, refuse
+from coatnet.server.tensors import PLACEHOLDER, cut_out_data, read_files, read_floats, read_pixels, refuse
 from coatnet.version import __version__
 
 INPUT, PROBABILITIES, CLASS, NOVELTY, UNKNOWN = "pictures", "probabilities", "class", "novelty", "unknown"
@@ -32,7 +34,7 @@ class InputTensor(BaseModel):
 
     name: Literal["pictures"]
     shape: Annotated[Shape, Field(min_length=1)]
-    datatype: Literal["UINT8", "BYTES"]
+    datatype: Literal["UINT8", "FP32", "BYTES"]
     data: list[Any]
 
 
@@ -193,7 +195,14 @@ def read_request(
     image_shape = predictor.image_shape[1:]
     if tuple(tensor.shape[1:]) != image_shape:
         refuse(f"shape is {tensor.shape[:10]}; this model takes {[-1, *image_shape]}")
-    return request, list(read_pixels(data, tensor.shape, check)[:, None])
+    scale: Scale | None = predictor.scale
+    wanted = "UINT8" if scale is None else "FP32"
+    if tensor.datatype != wanted:
+        refuse(f"datatype is {tensor.datatype}; this model takes {wanted}, or image files in BYTES")
+    if scale is None:
+        return request, list(read_pixels(data, tensor.shape, check)[:, None])
+    levels = scale.levels(read_floats(data, tensor.shape, check)).movedim(1, -1)
+    return request, list(levels.numpy()[:, None])
 
 
 def write_response(served: ServedModel, request: InferenceRequest, answers: Sequence[Answer]) -> bytes:
@@ -223,11 +232,12 @@ def write_response(served: ServedModel, request: InferenceRequest, answers: Sequ
 def model_metadata(served: ServedModel) -> dict[str, Any]:
     """Inputs and outputs of a model as the protocol describes them; -1 is any number of images."""
     predictor = served.predictor
+    datatype = "UINT8" if predictor.scale is None else "FP32"
     return {
         "name": served.name,
         "versions": [],
         "platform": f"coatnet_{predictor.engine.name}",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *predictor.image_shape[1:]]}],
+        "inputs": [{"name": INPUT, "datatype": datatype, "shape": [-1, *predictor.image_shape[1:]]}],
         "outputs": [
             {"name": PROBABILITIES, "datatype": "FP32", "shape": [-1, len(predictor.classes)]},
             {"name": CLASS, "datatype": "BYTES", "shape": [-1]},

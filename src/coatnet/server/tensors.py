@@ -24,9 +24,12 @@ MAX_ENVELOPE_BYTES = 2**16  # of a request without its data
 PLACEHOLDER = secrets.token_hex()  # so that no request can hold it
 
 _SPACE = b" \t\r\n"
+_OF_NUMBERS = b"0123456789.eE+-" + _SPACE
 # A quoted name before a colon is a key; behind a backslash it is a part of a text.
 _DATA = re.compile(rb'(?<!\\)"data"\s*+:\s*+(?=\[)')
-_NUMBERS = re.compile(rb"[\[\] \t\r\n0-9,]*+")
+_DECIMALS = re.compile(rb"[\[\] \t\r\n0-9,.eE+-]*+")
+_WHOLE = re.compile(rb"[\[\] \t\r\n0-9,]*+")
+_DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]{0,39})(?:\.[0-9]{1,60})?(?:[eE][+-]?[0-9]{1,3})?")
 _FIRST_TEXT = re.compile(rb'\[\s*+(?=")')
 _TEXT = re.compile(rb'\s*+"((?:[^"\\]++|\\.)*+)"\s*+([,\]])')
 _NESTED = re.compile(rb"\[\s*+\[")
@@ -69,11 +72,11 @@ def cut_out_data(body: bytes, max_texts: int) -> tuple[bytes, bytes | list[bytes
 
 def _list_of_numbers(body: bytes, start: int) -> tuple[bytes, int]:
     """What has the characters of a list of numbers, and where it ends."""
-    run = _NUMBERS.match(body, start)
+    run = _DECIMALS.match(body, start)
     data = run[0].rstrip(b", \t\r\n") if run else b""
     end = start + len(data)
     if body[end:].lstrip(_SPACE)[:1] not in (b",", b"}"):
-        number = start + len(data.rstrip(b"0123456789"))  # where it begins
+        number = start + len(data.rstrip(b"0123456789.eE+-"))  # where it begins
         found = body[number : number + 20].decode("ascii", "replace").strip()
         refuse(f"data has {found!r} where a whole number or the end of the list should be")
     return data, end
@@ -107,28 +110,62 @@ def read_pixels(
     """
     count = math.prod(shape)
     wanted = f"data must be {count:,} whole numbers from 0 to 255, flat or in nested lists of the shape {list(shape)}"
+    if isinstance(data, bytes) and _WHOLE.match(data).end() < len(data):  # pyrefly: ignore[missing-attribute]
+        refuse(wanted)
+    return _read(data, np.empty(count, np.uint8), shape, wanted, _numbers, check)
+
+
+def read_floats(
+    data: bytes | list[bytes], shape: Sequence[int], check: Callable[[], None] = lambda: None
+) -> NDArray[np.float32]:
+    """The same for any numbers, in single precision: values of images that are not 8-bit RGB."""
+    count = math.prod(shape)
+    wanted = f"data must be {count:,} numbers, flat or in nested lists of the shape {list(shape)}"
+    return _read(data, np.empty(count, np.float32), shape, wanted, _decimals, check)
+
+
+def _read(
+    data: bytes | list[bytes],
+    values: NDArray,
+    shape: Sequence[int],
+    wanted: str,
+    convert: Callable[[bytes, int], NDArray | None],
+    check: Callable[[], None],
+) -> NDArray:
+    """Fill `values` block by block, and give them the shape; `wanted` says what is refused."""
+    count = len(values)
     if isinstance(data, list) or data.count(b",") != count - 1:
         refuse(wanted)
     marks = _marks(shape if _NESTED.match(data) else (count,))
     if data.count(b"[") != marks.count(b"["):
         refuse(wanted)
-    pixels = np.empty(count, np.uint8)
     done = position = start = 0
     while start < len(data):
         check()
         end = data.find(b",", start + BLOCK_BYTES) + 1 or len(data)
         block = data[start:end]
-        found = block.translate(None, b"0123456789" + _SPACE)
+        found = block.translate(None, _OF_NUMBERS)
         if marks[position : position + len(found)] != found:
             refuse(wanted)
-        numbers = _numbers(block, found.count(b",") + 1)
+        numbers = convert(block, found.count(b",") + 1)
         if numbers is None:
             refuse(wanted)
-        pixels[done : done + len(numbers)] = numbers
+        values[done : done + len(numbers)] = numbers
         done, position, start = done + len(numbers), position + len(found), end
     if done != count or position != len(marks):
         refuse(wanted)
-    return pixels.reshape(tuple(shape))
+    return values.reshape(tuple(shape))
+
+
+def _decimals(block: bytes, most: int) -> NDArray | None:
+    """The numbers of a piece of a list, as `_numbers`; None if one is none of JSON, or too large."""
+    texts = block.translate(None, b"[]").split(b",")
+    texts = [text.strip(_SPACE) for text in texts if text.strip(_SPACE)]
+    if len(texts) > most or not all(map(_DECIMAL.fullmatch, texts)):
+        return None
+    with np.errstate(over="ignore"):
+        numbers = np.array(texts, dtype="S").astype(np.float64).astype(np.float32)
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _marks(shape: Sequence[int]) -> bytes:

@@ -8,6 +8,7 @@ field, the value and what would be right.
 import dataclasses
 import functools
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,23 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _size(value: Any) -> Any:
+    """A side in pixels; height and width, such as `192x320`, stay two numbers if they differ."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,9})\s*[xX]\s*(\d{1,9})\s*", value)):
+        value = match.groups()
+    sides = [value] if not isinstance(value, list | tuple) else list(value)
+    try:
+        numbers = [int(_number(side)) for side in sides]
+        whole = all(number == float(side) for number, side in zip(numbers, sides, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        numbers, whole = [], False
+    if not whole or len(numbers) not in (1, 2):
+        raise UserError("must be a whole number, or height and width such as 192x320")
+    if min(numbers) <= 0:
+        raise UserError("must be above 0")
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
+
+
 def _boolean(value: Any) -> Any:
     """True or False of numpy as that of Python."""
     return bool(value) if isinstance(value, np.bool_) else value
@@ -56,6 +74,7 @@ def _names(value: Any) -> Any:
 
 Boolean = Annotated[bool, Strict(), BeforeValidator(_boolean)]
 Integer = Annotated[int, BeforeValidator(_number)]
+Size = Annotated[Any, BeforeValidator(_size)]  # an int, or a tuple of height and width
 Number = Annotated[float, AllowInfNan(False), BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 Source = Annotated[str, BeforeValidator(_source)]

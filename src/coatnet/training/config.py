@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import UserError, nearest_option, one_line
@@ -28,6 +29,7 @@ from coatnet.system.validated import (
     PositiveFloat,
     PositiveInt,
     Probability,
+    Size,
     Source,
     Text,
     check_some,
@@ -73,10 +75,11 @@ class TrainingConfig:
     """With `init`: epochs at the start in which only the classifier learns; by default 0."""
     teacher: Source = ""
     """Trained model whose answers the network follows: a bundle, or an id of the hub; by default none."""
-    resolution: PositiveInt
-    """Side of the square images that the model sees, pixels; by default that of small images, else 128 or 224."""
-    channels: Literal[1, 3]
-    """Channels of these images: 1 (gray) or 3 (color); by default those of the data."""
+    resolution: Size
+    """Side of the square images that the model sees, pixels, or their height and width, such as 192x320; by default
+    that of small images, else 128 or 224."""
+    channels: Annotated[Integer, Field(ge=1, le=MAX_CHANNELS)]
+    """Channels of these images: 1 (gray), 3 (color), or any up to 16; by default those of the data."""
     epochs: Annotated[PositiveFloat, CHANGEABLE]
     """Passes over the training images; by default 20 to 100, more for fewer images, or with `init` a third of that, but
     at least 8 and 300 steps."""
@@ -216,8 +219,8 @@ class Recipe:
     freeze: Sequence[str] | str | None = None
     head_first_epochs: float | None = None
     teacher: str | None = None
-    resolution: int | None = None
-    channels: Literal[1, 3] | None = None
+    resolution: int | tuple[int, int] | str | None = None
+    channels: int | None = None
     epochs: float | None = None
     batch_size: int | None = None
     micro_batch_size: int | None = None

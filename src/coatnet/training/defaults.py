@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coatnet.bundle import Bundle
+from coatnet.data.channels import Measured, measure_if_deep
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
@@ -46,6 +47,7 @@ class DataFacts:
         mean, std: Mean and standard deviation of the pixels of small images, from 0 to 1; 0.5 for larger ones.
         num_held_out: Number of images to evaluate on.
         cache_room: Bytes that decoded images may take in memory; 0 for images that are in memory as they are.
+        measured: Scale, and mean and deviation of each channel, where images are read as more than 8-bit RGB.
     """
 
     num_images: int
@@ -58,12 +60,17 @@ class DataFacts:
     std: float = 0.5
     num_held_out: int = 0
     cache_room: int = 0
+    measured: Measured | None = None
 
     @classmethod
-    def of(cls, splits: Splits) -> "DataFacts":
-        """Measured on a sample of the training images."""
+    def of(cls, splits: Splits, channels: int | None = None) -> "DataFacts":
+        """Measured on a sample of the training images, which have or are to have so many channels."""
+        measured = measure_if_deep(splits.training, channels)
+        if measured is not None:
+            splits = splits.with_scale(measured.scale)
         summary, largest_side = splits.summary, max(splits.summary.largest)
-        mean, std = brightness(splits.training) if largest_side <= SMALL_IMAGE_PIXELS else (0.5, 0.5)
+        small = largest_side <= SMALL_IMAGE_PIXELS and measured is None
+        mean, std = brightness(splits.training) if small else (0.5, 0.5)
         return cls(
             num_images=len(splits.training),
             side=max(summary.median),
@@ -75,6 +82,7 @@ class DataFacts:
             std=std,
             num_held_out=len(splits.validation),
             cache_room=0 if splits.training.in_memory else memory_room()[1],
+            measured=measured,
         )
 
     @property
@@ -115,7 +123,9 @@ def resolve(
     check_start(recipe, splits, init)
     check_labels(recipe, splits)
     check_teacher(recipe)
-    return resolve_for(recipe, DataFacts.of(splits), init, epochs_that_fit)
+    scale = None if init is None else init.preprocessing.scale
+    channels = scale.channels if scale is not None else recipe.channels
+    return resolve_for(recipe, DataFacts.of(splits, channels), init, epochs_that_fit)
 
 
 def resolve_for(
@@ -130,7 +140,7 @@ def resolve_for(
     if init is not None:
         model = init.model.variant.name
     else:
-        model = default_variant(preprocessing.resolution) if recipe.model in (None, "auto") else recipe.model
+        model = default_variant(preprocessing.side) if recipe.model in (None, "auto") else recipe.model
 
     batch_size = asked.get("batch_size", default_batch_size(num_images))
     epochs = asked.get("epochs", default_epochs(num_images, batch_size, finetune=init is not None))
@@ -148,7 +158,7 @@ def resolve_for(
         "batch_size": batch_size,
         "micro_batch_size": batch_size,
         # The few blocks of the variants for small images underfit rather than overfit.
-        "stochastic_depth": 0.0 if preprocessing.resolution <= SMALL_IMAGE_PIXELS or short else 0.1,
+        "stochastic_depth": 0.0 if preprocessing.side <= SMALL_IMAGE_PIXELS or short else 0.1,
         "ema_decay": default_ema_decay(steps_to_come),
         "loss": "sigmoid" if facts.multilabel else "softmax",
         "evaluate_every": "auto",
@@ -160,7 +170,7 @@ def resolve_for(
     if named.data is None:  # the paper's recipes leave nothing of this open
         algorithm = asked.get("optimizer", {}).get("algorithm")
         chosen |= choose_optimization(batch_size, steps_to_come, init, algorithm)
-        chosen |= choose_regularization(facts, preprocessing.resolution, short=short, finetune=init is not None)
+        chosen |= choose_regularization(facts, preprocessing.side, short=short, finetune=init is not None)
         if asked.get("augmentation", {}).get("trivial_augment"):
             chosen["augmentation"]["rand_augment_layers"] = 0
     settled: dict[str, Any] = {
@@ -240,8 +250,15 @@ def absolute_path_or_name(source: str) -> str:
 def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) -> Preprocessing:
     """That of the bundle to start from; else the images' own size if they are small; else 128 or 224 pixels."""
     channels = recipe.channels or (1 if facts.gray else 3)
+    measured: dict[str, Any] = {}
+    if facts.measured is not None:
+        scale, mean, std = facts.measured
+        channels = scale.channels
+        measured = {"mean": mean, "std": std, "value_range": (scale.low, scale.high)}
     if init is not None:
         chosen: dict[str, Any] = asdict(init.preprocessing)
+        if init.preprocessing.scale is None:
+            chosen |= measured
     elif facts.small:
         level = {"mean": [facts.mean] * channels, "std": [facts.std] * channels}
         chosen = {"resolution": facts.side, "crop_fraction": 1.0, **level}
@@ -249,6 +266,8 @@ def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) 
         # Below 20,000 images, 224 pixels cost three times the time and teach an untrained network little.
         side = 128 if facts.num_images < 20_000 or facts.shorter_side < 224 else 224
         chosen = {"resolution": side, "mean": [0.5] * channels, "std": [0.5] * channels}
+    if init is None:
+        chosen |= measured
     asked: dict[str, Any] = recipe.to_dict().get("preprocessing", {})
     if recipe.resolution is not None:
         asked["resolution"] = recipe.resolution

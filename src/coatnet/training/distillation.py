@@ -87,15 +87,15 @@ def change_preprocessing(images: Tensor, now: Preprocessing, wanted: Preprocessi
     def per_channel(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=images.device)[:, None, None]
 
-    resized = images.shape[-1] != wanted.resolution
+    resized = tuple(images.shape[-2:]) != wanted.size
     if not resized and (now.mean, now.std) == (wanted.mean, wanted.std):
         return images
     pixels = images * per_channel(now.std) + per_channel(now.mean)  # from 0 to 1
     if wanted.channels < now.channels:
         pixels = pixels.mean(1, keepdim=True)
     if resized:
-        size = (wanted.resolution, wanted.resolution)
-        pixels = F.interpolate(pixels, size=size, mode=wanted.interpolation, antialias=True).clamp(0, 1)
+        pixels = F.interpolate(pixels, size=wanted.size, mode=wanted.interpolation, antialias=True)
+        pixels = pixels.clamp(0, 1) if wanted.value_range is None else pixels
     return (pixels - per_channel(wanted.mean)) / per_channel(wanted.std)  # a gray image gets three equal channels
 
 

@@ -61,7 +61,7 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
     Raises:
         UserError: the configuration asks for another network than the bundle's, or freezes what cannot be frozen.
     """
-    num_classes, resolution = len(dataset.classes), config.preprocessing.resolution
+    num_classes, resolution = len(dataset.classes), config.preprocessing.side
     if init is None:
         model = create_model(
             config.model,

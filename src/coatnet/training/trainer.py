@@ -162,7 +162,7 @@ class Trainer:
 
         self.state, self.last_learning_rate = TrainState(), 0.0
         self.duration = Duration.of(config, len(splits.training), len(splits.validation))
-        self.resolution = 0  # of the batch to come; it never falls
+        self.size = (0, 0)  # height and width of the batch to come; they never fall
         self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
         self.loggers = Loggers({}, self.progress.say)
@@ -204,7 +204,7 @@ class Trainer:
                 self.evaluate(sync)  # a stop signal interrupted it before
                 duration.update(state.step, state.seconds)
             while state.step < duration.total_steps and not self.out_of_patience and sync.stop is None:
-                started, cost = time.monotonic(), (self.resolution / config.resolution) ** 2
+                started, cost = time.monotonic(), math.prod(self.size) / math.prod(config.preprocessing.size)
                 assert batch is not None
                 self.step_within_budget(*batch)
                 batch = next(batches, None)  # an error in it is raised before the processes wait for each other
@@ -233,10 +233,10 @@ class Trainer:
         """
         config = self.config
         while self.state.step < self.duration.recipe_steps:
-            self.resolution = self.next_resolution()
+            self.size = self.next_size()
             batches = training_batches(
                 self.images.training,
-                preprocessing=replace(config.preprocessing, resolution=self.resolution),
+                preprocessing=replace(config.preprocessing, resolution=self.size),
                 augmentation=config.augmentation,
                 batch_size=config.batch_size,
                 seed=config.seed,
@@ -252,7 +252,7 @@ class Trainer:
             with closing(batches):
                 for batch in batches:
                     yield batch
-                    if self.next_resolution() > self.resolution:
+                    if self.next_size() != self.size:
                         break
 
     @property
@@ -263,11 +263,15 @@ class Trainer:
             return 0
         return self.cores.workers
 
-    def next_resolution(self) -> int:
-        """Side of the images of the step to come, in pixels."""
-        config, progress = self.config, self.duration.progress(self.state.step)
+    def next_size(self) -> tuple[int, int]:
+        """Height and width of the images of the step to come, in pixels."""
+        resizing, progress = self.config.progressive_resizing, self.duration.progress(self.state.step)
         multiple = self.model.variant.total_stride
-        return max(self.resolution, config.progressive_resizing.resolution_at(progress, config.resolution, multiple))
+        height, width = (
+            max(now, resizing.resolution_at(progress, side, multiple))
+            for now, side in zip(self.size, self.config.preprocessing.size, strict=True)
+        )
+        return height, width
 
     def ask_teacher(self) -> None:
         """For fixed views, get the teacher's answers to all training images, from the run folder if they are there."""
@@ -328,7 +332,7 @@ class Trainer:
         buffers_before = [buffer.clone() for buffer in self.model.buffers()] if config.non_finite_budget else []
         parameters = list(self.parameters.values())
         images_per_pass = min(config.micro_batch_size, len(images) - self.share.num_extra)
-        memory = explain_out_of_memory(state.step, images_per_pass, config.resolution)
+        memory = explain_out_of_memory(state.step, images_per_pass, config.preprocessing.shown_size)
         with translate_errors(), memory, explain_compiler("set compile to false"):
             # Gradients are averaged over processes, so each divides by the mean number of images of a process.
             num_images = config.batch_size / self.processes.world_size if self.processes.is_distributed else len(images)
@@ -737,6 +741,7 @@ def run_training(
             else:  # the values that were chosen stand in its recipe.yaml
                 config = resolve(given, splits, init)
             config = folder.check_config(config, splits.classes, splits.content)
+            splits = splits.with_scale(config.preprocessing.scale)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
         config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
@@ -753,6 +758,10 @@ def run_training(
                 if processes.is_main:
                     folder.start()
             progress.say(splits.describe())  # only now: a mistake before here is answered by one line
+            if config.preprocessing.scale is not None and config.augmentation.varies_colors:
+                progress.say(
+                    "augmentation moves and erases pixels only: operations on colors mean nothing for these values"
+                )
             if advice := advise_folds(splits, config):
                 progress.say(advice)
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
@@ -859,7 +868,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(step: int, images_per_pass: int, resolution: int) -> Iterator[None]:
+def explain_out_of_memory(step: int, images_per_pass: int, sides: object) -> Iterator[None]:
     """Raise a UserError that says what would need less memory, where the memory is exhausted."""
     try:
         yield
@@ -867,7 +876,7 @@ def explain_out_of_memory(step: int, images_per_pass: int, resolution: int) -> I
         if not is_memory_shortage(error):
             raise
         raise UserError(
-            f"step {step}: out of memory with {images_per_pass} images of {resolution} pixels at once. Give "
+            f"step {step}: out of memory with {images_per_pass} images of {sides} pixels at once. Give "
             f"micro_batch_size {max(1, images_per_pass // 2)}, activation_checkpointing transformer (or all), or a "
             "smaller resolution"
         ) from error

@@ -82,7 +82,7 @@ def read_timm_folder(folder: Path, *, allow_pickle: bool = False) -> TimmModel:
             f"{path}: model_args has {short(name)}, which changes the architecture; coatnet has no such network"
         )
     preprocessing = _read_timm_preprocessing(config.pretrained_cfg, path)
-    side = _table_side(config.model_args.get("img_size", preprocessing.resolution), path)
+    side = _table_side(config.model_args.get("img_size", preprocessing.side), path)
     model = _create_on_meta(variant, config.num_classes, preprocessing, side)
     _load_weights(model, folder / (WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE), allow_pickle)
     require_memory(model, preprocessing, path)
@@ -109,7 +109,7 @@ def read_timm_file(path: Path, architecture: str, *, allow_pickle: bool = False)
     if shapes["stem.conv1.weight"][1] == 1:
         preprocessing = _to_grayscale(preprocessing)
     num_classes = shapes["head.fc.weight"][0]
-    model = _create_on_meta(variant, num_classes, preprocessing, preprocessing.resolution)
+    model = _create_on_meta(variant, num_classes, preprocessing, preprocessing.side)
     _load_weights(model, path, allow_pickle)
     return TimmModel(model.eval(), imagenet_classes(num_classes) or _numbered_classes(num_classes), preprocessing)
 
@@ -126,9 +126,10 @@ def write_timm_folder(model: CoAtNet, classes: Sequence[str], preprocessing: Pre
             f"{variant.name} is a variant of the paper, and timm has no such network: format timm is for models of "
             f"timm's architectures, such as {next(iter(TIMM_VARIANTS))}"
         )
-    side = preprocessing.resolution
+    if preprocessing.value_range is not None:
+        raise UserError("timm reads 8-bit images, and this model takes other values: take another format")
     pretrained_cfg = {
-        "input_size": [preprocessing.channels, side, side],
+        "input_size": [preprocessing.channels, *preprocessing.size],
         "fixed_input_size": True,
         "interpolation": preprocessing.interpolation,
         "crop_pct": preprocessing.crop_fraction,

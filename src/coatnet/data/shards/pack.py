@@ -29,8 +29,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from coatnet.data.channels import read_pixels
 from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, evenly_spaced, links_outside
-from coatnet.data.decode import BadImage, decode
+from coatnet.data.decode import BadImage
 from coatnet.data.loader import hide_main_script, may_start_processes
 from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import open_dataset
@@ -136,7 +137,7 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
         for number, index in enumerate(indices, start=first):
             try:
                 data, label = encoded(dataset, index)
-                decode(data, dataset.describe(index))
+                read_pixels(data, dataset.describe(index), getattr(dataset, "scale", None))
             except BadImage as bad:
                 left_out[bad.name] = bad.reason
                 continue

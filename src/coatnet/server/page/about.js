@@ -41,7 +41,7 @@ function describe(model) {
     Network: model.variant,
     Size: `${(model.num_parameters / 1e6).toFixed(2)} M parameters`,
     Answers: model.multilabel ? `any of ${count} labels` : `one of ${count} classes`,
-    Sees: `${model.resolution} × ${model.resolution} pixels`,
+    Sees: `${sides(model)} pixels`,
     "Runs on": `${model.engine}, ${model.precision}`,
   };
   const pairs = Object.entries(facts).map(([name, value]) =>
@@ -49,4 +49,8 @@ function describe(model) {
   );
   document.getElementById("facts").replaceChildren(...pairs);
   document.getElementById("card").replaceChildren(...readCard(model.card));
+}
+
+function sides(model) {
+  return typeof model.resolution === "number" ? `${model.resolution} × ${model.resolution}` : model.resolution;
 }

@@ -1,0 +1,448 @@
+"""Images of 1 to 16 channels and any depth: files as the values that they hold, which a scale turns into levels.
+
+TIFF (strips or tiles, BigTIFF, planar or interleaved, or a page for each channel), NumPy files and 16-bit PNG are read
+with all their bits; TIFF by `tifffile` where Pillow does not reach. A scale is measured over a sample of the images and
+stored with the model.
+"""
+
+import copy
+import io
+import logging
+import math
+import warnings
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from coatnet.data.datasets import Dataset, FileDataset, evenly_spaced
+from coatnet.data.decode import (
+    MAX_CHANNELS,
+    BadImage,
+    ImageFormat,
+    Limits,
+    Scale,
+    above_pillows_limit,
+    allowed_pixels,
+    check_tiff,
+    decode,
+    format_of,
+    is_deep_tiff,
+    open_with_pillow,
+    orientation_of,
+    turned,
+)
+from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_npy_header
+from coatnet.errors import UserError, first_line, import_extra
+
+D = TypeVar("D", bound=Dataset)
+
+SAMPLED_IMAGES = 256  # chosen: a few seconds of reading; the same number as for the brightness of small images
+FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of sensors of 8, 10, 12, 14 and 16 bits
+_COMPRESSIONS = {1: "", 5: "LZW", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
+_DEEP_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # what may hold more than 8-bit RGB can show
+_PNG_COLOR_OF_16_BITS = (2, 4, 6)  # with more than one channel: Pillow drops their lower 8 bits
+
+
+def read_pixels(data: bytes, name: str, scale: Scale | None = None) -> Tensor:
+    """The pixels of an image file: uint8 RGB (3, H, W) by the rules of `decode`; with a scale, levels (C, H, W).
+
+    Raises:
+        BadImage: as `decode` does, or the image has another number of channels than the scale.
+    """
+    if scale is not None:
+        return to_levels(read_values(data, name, scale.channels), name, scale)
+    if format_of(data, name).name not in ("NPY", "NPZ"):
+        return decode(data, name)
+    values = read_values(data, name)
+    if values.dtype != np.uint8 or values.shape[-1] not in (1, 3):
+        raise BadImage(
+            name,
+            f"pixels: an array of {_count(values.shape[-1])} of {values.dtype}, where 8-bit RGB is read: a model that "
+            f"was trained with --channels {values.shape[-1]} takes it",
+        )
+    return torch.from_numpy(np.broadcast_to(values, (*values.shape[:2], 3)).copy()).permute(2, 0, 1)
+
+
+def to_levels(values: NDArray, name: str, scale: Scale) -> Tensor:
+    """Values (..., H, W, C) to levels (..., C, H, W). Raises BadImage if they have another number of channels."""
+    if values.shape[-1] != scale.channels:
+        raise BadImage(name, f"channels: it has {_count(values.shape[-1])}, {scale.channels} are read")
+    return scale.levels(values)
+
+
+def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixels: int | None = None) -> NDArray:
+    """The values of an image file as it holds them, upright: (H, W, C) of whole numbers or floats.
+
+    Args:
+        data: the bytes of the file.
+        name: of the image, for errors.
+        channels: that are wanted, which decides what an array of three axes means, and how many pages of a TIFF are
+            channels; by default the shortest outer axis, and one page.
+        max_pixels: as for `decode`; of more than three channels or deeper values as many fewer as they take memory.
+
+    Raises:
+        BadImage: as `decode` does, or there are more than 16 channels.
+    """
+    kind, limits = format_of(data, name), Limits(name, max_pixels or allowed_pixels())
+    try:
+        if kind.name in ("NPY", "NPZ"):
+            return _read_array(data, limits, channels, zipped=kind.name == "NPZ")
+        if kind.name == "PNG" and data[24:25] == b"\x10" and data[25] in _PNG_COLOR_OF_16_BITS:
+            return _read_deep_png(data, limits)
+        if kind.name == "TIFF" and _needs_tifffile(data, limits, channels):
+            with TiffValues(io.BytesIO(data), limits, channels) as file:
+                height, width = file.shape[:2]
+                values = turned(file.read(0, 0, height, width), read_directory(data).numbers.get(274, 1))
+        elif kind.name in ("PNG", "TIFF", "PPM", "BMP"):
+            values = _read_with_pillow(data, kind, limits)
+        else:  # 8 bits always
+            values = decode(data, name, max_pixels=limits.max_pixels).permute(1, 2, 0).numpy()
+            values = values[..., :1] if channels == 1 and _is_gray(values) else values
+    except (BadImage, UserError):
+        raise
+    except MemoryError as error:
+        raise BadImage(name, f"large: no memory for its values ({len(data):,} bytes)") from error
+    except Exception as error:  # parsers of untrusted bytes raise almost anything
+        raise BadImage(name, f"corrupt: {first_line(error) or type(error).__name__}") from error
+    return values
+
+
+def _count(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels != 1)}"
+
+
+def _is_gray(values: NDArray) -> bool:
+    return bool((values[..., :1] == values[..., 1:]).all())
+
+
+def weight_of(channels: int, item_bytes: int) -> int:
+    """Memory for a pixel: its values and as many in single precision, in the units of `Limits`, of six bytes."""
+    return max(1, math.ceil(channels * (item_bytes + 4) / 6))
+
+
+# NumPy
+
+
+def _read_array(data: bytes, limits: Limits, channels: int | None, *, zipped: bool) -> NDArray:
+    if zipped:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [each for each in archive.namelist() if each.endswith(".npy")]
+            if len(names) != 1:
+                raise BadImage(limits.name, f"corrupt: {len(names)} arrays in the .npz; an image is one")
+            with archive.open(names[0]) as file:
+                header = _checked(read_npy_header(start := file.read(2**16)), limits, channels)
+                data = start + file.read(max(0, header.offset + header.num_bytes - len(start)))
+    else:
+        header = _checked(read_npy_header(data), limits, channels)
+    if len(data) < header.offset + header.num_bytes:
+        raise BadImage(limits.name, f"truncated: {len(data):,} bytes for an array of {header.num_bytes:,}")
+    values = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
+    values = values.reshape(header.shape, order="F" if header.fortran else "C")
+    height, width, count, first = array_layout(header.shape, channels)
+    values = np.moveaxis(values, 0, -1) if first else values.reshape(height, width, count)
+    return values.astype(header.dtype.newbyteorder("="))
+
+
+def _checked(header: NpyHeader, limits: Limits, channels: int | None) -> NpyHeader:
+    """The header, if it is that of an image within the limits."""
+    if header.dtype.kind not in "biuf" or len(header.shape) not in (2, 3) or 0 in header.shape:
+        raise BadImage(
+            limits.name,
+            f"pixels: an array of {header.dtype} of the shape {header.shape}; an image is (H, W), (H, W, C) or "
+            "(C, H, W) of numbers",
+        )
+    height, width, count, _ = array_layout(header.shape, channels)
+    _check_channels(count, limits)
+    limits.check(width, height, weight_of(count, header.dtype.itemsize))
+    return header
+
+
+def _check_channels(count: int, limits: Limits) -> None:
+    if not 1 <= count <= MAX_CHANNELS:
+        raise BadImage(limits.name, f"channels: it has {count}; images of 1 to {MAX_CHANNELS} are read")
+
+
+# PNG and what else Pillow keeps whole
+
+
+def _read_deep_png(data: bytes, limits: Limits) -> NDArray:
+    width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
+    limits.check(width, height, weight_of(4, 2))
+    return import_extra("imagecodecs", "tiff", "a PNG of 16 bits in several channels").png_decode(data)
+
+
+def _read_with_pillow(data: bytes, kind: ImageFormat, limits: Limits) -> NDArray:
+    try:
+        return _attempt(data, kind, limits)
+    except Image.DecompressionBombError:  # above the limit of Pillow, which is that of the process
+        with above_pillows_limit():
+            return _attempt(data, kind, limits)
+
+
+def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> NDArray:
+    with warnings.catch_warnings(action="ignore"), open_with_pillow(data, kind, limits.name) as image:
+        limits.check(*image.size, weight_of(len(image.getbands()), 4))
+        image.load()
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        elif image.mode == "1":
+            image = image.convert("L")
+        values = turned(np.asarray(image), orientation_of(image))
+    return values.reshape(*values.shape[:2], -1)
+
+
+# TIFF
+
+
+def _needs_tifffile(data: bytes, limits: Limits, channels: int | None) -> bool:
+    directory = check_tiff(data, limits)
+    pages = directory.numbers.get(277, 1) == 1 and channels is not None and channels > 1  # one for each
+    return pages or is_deep_tiff(directory)
+
+
+class TiffValues:
+    """A TIFF whose values are read window by window, each from the strips or tiles that it touches.
+
+    Args:
+        file: opened in binary mode, at any place.
+        limits: of one window; the whole may be larger.
+        channels: as for `read_values`.
+
+    Attributes:
+        shape: (H, W, C) of the whole image.
+        dtype: of its values.
+
+    Raises:
+        BadImage: the header says nothing that can be read, or a compression that is not.
+        UserError: tifffile is not installed, or imagecodecs where the file is compressed.
+    """
+
+    def __init__(self, file: BinaryIO, limits: Limits, channels: int | None = None) -> None:
+        tifffile = import_extra("tifffile", "tiff", "a TIFF of these channels or values")
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it reports there what is raised here as well
+        self.limits = limits
+        self._file = tifffile.TiffFile(file)
+        page = self._file.pages.first
+        separate = channels is not None and channels > 1 and page.samplesperpixel == 1
+        self._pages = [self._page(number) for number in range(channels)] if separate and channels else [page]
+        samples = page.samplesperpixel if len(self._pages) == 1 else len(self._pages)
+        _check_channels(samples, limits)
+        self.shape, self.dtype = (page.imagelength, page.imagewidth, samples), np.dtype(page.dtype)
+        if self.dtype.kind not in "biuf" or page.imagedepth != 1 or 0 in self.shape:
+            raise BadImage(limits.name, f"pixels: values of {page.dtype} in {page.imagedepth} layers are not read")
+        if any((each.shaped, each.dtype) != (page.shaped, page.dtype) for each in self._pages):
+            raise BadImage(limits.name, "channels: its pages differ in size or type, so they are no channels")
+        if page.compression not in _COMPRESSIONS:
+            known = ", ".join(sorted({*_COMPRESSIONS.values()} - {""}))
+            raise BadImage(
+                limits.name, f"format: compression {int(page.compression)} of a TIFF is not read; {known} are"
+            )
+        if page.compression != 1 or page.predictor != 1:
+            import_extra("imagecodecs", "tiff", "a compressed TIFF")
+
+    def _page(self, number: int) -> Any:
+        try:
+            return self._file.pages[number]
+        except IndexError:
+            raise BadImage(self.limits.name, f"channels: it has {_count(number)}, one a page; more are read") from None
+
+    def __enter__(self) -> "TiffValues":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, top: int, left: int, height: int, width: int) -> NDArray:
+        """The values (height, width, C) of a window within the image. Raises BadImage if it is too large or damaged."""
+        self.limits.check(width, height, weight_of(self.shape[2], self.dtype.itemsize))
+        values = np.zeros((height, width, self.shape[2]), self.dtype)
+        for first, page in enumerate(self._pages):
+            for channel, place, segment in self._segments(page, top, top + height):
+                rows, columns = (
+                    (max(at, begin), min(at + size, begin + length))
+                    for at, size, begin, length in zip(place, segment.shape, (top, left), (height, width), strict=False)
+                )
+                if rows[0] < rows[1] and columns[0] < columns[1]:
+                    part = segment[
+                        rows[0] - place[0] : rows[1] - place[0], columns[0] - place[1] : columns[1] - place[1]
+                    ]
+                    values[
+                        rows[0] - top : rows[1] - top,
+                        columns[0] - left : columns[1] - left,
+                        first + channel : first + channel + part.shape[2],
+                    ] = part
+        return values
+
+    def _segments(self, page: Any, top: int, bottom: int) -> Iterator[tuple[int, tuple[int, int], NDArray]]:
+        """First channel, place (top, left) and values (h, w, c) of each strip or tile in these rows."""
+        handle = page.parent.filehandle
+        _, _, height, width, samples = page.shaped
+        tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
+        self.limits.check(wide, tall, weight_of(samples, self.dtype.itemsize), what="a tile or strip of ")
+        across = -(-width // wide)
+        down = -(-height // tall)
+        for plane in range(page.shaped[0]):
+            for number in range(
+                plane * across * down + top // tall * across,
+                plane * across * down + min(down, -(-bottom // tall)) * across,
+            ):
+                offset, size = page.dataoffsets[number], page.databytecounts[number]
+                if not size:
+                    continue  # sparse: zeros
+                handle.seek(offset)
+                encoded = handle.read(min(size, handle.size))
+                segment, (_, _, at, left, _), _ = page.decode(encoded, number)
+                yield plane, (at, left), segment[0]
+
+
+def to_shown(pixels: Tensor) -> Tensor:
+    """Images to look at or to compare: uint8 (..., C, H, W); of levels each channel from its least to its greatest."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    low, high = (reduce(pixels, dim=(-2, -1), keepdim=True) for reduce in (torch.amin, torch.amax))
+    return ((pixels - low) * (255 / (high - low).clamp_min(1e-12))).round().clamp(0, 255).byte()
+
+
+def to_rgb(pixels: Tensor) -> Tensor:
+    """The same in color, uint8 (3, H, W): the first three channels as red, green and blue; one or two as gray."""
+    shown = to_shown(pixels)
+    return shown[:3] if len(shown) > 2 else shown[:1].expand(3, -1, -1)
+
+
+# Data sets
+
+
+def with_scale(dataset: D, scale: Scale | None) -> D:
+    """The dataset, its images read as levels of the scale, or as 8-bit RGB without one."""
+    if getattr(dataset, "scale", None) == scale:
+        return dataset
+    scaled = copy.copy(dataset)
+    scaled.scale = scale
+    return scaled
+
+
+def find_scale(dataset: Dataset) -> Scale | None:
+    """The scale that shows images which are not 8-bit RGB, by the first that can be read; None for all others.
+
+    Only TIFF and NumPy files are looked at, as others hold no more than Pillow reads unless they are asked for.
+    """
+    for index in range(0 if getattr(dataset, "in_memory", False) else min(len(dataset), 3)):
+        name = dataset.describe(index)
+        if isinstance(dataset, FileDataset) and not name.lower().endswith(_DEEP_SUFFIXES):
+            return None
+        try:
+            data = dataset.read(index)[0]
+            if not isinstance(data, bytes) or format_of(data, name).name not in ("TIFF", "NPY", "NPZ"):
+                return None
+            try:
+                read_pixels(data, name)
+                return None
+            except BadImage as error:
+                if error.code not in ("pixels", "channels"):
+                    raise
+            values = read_values(data, name)
+        except BadImage:
+            continue
+        return scale_of(values)
+    return None
+
+
+class Measured(NamedTuple):
+    """What a sample of the images says: their scale, and mean and deviation of each channel, of values from 0 to 1."""
+
+    scale: Scale
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def measure_if_deep(dataset: Dataset, channels: int | None) -> Measured | None:
+    """Measure images that are read as levels: with another number of channels than 1 or 3, or deeper than 8 bits.
+
+    Args:
+        channels: that are asked for; None: those of the first image, where it is none of 8-bit RGB.
+    """
+    scale: Scale | None = getattr(dataset, "scale", None)
+    if channels in (1, 3) and scale is None and not _is_deep(dataset):
+        return None
+    if channels is None and scale is None:
+        return None
+    return measure(dataset, channels or (scale.channels if scale else 0))
+
+
+def _is_deep(dataset: Dataset) -> bool:
+    """Whether the first image that can be read has values of more than 8 bits."""
+    for index in range(min(len(dataset), 3)):
+        try:
+            encoded = dataset.read(index)[0]
+            values = read_values(encoded, dataset.describe(index)) if isinstance(encoded, bytes) else encoded
+            return values.dtype != np.uint8
+        except BadImage:
+            continue
+    return False
+
+
+def measure(dataset: Dataset, channels: int) -> Measured:
+    """Measure up to 256 images, evenly spread.
+
+    Raises:
+        UserError: two images have different numbers of channels, or none can be read.
+    """
+    sums, squares, count, low, high, kind = np.zeros(channels), np.zeros(channels), 0, math.inf, -math.inf, ""
+    fitting, failure = "", None
+    for index in evenly_spaced(len(dataset), SAMPLED_IMAGES):
+        name = dataset.describe(index)
+        try:
+            encoded = dataset.read(index)[0]
+            values = read_values(encoded, name, channels) if isinstance(encoded, bytes) else as_values(encoded)
+        except BadImage as bad:
+            failure = failure or bad
+            continue
+        if values.shape[-1] != channels:
+            failure = BadImage(name, f"channels: it has {_count(values.shape[-1])}, {channels} are asked for")
+            continue
+        fitting, kind = fitting or name, kind if kind == "f" else values.dtype.str[1:]
+        finite = np.isfinite(values).all(axis=-1) if values.dtype.kind == "f" else np.ones(values.shape[:2], bool)
+        if not finite.any():
+            continue
+        kept = values[finite].astype(np.float64)  # (N, C)
+        low, high = min(low, float(kept.min())), max(high, float(kept.max()))
+        sums, squares, count = sums + kept.sum(0), squares + (kept**2).sum(0), count + len(kept)
+    if failure is not None and (not count or failure.code == "channels"):
+        beside = f"; {fitting} has {channels}: all images of a data set need the same number" if fitting else ""
+        raise UserError(f"{failure}{beside}")
+    scale = Scale(channels, *_ends(np.dtype(kind), low, high))
+    mean = sums / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    reach = scale.high - scale.low
+    rounded = [tuple(float(f"{each:.6g}") for each in column) for column in ((mean - scale.low) / reach, std / reach)]
+    return Measured(scale, rounded[0], tuple(each if each > 1e-6 else 1.0 for each in rounded[1]))
+
+
+def scale_of(values: NDArray) -> Scale:
+    """The scale of one image."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    low, high = finite.min(initial=math.inf), finite.max(initial=-math.inf)
+    return Scale(values.shape[-1], *_ends(values.dtype, float(low), float(high)))
+
+
+def as_values(array: NDArray) -> NDArray:
+    """Pixels (H, W) or (H, W, C) to (H, W, C)."""
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _ends(dtype: np.dtype, low: float, high: float) -> tuple[float, float]:
+    """The values of level 0 and 255: whole numbers from 0 to the full scale of the sensor; floats from 0 to 1 if all
+    are; else from the least to the greatest."""
+    if not math.isfinite(low) or not math.isfinite(high):
+        return 0.0, 1.0
+    if dtype.kind in "bu" and high <= FULL_SCALES[-1]:
+        return 0.0, float(255 if dtype.itemsize == 1 else next(each for each in FULL_SCALES if high <= each))
+    if dtype.kind == "f" and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return low, high if high > low else low + 1.0

@@ -32,6 +32,7 @@ GIVEN = {
     "docs/guides/export.md": ["runs/mine/bundle", "runs/timm/bundle"],
     "docs/guides/finetuning.md": ["runs/clothes/bundle"],
     "docs/guides/explaining.md": ["runs/mine/bundle"],
+    "docs/guides/integrations.md": ["runs/mine/bundle"],
     "docs/guides/predicting.md": ["runs/mine/bundle"],
     "docs/guides/reports.md": ["runs/mine/bundle"],
     "docs/guides/reliability.md": ["runs/mine/bundle"],
@@ -201,6 +202,17 @@ def test_every_export_format_has_its_command() -> None:
     guides = [ROOT / "docs/guides/export.md", ROOT / "docs/guides/triton.md"]
     calls = [call for guide in guides for block in blocks(guide, "sh") for call in programs(block.text, "coatnet")]
     assert {call[call.index("--format") + 1] for call in calls} == set(FORMATS)
+
+
+def test_the_table_of_places_to_run_names_all_there_are() -> None:
+    page = (ROOT / "docs/guides/integrations.md").read_text(encoding="utf-8")
+    formats = re.findall(r"^\|[^|]*\| `coatnet export --format ([\w-]+)`", page, re.MULTILINE)
+    assert sorted(formats) == sorted(FORMATS)
+    modules = re.findall(r"^\|[^|]*\| `coatnet\.integrations\.(\w+)`", page, re.MULTILINE)
+    files = {path.stem for path in (ROOT / "src/coatnet/integrations").glob("*.py")} - {"__init__", "tables"}
+    assert set(modules) == files
+    for name in modules:
+        assert (ROOT / f"tests/integrations/test_{name}.py").exists() and f"coatnet[{name}]" in page
 
 
 def test_the_errors_that_are_explained_are_those_of_the_code() -> None:

@@ -694,7 +694,7 @@ class Trainer:
         return [f"Test split, measured once: {tested.headline()}; test/report.md has the rest."]
 
 
-def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) -> Report:
+def train(recipe: Recipe, out: str | Path, *, splits: Splits | None = None, console: Console | None = None) -> Report:
     """Train, evaluate, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
 
     In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
@@ -705,6 +705,7 @@ def train(recipe: Recipe, out: str | Path, *, console: Console | None = None) ->
     Args:
         recipe: what is asked of the run.
         out: the run folder, new or to be resumed.
+        splits: the images, in place of opening `recipe.data`, which then only names them; the same for a resumed run.
         console: where progress goes; standard error if None.
 
     Returns:
@@ -734,7 +735,9 @@ def run_training(
             if processes.is_main and folder.stored is not None:
                 with suppress(OSError):  # a finished run may lie where nothing can be written
                     folder.hold()
-            given, splits = open_splits(folder.given, progress.say)
+            given = folder.given
+            if splits is None:
+                given, splits = open_splits(given, progress.say)
             given, init = load_init(given, splits, progress.say)
             if folder.stored is None:
                 config = resolve_within_limit(given, splits, init, processes, progress)

@@ -27,7 +27,7 @@ from coatnet.data.manifest import read_manifest
 from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.errors import UserError
-from coatnet.inference.predictor import Predictor
+from coatnet.inference.predictor import Prediction, Predictor
 from coatnet.system.files import user_path
 from coatnet.system.hardware import num_cores
 
@@ -159,16 +159,16 @@ def predict_batch(predictor: Predictor, batch: Sequence[PreparedSample], top_k: 
     """Classify the readable samples of a batch together: one row per sample, in order."""
     readable = [sample.views for sample in batch if sample.views is not None]
     answers = predictor.describe_all(np.stack(readable), top_k) if readable else iter(())
-    rows = []
-    for name, label, views, error in batch:
-        found = next(answers) if views is not None else None
-        if found is None or found.error is not None:
-            rows.append(Row(name, label, None, None, (), (), error if found is None else found.error))
-            continue
-        first = (found.classes[0], found.probabilities[0])
-        more = (found.novelty, found.unknown, found.class_set)
-        rows.append(Row(name, label, *first, found.classes, found.probabilities, None, *more))
-    return rows
+    return [as_row(name, label, None if views is None else next(answers), error) for name, label, views, error in batch]
+
+
+def as_row(name: str, label: str | None, found: Prediction | None, error: str | None) -> Row:
+    """The row of a prediction; of an image without one, of its error."""
+    if found is None or found.error is not None:
+        return Row(name, label, None, None, (), (), error if found is None else found.error)
+    first = (found.classes[0], found.probabilities[0])
+    more = (found.novelty, found.unknown, found.class_set)
+    return Row(name, label, *first, found.classes, found.probabilities, None, *more)
 
 
 def _label_name(dataset: Dataset, label: np.ndarray) -> str | None:

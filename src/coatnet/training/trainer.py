@@ -715,11 +715,15 @@ def train(recipe: Recipe, out: str | Path, *, splits: Splits | None = None, cons
         UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
     """
-    return run_training(recipe, out, Trainer.finish, console)
+    return run_training(recipe, out, Trainer.finish, splits, console)
 
 
 def run_training(
-    recipe: Recipe, out: str | Path, finish: Callable[[Trainer, Bundle], Value], console: Console | None = None
+    recipe: Recipe,
+    out: str | Path,
+    finish: Callable[[Trainer, Bundle], Value],
+    splits: Splits | None = None,
+    console: Console | None = None,
 ) -> Value | Report:
     """As `train`, but `finish` measures the trained model, and writes what stays of it."""
     if not isinstance(recipe, Recipe):

@@ -95,7 +95,7 @@ def train_run(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> No
         if keep_weights:
             trainer.finish(bundle)
 
-    run_training(Recipe.from_dict(recipe), folder, finish, Console(quiet=True))
+    run_training(Recipe.from_dict(recipe), folder, finish, console=Console(quiet=True))
     if not keep_weights:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

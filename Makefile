@@ -13,7 +13,7 @@ SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 # Exact versions, for a repeatable installation; empty for the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 # All but mlflow and wandb, which no test needs.
-EXTRAS := heic,hub,parquet,shards,datasets,tensorboard,openvino,onnx,int8,serve,tune,sklearn,benchmarks
+EXTRAS := heic,tiff,hub,parquet,shards,datasets,tensorboard,openvino,onnx,int8,serve,tune,sklearn,benchmarks
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 OLDEST := .venv-oldest/bin/python
 OLDEST_PYTHON ?= python3.11

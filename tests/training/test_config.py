@@ -44,7 +44,7 @@ from coatnet.training.recipes import RECIPES, named_recipe
         ({"parallelism": "dp"}, "parallelism must be one of ddp, fsdp, hsdp, auto, got 'dp'"),
         ({"num_workers": "some"}, "num_workers must be a whole number or auto, got 'some'"),
         ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
-        ({"channels": 2}, "channels must be one of 1, 3, got 2"),
+        ({"channels": 17}, "channels must be 1 to 16, got 17"),
         ({"optimizer": {"betas": [0.9, 1]}}, r"each at least 0 and below 1, got \[0.9, 1\]"),
         (
             {"augmentation": {"crop_scale": [0.5, 0.2]}},

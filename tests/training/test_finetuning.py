@@ -285,7 +285,6 @@ def test_a_run_interrupted_around_the_end_of_head_first_equals_the_uninterrupted
         ({"init": None, "name": "scratch", "freeze": "stem"}, "freeze is for a network that has learned"),
         ({"init": None, "name": "scratch", "head_first_epochs": 0.05}, "head_first_epochs is for a network that has"),
         ({"variations": {"downsample": "depthwise"}}, "variations cannot be given together with init"),
-        ({"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}}, "the bundle takes 1 channels, got channels 3"),
     ],
 )
 def test_a_user_error_is_one_line_and_leaves_nothing(changes, named_in_it, letters, tmp_path):

@@ -49,6 +49,7 @@ class PreprocessingCfg(BaseModel, strict=True):
     mean: Annotated[list[FiniteFloat], Field(max_length=MAX_CHANNELS)]
     std: Annotated[list[FiniteFloat], Field(max_length=MAX_CHANNELS)]
     value_range: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None = None
+    channel_names: Annotated[list[str], Field(max_length=MAX_CHANNELS)] = []
 
 
 class PretrainedCfg(PreprocessingCfg):
@@ -185,6 +186,7 @@ def config_json(
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
             **({} if preprocessing.value_range is None else {"value_range": list(preprocessing.value_range)}),
+            **({"channel_names": list(preprocessing.channel_names)} if preprocessing.channel_names else {}),
             "num_classes": model.num_classes,
             "label_names": list(classes),
         },
@@ -239,6 +241,7 @@ def read_preprocessing(seen: PreprocessingCfg, path: Path) -> Preprocessing:
             interpolation=seen.interpolation,
             mean=tuple(seen.mean),
             std=tuple(seen.std),
+            channel_names=tuple(seen.channel_names),
             value_range=None if seen.value_range is None else (seen.value_range[0], seen.value_range[1]),
         )
     except UserError as error:

@@ -92,7 +92,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
                 print_unreadable({str(path): explanation.error})
                 num_unreadable += 1
                 continue
-            file = _new_name(folder, path.stem, explanation.target, taken)
+            file = new_name(folder, path.stem, explanation.target, taken)
             shown = open_upright(path, predictor.bundle.preprocessing.scale)
             side_by_side(shown, explanation.overlay(shown)).save(file)
             percent = f"{100 * explanation.probability:.1f} %"
@@ -100,7 +100,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     return FAILED if num_unreadable else 0
 
 
-def _new_name(folder: Path, stem: str, target: str, taken: set[str]) -> Path:
+def new_name(folder: Path, stem: str, target: str, taken: set[str]) -> Path:
     """A file name of image and class that no image before had: `holiday.tabby-cat.png`."""
     words = "-".join("".join(c if c.isalnum() else " " for c in target).split())[:40]
     name = f"{stem[:80]}.{words or 'class'}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+from coatnet.cli.explain import new_name
 from coatnet.cli.parser import (
     BUNDLE_HELP,
     FAILED,
@@ -60,19 +61,76 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="V",
         help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
     )
+    parser.add_argument(
+        "--tiles",
+        metavar="SIDE",
+        help="classify overlapping tiles of each image, squares of so many pixels or auto, the model's own size; their "
+        "answers are averaged. TIFF and NumPy files are read tile by tile, so they may be larger than memory",
+    )
+    parser.add_argument(
+        "--tile-overlap", type=float, metavar="F", help="with --tiles: fraction of a side that neighbors share (0.25)"
+    )
+    parser.add_argument("--each-tile", action="store_true", help="with --tiles: print a line for each tile as well")
+    parser.add_argument(
+        "--tile-maps", metavar="FOLDER", help="with --tiles: write each image with the likeliest class laid over it"
+    )
     parser.add_calibrated()
     parser.add_max_megapixels()
     parser.add_device()
     given = parser.parse(arguments)
     if given.out and given.json:
         parser.error("--json is for lines, --out for a file: give one of them")
+    if given.tiles is None:
+        if given.tile_overlap is not None or given.each_tile or given.tile_maps:
+            parser.error("--tile-overlap, --each-tile and --tile-maps say how --tiles are answered: give that as well")
+    elif given.out:
+        parser.error("--tiles prints lines, and --out writes rows of images: give one of them")
+    elif given.tiles != "auto" and not (given.tiles.isdecimal() and int(given.tiles) > 0):
+        parser.error(f"--tiles is a side in pixels, such as 512, or auto, got {given.tiles!r:.40}")
     return given
 
 
 def run(arguments: Sequence[str]) -> int:
     """Classify images."""
     given = parse_arguments(arguments)
+    if given.tiles is not None:
+        return predict_tiles(given)
     return predict_to_table(given) if given.out else predict_to_stdout(given)
+
+
+def predict_tiles(given: argparse.Namespace) -> int:
+    """Print a line for each image, and one for each of its tiles if that is asked for."""
+    from coatnet.data.decode import BadImage
+    from coatnet.data.folder import expand_paths
+    from coatnet.inference import Prediction
+    from coatnet.inference.tiles import OVERLAP, classify_tiles
+    from coatnet.system.files import atomic_files, translate_write_errors, user_path
+
+    predictor, num_unreadable, taken = open_predictor(given, given.engine), 0, set[str]()
+    side = None if given.tiles == "auto" else int(given.tiles)
+    overlap = OVERLAP if given.tile_overlap is None else given.tile_overlap
+    for path, error in expand_paths(given.paths):
+        try:
+            if error is not None:
+                raise BadImage(str(path), error)
+            found = classify_tiles(
+                predictor, path, side=side, overlap=overlap, top_k=given.top_k, batch_size=given.batch_size
+            )
+        except BadImage as bad:
+            print_prediction(Prediction(bad.name, error=bad.reason), given.json)
+            num_unreadable += 1
+            continue
+        for tile in found.each(given.top_k) if given.each_tile else ():
+            print_prediction(tile, given.json)
+        print_prediction(found.prediction, given.json)
+        if given.tile_maps:
+            with translate_write_errors(given.tile_maps):
+                folder = user_path(given.tile_maps)
+                folder.mkdir(parents=True, exist_ok=True)
+                file = new_name(folder, path.stem, found.prediction.classes[0], taken)
+                with atomic_files(file) as (staged,):
+                    found.map().save(staged, "PNG")
+    return FAILED if num_unreadable else 0
 
 
 def predict_to_stdout(given: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ stored with the model.
 
 import copy
 import io
+import itertools
 import logging
 import math
 import warnings
@@ -37,14 +38,15 @@ from coatnet.data.decode import (
     orientation_of,
     turned,
 )
-from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_npy_header
+from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_jpeg_header, read_npy_header
 from coatnet.errors import UserError, first_line, import_extra
 
 D = TypeVar("D", bound=Dataset)
 
 SAMPLED_IMAGES = 256  # chosen: a few seconds of reading; the same number as for the brightness of small images
 FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of sensors of 8, 10, 12, 14 and 16 bits
-_COMPRESSIONS = {1: "", 5: "LZW", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
+_JPEG = 7
+_COMPRESSIONS = {1: "", 5: "LZW", _JPEG: "JPEG", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
 _DEEP_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # what may hold more than 8-bit RGB can show
 _PNG_COLOR_OF_16_BITS = (2, 4, 6)  # with more than one channel: Pillow drops their lower 8 bits
 
@@ -256,14 +258,14 @@ class TiffValues:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
     def read(self, top: int, left: int, height: int, width: int) -> NDArray:
         """The values (height, width, C) of a window within the image. Raises BadImage if it is too large or damaged."""
         self.limits.check(width, height, weight_of(self.shape[2], self.dtype.itemsize))
         values = np.zeros((height, width, self.shape[2]), self.dtype)
         for first, page in enumerate(self._pages):
-            for channel, place, segment in self._segments(page, top, top + height):
+            for channel, place, segment in self._segments(page, top, top + height, left, left + width):
                 rows, columns = (
                     (max(at, begin), min(at + size, begin + length))
                     for at, size, begin, length in zip(place, segment.shape, (top, left), (height, width), strict=False)
@@ -279,26 +281,41 @@ class TiffValues:
                     ] = part
         return values
 
-    def _segments(self, page: Any, top: int, bottom: int) -> Iterator[tuple[int, tuple[int, int], NDArray]]:
-        """First channel, place (top, left) and values (h, w, c) of each strip or tile in these rows."""
+    @property
+    def plain_colors(self) -> bool:
+        """Whether 8-bit values are gray or RGB as they stand, white as the largest."""
+        return int(self._pages[0].photometric) in (1, 2) or self._pages[0].compression == _JPEG
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()
+
+    def _segments(
+        self, page: Any, top: int, bottom: int, left: int, right: int
+    ) -> Iterator[tuple[int, tuple[int, int], NDArray]]:
+        """First channel, place (top, left) and values (h, w, c) of each strip or tile in these rows and columns."""
         handle = page.parent.filehandle
-        _, _, height, width, samples = page.shaped
+        planes, _, height, width, samples = page.shaped
         tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
         self.limits.check(wide, tall, weight_of(samples, self.dtype.itemsize), what="a tile or strip of ")
-        across = -(-width // wide)
-        down = -(-height // tall)
-        for plane in range(page.shaped[0]):
-            for number in range(
-                plane * across * down + top // tall * across,
-                plane * across * down + min(down, -(-bottom // tall)) * across,
-            ):
-                offset, size = page.dataoffsets[number], page.databytecounts[number]
-                if not size:
-                    continue  # sparse: zeros
-                handle.seek(offset)
-                encoded = handle.read(min(size, handle.size))
-                segment, (_, _, at, left, _), _ = page.decode(encoded, number)
-                yield plane, (at, left), segment[0]
+        down, across = -(-height // tall), -(-width // wide)
+        rows, columns = range(top // tall, -(-bottom // tall)), range(left // wide, -(-right // wide))
+        for plane, row, column in itertools.product(range(planes), rows, columns):
+            number = (plane * down + row) * across + column
+            offset, size = page.dataoffsets[number], page.databytecounts[number]
+            if not size:
+                continue  # sparse: zeros
+            handle.seek(offset)
+            encoded = handle.read(min(size, handle.size))
+            options: dict[str, Any] = {}
+            if page.compression == _JPEG:
+                header = read_jpeg_header(encoded)
+                if header is None or header.width > wide or header.height > tall:
+                    raise BadImage(self.limits.name, "corrupt: a JPEG within the TIFF is none, or larger than its tile")
+                self.limits.check_scans(encoded.count(b"\xff\xda"), wide * tall)
+                options["jpegtables"] = page.jpegtables
+            segment, (_, _, at, begin, _), _ = page.decode(encoded, number, **options)
+            yield plane, (at, begin), segment[0]
 
 
 def to_shown(pixels: Tensor) -> Tensor:

@@ -516,7 +516,7 @@ def check_tiff(data: bytes, limits: Limits) -> Directory:
     limits.check(width, height)
     if tile_width and tile_height:
         limits.check(-(-width // tile_width) * tile_width, -(-height // tile_height) * tile_height, what="tiles of ")
-    if numbers.get(259) in (6, 7):  # JPEG; each scan passes over one tile or strip
+    if numbers.get(259) in (6, 7) and isinstance(data, bytes):  # JPEG; each scan passes over one tile or strip
         segment = tile_width * tile_height or width * min(rows or height, height)
         limits.check_scans(data.count(b"\xff\xda"), segment)
     return directory

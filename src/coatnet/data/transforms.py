@@ -21,6 +21,7 @@ from coatnet.errors import UserError
 from coatnet.system.validated import (
     Boolean,
     Integer,
+    Names,
     Number,
     PositiveFloat,
     PositiveFraction,
@@ -57,7 +58,13 @@ class Preprocessing:
     """The values of images that stand for 0 and 1, such as [0,4095], where they are read as they are, with 1 to 16
     channels; by default those of the data where it is deeper than 8-bit RGB, and else none: images are 8-bit RGB."""
 
+    channel_names: Names = ()
+    """With a `value_range`, what the channels are, such as blue,green,red,nir; with `init`, those called red, green and
+    blue keep the weights of a network for RGB. By default without names."""
+
     def __post_init__(self) -> None:
+        if self.channel_names and len(self.channel_names) != len(self.mean):
+            raise UserError(f"channel_names must be {len(self.mean)}, one a channel, got {self.channel_names}")
         if not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE_SEEN:
             raise UserError(f"resolution must be 1 to {MAX_SIDE_SEEN}, got {self.resolution!r}")
         if self.value_range is None and len(self.mean) not in (1, 3):
@@ -90,6 +97,14 @@ class Preprocessing:
     def scale(self) -> Scale | None:
         """How values become levels; None for images of 8-bit RGB."""
         return None if self.value_range is None else Scale(self.channels, *self.value_range)
+
+    @property
+    def rgb(self) -> tuple[int, int, int] | None:
+        """Which channels are called red, green and blue; None if not all three are."""
+        names = [name.lower() for name in self.channel_names]
+        if not {"red", "green", "blue"} <= set(names):
+            return None
+        return names.index("red"), names.index("green"), names.index("blue")
 
     @property
     def size(self) -> tuple[int, int]:

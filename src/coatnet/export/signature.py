@@ -180,8 +180,8 @@ def join_outputs(outputs: Sequence[NDArray]) -> NDArray[np.float32]:
 
 
 def _preprocessing(seen: Preprocessing) -> dict[str, Any]:
-    values = asdict(seen)
-    return values if seen.value_range is not None else {key: values[key] for key in values if key != "value_range"}
+    """Its values, but those that say nothing of a model for 8-bit RGB."""
+    return {key: value for key, value in asdict(seen).items() if value not in (None, ())}
 
 
 def _meaning(signature: Signature, bundle: Bundle) -> str:

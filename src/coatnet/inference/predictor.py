@@ -215,11 +215,14 @@ class Predictor:
             pixels = pixels_of(image, name)
         else:
             pixels = _to_pixels(image, name)
+        return self.prepare_pixels(pixels), seen_box(pixels.shape[-2], pixels.shape[-1], self.bundle.preprocessing)
+
+    def prepare_pixels(self, pixels: Tensor) -> NDArray:
+        """Resize and crop decoded pixels, uint8 (3 or 1, H, W) or levels (C, H, W), as `prepare`. Thread-safe."""
         pixels = match_channels(pixels, self.bundle.preprocessing)
         views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
         views = views.permute(0, 2, 3, 1)  # (V, R, R, 1 or C)
-        prepared = views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
-        return prepared, seen_box(pixels.shape[-2], pixels.shape[-1], self.bundle.preprocessing)
+        return views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
 
     def probabilities(self, images: NDArray) -> NDArray[np.float32]:
         """Compute the probabilities of a batch, averaged over the views. Not thread-safe.

@@ -1,7 +1,7 @@
-"""Resize the relative biases of a network to another resolution (paper, appendix A.1)."""
+"""Change a trained network to other images: their resolution (paper, appendix A.1) or their channels."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import RelativeBias, resample
@@ -27,3 +27,28 @@ def change_resolution(model: CoAtNet, resolution: int) -> CoAtNet:
                 module.table = nn.Parameter(table, requires_grad=module.table.requires_grad)
     model.resolution = resolution
     return model
+
+
+def change_channels(weight: Tensor, channels: int, rgb: tuple[int, int, int] | None = None) -> Tensor:
+    """The weights of a first convolution for images of other channels.
+
+    Where it is known which channels are red, green and blue, these keep the weights of an RGB network, and all others
+    begin at 0. Else every channel gets the mean of the weights, times old channels over new ones: an image whose
+    channels are all equal has the same features before and after.
+
+    Args:
+        weight: (out, in, height, width).
+        channels: of the images.
+        rgb: which of these are red, green and blue.
+    """
+    given = weight.shape[1]
+    if rgb is None or given != 3:
+        return weight.mean(1, keepdim=True).repeat(1, channels, 1, 1) * (given / channels)
+    changed = weight.new_zeros(len(weight), channels, *weight.shape[2:])
+    changed[:, list(rgb)] = weight
+    return changed
+
+
+def first_convolution(model: CoAtNet) -> str:
+    """The name of the weights that look at the image."""
+    return next(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d)) + ".weight"

@@ -177,7 +177,7 @@ def read_request(
     Raises:
         RequestError: code "json": it is not JSON, not of the protocol, or not what the model takes.
     """
-    envelope, data = cut_out_data(body, max_images)
+    envelope, data = cut_out_data(body, max_images, decimals=predictor.scale is not None)
     try:
         request = InferenceRequest.model_validate(json.loads(envelope, parse_constant=_refuse_constant), strict=True)
     except ValidationError as error:

@@ -28,7 +28,7 @@ _OF_NUMBERS = b"0123456789.eE+-" + _SPACE
 # A quoted name before a colon is a key; behind a backslash it is a part of a text.
 _DATA = re.compile(rb'(?<!\\)"data"\s*+:\s*+(?=\[)')
 _DECIMALS = re.compile(rb"[\[\] \t\r\n0-9,.eE+-]*+")
-_WHOLE = re.compile(rb"[\[\] \t\r\n0-9,]*+")
+_NUMBERS = re.compile(rb"[\[\] \t\r\n0-9,]*+")
 _DECIMAL = re.compile(rb"-?(?:0|[1-9][0-9]{0,39})(?:\.[0-9]{1,60})?(?:[eE][+-]?[0-9]{1,3})?")
 _FIRST_TEXT = re.compile(rb'\[\s*+(?=")')
 _TEXT = re.compile(rb'\s*+"((?:[^"\\]++|\\.)*+)"\s*+([,\]])')
@@ -43,12 +43,13 @@ _MAY_FOLLOW = np.zeros((4, 4), bool)
 _MAY_FOLLOW[[0, 0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 3, 0, 2, 0, 2, 1, 3]] = True
 
 
-def cut_out_data(body: bytes, max_texts: int) -> tuple[bytes, bytes | list[bytes]]:
+def cut_out_data(body: bytes, max_texts: int, *, decimals: bool = False) -> tuple[bytes, bytes | list[bytes]]:
     """Take the list of the first key "data" out of a request.
 
     Args:
         body: JSON.
         max_texts: how many texts the list may have.
+        decimals: whether numbers may be other than whole ones from 0 on.
 
     Returns:
         The request with `[PLACEHOLDER]` in place of the list; and the list: as bytes if it is of numbers, else its
@@ -63,20 +64,20 @@ def cut_out_data(body: bytes, max_texts: int) -> tuple[bytes, bytes | list[bytes
         if first := _FIRST_TEXT.match(body, start):
             data, end = _texts(body, first.end(), max_texts)
         else:
-            data, end = _list_of_numbers(body, start)
+            data, end = _list_of_numbers(body, start, decimals)
         body = body[:start] + json.dumps([PLACEHOLDER]).encode() + body[end:]
     if len(body) > MAX_ENVELOPE_BYTES:
         refuse(f"there is no list of data, or there are more than {MAX_ENVELOPE_BYTES:,} bytes beside it")
     return body, data
 
 
-def _list_of_numbers(body: bytes, start: int) -> tuple[bytes, int]:
+def _list_of_numbers(body: bytes, start: int, decimals: bool) -> tuple[bytes, int]:
     """What has the characters of a list of numbers, and where it ends."""
-    run = _DECIMALS.match(body, start)
+    run = (_DECIMALS if decimals else _NUMBERS).match(body, start)
     data = run[0].rstrip(b", \t\r\n") if run else b""
     end = start + len(data)
     if body[end:].lstrip(_SPACE)[:1] not in (b",", b"}"):
-        number = start + len(data.rstrip(b"0123456789.eE+-"))  # where it begins
+        number = start + len(data.rstrip(b"0123456789.eE+-" if decimals else b"0123456789"))  # where it begins
         found = body[number : number + 20].decode("ascii", "replace").strip()
         refuse(f"data has {found!r} where a whole number or the end of the list should be")
     return data, end
@@ -110,8 +111,6 @@ def read_pixels(
     """
     count = math.prod(shape)
     wanted = f"data must be {count:,} whole numbers from 0 to 255, flat or in nested lists of the shape {list(shape)}"
-    if isinstance(data, bytes) and _WHOLE.match(data).end() < len(data):  # pyrefly: ignore[missing-attribute]
-        refuse(wanted)
     return _read(data, np.empty(count, np.uint8), shape, wanted, _numbers, check)
 
 

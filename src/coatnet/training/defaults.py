@@ -258,7 +258,7 @@ def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) 
     if init is not None:
         chosen: dict[str, Any] = asdict(init.preprocessing)
         if init.preprocessing.scale is None:
-            chosen |= measured
+            chosen |= measured or _of_channels(init.preprocessing, recipe.channels)
     elif facts.small:
         level = {"mean": [facts.mean] * channels, "std": [facts.std] * channels}
         chosen = {"resolution": facts.side, "crop_fraction": 1.0, **level}
@@ -278,6 +278,13 @@ def choose_preprocessing(recipe: Recipe, facts: DataFacts, init: Bundle | None) 
     if recipe.channels is not None and whole.channels != recipe.channels:
         raise UserError(f"channels is {recipe.channels}, but preprocessing has {whole.channels}: make them agree")
     return whole
+
+
+def _of_channels(seen: Preprocessing, channels: int | None) -> dict[str, Any]:
+    """Mean and deviation of 8-bit images for another number of channels, 1 or 3: the average of each."""
+    if channels not in (1, 3) or channels == seen.channels:
+        return {}
+    return {name: [sum(values) / len(values)] * channels for name, values in (("mean", seen.mean), ("std", seen.std))}
 
 
 def choose_optimization(

@@ -87,6 +87,8 @@ def change_preprocessing(images: Tensor, now: Preprocessing, wanted: Preprocessi
     def per_channel(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=images.device)[:, None, None]
 
+    if now.scale != wanted.scale:
+        raise UserError("the teacher takes images of other values or channels than the run: give one of the same data")
     resized = tuple(images.shape[-2:]) != wanted.size
     if not resized and (now.mean, now.std) == (wanted.mean, wanted.std):
         return images

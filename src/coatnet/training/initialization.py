@@ -16,7 +16,7 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.model.freeze import freeze
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.model.resize import change_resolution
+from coatnet.model.resize import change_channels, change_resolution, first_convolution
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.recipes import find_recipe
 
@@ -75,13 +75,13 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
         return model
     if config.variations:
         raise UserError("variations cannot be given together with init: the network is that of the bundle")
-    architecture: dict[str, Any] = init.model.config()
-    if architecture["in_channels"] != config.preprocessing.channels:
-        raise UserError(
-            f"the bundle takes {architecture['in_channels']} channels, got channels {config.preprocessing.channels}"
-        )
+    architecture: dict[str, Any] = init.model.config() | {"in_channels": config.preprocessing.channels}
     model = create_model(architecture.pop("variant"), stochastic_depth=config.stochastic_depth, **architecture)
-    model.load_state_dict(init.model.state_dict())
+    weights = init.model.state_dict()
+    if init.model.in_channels != model.in_channels:
+        first = first_convolution(model)
+        weights[first] = change_channels(weights[first], model.in_channels, config.preprocessing.rgb)
+    model.load_state_dict(weights)
     if not keeps_classifier(dataset, init):
         model.reset_classifier(num_classes)
     require_memory(model, config.preprocessing, "model")
@@ -99,11 +99,14 @@ def describe_init(config: TrainingConfig, dataset: Dataset, init: Bundle | None)
     """The origin of the weights in a few words; empty for an untrained network."""
     if init is None:
         return ""
+    given, taken = init.model.in_channels, config.preprocessing.channels
+    kept = "red, green and blue kept" if config.preprocessing.rgb and given == 3 else "their mean spread"
+    adapted = "" if given == taken else f", its {given} channels made {taken}, {kept}"
     if keeps_classifier(dataset, init):
-        return f" from {place_name(config.init)}, its classifier kept"
+        return f" from {place_name(config.init)}{adapted}, its classifier kept"
     same = set(init.classes) == set(dataset.classes)
     classes = f"the same {len(dataset.classes)} classes in another order" if same else f"{len(dataset.classes)} classes"
-    return f" from {place_name(config.init)}, a new classifier for {classes}"
+    return f" from {place_name(config.init)}{adapted}, a new classifier for {classes}"
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""Windows of an image: of TIFF and NumPy files only what they touch is read, so the image may be larger than memory."""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coatnet.data.channels import TiffValues, read_pixels, to_levels
+from coatnet.data.datasets import read_image_file
+from coatnet.data.decode import SNIFFED_BYTES, BadImage, Limits, Scale, allowed_pixels, check_tiff, sniff
+from coatnet.data.image_headers import array_layout, read_npy_header
+from coatnet.errors import UserError, first_line
+from coatnet.system.files import open_regular
+
+_ANY_SIZE = 2**62
+
+
+class Windows(Protocol):
+    """An image that is read window by window.
+
+    Attributes:
+        size: (H, W) of the whole image in pixels.
+        held: whether the whole image is in memory.
+    """
+
+    size: tuple[int, int]
+    held: bool
+
+    def read(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """A window within the image: uint8 RGB (3, height, width), or levels (C, height, width)."""
+        ...
+
+
+class _Whole:
+    """An image in memory."""
+
+    held = True
+
+    def __init__(self, pixels: Tensor) -> None:
+        self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[2])
+
+    def read(self, top: int, left: int, height: int, width: int) -> Tensor:
+        return self._pixels[:, top : top + height, left : left + width]
+
+
+class _Tiff:
+    """A TIFF, by its strips or tiles."""
+
+    held = False
+
+    def __init__(self, values: TiffValues, scale: Scale | None) -> None:
+        self._values, self._scale, self.size = values, scale, values.shape[:2]
+
+    def read(self, top: int, left: int, height: int, width: int) -> Tensor:
+        values = self._values.read(top, left, height, width)
+        if self._scale is not None:
+            return to_levels(values, self._values.limits.name, self._scale)
+        return torch.from_numpy(values).permute(2, 0, 1).expand(3, -1, -1)
+
+
+class _Array:
+    """A NumPy file, mapped into memory."""
+
+    held = False
+
+    def __init__(self, values: NDArray, limits: Limits, scale: Scale) -> None:
+        self._values, self._limits, self._scale, self.size = values, limits, scale, values.shape[:2]
+
+    def read(self, top: int, left: int, height: int, width: int) -> Tensor:
+        self._limits.check(width, height, self._scale.channels)
+        window = self._values[top : top + height, left : left + width]
+        return to_levels(np.array(window).astype(window.dtype.newbyteorder("=")), self._limits.name, self._scale)
+
+
+@contextmanager
+def open_windows(path: Path, scale: Scale | None) -> Iterator[Windows]:
+    """Open an image file for reading windows of it, as a model with this scale reads images.
+
+    TIFF of any size are read from the disk where their compression allows it, and NumPy files for models with a scale.
+    Everything else is decoded whole, within the limit of pixels.
+
+    Raises:
+        BadImage: the file cannot be read, or is too large for what must be decoded whole.
+    """
+    with ExitStack() as held:
+        try:
+            windows = _open(path, scale, held)
+        except OSError as error:
+            raise BadImage(str(path), f"unreadable: {error.strerror or first_line(error)}") from error
+        yield windows
+
+
+def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
+    name = str(path)
+    limits = Limits(name, allowed_pixels(), _ANY_SIZE)  # of a window
+    file = held.enter_context(open(path, "rb", opener=open_regular))  # noqa: SIM115
+    kind = sniff(file.read(SNIFFED_BYTES))
+    if kind is not None and kind.name in ("NPY", "TIFF"):
+        data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with what is read from it
+        if kind.name == "NPY" and scale is not None:
+            return _map_array(data, limits, scale)
+        if kind.name == "TIFF":
+            upright = check_tiff(data, Limits(name, _ANY_SIZE, _ANY_SIZE)).numbers.get(274, 1) == 1
+            file.seek(0)
+            if upright and (values := _tiff_values(file, limits, scale)) is not None:
+                return _Tiff(held.enter_context(values), scale)
+    return _Whole(read_pixels(read_image_file(path, name), name, scale))
+
+
+def _tiff_values(file: object, limits: Limits, scale: Scale | None) -> TiffValues | None:
+    """The values of a TIFF where they are those that a model reads; None where it has to be decoded whole."""
+    try:
+        values = TiffValues(file, limits, None if scale is None else scale.channels)  # pyrefly: ignore
+    except BadImage:
+        return None
+    except UserError:  # tifffile is not installed; Pillow may read it
+        return None
+    except Exception:  # of a damaged file, which the decoder then names
+        return None
+    if scale is None and not (values.dtype == np.uint8 and values.shape[2] in (1, 3) and values.plain_colors):
+        values.close()
+        return None
+    return values
+
+
+def _map_array(data: mmap.mmap, limits: Limits, scale: Scale) -> _Array:
+    try:
+        header = read_npy_header(data[: 2**14])
+        if header.dtype.kind not in "biuf" or len(header.shape) not in (2, 3) or 0 in header.shape:
+            raise ValueError(f"an array of {header.dtype} of the shape {header.shape} is no image")
+        if len(data) < header.offset + header.num_bytes:
+            raise ValueError(f"{len(data):,} bytes for an array of {header.num_bytes:,}")
+        values = np.ndarray(header.shape, header.dtype, data, header.offset, order="F" if header.fortran else "C")
+    except ValueError as error:
+        raise BadImage(limits.name, f"corrupt: {first_line(error)}") from error
+    height, width, count, leads = array_layout(header.shape, scale.channels)
+    return _Array(np.moveaxis(values, 0, -1) if leads else values.reshape(height, width, count), limits, scale)

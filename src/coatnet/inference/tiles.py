@@ -1,0 +1,189 @@
+"""Answers to an image that is too large to be seen at once: of overlapping tiles, averaged, and as a map.
+
+Shapes: N tiles, K classes; H, W the image; h, w its thumbnail.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from coatnet.data.channels import to_rgb
+from coatnet.data.decode import BadImage
+from coatnet.data.windows import Windows, open_windows
+from coatnet.errors import UserError
+from coatnet.inference.explanation import heat_colors
+from coatnet.inference.predictor import Prediction, Predictor
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+OVERLAP = 0.25  # chosen: what a crop of 0.875 cuts off of a tile lies within its neighbors
+MAX_TILES = 1_000_000
+THUMBNAIL_SIDE = 1600  # pixels
+_BAND_PIXELS = 30_000_000  # a row of tiles up to this size is read at once, so that strips are decoded once
+
+
+@dataclass(frozen=True, eq=False)
+class TiledPrediction:
+    """The answers to the tiles of an image.
+
+    Attributes:
+        prediction: what they say together, by the mean of their probabilities.
+        size: (H, W) of the image in pixels.
+        boxes: top, left, height and width of each tile, (N, 4).
+        probabilities: of each tile, (N, K).
+        classes: names of the K classes.
+        thumbnail: the image, uint8 (h, w, 3).
+    """
+
+    prediction: Prediction
+    size: tuple[int, int]
+    boxes: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    classes: tuple[str, ...]
+    thumbnail: NDArray[np.uint8]
+
+    def each(self, top_k: int = 5) -> Iterator[Prediction]:
+        """The answer to each tile, named `image.tif[top:bottom,left:right]`."""
+        for (top, left, height, width), row in zip(self.boxes.tolist(), self.probabilities, strict=True):
+            best = np.argsort(-row, kind="stable")[:top_k]
+            name = f"{self.prediction.name}[{top}:{top + height},{left}:{left + width}]"
+            yield Prediction(name, tuple(self.classes[k] for k in best), tuple(row[best].tolist()))
+
+    def heat(self, target: str | None = None) -> NDArray[np.float32]:
+        """The probability of a class over the thumbnail, (h, w): the mean over the tiles that show a place.
+
+        By default of the most probable class of the image.
+        """
+        index = self.classes.index(target or self.prediction.classes[0])
+        total, count = np.zeros((2, *self.thumbnail.shape[:2]), np.float32)
+        for box, probability in zip(self.boxes, self.probabilities[:, index], strict=True):
+            rows, columns = _on_thumbnail(box, self.size, total.shape)
+            total[rows, columns] += probability
+            count[rows, columns] += 1
+        return total / np.maximum(count, 1)
+
+    def map(self, target: str | None = None) -> "PIL.Image.Image":
+        """The thumbnail with `heat` laid over."""
+        import PIL.Image
+
+        shown, layer = PIL.Image.fromarray(self.thumbnail), PIL.Image.fromarray(heat_colors(self.heat(target)))
+        shown.paste(layer, (0, 0), layer)
+        return shown
+
+
+def classify_tiles(
+    predictor: Predictor,
+    path: str | Path,
+    *,
+    side: int | None = None,
+    overlap: float = OVERLAP,
+    top_k: int = 5,
+    batch_size: int = 32,
+) -> TiledPrediction:
+    """Classify overlapping tiles of an image file; together they are answered by the mean of their probabilities.
+
+    A TIFF is read tile by tile, as is a NumPy file for a model of other images than 8-bit RGB; what else there is must
+    be decoded whole.
+
+    Args:
+        predictor: the model in an engine.
+        path: of the image file.
+        side: of the square tiles in pixels of the image; by default the size at which the model sees an image whole.
+        overlap: the least part of a side that two neighbors share, 0 or more and below 1.
+        top_k: number of classes of the prediction.
+        batch_size: tiles computed together.
+
+    Raises:
+        BadImage: the image cannot be read, or has more than a million such tiles.
+        UserError: side or overlap are out of bounds.
+    """
+    if not 0 <= overlap < 1:
+        raise UserError(f"tile-overlap is a part of a side from 0 to below 1, such as 0.25, got {overlap:g}")
+    if batch_size < 1 or top_k < 1 or (side is not None and side < 1):
+        raise UserError(f"side {side}, batch_size {batch_size} and top_k {top_k} must be at least 1")
+    tile = predictor.bundle.preprocessing.resized_size if side is None else (side, side)
+    with open_windows(Path(path), predictor.scale) as windows:
+        tops, lefts = (
+            starts(length, part, overlap, str(path)) for length, part in zip(windows.size, tile, strict=True)
+        )
+        if len(tops) * len(lefts) > MAX_TILES:
+            raise BadImage(
+                str(path), f"large: {len(tops) * len(lefts):,} tiles, {MAX_TILES:,} are computed: give larger"
+            )
+        height, width = (min(pair) for pair in zip(windows.size, tile, strict=True))
+        scale = min(1.0, THUMBNAIL_SIDE / max(windows.size))
+        thumbnail = np.zeros((*(max(1, round(length * scale)) for length in windows.size), 3), np.uint8)
+        boxes, rows, novelties = [], [], []
+        tiles = _read_tiles(windows, tops, lefts, height, width, str(path))
+        while batch := list(itertools.islice(tiles, batch_size)):
+            views = np.stack([predictor.prepare_pixels(pixels) for _, pixels in batch])
+            probabilities, novelty = predictor.answers(views)
+            rows.append(probabilities)
+            if novelty is not None:
+                novelties.append(novelty)
+            for box, pixels in batch:
+                boxes.append(box)
+                _draw(thumbnail, box, pixels, windows.size)
+    answers, places = np.concatenate(rows), np.array(boxes, np.int64)
+    novelty = float(np.concatenate(novelties).mean()) if novelties else None
+    together = replace(predictor.describe(answers.mean(axis=0), novelty, top_k), name=str(path))
+    if together.error is not None:
+        raise BadImage(str(path), together.error)
+    return TiledPrediction(together, windows.size, places, answers, predictor.classes, thumbnail)
+
+
+def starts(length: int, tile: int, overlap: float, name: str) -> list[int]:
+    """Where tiles begin on a side, evenly: the first at its start, the last at its end."""
+    if tile >= length:
+        return [0]
+    count = 1 + math.ceil((length - tile) / max(1, math.floor(tile * (1 - overlap))))
+    if count > MAX_TILES:
+        raise BadImage(name, f"large: {count:,} tiles on a side, {MAX_TILES:,} are computed: give larger ones")
+    return np.unique(np.linspace(0, length - tile, count).round().astype(np.int64)).tolist()
+
+
+Tile = tuple[tuple[int, int, int, int], Tensor]
+
+
+def _read_tiles(
+    windows: Windows, tops: list[int], lefts: list[int], height: int, width: int, name: str
+) -> Iterator[Tile]:
+    """Place and pixels of each tile, row by row."""
+    at_once = windows.size[1] * height <= _BAND_PIXELS
+    try:
+        for top in tops:
+            band = windows.read(top, 0, height, windows.size[1]) if at_once else None
+            for left in lefts:
+                pixels = windows.read(top, left, height, width) if band is None else band[:, :, left : left + width]
+                yield (top, left, height, width), pixels
+    except (BadImage, UserError):
+        raise
+    except MemoryError as error:
+        raise BadImage(name, f"large: no memory for tiles of {width} x {height} pixels") from error
+    except Exception as error:  # parsers of untrusted bytes raise almost anything
+        raise BadImage(name, f"corrupt: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+
+
+def _on_thumbnail(box: NDArray[np.int64], size: tuple[int, int], shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """The rows and columns of a thumbnail that show a tile."""
+    sides = []
+    for first, length, whole, small in zip(box[:2], box[2:], size, shape, strict=False):
+        start = min(small - 1, int(first * small / whole))
+        sides.append(slice(start, max(start + 1, round((first + length) * small / whole))))
+    return sides[0], sides[1]
+
+
+def _draw(thumbnail: NDArray[np.uint8], box: tuple[int, int, int, int], pixels: Tensor, size: tuple[int, int]) -> None:
+    rows, columns = _on_thumbnail(np.array(box), size, thumbnail.shape)
+    part = thumbnail[rows, columns]
+    small = F.interpolate(to_rgb(pixels)[None].float(), size=part.shape[:2], mode="bilinear", antialias=True)[0]
+    part[:] = small.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,146 @@
+"""Tiles of an image that is too large to be seen at once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coatnet.bundle import Bundle
+from coatnet.cli.main import main
+from coatnet.data.decode import MAX_MEGAPIXELS, BadImage, Scale
+from coatnet.data.transforms import Preprocessing
+from coatnet.data.windows import open_windows
+from coatnet.errors import UserError
+from coatnet.inference.predictor import Predictor
+from coatnet.inference.tiles import classify_tiles, starts
+from coatnet.model.network import create_model
+
+RANDOM = np.random.default_rng(0)
+
+
+def predictor_for(seen: Preprocessing) -> Predictor:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=3, in_channels=seen.channels, resolution=16).eval()
+    return Predictor(Bundle(model, ("ant", "bee", "cat"), seen), "torch", "fp32")
+
+
+RGB = Preprocessing(resolution=16, crop_fraction=1.0)
+DEEP = Preprocessing(resolution=16, mean=(0.5,) * 5, std=(0.3,) * 5, value_range=(0, 4095), crop_fraction=1.0)
+VALUES = RANDOM.integers(0, 4096, (70, 90, 5)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("length", [16, 17, 100, 1000])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
+def test_tiles_cover_a_side_from_end_to_end_and_share_what_is_asked_for(length: int, overlap: float) -> None:
+    found = starts(length, 16, overlap, "image")
+    assert found[0] == 0 and found[-1] == max(0, length - 16)
+    assert max(np.diff(found), default=0) <= max(1, 16 * (1 - overlap))
+
+
+def test_one_tile_is_the_image_and_several_are_averaged(tmp_path: Path) -> None:
+    pixels = RANDOM.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    predictor = predictor_for(RGB)
+
+    (whole,) = predictor(tmp_path / "a.png")
+    one = classify_tiles(predictor, tmp_path / "a.png", side=40)
+    assert one.prediction.classes == whole.classes and one.boxes.tolist() == [[0, 0, 40, 40]]
+    np.testing.assert_allclose(one.prediction.probabilities, whole.probabilities, atol=1e-6)
+
+    four = classify_tiles(predictor, tmp_path / "a.png", side=20, overlap=0)
+    alone = [predictor(pixels[top : top + 20, left : left + 20])[0] for top in (0, 20) for left in (0, 20)]
+    for tile, expected in zip(four.each(), alone, strict=True):
+        assert tile.classes == expected.classes
+        np.testing.assert_allclose(tile.probabilities, expected.probabilities, atol=1e-6)
+    np.testing.assert_allclose(four.probabilities.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(four.thumbnail, pixels)
+    heat = four.heat("ant")
+    np.testing.assert_allclose(heat[::20, ::20].ravel(), four.probabilities[:, 0])
+    assert four.map().size == (40, 40)
+
+
+@pytest.mark.parametrize("layout", ["npy", "contig", "separate", "strips"])
+def test_windows_of_a_file_are_those_of_the_image_without_holding_it(tmp_path: Path, layout: str) -> None:
+    path = tmp_path / ("a.npy" if layout == "npy" else "a.tif")
+    if layout == "npy":
+        np.save(path, VALUES)
+    else:
+        tifffile = pytest.importorskip("tifffile")
+        given = np.moveaxis(VALUES, -1, 0) if layout == "separate" else VALUES
+        tile = {} if layout == "strips" else {"tile": (16, 32)}
+        config = "separate" if layout == "separate" else "contig"
+        tifffile.imwrite(path, given, photometric="minisblack", planarconfig=config, compression="zlib", **tile)
+    scale = DEEP.scale
+    assert scale is not None
+    with open_windows(path, scale) as windows:
+        assert windows.size == (70, 90) and not windows.held
+        for top, left, height, width in ((0, 0, 70, 90), (15, 31, 2, 2), (60, 1, 10, 89)):
+            part = VALUES[top : top + height, left : left + width]
+            assert torch.equal(windows.read(top, left, height, width), scale.levels(part))
+
+
+def test_colors_of_a_tiff_are_read_as_they_are_decoded(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    pixels = RANDOM.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for name, options in (("a.tif", {"compression": "lzw"}), ("b.tif", {"compression": "jpeg"})):
+        tifffile.imwrite(tmp_path / name, pixels, photometric="rgb", tile=(16, 16), **options)
+        with open_windows(tmp_path / name, None) as windows, Image.open(tmp_path / name) as image:
+            expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            assert not windows.held
+            apart = (windows.read(3, 5, 40, 60).int() - expected[:, 3:43, 5:65].int()).abs().max()
+            assert apart <= (0 if name == "a.tif" else 4)  # two decoders of JPEG
+
+
+def test_an_image_above_the_limit_of_pixels_is_classified_tile_by_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "large.npy", VALUES)
+    monkeypatch.setenv(MAX_MEGAPIXELS, "0.01")  # of 5 channels: 45 x 45 pixels at once
+    predictor = predictor_for(DEEP)
+    (refused,) = predictor(tmp_path / "large.npy")
+    assert refused.error is not None and refused.error.startswith("large: ")
+    found = classify_tiles(predictor, tmp_path / "large.npy", batch_size=7)
+    assert len(found.boxes) == 6 * 8 and found.size == (70, 90) and found.thumbnail.shape == (70, 90, 3)
+
+
+def test_what_cannot_be_tiled_is_one_line(tmp_path: Path) -> None:
+    predictor = predictor_for(RGB)
+    (tmp_path / "empty.tif").write_bytes(b"")
+    (tmp_path / "broken.tif").write_bytes(b"II*\0\x08\0\0\0")
+    for name in ("empty.tif", "broken.tif", "missing.tif"):
+        with pytest.raises(BadImage):
+            classify_tiles(predictor, tmp_path / name)
+    with pytest.raises(UserError, match="tile-overlap is a part of a side"):
+        classify_tiles(predictor, tmp_path / "a.png", overlap=1.0)
+    with pytest.raises(BadImage, match="tiles on a side"):
+        starts(10**9, 16, 0.25, "a.tif")
+
+
+def test_the_command_prints_tiles_and_draws_their_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "a.npy", VALUES)
+    bundle = predictor_for(DEEP).bundle.save(tmp_path / "bundle")
+    arguments = ["predict", str(bundle), str(tmp_path / "a.npy"), "--engine", "torch"]
+    assert main([*arguments, "--tiles", "48", "--each-tile", "--tile-maps", str(tmp_path / "maps")]) == 0
+    *tiles, last = capsys.readouterr().out.splitlines()
+    assert len(tiles) == 6 and "a.npy[0:48,0:48]: " in tiles[0] and "a.npy: " in last
+    (drawn,) = (tmp_path / "maps").iterdir()
+    with Image.open(drawn) as image:
+        assert image.size == (90, 70)
+    for wrong, message in (
+        (["--each-tile"], "give that as well"),
+        (["--tiles", "0"], "--tiles is a side in pixels, such as 512, or auto"),
+        (["--tiles", "8", "--out", str(tmp_path / "x.csv")], "give one of them"),
+    ):
+        assert main([*arguments, *wrong]) != 0
+        assert message in capsys.readouterr().err
+
+
+def test_a_scale_of_other_channels_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", VALUES)
+    with (
+        pytest.raises(BadImage, match="channels: it has 5 channels, 3 are read"),
+        open_windows(tmp_path / "a.npy", Scale(3, 0, 1)) as windows,
+    ):
+        windows.read(0, 0, 4, 4)

@@ -233,6 +233,25 @@ def test_train_evaluate_and_predict_in_sequence(
     assert "is finished" in capsys.readouterr().err
 
 
+def test_evaluate_writes_into_no_run_no_file_and_not_among_the_images(
+    bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text("data: digits")
+    before = sorted(path for path in (images, tmp_path) for path in path.rglob("*"))
+    for out, message in (
+        (tmp_path / "file", "is a file: give a folder for out"),
+        (tmp_path / "run", "whose own report would be replaced"),
+        (bundle, "whose own report would be replaced"),
+        (images / "new", "give a folder outside for out"),
+    ):
+        assert main(["evaluate", str(bundle), "--data", str(images), "--split", "all", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("coatnet: error: ") and error.count("\n") == 1 and message in error
+    assert before == sorted(path for path in (images, tmp_path) for path in path.rglob("*"))
+
+
 def test_evaluate_prints_a_report(bundle: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(bundle), "--data", str(images), "--split", "all"]) == 0
     assert "24 images" in capsys.readouterr().out

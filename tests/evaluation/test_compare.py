@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.evaluation.test_report import report_of
+from tests.training.trainers import RecordingConsole
 
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
@@ -16,6 +18,8 @@ from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, lo
 from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
 from coatnet.evaluation.report_markdown import to_markdown, write_report
+from coatnet.training.config import Recipe
+from coatnet.training.trainer import train
 
 
 def answers_of(predicted: list[str], truth: str = "aabbccaabb", start: int = 0) -> Answers:
@@ -61,6 +65,44 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     plain = json.loads(found.to_json())
     assert plain["differences"][0]["gained"] == 2 and plain["n"] == 10
     assert {"image": "folder/5.png", "truth": "c", "predicted": ["c", "a"]} in plain["disagreements"]
+
+
+def test_runs_of_several_labels_and_large_photographs_are_compared(tmp_path: Path, capsys) -> None:
+    """Real runs: what is counted is said, no labels are called nothing, and a run without answers is measured again."""
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    rows = ["path,label"]
+    for number in range(24):
+        size = (1200, 1600) if number % 8 == 0 else (12, 16)
+        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / f"images/{number}.jpg")
+        rows.append(f"images/{number}.jpg,{('', 'a', 'b', 'a;b')[number % 4]}")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    runs = []
+    for seed in (0, 1):
+        recipe = Recipe(data=str(tmp_path / "data.csv"), model="coatnet-femto-16", resolution=8, epochs=0.2, seed=seed,
+                        batch_size=8, num_workers=0, validation_fraction=0.5)  # fmt: skip
+        report = train(recipe, tmp_path / f"run{seed}", console=RecordingConsole())
+        runs.append(tmp_path / f"run{seed}")
+    assert report.multilabel and "heat_maps" not in report.to_dict() and len(report.heat_maps) == len(report.mistakes)
+    found = compare([open_run(run, never) for run in runs])
+    page = found.to_html()
+    assert "all labels right on these" in page and "points all labels right (95 % interval" in page
+    assert "nothing" in page and "mean average precision" in page
+    html = (runs[0] / "report.html").read_text()
+    assert len(html) < 1_000_000 and "Held-out mean average precision" in html
+    (runs[1] / "predictions.csv").unlink()
+    assert main(["compare", *map(str, runs), "--json", "--out", str(tmp_path / "page.html")]) == 0
+    (again,) = json.loads(capsys.readouterr().out)["differences"]
+    assert again["gained"] == found.differences[0].gained
+    assert again["nll_difference"] == pytest.approx(found.differences[0].nll_difference, abs=1e-5)
+    assert (tmp_path / "page.html").read_text().count("data:image/webp") == len(found.disagreements)
+
+
+def test_one_common_image_has_no_interval(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path / name, "aaa", start, "aaa") for name, start in (("one", 0), ("two", 2)))
+    found = compare([open_run(path, never) for path in (first, second)])
+    (difference,) = json.loads(found.to_json(), parse_constant=pytest.fail)["differences"]
+    assert difference["nll_interval"] is None and "Negative log-likelihood" in describe(found.differences[0])
 
 
 def test_only_images_that_all_runs_held_out_count(tmp_path: Path) -> None:

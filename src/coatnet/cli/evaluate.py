@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
 from coatnet.errors import UserError
-from coatnet.system.files import translate_write_errors
+from coatnet.system.files import require_outside, translate_write_errors, user_path
 from coatnet.system.terminal import echo
 
 
@@ -49,10 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.system.document import show
     from coatnet.system.progress import ProgressBar
 
-    if given.out and any(Path(given.out, name).exists() for name in ("recipe.yaml", "bundle", "config.json")):
-        raise UserError(
-            f"{given.out} holds a run or a bundle, whose own report would be replaced: give another folder for out"
-        )
+    if given.out:
+        check_folder(given.out, given.data)
     with ProgressBar("evaluating") as bar:
         report = evaluate(
             given.bundle,
@@ -69,3 +66,18 @@ def run(arguments: Sequence[str]) -> int:
     if given.out:
         echo(f"coatnet: the report is {given.out}/report.html", error=True)
     return 0
+
+
+def check_folder(out: str, data: str) -> None:
+    """Raise UserError if a report may not be written to a folder: it is a file, a run, or among the images."""
+    from coatnet.data.open import NAMES
+
+    folder = user_path(out)
+    if folder.is_file():
+        raise UserError(f"{out} is a file: give a folder for out")
+    if any((folder / name).exists() for name in ("recipe.yaml", "bundle", "config.json")):
+        raise UserError(
+            f"{out} holds a run or a bundle, whose own report would be replaced: give another folder for out"
+        )
+    if data not in NAMES and "://" not in data:
+        require_outside(folder.absolute(), str(user_path(data).absolute()))

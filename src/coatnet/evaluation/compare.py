@@ -50,10 +50,10 @@ class Difference:
         gained: number of images that only `run` has right.
         lost: number of images that only `reference` has right.
         difference: of the fractions that are right; positive if `run` is better.
-        interval: its 95 % interval, of pairs.
+        interval: its 95 % interval, of pairs; None for one image.
         p: of McNemar's exact test: how often chance alone makes the two counts at least as unequal.
         nll_difference: of the mean negative log-likelihoods; negative if `run` is better.
-        nll_interval: its 95 % interval, of pairs.
+        nll_interval: its 95 % interval, of pairs; None for one image.
     """
 
     run: str
@@ -64,7 +64,7 @@ class Difference:
     interval: Interval
     p: float
     nll_difference: float
-    nll_interval: Interval
+    nll_interval: Interval | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +129,10 @@ class Comparison:
         listed = [self._answers_to(number) for number in self.disagreements[:MAX_LISTED]]
         more = f" The first {MAX_LISTED}:" if len(self.disagreements) > MAX_LISTED else ""
         settings = [(name, *("none" if v is None else str(v) for v in vs)) for name, vs in self.settings.items()]
+        right = "all labels right" if self.runs[0].report.get("multilabel") else "right"
         sections = [
-            Section("", [Table(("run", "figure", "95 % interval", "images", "right on these"), figures, (2, 3, 4))]),
-            Section("Differences on the same images", [describe(each) for each in self.differences]),
+            Section("", [Table(("run", "figure", "95 % interval", "images", f"{right} on these"), figures, (2, 3, 4))]),
+            Section("Differences on the same images", [describe(each, right) for each in self.differences]),
             Section(
                 "Where they disagree",
                 [
@@ -146,7 +147,7 @@ class Comparison:
         return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
 
     def _disagreement_table(self, listed: Sequence[Mapping[str, Any]]) -> Table:
-        rows = [(each["image"], each["truth"], *each["predicted"]) for each in listed]
+        rows = [(each["image"], *(said or NOTHING for said in (each["truth"], *each["predicted"]))) for each in listed]
         return Table(("image", "truth", *(run.name for run in self.runs)), rows)
 
     def to_html(self, thumbnails: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None) -> str:
@@ -158,9 +159,9 @@ class Comparison:
         images = thumbnails([each["image"] for each in shown]) if thumbnails is not None else {}
         pictures = "".join(
             f'<li><img class="pixels" src="{data_uri(images[each["image"]])}" alt="{text(each["image"][:200])}">'
-            f"<p><bdi>{text(each['truth'])}</bdi></p><p class='faint'>"
+            f"<p><bdi>{text(each['truth'] or NOTHING)}</bdi></p><p class='faint'>"
             + "<br>".join(
-                f"{text(run.name)}: <bdi>{text(predicted)}</bdi>"
+                f"{text(run.name)}: <bdi>{text(predicted or NOTHING)}</bdi>"
                 for run, predicted in zip(self.runs, each["predicted"], strict=True)
             )
             + "</p></li>"
@@ -183,6 +184,7 @@ class Comparison:
         return line_chart(title, lines, "epoch")
 
 
+NOTHING = "nothing"  # an image without labels, where it may have several
 _CURVES = {"nll": "Held-out loss", "top1": "Held-out top-1 accuracy, %", "loss": "Training loss, as logged",
            "mean_average_precision": "Held-out mean average precision, %"}  # fmt: skip
 
@@ -257,15 +259,16 @@ def compare(runs: Sequence[Run]) -> Comparison:
     )
 
 
-def describe(each: Difference) -> str:
-    """A difference in a sentence, with what its interval allows to say."""
+def describe(each: Difference, right: str = "right") -> str:
+    """A difference in a sentence, with what its interval allows to say; `right` is what is counted of an image."""
     low, high = (100 * bound for bound in each.interval)
     verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable from it"
     return (
-        f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points (95 % interval {low:+.2f} to "
-        f"{high:+.2f}), {verdict}. Only it is right for {counted(each.gained, 'image')}, only the other for "
-        f"{each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood {each.nll_difference:+.4f} "
-        f"({each.nll_interval[0]:+.4f} to {each.nll_interval[1]:+.4f})."
+        f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points {right} (95 % interval "
+        f"{low:+.2f} to {high:+.2f}), {verdict}. Only it is right for {counted(each.gained, 'image')}, only the "
+        f"other for {each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood "
+        f"{each.nll_difference:+.4f}"
+        + (" ({:+.4f} to {:+.4f}).".format(*each.nll_interval) if each.nll_interval else ".")
     )
 
 
@@ -281,7 +284,7 @@ def mcnemar(gained: int, lost: int) -> float:
 def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.ndarray) -> Difference:
     ours, theirs, gaps = correct[number], correct[0], nll[number] - nll[0]
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    half = 1.959963984540054 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+    half = 1.959963984540054 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
     mean = float(gaps.mean())
     return Difference(
         run=runs[number].name,
@@ -292,7 +295,7 @@ def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.n
         interval=paired_difference(ours, theirs),
         p=mcnemar(gained, lost),
         nll_difference=mean,
-        nll_interval=(mean - half, mean + half),
+        nll_interval=None if half is None else (mean - half, mean + half),
     )
 
 

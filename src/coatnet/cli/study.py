@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,20 +97,16 @@ def _say(text: str) -> None:
 
 def _report(folder: Path) -> int:
     from coatnet.study.record import Study
+    from coatnet.study.report import write_report
 
     study = Study.read(folder)
     left = [run for run in study.runs if run.status in ("planned", "running")]
     failed = [run for run in study.runs if run.status == "failed"]
     for each in failed:
         echo(f"coatnet: error: {each.folder}: {each.reason}", error=True)
-    try:
-        from coatnet.study.report import write_report  # pyrefly: ignore
-    except ImportError:
-        echo_summary(f"The figures are in {shlex.quote(str(folder))}/study.json.")
-    else:
-        if study.finished():
-            write_report(folder)
-            echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
+    if study.finished():
+        write_report(folder)
+        echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
     if left:
         echo_summary(f"{counted(len(left), 'run')} of {len(study.runs)} are still to be made, by the same command.")
     return FAILED if failed else 0

@@ -176,7 +176,8 @@ class Worker:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload([__name__])
+            # The second is imported with the switch to deterministic algorithms, and takes two seconds.
+            context.set_forkserver_preload([__name__, "torch._inductor"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_call, args=(theirs, threads, function, arguments))
         process.start()

@@ -75,13 +75,15 @@ def run(arguments: Sequence[str]) -> int:
     asked: dict[str, Any] = {
         name: getattr(given, name) for name in (*names, "resolution", "precision", "jobs", "device")
     }
-    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value}
+    asked = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value is not None
+    }
     options = Options(given.question, given.data, **asked)
     folder = Path(given.out)
     study = open_study(options, folder, _say, dry_run=given.dry_run)
     jobs, devices = choose_jobs(options)
-    if part.count > 1 and given.jobs is None and part.local_world_size > 1:
-        jobs = 1
+    if part.local_world_size > 1:  # of torchrun, each of which has its own core or GPU
+        jobs = given.jobs or 1
         devices = [devices[part.local_rank % len(devices)]]
     echo(describe_plan(study, jobs))
     if given.dry_run:

@@ -61,19 +61,44 @@ def complexity(
     """
     variant = find_variant(variant) if isinstance(variant, str) else variant
     variant = variant.vary(**variations)
+    parts = count_parts(
+        variant, resolution, table_resolution=table_resolution, num_classes=num_classes, in_channels=in_channels
+    )
+    total = parts.stem + parts.head
+    for stage, first, other in zip(variant.stages, parts.first, parts.other, strict=True):
+        total += first + other * (stage.depth - 1)
+    return total
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """Cost of one image in each part of a network: stem, the first block of each stage, each other one, and head."""
+
+    stem: Complexity
+    first: tuple[Complexity, ...]
+    other: tuple[Complexity, ...]
+    head: Complexity
+
+
+def count_parts(
+    variant: Variant | TimmVariant, resolution: int, *, table_resolution: int, num_classes: int, in_channels: int
+) -> PartCosts:
+    """As `complexity`, part by part; where a stage has one block, the others cost nothing."""
     # All blocks of a stage after its first have equal costs, so only two of each stage are run.
     short = replace(variant, stages=tuple(replace(stage, depth=min(stage.depth, 2)) for stage in variant.stages))
     with torch.device("meta"):
         model = create_model(short, num_classes=num_classes, in_channels=in_channels, resolution=table_resolution)
         x = torch.empty(1, in_channels, resolution, resolution)
-    total = Complexity(0, 0, 0)
-    x, cost = _count(model.stem, x)
-    total += cost
-    for stage, blocks in zip(variant.stages, model.stages, strict=True):
-        for block, times in zip(blocks.children(), (1, stage.depth - 1), strict=False):
+    x, stem = _count(model.stem, x)
+    blocks: list[list[Complexity]] = []
+    for stage in model.stages:
+        blocks.append([])
+        for block in stage.children():
             x, cost = _count(block, x)
-            total += cost * times
-    return total + _count(model.head, x)[1]
+            blocks[-1].append(cost)
+    nothing = Complexity(0, 0, 0)
+    first, other = (tuple(([*costs, nothing])[n] for costs in blocks) for n in (0, 1))
+    return PartCosts(stem, first, other, _count(model.head, x)[1])
 
 
 def inference_bytes(variant: Variant | TimmVariant, resolution: int) -> int:

@@ -1,12 +1,12 @@
 """Networks of equal cost: the widths and depths of each member of a study, found by counting.
 
-Parameters and multiply-accumulates of a network are polynomials: quadratic in the widths of stem and stages, linear in
-their depths. A few dozen counts on the meta device determine both exactly, and all combinations are then compared.
+Parameters and multiply-accumulates of each part of a network are polynomials of the widths of its input and its output.
+A few counts on the meta device determine them exactly, and all combinations of widths and depths are then compared.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.errors import UserError
-from coatnet.model.complexity import complexity
+from coatnet.model.complexity import Complexity, PartCosts, complexity, count_parts
 from coatnet.model.config import BLOCK_KIND_OF_OPTION, LAYOUTS, Stage, Variant
 
 TOLERANCE = 0.02  # between the smallest and the largest of a study, of parameters and of multiply-accumulates
 WIDTH_STEP = 4  # channels; squeeze-and-excitation has a quarter of them
 MAX_WIDTH_FACTOR = 1.7  # chosen: beyond, a stage is another one
-CANDIDATES = 12  # widths of a stage that are tried
+CANDIDATES = 10  # widths of a stage that are tried
+SAMPLES = 9  # networks that are counted: six terms are to be found, and some of the samples may be alike
 MAX_DEPTH_CHANGE = 3  # blocks in all
 
 
@@ -35,14 +36,20 @@ class Problem:
 
     def count(self, variant: Variant) -> tuple[int, int]:
         """Parameters and multiply-accumulates of a variant."""
-        cost = complexity(
-            variant,
-            self.resolution,
-            table_resolution=self.resolution,
-            num_classes=self.classes,
-            in_channels=self.channels,
-        )
+        cost = complexity(variant, self.resolution, **self._shapes)
         return cost.parameters, cost.macs
+
+    def count_parts(self, variant: Variant) -> PartCosts:
+        """The same of each part of a variant."""
+        return count_parts(variant, self.resolution, **self._shapes)
+
+    @property
+    def _shapes(self) -> dict[str, int]:
+        return {
+            "table_resolution": self.resolution,
+            "num_classes": self.classes,
+            "in_channels": self.channels,
+        }
 
 
 @dataclass(frozen=True)
@@ -147,24 +154,23 @@ class _Search:
         """The most similar network within half the tolerance of the target, or else the nearest to the target."""
         if self.network.distance(target) <= TOLERANCE / 2:
             return self.network
-        before = np.array(self._widths(self.variant), float)
-        best: tuple[float, tuple[int, ...], Sequence[int]] | None = None
+        change = np.square(np.log(self._widths / np.array(self._widths_of(self.variant)))).sum(axis=1)
+        fixed, more = self._counts
+        best: tuple[float, int, tuple[int, ...]] | None = None
         for depths in self._depths():
-            widths = self._growing(_without_equal_neighbors(np.array(list(itertools.product(*self._choices())))))
-            counts = self._features(widths, np.array(depths)) @ self._fitted
+            counts = fixed + np.tensordot(np.array(depths) - 1.0, more, axes=1)
             distance = np.abs(counts / np.array(target) - 1).max(axis=1)
-            change = np.square(np.log(widths / before)).sum(axis=1)
             close = distance <= TOLERANCE / 2
             row = int(np.where(close, change, np.inf).argmin() if close.any() else distance.argmin())
             if best is None or distance[row] < best[0]:
-                best = float(distance[row]), depths, widths[row].tolist()
+                best = float(distance[row]), row, depths
             if close.any():
                 break
         assert best is not None
-        variant = self._resized(best[2], best[1])
+        variant = self._resized(self._widths[best[1]].tolist(), best[2])
         return Network(variant, *self.problem.count(variant))
 
-    def _widths(self, variant: Variant) -> list[int]:
+    def _widths_of(self, variant: Variant) -> list[int]:
         """The free widths of a variant."""
         return [variant.stem_width] * self.has_stem + [stage.width for stage in variant.stages]
 
@@ -173,19 +179,19 @@ class _Search:
         of_stages = [self.variant.head_dim if s.kind == "transformer" else WIDTH_STEP for s in self.variant.stages]
         return [WIDTH_STEP] * self.has_stem + of_stages
 
-    def _choices(self) -> Iterator[list[int]]:
-        """The values of each free width."""
-        for width, step in zip(self._widths(self.variant), self._steps(), strict=True):
+    @cached_property
+    def _widths(self) -> NDArray[np.int64]:
+        """All widths that are tried, (N, W); they grow from stage to stage, if those of the variant do."""
+        choices = []
+        for width, step in zip(self._widths_of(self.variant), self._steps(), strict=True):
             low, high = math.ceil(width / MAX_WIDTH_FACTOR / step), math.floor(width * MAX_WIDTH_FACTOR / step)
             numbers = np.unique(np.linspace(max(1, low), max(1, high), CANDIDATES).round().astype(int))
-            yield sorted({width, *(step * numbers).tolist()})
-
-    def _growing(self, widths: NDArray) -> NDArray:
-        """Those of the widths (N, W) that grow from stage to stage, if those of the variant do."""
+            choices.append(sorted({width, *(step * numbers).tolist()}))
+        widths = _without_equal_neighbors(np.stack(np.meshgrid(*choices), axis=-1).reshape(-1, len(choices)))
         stages = slice(int(self.has_stem), None)
-        if (np.diff(self._widths(self.variant)[stages]) < 0).any():
-            return widths
-        return widths[(np.diff(widths[:, stages], axis=1) >= 0).all(axis=1)]
+        if (np.diff(self._widths_of(self.variant)[stages]) > 0).all():
+            widths = widths[(np.diff(widths[:, stages], axis=1) > 0).all(axis=1)]
+        return widths
 
     def _depths(self) -> list[tuple[int, ...]]:
         """Depths of the stages, those of the variant first, then by their distance from them."""
@@ -199,32 +205,42 @@ class _Search:
         return [each for each in moved if min(each) >= 1]
 
     def _resized(self, widths: Sequence[int], depths: Sequence[int]) -> Variant:
-        stem, of_stages = (widths[0], widths[1:]) if self.has_stem else (widths[0], widths)
+        stem, of_stages = widths[0], widths[1:] if self.has_stem else widths
         stages = zip(self.variant.stages, of_stages, depths, strict=True)
         resized: tuple[Stage, ...] = tuple(replace(stage, width=w, depth=d) for stage, w, d in stages)
         return replace(self.variant, stem_width=stem, stages=resized)
 
-    def _features(self, widths: NDArray, depths: NDArray) -> NDArray[np.float64]:
-        """The terms of the polynomials, (N, F), for widths (N, W) and depths (S,) or (N, S)."""
-        w = widths.astype(float)
-        stages = w[:, 1:] if self.has_stem else w
-        more = np.broadcast_to(depths, stages.shape) - 1.0  # blocks after the first, whose input is as wide as they are
-        parts = [np.ones((len(w), 1)), w, w**2, w[:, :-1] * w[:, 1:], more, more * stages, more * stages**2]
-        return np.hstack(parts)
-
     @cached_property
-    def _fitted(self) -> NDArray[Any]:
-        """Coefficients (F, 2) of parameters and multiply-accumulates, from exact counts."""
-        generator = np.random.default_rng(0)
-        steps, num_stages = np.array(self._steps()), len(self.variant.stages)
-        num_terms = self._features(steps[None], np.ones(num_stages)).shape[1]
-        widths = _without_equal_neighbors(steps * generator.integers(1, 9, (4 * num_terms, len(steps))))
-        widths = widths[: num_terms + 4]
-        depths = generator.integers(1, 3, (len(widths), num_stages))
-        counts = [
-            self.problem.count(self._resized(w.tolist(), d.tolist())) for w, d in zip(widths, depths, strict=True)
-        ]
-        return np.linalg.lstsq(self._features(widths, depths), np.array(counts, float), rcond=None)[0]
+    def _counts(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Parameters and multiply-accumulates for all widths: of one block a stage, (N, 2), of each more, (S, N, 2).
+
+        What a part costs is quadratic in the widths of its input and its output, and `SAMPLES` networks say how.
+        """
+        generator, steps = np.random.default_rng(0), np.array(self._steps())
+        sampled = _without_equal_neighbors(steps * generator.integers(1, 9, (4 * SAMPLES, len(steps))))[:SAMPLES]
+        twice = [2] * len(self.variant.stages)
+        parts = [self.problem.count_parts(self._resized(row.tolist(), twice)) for row in sampled]
+
+        def predict(costs: Sequence[Complexity], column: int) -> NDArray[Any]:
+            """The counts (N, 2) of a part whose output has the width of a column."""
+            terms = (_quadratic(widths[:, max(0, column - 1)], widths[:, column]) for widths in (sampled, self._widths))
+            known = np.array([(cost.parameters, cost.macs) for cost in costs], float)
+            samples, wanted = terms
+            return wanted @ np.linalg.lstsq(samples, known, rcond=None)[0]
+
+        first_stage = int(self.has_stem)
+        fixed = predict([each.stem for each in parts], 0) + predict([each.head for each in parts], len(steps) - 1)
+        more = []
+        for number in range(len(self.variant.stages)):
+            fixed += predict([each.first[number] for each in parts], first_stage + number)
+            more.append(predict([each.other[number] for each in parts], first_stage + number))
+        return fixed, np.stack(more)
+
+
+def _quadratic(a: NDArray, b: NDArray) -> NDArray[np.float64]:
+    """The terms of a polynomial of degree two in two variables, (N, 6)."""
+    a, b = a.astype(float), b.astype(float)
+    return np.stack([np.ones(len(a)), a, b, a * b, a**2, b**2], axis=1)
 
 
 def _without_equal_neighbors(widths: NDArray) -> NDArray:

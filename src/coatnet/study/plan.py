@@ -234,7 +234,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         command=shlex.join(["coatnet", *sys.argv[1:]]),
         versions={"coatnet": __version__, "torch": torch.__version__, "Python": platform.python_version()},
         machine=describe_device(choose_device(options.device)),
-        recipe=recipe.changed({"data": config.data, "model": model}).to_dict(),
+        recipe=recipe.changed({"model": model}).to_dict(),
         members=members,
         sizes=sizes,
         seeds=tuple(range(options.seeds)),
@@ -318,7 +318,11 @@ def open_study(options: Options, folder: Path, say: Callable[[str], None], *, dr
     folder = output_path(folder)
     if (folder / RECORD).exists():
         with file_lock(folder / ".study.lock"):
-            return _extended(Study.read(folder), options, folder)
+            study = Study.read(folder)
+            wider = _extended(study, options, folder)
+            if wider != study and not dry_run:
+                wider.write(folder)
+            return wider
     if folder.exists() and not (folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())):
         raise UserError(f"{folder} exists and is not the folder of a study: choose a new folder for out")
     if dry_run:
@@ -329,7 +333,7 @@ def open_study(options: Options, folder: Path, say: Callable[[str], None], *, dr
         try:
             with file_lock(folder / ".study.lock"):
                 if (folder / RECORD).exists():  # another process of the same study has planned it meanwhile
-                    return _extended(Study.read(folder), options, folder)
+                    return Study.read(folder)
                 study = plan_study(options, folder, say)
                 study.write(folder)
         except UserError:
@@ -378,10 +382,7 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
                     seconds = sum(planned[member.name]) / len(planned[member.name])
                     run = _run(wider, member.name, size, seed, rate, steps, seconds)
                     runs.append(before.get(run.folder, run))
-    wider = replace(wider, runs=tuple(runs))
-    if wider != study:
-        wider.write(folder)
-    return wider
+    return replace(wider, runs=tuple(runs))
 
 
 def describe_plan(study: Study, jobs: int) -> str:

@@ -239,13 +239,12 @@ def read_question(path: Path) -> Question:
             changes = Recipe.from_dict(_nested(given)).to_dict()
         except UserError as error:
             raise UserError(f"{path}: member {name}: {error}") from None
-        for fixed in FIXED:
-            if fixed in given:
-                raise UserError(f"{path}: member {name}: {fixed} is the study's own and the same for all members")
+        _refuse_fixed(given, f"{path}: member {name}")
         variations = changes.pop("variations", {})
         changes = {key: changes[key] for key in changes if key in _nested(given)}
         description = ", ".join(f"{key} {value}" for key, value in given.items()) or "the study's recipe"
         choices.append(Choice(str(name), description, variations, changes))
+    _refuse_fixed(values.get("recipe", {}), f"{path}: recipe")
     try:
         recipe = Recipe.from_dict(_nested(values.get("recipe", {}))).to_dict()
     except UserError as error:
@@ -259,8 +258,29 @@ def read_question(path: Path) -> Question:
     )
 
 
-# What a study gives itself: a member cannot have another, or it would have another budget or other images.
-FIXED = ("data", "seed", "epochs", "training_images", "max_minutes", "model", "init", "validation_fraction", "fold")
+def _refuse_fixed(given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a field that a study gives itself: the same for all, or by an option of the command."""
+    for name, instead in FIXED.items():
+        section, _, key = name.partition(".")
+        inner = given.get(section)
+        if name in given or (key and isinstance(inner, Mapping) and key in inner):
+            raise UserError(f"{where}: {name} is the same for all members; give {instead}")
+
+
+# Fields of a recipe, and what gives them to all members of a study.
+FIXED = {
+    "name": "the values of the named recipe",
+    "data": "--data",
+    "model": "--model",
+    "resolution": "--resolution",
+    "init": "a network without weights, as a study trains",
+    "training_images": "--sizes",
+    "seed": "--seeds",
+    "epochs": "--epochs",
+    "max_minutes": "--minutes",
+    "evaluate_every": "nothing, as the plan chooses it",
+    "optimizer.learning_rate": "--learning_rates",
+}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

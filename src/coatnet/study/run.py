@@ -1,6 +1,7 @@
 """The runs of a study: each trained by a process of its own, several at once, taken up again where they stopped."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -33,7 +35,7 @@ from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
-from coatnet.training.trainer import Trainer, deterministic_on_cpu, run_training, step_seconds
+from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, run_training, step_seconds
 
 FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
@@ -104,7 +106,7 @@ def _some(dataset: Dataset, seed: int) -> Dataset:
     """At most 10,000 images of a dataset, as many of each class."""
     if len(dataset) <= MAX_TRAINING_IMAGES or not isinstance(dataset, ArrayDataset | FileDataset):
         return dataset
-    chosen = torch.zeros(len(dataset), dtype=torch.bool).numpy()
+    chosen = np.zeros(len(dataset), bool)
     chosen[choose_training(dataset.labels, seed)[:MAX_TRAINING_IMAGES]] = True
     return select((dataset,), chosen)
 
@@ -153,8 +155,12 @@ def time_members(recipes: Sequence[Mapping[str, Any]]) -> list[float]:
         recipe = Recipe.from_dict(values)
         config = resolve(recipe, splits)
         with deterministic_on_cpu(config.device):
-            seconds.append(step_seconds(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS))
-    return [*seconds, opening]
+            try:
+                seconds.append(step_seconds(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS))
+            except NotFinite:  # its runs will fail, and the others are made
+                seconds.append(math.nan)
+    mean = np.nanmean(seconds) if not np.isnan(seconds).all() else 0.0
+    return [*np.where(np.isnan(seconds), mean, seconds).tolist(), opening]
 
 
 # Processes
@@ -176,8 +182,8 @@ class Worker:
         methods = multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
-            # The second is imported with the switch to deterministic algorithms, and takes two seconds.
-            context.set_forkserver_preload([__name__, "torch._inductor"])
+            # The last is imported with the switch to deterministic algorithms, and takes two seconds.
+            context.set_forkserver_preload(["__main__", __name__, "torch._inductor"])
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_call, args=(theirs, threads, function, arguments))
         process.start()

@@ -1,0 +1,82 @@
+"""Networks of equal cost: counts within 2 %, confirmed by the parameters of the built networks; impossible members."""
+
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from coatnet.errors import UserError
+from coatnet.model.config import Variant
+from coatnet.model.network import create_model
+from coatnet.model.registry import find_variant
+from coatnet.study.matching import TOLERANCE, Problem, build, match, variations_of
+from coatnet.study.questions import QUESTIONS, base_row, find_question
+
+DIGITS = Problem(8, 1, 10)
+
+
+def spread(counts: Sequence[int]) -> float:
+    return max(counts) / min(counts) - 1
+
+
+QUICK = ("layouts", "bias", "norms", "heads")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in QUESTIONS]
+)
+def test_the_networks_of_a_question_cost_the_same(name: str) -> None:
+    row = base_row(DIGITS.resolution, None, 1.0)
+    question = find_question(name, row)
+    base = row.vary(**question.base)
+    variants = {choice.name: build(choice.name, base, choice.variations, DIGITS) for choice in question.choices}
+
+    networks = match(variants, DIGITS, fixed_depths=question.fixed_depths)
+
+    assert spread([each.parameters for each in networks.values()]) <= TOLERANCE
+    assert spread([each.macs for each in networks.values()]) <= TOLERANCE
+    registered = find_variant(row.name)
+    assert isinstance(registered, Variant)
+    for network in networks.values():
+        variations = variations_of(network.variant, registered)  # what the recipe of a run says
+        model = create_model(row.name, num_classes=10, in_channels=1, resolution=8, **variations)
+        assert sum(parameter.numel() for parameter in model.parameters()) == network.parameters
+        assert model.variant.stages == network.variant.stages
+
+
+def test_members_differ_in_what_is_asked_and_not_in_depth_where_that_is_it() -> None:
+    row = base_row(28, None, 1.0)
+    depths = [
+        [stage.depth for stage in row.vary(**choice.variations).stages]
+        for choice in find_question("blocks", row).choices
+    ]
+    assert depths == [[1, 3, 3, 1], [1, 1, 5, 1], [1, 4, 2, 1]]
+    assert [choice.name for choice in find_question("heads", row).choices] == ["16", "32", "8"]
+
+
+def test_the_networks_of_the_layout_figure_cost_the_same_without_a_search_in_depth() -> None:
+    """28 pixels: all have 7 x 7 cells where the paper has 14 x 14."""
+    problem = Problem(28, 1, 10)
+    row = base_row(28, None, 1.0)
+    variants = {name: build(name, row, {"layout": name}, problem) for name in ("C-C-T-T", "ViT_REL")}
+    networks = match(variants, problem)
+    assert networks["C-C-T-T"].variant.grids(28) == (14, 7, 7, 4)
+    assert networks["ViT_REL"].variant.grids(28) == (7,)
+    assert 0.3e6 < networks["C-C-T-T"].parameters < 0.7e6
+    assert spread([network.macs for network in networks.values()]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("variations", "side", "message"),
+    [
+        ({"head_dim": 7}, 8, "head_dim=7 does not divide the width"),
+        ({"layout": "C-T-C-T"}, 8, "layout='C-T-C-T' is unknown"),
+        ({"layout": "ViT_REL"}, 7, "7 pixels are not whole patches of 2"),
+        ({}, 2, "at 2 pixels S3 has one cell"),
+        ({"depths": [1, 2]}, 8, "depths=[1, 2]: 4 whole numbers"),
+        ({"widths": [8, 16, 16, "x"]}, 8, "widths=[8, 16, 16, 'x']: 4 whole numbers"),
+    ],
+)
+def test_an_impossible_member_is_one_line(variations: dict, side: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"member this is impossible: .*{re.escape(message)}"):
+        build("this", base_row(8, None, 1.0), variations, Problem(side, 1, 10))

@@ -151,11 +151,17 @@ def _networks(study: Study) -> Iterator[str | Table]:
 
 def _findings(results: Results) -> Iterator[str]:
     """Sentences on accuracy by number of images, on capacity, and on the orders."""
-    for size in results.sizes:
-        found = results.differences(ACCURACY, size, results.reference)
-        yield from [" ".join(each.sentence() for each in found)] if found else []
-    found = results.differences(TRAINING_LOSS, results.sizes[-1], results.reference)
-    yield from [" ".join(each.sentence() for each in found)] if found else []
+    compared = [(ACCURACY, size) for size in results.sizes] + [(TRAINING_LOSS, results.sizes[-1])]
+    for measure, size in compared:
+        found = results.differences(measure, size, results.reference)
+        told = [each.sentence() for each in found if each.found is None or each.found.interval]
+        bare = [f"{each.member} {each.shown}" for each in found if each.found and not each.found.interval]
+        if bare:
+            told.append(
+                f"{measure.title} less that of {results.reference} at {size:,} images, without an interval "
+                f"since there is one paired seed or no spread: {', '.join(bare)}."
+            )
+        yield from [" ".join(told)] if told else []
     yield from _correlations(results)
     yield (
         "A network is called better or worse where the 95 % interval of the paired differences excludes 0, and Holm's "
@@ -181,8 +187,8 @@ def _correlations(results: Results) -> Iterator[str]:
         found = list(orders)
         what = "capacity" if measure is TRAINING_LOSS else "generalization"
         taus = ", ".join(
-            f"{each.found.tau:.2f} at {each.size:,} images ({counted(each.found.n, 'network')}, exact p = "
-            f"{each.found.p:.2f})"
+            f"{each.found.tau:.2f} at {each.size:,} images ({counted(each.found.n, 'network')}, "
+            f"{counted(len(each.by_seed), 'seed')}, exact p = {each.found.p:.2f})"
             for each in found
         )
         yield (
@@ -337,7 +343,8 @@ def _missing(results: Results) -> Iterator[str | Table]:
     waiting = [run for run in study.runs if run.status in ("planned", "running")]
     if waiting:
         counts = Counter((run.size, run.member) for run in waiting)
-        rows = [(f"{size:,}", member, str(counts[size, member])) for size, member in counts]
+        rows = [(f"{size:,}", member, str(counts[size, member])) for size in study.sizes for member in results.members
+                if counts[size, member]]  # fmt: skip
         left = _duration(sum(run.seconds for run in waiting))
         yield f"{counted(len(waiting), 'run')} not finished, {left} one after the other. The same command resumes them."
         yield Table(("images", "network", "runs"), rows, (0, 2))

@@ -99,6 +99,11 @@ class Difference:
             return ""
         return self.measure.words[self.paper < 0] if self.paper else "equal"
 
+    @property
+    def shown(self) -> str:
+        """The mean difference, such as `+1.20 points`."""
+        return "" if self.found is None else f"{_signed(self.found.mean, self.measure.digits)}{self.measure.unit}"
+
     def row(self) -> tuple[str, ...]:
         """Cells of a table of differences."""
         found, digits = self.found, self.measure.digits
@@ -114,12 +119,8 @@ class Difference:
         names, where = f"{self.member} and {self.reference}", f"at {self.size:,} images"
         if found is None:
             return f"{names} share no finished seed {where}."
-        shown = f"{_signed(found.mean, measure.digits)}{measure.unit}"
         if found.interval is None:
-            why = "a single paired seed has" if found.n == 1 else f"{found.n} paired seeds without any spread have"
-            return (
-                f"{measure.title} of {self.member} less that of {self.reference} {where}: {shown}; {why} no interval."
-            )
+            return f"{measure.title} of {self.member} less that of {self.reference} {where}: {self.shown}, no interval."
         pairs = counted(found.n, "paired seed")
         if self.is_resolved:
             low, high = sorted(math.copysign(1, found.mean) * bound for bound in found.interval)
@@ -137,8 +138,8 @@ class Difference:
             "comparisons"
         )  # fmt: skip
         return (
-            f"No difference in {measure.title.lower()} could be resolved between {names} {where}: {shown} ({interval}, "
-            f"{pairs}{alone})."
+            f"No difference in {measure.title.lower()} could be resolved between {names} {where}: {self.shown} "
+            f"({interval}, {pairs}{alone})."
         )
 
 

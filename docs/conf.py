@@ -21,6 +21,7 @@ language = "en"
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 suppress_warnings = []
+smartquotes_action = "qe"  # quotes and ellipses; dashes would change the options of a command
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -162,6 +162,7 @@ def _findings(results: Results) -> Iterator[str]:
                 f"since there is one paired seed or no spread: {', '.join(bare)}."
             )
         yield from [" ".join(told)] if told else []
+    yield from _agreement(results)
     yield from _correlations(results)
     yield (
         "A network is called better or worse where the 95 % interval of the paired differences excludes 0, and Holm's "
@@ -179,6 +180,26 @@ def _findings(results: Results) -> Iterator[str]:
             if len(kinds) > 1:
                 shown = ", ".join(f"{kind:,}" for kind in sorted(kinds))
                 yield f"Beware: not all runs at {size:,} images have the same number of {what} ({shown})."
+
+
+def _agreement(results: Results) -> Iterator[str]:
+    """How many differences are as in the paper's order, for each measure."""
+    for measure in COMPARED:
+        parts = []
+        for size in results.sizes:
+            ranked = [each for each in results.differences(measure, size, results.reference) if each.expected]
+            if ranked:
+                agreeing = sum(each.is_resolved and each.result == each.expected for each in ranked)
+                opposed = sum(each.is_resolved for each in ranked) - agreeing
+                open_ones = len(ranked) - agreeing - opposed
+                parts.append(
+                    f"at {size:,} images {agreeing} as in the paper, {opposed} not as in it, {open_ones} not resolved"
+                )
+        if parts:
+            yield (
+                f"Differences in {measure.title.lower()} from {results.reference}, beside the paper's order: "
+                f"{'; '.join(parts)}."
+            )
 
 
 def _correlations(results: Results) -> Iterator[str]:

@@ -187,6 +187,12 @@ def test_one_seed_claims_nothing() -> None:
     assert "| 6,000 | C-C-C-C | 4 |" in page  # what is missing
 
 
+def test_the_headline_is_of_the_largest_size_that_has_an_answer() -> None:
+    page = said(without(study_of(), lambda run: run.size == 6_000 and run.seed > 0))
+    assert page.splitlines()[2].startswith("**Held-out accuracy at 600 images against C-C-T-T: better: C-C-C-C; worse:")
+    assert "beside the paper's order: at 600 images 3 as in the paper, 0 not as in it, 1 not resolved." in page
+
+
 def test_each_rate_is_reported_and_the_choice_is_called_one() -> None:
     study = study_of(sizes=(600,), rates=(0.001, 0.0005))
     # One network prefers the other rate, by three points.

@@ -85,15 +85,15 @@ def _headline(results: Results) -> str:
             f"Nothing is finished yet: {counted(len(study.runs), 'run')} planned, {_duration(left)} one after the "
             f"other{failures}"
         )
-    size = results.sizes[-1]
-    found = results.differences(ACCURACY, size, results.reference)
-    groups = {
-        word: [each.member for each in found if each.result == word] for word in (*ACCURACY.words, "not resolved")
-    }
-    parts = [f"{word}: {', '.join(names)}" for word, names in groups.items() if names]
     whole = f"{len(study.finished()):,} of {counted(len(study.runs), 'run')} finished"
-    against = f"Held-out accuracy at {size:,} images against {results.reference}"
-    return f"{against}: {'; '.join(parts)} ({whole})" if parts else f"{whole}; no difference has an interval yet"
+    for size in reversed(results.sizes):
+        found = results.differences(ACCURACY, size, results.reference)
+        words = (*ACCURACY.words, "not resolved")
+        groups = {word: [each.member for each in found if each.result == word] for word in words}
+        if parts := [f"{word}: {', '.join(names)}" for word, names in groups.items() if names]:
+            against = f"Held-out accuracy at {size:,} images against {results.reference}"
+            return f"{against}: {'; '.join(parts)} ({whole})"
+    return f"{whole}; no difference has an interval yet"
 
 
 def _asked(study: Study) -> Table:
@@ -187,8 +187,8 @@ def _agreement(results: Results) -> Iterator[str]:
     for measure in COMPARED:
         parts = []
         for size in results.sizes:
-            ranked = [each for each in results.differences(measure, size, results.reference) if each.expected]
-            if ranked:
+            found = results.differences(measure, size, results.reference)
+            if ranked := [each for each in found if each.expected and each.found and each.found.interval]:
                 agreeing = sum(each.is_resolved and each.result == each.expected for each in ranked)
                 opposed = sum(each.is_resolved for each in ranked) - agreeing
                 open_ones = len(ranked) - agreeing - opposed

@@ -31,6 +31,7 @@ PUBLIC = [
     "complexity",
     "create_model",
     "evaluate",
+    "extend",
     "extract_features",
     "find_variant",
     "freeze",

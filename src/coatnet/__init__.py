@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coatnet.errors import UserError as UserError
     from coatnet.evaluation.calibrate import calibrate as calibrate
     from coatnet.evaluation.evaluate import evaluate as evaluate
+    from coatnet.evaluation.extend import extend as extend
     from coatnet.evaluation.features import extract_features as extract_features
     from coatnet.evaluation.probe import probe as probe
     from coatnet.evaluation.report import Report as Report
@@ -58,6 +59,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "complexity": "coatnet.model.complexity",
         "create_model": "coatnet.model.network",
         "evaluate": "coatnet.evaluation.evaluate",
+        "extend": "coatnet.evaluation.extend",
         "extract_features": "coatnet.evaluation.features",
         "find_variant": "coatnet.model.registry",
         "freeze": "coatnet.model.freeze",

@@ -4,12 +4,13 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from coatnet.bundle.calibration import Calibration, read_calibration, scale_classifier
 from coatnet.bundle.card import model_card
@@ -106,6 +107,22 @@ class Bundle:
         model = copy.deepcopy(self.model)
         scale_classifier(model, self.calibration.temperature[0].to(next(model.parameters()).device))
         return replace(self, model=model, calibration=None)
+
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """Weight (K, F) and bias (K,) of the last layer, on the CPU."""
+        layer = self.model.get_classifier()
+        assert isinstance(layer, nn.Linear)
+        return layer.weight.detach().float().cpu(), layer.bias.detach().float().cpu()
+
+    def with_classifier(
+        self, classes: Sequence[str], weight: Tensor, bias: Tensor, *, multilabel: bool | None = None
+    ) -> "Bundle":
+        """The same network with another last layer, weight (K, F) and bias (K,): not calibrated, without a record."""
+        model = copy.deepcopy(self.model)
+        model.reset_classifier(len(classes))
+        model.get_classifier().load_state_dict({"weight": weight, "bias": bias})
+        several = self.multilabel if multilabel is None else multilabel
+        return Bundle(model.eval(), tuple(classes), self.preprocessing, several)
 
     def config(self) -> str:
         """The text of config.json."""

@@ -11,6 +11,9 @@ All of it is fitted by `evaluation.calibrate` and kept in the bundle, so that ev
 - **Sets of classes** (split conformal prediction): LAC (Sadinle et al., 2019), APS (Romano et al., 2020) and RAPS
   (Angelopoulos et al., 2021, arXiv:2009.14193), the latter two without randomization, which makes them conservative.
 
+- **Features of the training images**: mean of each class and their common covariance, from which `coatnet extend` draws
+  features of the classes that are there already.
+
 Each threshold exists six times: fitted to all held-out images, and to all but those of one of five folds. Evaluation of
 an image to which they were fitted takes those of its fold, so that nothing is measured on what it was fitted to.
 
@@ -20,7 +23,7 @@ Shapes: B batch, K classes, D width of stem and stages together, M class means, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ NO_THRESHOLD = 1e6  # above every score: with too few images the set holds all c
 METHODS = ("lac", "aps", "raps")
 RAPS_PENALTY, RAPS_FREE = 0.01, 5  # lambda and k_reg of the reference implementation for ImageNet
 MAX_IMAGES, MAX_DIMENSIONS, MAX_MEANS = 1_000_000, 512, 1000
+MAX_FEATURES = 1024  # chosen: their covariance is 4 MB
 DISTANCE_WEIGHT = 2  # chosen by measurement: more finds foreign images better, less finds mistakes better
 _MIN_REST = 1e-4  # probabilities nearer to 1 are equal: in float32 their distance from it is rounding
 _NOVELTY = ("mean", "projection", "class_means", "location", "scale", "quantiles")
@@ -86,6 +90,40 @@ class Novelty(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureSummary:
+    """The input of the classifier, (F,) an image, over training images.
+
+    Attributes:
+        counts: images of each class, (K,); a class without any has no mean.
+        means: of each class, (K, F).
+        covariance: within the classes, (F, F).
+    """
+
+    counts: Tensor
+    means: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> Self:
+        """The summary of features (N, F) with labels (N,)."""
+        features = features.double()
+        counts = labels.bincount(minlength=num_classes)
+        sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
+        means = sums / counts.clamp(min=1)[:, None]
+        apart = features - means[labels]
+        return cls(counts, means.float(), (apart.mT @ apart / len(apart)).float())
+
+    def draw(self, per_class: int) -> tuple[Tensor, Tensor]:
+        """Features (N, F) of normal distributions around the means, and labels (N,): the same ones at every call."""
+        known = self.counts.nonzero()[:, 0]
+        labels = known.repeat_interleave(per_class)
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        root = vectors * values.clamp(min=0).sqrt()  # (F, F)
+        noise = torch.randn(len(labels), len(values), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        return (self.means[labels].double() + noise @ root.mT).float(), labels
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """What was fitted to held-out images.
 
@@ -96,18 +134,24 @@ class Calibration:
         thresholds: `lac`, `aps` and `raps`: the largest score of a class in a set, (1 + FOLDS, STEPS) by coverage;
             empty for several labels.
         novelty: the score of novelty, on the CPU.
+        features: of training images; None for several labels, more than 1,000 classes or 1,024 features, and in bundles
+            of earlier releases.
     """
 
     temperature: Tensor
     images: Tensor
     thresholds: Mapping[str, Tensor]
     novelty: Novelty
+    features: FeatureSummary | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the names of the file."""
         sets = {f"sets.{method}": each for method, each in self.thresholds.items()}
         novelty = {f"novelty.{name}": getattr(self.novelty, name) for name in _NOVELTY}
-        return {"temperature": self.temperature, "images": self.images, **sets, **novelty}
+        features = (
+            {} if self.features is None else {f"features.{name}": each for name, each in vars(self.features).items()}
+        )
+        return {"temperature": self.temperature, "images": self.images, **sets, **novelty, **features}
 
     def folds(self, digests: Tensor) -> Tensor:
         """For each image (B,) the row of thresholds that was not fitted to it: 0 if none was, else 1 to FOLDS."""
@@ -140,15 +184,22 @@ def read_calibration(path: Path, model: CoAtNet, multilabel: bool) -> Calibratio
         "novelty.quantiles": (rows, STEPS),
         **({} if multilabel else {f"sets.{method}": (rows, STEPS) for method in METHODS}),
     }
+    if has_features := "features.means" in shapes:
+        features = length("features.means", 1, MAX_FEATURES)
+        expected |= {"features.means": (model.num_classes, features), "features.covariance": (features, features)}
     empty = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
     empty["images"] = torch.empty(length("images", 0, MAX_IMAGES), dtype=torch.int64, device="meta")
+    if has_features:
+        empty["features.counts"] = torch.empty(model.num_classes, dtype=torch.int64, device="meta")
     found = read_tensors(path, empty)
     for name in ("temperature", "novelty.scale"):
         if (found[name] <= 0).any():
             raise UserError(f"{path}: {name} holds a number that is not positive; the file is damaged")
     novelty = Novelty({name: found[f"novelty.{name}"] for name in _NOVELTY})
     thresholds = {method: found[f"sets.{method}"] for method in METHODS if not multilabel}
-    return Calibration(found["temperature"], found["images"].sort().values, thresholds, novelty)
+    names = ("counts", "means", "covariance")
+    summary = FeatureSummary(*(found[f"features.{name}"] for name in names)) if has_features else None
+    return Calibration(found["temperature"], found["images"].sort().values, thresholds, novelty, summary)
 
 
 def logits_and_means(model: CoAtNet, images: Tensor) -> tuple[Tensor, Tensor]:

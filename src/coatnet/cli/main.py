@@ -45,6 +45,12 @@ COMMANDS = {
     ),
     "suggest": ("BUNDLE --images PATH --out FILE.csv", "rank images without labels: which to label next"),
     "soup": ("RUN RUN ... --out BUNDLE", "average models that started from the same weights, if images like it"),
+    "extend": (
+        "BUNDLE --data NEW --out BUNDLE",
+        "add classes from a few images each, in seconds, and say what it costs",
+    ),
+    "shrink": ("BUNDLE --drop A --merge NEW=A,B --out BUNDLE", "leave classes out, or make one of several"),
+    "rename": ("BUNDLE OLD=NEW ... --out BUNDLE", "give classes other names"),
     "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
     "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
     "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
@@ -59,6 +65,7 @@ COMPUTING = (
     "features",
     "probe",
     "soup",
+    "extend",
     "study",
     "suggest",
 )  # commands that compute with torch, for minutes or hours

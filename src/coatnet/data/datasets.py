@@ -230,6 +230,46 @@ class TableDataset(Dataset):
         ...
 
 
+class JoinedDataset(Dataset):
+    """The images of several datasets, one after the other, with classes that are theirs by name.
+
+    Args:
+        name: how messages and reports name the images.
+        classes: the names of the K classes, with all those of the datasets.
+        datasets: of one label an image.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], datasets: Sequence[Dataset]) -> None:
+        self.name, self.classes, self.multilabel = name, tuple(classes), False
+        self.datasets = tuple(datasets)
+        self.thread_safe = all(each.thread_safe for each in datasets)
+        self._ends = np.cumsum([len(each) for each in datasets])
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.concatenate(
+            [np.array([numbers[name] for name in each.classes])[each.labels] for each in datasets]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def place(self, index: int) -> tuple[Dataset, int]:
+        """The dataset of an image and its index there."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.datasets[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def read(self, index: int) -> tuple[Encoded, NDArray]:
+        dataset, place = self.place(index)
+        return dataset.read(place)[0], self.labels[index]
+
+    def describe(self, index: int) -> str:
+        dataset, place = self.place(index)
+        return dataset.describe(place)
+
+    def key(self, index: int) -> str:
+        dataset, place = self.place(index)
+        return dataset.key(place)
+
+
 def select(datasets: Sequence[Dataset], chosen: NDArray[np.bool_]) -> Dataset:
     """The chosen images of datasets of one source and class, one after the other."""
     first, labels = datasets[0], np.concatenate([each.labels for each in datasets])[chosen]

@@ -2,6 +2,8 @@
 
 from coatnet.evaluation.calibrate import calibrate as calibrate
 from coatnet.evaluation.evaluate import evaluate as evaluate
+from coatnet.evaluation.extend import Extension as Extension
+from coatnet.evaluation.extend import extend as extend
 from coatnet.evaluation.features import extract_features as extract_features
 from coatnet.evaluation.features import write_features as write_features
 from coatnet.evaluation.label_check import LabelCheck as LabelCheck
@@ -18,6 +20,7 @@ from coatnet.evaluation.soup import soup as soup
 from coatnet.evaluation.suggest import suggest as suggest
 
 __all__ = [
+    "Extension",
     "LabelCheck",
     "Metrics",
     "ProbeReport",
@@ -27,6 +30,7 @@ __all__ = [
     "calibrate",
     "check_labels",
     "evaluate",
+    "extend",
     "extract_features",
     "probe",
     "soup",

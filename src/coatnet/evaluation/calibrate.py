@@ -18,11 +18,13 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import (
     FOLDS,
     MAX_DIMENSIONS,
+    MAX_FEATURES,
     MAX_MEANS,
     METHODS,
     NO_THRESHOLD,
     STEPS,
     Calibration,
+    FeatureSummary,
     Novelty,
     means_width,
     scale_classifier,
@@ -56,20 +58,32 @@ _BATCH = 16
 
 
 class Outputs(NamedTuple):
-    """Logits (N, K), means of all feature maps (N, D), labels (N,) or (N, K), and digests of the images (N,)."""
+    """Logits (N, K), means of all feature maps (N, D), labels (N,) or (N, K), digests (N,), features (N, F)."""
 
     logits: Tensor
     pooled: Tensor
     labels: Tensor
     digests: Tensor
+    features: Tensor
 
     @classmethod
     def of(cls, bundle: Bundle, batches: Iterable[ImageOutputs]) -> Self:
         """What a bundle makes of batches. Raises UserError if a logit is not finite."""
-        found = [(each.logits(bundle), each.means(bundle), each.labels, each.digests) for each in batches]
+        found = [
+            (
+                each.logits(bundle),
+                each.means(bundle),
+                each.labels,
+                each.digests,
+                each.features[:, : bundle.model.num_features],
+            )
+            for each in batches
+        ]
         if not found:
             empty = torch.zeros(0, dtype=torch.int64)
-            return cls(torch.zeros(0, len(bundle.classes)), torch.zeros(0, means_width(bundle.model)), empty, empty)
+            return cls(
+                torch.zeros(0, len(bundle.classes)), torch.zeros(0, means_width(bundle.model)), empty, empty, empty
+            )
         outputs = cls(*(torch.cat(column) for column in zip(*found, strict=True)))
         if not torch.isfinite(outputs.logits).all():
             raise UserError("the model's output is not finite (NaN or infinity): its weights are broken")
@@ -210,7 +224,10 @@ def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> B
     levels = (torch.arange(STEPS, dtype=torch.float64) + 0.5) / STEPS
     scores = [novelty.score(table, held_out.pooled)[row].double() for table, row in zip(tables, rows, strict=True)]
     novelty.quantiles.copy_(torch.stack([torch.quantile(each, levels) for each in scores]).float())
-    calibration = Calibration(temperatures, held_out.digests.unique(), thresholds, novelty)
+    summary = None
+    if not several and len(bundle.classes) <= MAX_MEANS and bundle.model.num_features <= MAX_FEATURES:
+        summary = FeatureSummary.of(reference.features, reference.labels, len(bundle.classes))
+    calibration = Calibration(temperatures, held_out.digests.unique(), thresholds, novelty, summary)
     model = copy.deepcopy(bundle.model)
     scale_classifier(model, (1 / temperatures[0]).to(next(model.parameters()).device))
     return replace(bundle, model=model, calibration=calibration)

@@ -4,7 +4,6 @@ Neighbors vote as in DINO (Caron et al., 2021, arXiv:2104.14294, section 4.1). S
 images, D features, K classes; labels (N,), or (N, K) of 0 and 1 for multi-label.
 """
 
-import copy
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -255,12 +254,9 @@ class LinearProbe:
 
         W (x - mean) / spread + b = (W / spread) x + (b - W mean / spread), in double precision until the end.
         """
-        model = copy.deepcopy(bundle.model)
-        model.reset_classifier(len(splits.classes))
         weight = self.weight.double() / self.spread.double()
         bias = self.bias.double() - weight @ self.mean.double()
-        model.get_classifier().load_state_dict({"weight": weight, "bias": bias})
-        return Bundle(model.eval(), splits.classes, bundle.preprocessing, splits.multilabel)
+        return bundle.with_classifier(splits.classes, weight, bias, multilabel=splits.multilabel)
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, l2: float | None = None) -> LinearProbe:

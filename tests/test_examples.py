@@ -14,7 +14,7 @@ from tests.pages import ROOT, blocks
 from coatnet.cli.main import main
 
 EXAMPLES = ROOT / "examples"
-NEEDED = {"predict_with_ray.py": "ray", "predict_with_spark.py": "pyspark"}
+NEEDED = {"predict_with_ray.py": "ray", "predict_with_spark.py": "pyspark", "twelve_bands.py": "tifffile"}
 PRINTED = {
     "build_a_model.py": "97 x 131: features",
     "own_loop.py": "epoch 3: loss",
@@ -22,6 +22,7 @@ PRINTED = {
     "predict_with_spark.py": "trouser.png: ",
     "scikit_learn.py": "logistic regression on features of 100 digits: ",
     "train_and_classify.py": "Top-1 accuracy",
+    "twelve_bands.py": "bands: top-1 accuracy",
 }
 
 

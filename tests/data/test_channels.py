@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from coatnet.data.channels import find_scale, measure, read_pixels, read_values, to_rgb
+from coatnet.data.channels import (
+    find_scale,
+    measure,
+    measure_if_deep,
+    read_pixels,
+    read_values,
+    to_rgb,
+    with_scale,
+)
 from coatnet.data.decode import BadImage, Scale, decode, decoding_pixels, image_size
+from coatnet.data.folder import expand_paths
+from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
+from coatnet.data.shards.pack import pack
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform
 from coatnet.errors import UserError
 
@@ -262,3 +274,48 @@ def test_the_first_three_channels_are_shown(tmp_path: Path) -> None:
         shown.shape == (3, 37, 50) and shown.dtype == torch.uint8 and int(shown.min()) == 0 and int(shown.max()) == 255
     )
     assert to_rgb(Scale(2, 0, 4095).levels(BANDS[..., :2])).shape == (3, 37, 50)
+
+
+def test_a_file_of_other_channels_beyond_the_sample_ends_in_the_same_error(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    (folder / "wet" / "4.npy").write_bytes(npy(BANDS[..., :5]))
+    dataset = with_scale(open_dataset(folder, validation_fraction=0.01).training, Scale(12, 0, 4095))
+    odd = next(index for index in range(len(dataset)) if dataset.describe(index) == "wet/4.npy")
+    with pytest.raises(UserError, match=r"wet/4.npy: channels: it has 5 channels, 12 are read, as dry/\d.npy has: all"):
+        read_image(dataset, odd)
+
+
+def test_arrays_beside_images_are_no_images(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    for label in ("dry", "wet"):
+        for number in range(3):
+            Image.fromarray(BANDS[..., :3].astype(np.uint8)).save(folder / label / f"{number}.png")
+    splits = open_dataset(folder)
+    names = [part.describe(index) for part in (splits.training, splits.validation) for index in range(len(part))]
+    assert len(names) == 6 and all(name.endswith(".png") for name in names)
+    assert "6 .npy" in splits.describe() and splits.training.scale is None
+    left_out: Counter[str] = Counter()
+    assert len([*expand_paths([folder], left_out)]) == 6 and left_out[".npy"] == 6
+
+
+def test_shards_of_such_images_are_read_alike(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "data", BANDS[:16, :16])
+    packed = open_dataset(str(pack(source, tmp_path / "packed", num_workers=1).folder))
+    assert packed.training.scale == Scale(12, 0, 4095)
+    plain = open_dataset(source)
+    expected = {read_image(plain.training, index)[0].sum().item() for index in range(len(plain.training))}
+    assert {read_image(packed.training, index)[0].sum().item() for index in range(len(packed.training))} == expected
+
+
+def test_transparency_is_a_channel_where_four_are_asked_for(tmp_path: Path) -> None:
+    pixels = RANDOM.integers(0, 256, (9, 8, 4), dtype=np.uint8)
+    for label in ("dry", "wet"):
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
+    training = open_dataset(tmp_path).training
+    assert measure_if_deep(training, None) is None and measure_if_deep(training, 3) is None
+    measured = measure_if_deep(training, 4)
+    assert measured is not None and measured.scale == Scale(4, 0, 255)
+    found = read_image(with_scale(training, measured.scale), 0)[0]
+    assert np.array_equal(np.asarray(found).transpose(1, 2, 0), pixels.astype(np.float32))

@@ -27,6 +27,7 @@ from coatnet.data.shards.index import digest
 from coatnet.data.shards.pack import pack
 from coatnet.data.shards.webdataset import read_samples
 from coatnet.data.transforms import Preprocessing
+from coatnet.data.windows import open_windows
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Plan
 from coatnet.inference.predictor import Predictor
@@ -61,6 +62,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
     os.environ["COATNET_CACHE_DIR"] = str(folder / "cache")
     images = {name: image_seeds(kind) for name, kind in SUFFIXES.items()}
     targets = {f"decode-{name}": Target(seeds, read_image) for name, seeds in images.items()}
+    for name, seeds in deep_seeds().items():
+        if name in ("npy", "tiff"):
+            targets[f"windows-{name}"] = windows_target(folder / f"windows.{name}", seeds)
     targets |= {f"values-{name}": Target(seeds, read_deep_image) for name, seeds in deep_seeds().items()}
     targets["protocol"] = protocol_target()
     return targets | bundles(folder, images["png"][0]) | data(folder, images["png"][0]) | texts(folder)
@@ -116,6 +120,23 @@ def deep_seeds() -> dict[str, tuple[bytes, ...]]:
         tifffile.imwrite(buffer, given, photometric="minisblack", **options)
         tiffs.append(buffer.getvalue())
     return found | {"tiff": tuple(tiffs), "png": (imagecodecs.png_encode(values[..., :3].copy()),)}
+
+
+def windows_target(path: Path, seeds: tuple[bytes, ...]) -> Target:
+    """Windows of a file on the disk."""
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        for scale in (Scale(5, 0, 4095), None):
+            with suppress(BadImage), open_windows(path, scale) as windows:
+                height, width = windows.size
+                for top, left in ((0, 0), (max(0, height - 9), max(0, width - 9))):
+                    try:
+                        windows.read(top, left, min(9, height), min(9, width))
+                    except Exception as error:  # `classify_tiles` reports them
+                        assert not isinstance(error, MemoryError)
+
+    return Target(seeds, read)
 
 
 def read_deep_image(content: bytes) -> None:

@@ -37,6 +37,7 @@ from coatnet.data.decode import (
     open_with_pillow,
     orientation_of,
     turned,
+    weight_of,
 )
 from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_jpeg_header, read_npy_header
 from coatnet.errors import UserError, first_line, import_extra
@@ -121,11 +122,6 @@ def _count(channels: int) -> str:
 
 def _is_gray(values: NDArray) -> bool:
     return bool((values[..., :1] == values[..., 1:]).all())
-
-
-def weight_of(channels: int, item_bytes: int) -> int:
-    """Memory for a pixel: its values and as many in single precision, in the units of `Limits`, of six bytes."""
-    return max(1, math.ceil(channels * (item_bytes + 4) / 6))
 
 
 # NumPy

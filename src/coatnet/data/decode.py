@@ -69,6 +69,7 @@ FORMATS = (
     ImageFormat("NPZ", (".npz",), rb"PK\x03\x04"),
 )
 IMAGE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
+ARRAY_SUFFIXES = (".npy", ".npz")  # which beside other images hold features, masks and the like
 SNIFFED_BYTES = 32  # of a file, for `sniff`
 
 MAX_PIXELS = 200_000_000  # about 1.2 GB in the decoder; a third of it in formats of weight 3
@@ -243,12 +244,13 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def decoding_pixels(data: bytes, name: str) -> int:
-    """The pixels of an image by its header, three times as many in formats whose decoder takes three times the memory.
+    """The pixels of an image by its header, as many times as they take the memory of 8-bit RGB: three times in formats
+    whose decoder takes so much, and by channels and bits where there are more.
 
     Raises BadImage as `decode` does.
     """
     kind = format_of(data, name)
-    return math.prod(_header(data, kind, name)) * kind.weight
+    return math.prod(_header(data, kind, name)) * max(kind.weight, _weight(data, kind))
 
 
 def jpeg_warning(data: object) -> str:
@@ -301,6 +303,22 @@ def _array_size(data: bytes, name: str, *, zipped: bool) -> tuple[int, int]:
         return array_layout(read_npy_header(data).shape, None)[:2]
     except Exception as error:  # of zipfile almost anything
         raise BadImage(name, f"corrupt: no NumPy header can be read in {len(data):,} bytes") from error
+
+
+def weight_of(channels: int, item_bytes: int) -> int:
+    """Memory for a pixel: its values and as many in single precision, in the units of `Limits`, of six bytes."""
+    return max(1, math.ceil(channels * (item_bytes + 4) / 6))
+
+
+def _weight(data: bytes, kind: ImageFormat) -> int:
+    """How many times a pixel of a TIFF or NumPy file takes the memory of 8-bit RGB; 1 if that cannot be told."""
+    with suppress(*HEADER_ERRORS):
+        if kind.name == "TIFF" and is_deep_tiff(directory := read_directory(data)):
+            return weight_of(min(MAX_CHANNELS, directory.numbers.get(277, 1)), min(8, -(-directory.bits // 8)))
+        if kind.name == "NPY":
+            header = read_npy_header(data)
+            return weight_of(min(MAX_CHANNELS, array_layout(header.shape, None)[2]), header.dtype.itemsize)
+    return 1
 
 
 # JPEG

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coatnet.data.datasets import IS_URL, FileDataset, below_one_folder, is_url, printable
-from coatnet.data.decode import IMAGE_SUFFIXES, SNIFFED_BYTES, sniff
+from coatnet.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, SNIFFED_BYTES, sniff
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
 from coatnet.errors import UserError, shorten
 from coatnet.system.files import open_regular
@@ -165,7 +165,20 @@ def _find_images(root: Path) -> _FoundImages:
                 found.other_files[suffix_of(path)] += 1
         if len(found.paths) == before:
             found.empty_classes.append(class_name)
-    return found
+    return _without_arrays(found)
+
+
+def _without_arrays(found: _FoundImages) -> _FoundImages:
+    """The images without NumPy files, if there are others as well: then those hold features, masks and the like."""
+    arrays = [path.lower().endswith(ARRAY_SUFFIXES) for path in found.paths]
+    if all(arrays) or not any(arrays):
+        return found
+    found.other_files.update(suffix_of(path) for path, is_array in zip(found.paths, arrays, strict=True) if is_array)
+    kept = [row for row, is_array in enumerate(arrays) if not is_array]
+    names, paths = ([column[row] for row in kept] for column in (found.class_names, found.paths))
+    return found._replace(
+        class_names=names, paths=paths, empty_classes=[*found.empty_classes, *sorted({*found.class_names} - {*names})]
+    )
 
 
 def _walk(
@@ -229,6 +242,11 @@ def _is_ignored(name: str) -> bool:
 
 def _holds_image(folder: Path) -> bool:
     return any(map(is_image_file, _walk(str(folder), refuse=lambda error: None)))
+
+
+def _holds_other_images(folder: Path) -> bool:
+    every = _walk(str(folder), refuse=lambda error: None)
+    return any(is_image_file(file) and not file.lower().endswith(ARRAY_SUFFIXES) for file in every)
 
 
 def is_image_file(path: str) -> bool:
@@ -339,8 +357,11 @@ def expand_paths(
             continue
         found_any = False
         refused: list[OSError] = []
+        others: bool | None = None  # whether there are other images than NumPy files, which are left out then
         for file in _walk(str(path), files_first=True, refuse=refused.append, left_out=left_out):
-            if is_image_file(file):
+            if file.lower().endswith(ARRAY_SUFFIXES):
+                others = _holds_other_images(path) if others is None else others
+            if is_image_file(file) and not (others and file.lower().endswith(ARRAY_SUFFIXES)):
                 found_any = True
                 yield Path(file), None
             elif left_out is not None:

@@ -72,7 +72,15 @@ from coatnet.system.progress import ProgressBar
 from coatnet.system.terminal import warn
 
 OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
-_SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
+_SUFFIXES = {
+    b"\xff\xd8": "jpg",
+    b"\x89P": "png",
+    b"RI": "webp",
+    b"GI": "gif",
+    b"BM": "bmp",
+    b"\x93N": "npy",
+    b"PK": "npz",
+}
 _MAX_KEY_LENGTH = 60  # with number and suffix it fits into the 100 bytes of a plain tar header
 
 

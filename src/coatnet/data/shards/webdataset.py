@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coatnet.data.datasets import printable
-from coatnet.data.decode import IMAGE_SUFFIXES
+from coatnet.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.shards.index import (
     HEAD,
@@ -210,6 +210,7 @@ class _Members:
 
     key: str
     image: tuple[int, int] | None = None
+    is_array: bool = False  # of NumPy, for which another image is taken
     label: Label | None = None
     seen: set[str] = field(default_factory=set)
 
@@ -243,7 +244,9 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
         current.seen.add(kind)
         suffix = "." + kind.lower().rpartition(".")[2]
         if suffix in IMAGE_SUFFIXES:
-            current.image = current.image or (member.offset_data, member.size)
+            is_array = suffix in ARRAY_SUFFIXES
+            if current.image is None or (current.is_array and not is_array):
+                current.image, current.is_array = (member.offset_data, member.size), is_array
         elif suffix in (".cls", ".json") and member.size <= _MAX_LABEL_BYTES and current.label is None:
             current.label = _read_label(file, member, f"{where}: {printable(member.name)}")
     if current is not None:

@@ -25,8 +25,10 @@ from coatnet.training.defaults import default_learning_rate, open_splits, resolv
 from coatnet.training.duration import EVALUATION_COST
 from coatnet.version import __version__
 
-DEFAULT_SIZES = ("10%", "100%")
-DEFAULT_SEEDS = 3
+# Sizes and seeds, where they are not given: the first, or with a limit in minutes the first that leaves room for enough
+# steps.
+DEFAULTS = ((("10%", "100%"), 3), (("10%", "100%"), 2), (("10%",), 3), (("10%",), 2), (("10%",), 1))
+ENOUGH_STEPS = 100
 DEFAULT_STEPS = 2000
 MOST_EVALUATIONS, FEWEST_EVALUATIONS = 12, 4
 EVALUATION_SHARE = 0.15  # of the time of the steps, which decides how many evaluations there are
@@ -41,8 +43,8 @@ class Options:
     Attributes:
         question: a name of `QUESTIONS`, or a YAML file.
         data: as of a recipe.
-        sizes: numbers of training images, or percentages of them such as "10%".
-        seeds: how many.
+        sizes: numbers of training images, or percentages of them such as "10%"; None for the default.
+        seeds: how many; None for the default.
         steps: optimizer steps of each run; None follows from epochs or minutes.
         epochs: passes over the training images of the largest size, whose steps all sizes have.
         minutes: of the whole study on this machine.
@@ -58,8 +60,8 @@ class Options:
 
     question: str
     data: str
-    sizes: tuple[str, ...] = DEFAULT_SIZES
-    seeds: int = DEFAULT_SEEDS
+    sizes: tuple[str, ...] | None = None
+    seeds: int | None = None
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
@@ -109,6 +111,12 @@ def parse_sizes(sizes: Sequence[str], num_images: int) -> tuple[int, ...]:
             raise UserError(f"size {text} is {size:,} of {num_images:,} training images; give 1 to {num_images:,}")
         found.add(size)
     return tuple(sorted(found))
+
+
+def candidates(options: Options, num_images: int) -> list[tuple[tuple[int, ...], int]]:
+    """Sizes and seeds that a plan may have, the best first: as they were given, and else defaults."""
+    found = [(parse_sizes(options.sizes or sizes, num_images), options.seeds or seeds) for sizes, seeds in DEFAULTS]
+    return list(dict.fromkeys(found))
 
 
 def choose_jobs(options: Options) -> tuple[int, list[str]]:
@@ -214,7 +222,8 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     given, splits = open_splits(Recipe(data=options.data), say)
     if splits.multilabel:
         raise UserError(f"{splits.name} has several labels an image; a study compares accuracy, and needs one")
-    sizes = parse_sizes(options.sizes, len(splits.training))
+    choices = candidates(options, len(splits.training))
+    sizes, seeds = choices[0]
     recipe = shared_recipe(options, own or Question("", "", ()), splits, given)
     config = resolve(recipe, splits)
     require_outside(folder, config.data)
@@ -237,7 +246,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         recipe=recipe.changed({"model": model}).to_dict(),
         members=members,
         sizes=sizes,
-        seeds=tuple(range(options.seeds)),
+        seeds=tuple(range(seeds)),
         learning_rates=tuple(sorted(rates)),
         asked=options.asked(),
     )
@@ -254,7 +263,17 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     say(f"measuring a few steps of each, {counted(jobs, 'run')} at once")
     measured = measure_steps([probe.changed({"device": devices[0]}).to_dict() for probe in probes], jobs, threads)
     *seconds, opening = measured
-    return _with_runs(study, options, dict(zip((m.name for m in members), seconds, strict=True)), opening, jobs)
+    pace = _Pace(dict(zip((each.name for each in members), seconds, strict=True)), opening, jobs)
+    return _with_runs(study, options, pace, choices)
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Seconds of a step of each member by its name, and of the opening of the data; and how many runs go at once."""
+
+    steps: dict[str, float]
+    opening: float
+    jobs: int
 
 
 def _run(study: Study, member: str, size: int, seed: int, rate: float, steps: int, seconds: float) -> Run:
@@ -265,42 +284,51 @@ def _run(study: Study, member: str, size: int, seed: int, rate: float, steps: in
     )
 
 
-def _with_runs(study: Study, options: Options, seconds: dict[str, float], opening: float, jobs: int) -> Study:
+def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tuple[tuple[int, ...], int]]) -> Study:
     """The study with its runs: the same steps for all, as many as were asked for or fit into the minutes."""
-    batch, largest = options.batch_size, study.sizes[-1]
-    mean = sum(seconds.values()) / len(seconds)
-    # In steps: what an evaluation on the way, and the two measurements at the end, take.
-    evaluation = EVALUATION_COST * study.held_out / batch
-    ending = {size: evaluation + EVALUATION_COST * min(size, MAX_TRAINING_IMAGES) / batch for size in study.sizes}
-    if options.minutes is not None:
-        runs_at_once = len(study.seeds) * len(study.learning_rates) * len(study.sizes) * len(seconds) / jobs
-        of_a_run = 60 * options.minutes * TIME_FOR_RUNS / runs_at_once - opening
-        left = of_a_run / mean - sum(ending.values()) / len(ending)
-        evaluations = _evaluations(left, evaluation)
-        steps = int(left - evaluations * evaluation)
+    batch, evaluation = options.batch_size, EVALUATION_COST * study.held_out / options.batch_size
+    # In steps: what an evaluation on the way takes, and the two at the end.
+    ending = {
+        size: evaluation + EVALUATION_COST * min(size, MAX_TRAINING_IMAGES) / batch
+        for sizes, _ in choices
+        for size in sizes
+    }
+    if options.minutes is None:
+        sizes, seeds = choices[0]
+        steps = options.steps or (round(options.epochs * sizes[-1] / batch) if options.epochs else DEFAULT_STEPS)
+    else:
+        mean = sum(pace.steps.values()) / len(pace.steps)
+        steps = 0
+        for sizes, seeds in choices:
+            num_runs = seeds * len(sizes) * len(study.learning_rates) * len(pace.steps)
+            of_a_run = 60 * options.minutes * TIME_FOR_RUNS * pace.jobs / num_runs - pace.opening
+            left = of_a_run / mean - sum(ending[size] for size in sizes) / len(sizes)
+            steps = int(left - _evaluations(left, evaluation) * evaluation)
+            if steps >= ENOUGH_STEPS:
+                break
         if steps < LEAST_STEPS:
             raise UserError(
-                f"minutes {options.minutes:g} is too short: {counted(round(runs_at_once * jobs), 'run')} would have "
-                f"{max(0, steps)} steps of {mean:.2g} s; give more minutes, or fewer seeds and sizes"
+                f"minutes {options.minutes:g} is too short: {counted(num_runs, 'run')} would have {max(0, steps)} "
+                f"steps of {mean:.2g} s; give more minutes, or fewer seeds and sizes"
             )
-    else:
-        steps = options.steps or (round(options.epochs * largest / batch) if options.epochs else DEFAULT_STEPS)
-        evaluations = _evaluations(steps, evaluation)
-    study = replace(study, asked={**study.asked, "evaluations": evaluations, "planned_steps": max(1, steps)})
-    runs = tuple(
-        _run(
-            study, member.name, size, seed, rate, max(1, steps),
-            opening + seconds[member.name] * (steps + evaluations * evaluation + ending[size]),
-        )
-        for seed in study.seeds
-        for size in study.sizes
-        for rate in study.learning_rates
-        for member in study.members
-    )  # fmt: skip
-    folders = {run.folder for run in runs}
-    if len(folders) < len(runs):
+    steps, evaluations = max(1, steps), _evaluations(steps, evaluation)
+    study = replace(
+        study,
+        sizes=sizes,
+        seeds=tuple(range(seeds)),
+        asked={**study.asked, "evaluations": evaluations, "planned_steps": steps},
+    )
+    runs = []
+    for seed in study.seeds:
+        for size in study.sizes:
+            for rate in study.learning_rates:
+                for member in study.members:
+                    work = steps + evaluations * evaluation + ending[size]
+                    seconds = pace.opening + pace.steps[member.name] * work
+                    runs.append(_run(study, member.name, size, seed, rate, steps, seconds))
+    if len({run.folder for run in runs}) < len(runs):
         raise UserError("names of members differ in signs only, which folders cannot show: give other names")
-    return replace(study, runs=runs)
+    return replace(study, runs=tuple(runs))
 
 
 def _evaluations(steps: float, evaluation: float) -> int:
@@ -356,18 +384,15 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     for name in ("steps", "epochs", "minutes"):
         if name in study.asked and name not in options.asked():
             raise UserError(f"{folder} holds a study with {name} {study.asked[name]}: give the same to go on")
-    full = [text for text in options.sizes if not text.endswith("%")]
-    if len(full) < len(options.sizes):
+    sizes: tuple[int, ...] = ()
+    if options.sizes:
         _, splits = open_splits(Recipe(data=options.data), lambda text: None)
         sizes = parse_sizes(options.sizes, len(splits.training))
-    else:
-        sizes = tuple(sorted({round(float(text)) for text in full}))
-    rates = options.learning_rates or (default_learning_rate(options.batch_size),)
     wider = replace(
         study,
         sizes=tuple(sorted({*study.sizes, *sizes})),
-        seeds=tuple(range(max(len(study.seeds), options.seeds))),
-        learning_rates=tuple(sorted({*study.learning_rates, *rates})),
+        seeds=tuple(range(max(len(study.seeds), options.seeds or 0))),
+        learning_rates=tuple(sorted({*study.learning_rates, *options.learning_rates})),
     )
     steps = study.asked["planned_steps"]
     before = {run.folder: run for run in study.runs}

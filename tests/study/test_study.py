@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,9 @@ title: Does weight decay matter?
 match: false
 members:
   some: {}
-  none: {optimizer.weight_decay: 0}
   too much: {optimizer.weight_decay: 1e+35}
 """
-COMMAND = ["--data", "digits", "--sizes", "40", "80", "--seeds", "1", "--steps", "3", "--jobs", "1"]
+COMMAND = ["--data", "digits", "--sizes", "40", "--seeds", "1", "--steps", "3", "--jobs", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_failed_run_is_named_and_the_rest_goes_on(made: tuple[Path, int]) -> N
     folder, code = made
     study = Study.read(folder)
     assert code == 1
-    assert [run.status for run in study.runs] == ["finished", "finished", "failed"] * 2
+    assert [run.status for run in study.runs] == ["finished", "failed"]
     assert all("finite" in str(run.reason) for run in study.runs if run.status == "failed")
     assert study.title == "Does weight decay matter?"
     assert (folder / "study.html").exists()
@@ -63,14 +63,14 @@ def test_all_members_have_the_same_budget_and_full_measurements(made: tuple[Path
         assert run.curves.held_out_top1[-1] == run.figures.top1
         log = [json.loads(line) for line in (made[0] / run.folder / "metrics.jsonl").read_text().splitlines()]
         assert max(line["step"] for line in log) == 3
-    recipes = [recipe_of(study, run).to_dict() for run in study.runs[:3]]
+    recipes = [recipe_of(study, run).to_dict() for run in study.runs]
     for recipe in recipes:
         recipe["optimizer"] = recipe["optimizer"] | {"weight_decay": None}
-    assert recipes[0] == recipes[1] == recipes[2]
+    assert recipes[0] == recipes[1]
 
 
 def test_weights_are_not_kept(made: tuple[Path, int]) -> None:
-    assert not list(made[0].glob("runs/*/checkpoints")) or Study.read(made[0]).runs[2].status == "failed"
+    assert list(made[0].glob("runs/some*/figures.json"))
     assert not list(made[0].glob("runs/some*/checkpoints"))
     assert not list(made[0].glob("runs/*/bundle"))
 
@@ -93,7 +93,7 @@ def test_the_same_seed_and_size_is_the_same_images_in_the_same_order(made: tuple
 def test_a_small_size_is_a_part_of_a_larger_one(made: tuple[Path, int]) -> None:
     study = Study.read(made[0])
     names = []
-    for run in (study.runs[0], study.runs[3]):
+    for run in (study.runs[0], replace(study.runs[0], size=80)):
         _, splits = open_splits(recipe_of(study, run), lambda text: None)
         names.append(set(splits.training.identity()))
     assert (len(names[0]), len(names[1])) == (40, 80)
@@ -106,9 +106,9 @@ def test_the_same_command_trains_nothing_again_but_what_failed(
     folder, _ = made
     before = Study.read(folder)
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/figures.json")}
-    assert len(written) == 4
+    assert len(written) == 1
     assert main(["study", str(folder.parent / "decay.yaml"), *COMMAND, "--out", str(folder)]) == 1
-    assert "2 runs to go" in capsys.readouterr().out
+    assert "1 run to go" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/figures.json")} == written
     assert Study.read(folder).finished() == before.finished()
 
@@ -119,9 +119,9 @@ def test_more_seeds_extend_a_study_and_another_budget_is_refused(
     folder, _ = made
     question = str(folder.parent / "decay.yaml")
     before = Study.read(folder)
-    options = Options(question, "digits", sizes=("40", "80"), seeds=2, steps=3, jobs=1)
+    options = Options(question, "digits", sizes=("40", "50%"), seeds=2, steps=3, jobs=1)
     wider = open_study(options, folder, print, dry_run=True)
-    assert len(wider.runs) == 12 and wider.finished() == before.finished()
+    assert len(wider.runs) == 8 and wider.finished() == before.finished()
     assert Study.read(folder) == before
     command = ["study", question, *COMMAND, "--out", str(folder)]
     assert main([*command, "--steps", "4"]) == 2

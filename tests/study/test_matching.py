@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -54,16 +55,25 @@ def test_members_differ_in_what_is_asked_and_not_in_depth_where_that_is_it() -> 
     assert [choice.name for choice in find_question("heads", row).choices] == ["16", "32", "8"]
 
 
-def test_the_networks_of_the_layout_figure_cost_the_same_without_a_search_in_depth() -> None:
-    """28 pixels: all have 7 x 7 cells where the paper has 14 x 14."""
-    problem = Problem(28, 1, 10)
-    row = base_row(28, None, 1.0)
-    variants = {name: build(name, row, {"layout": name}, problem) for name in ("C-C-T-T", "ViT_REL")}
-    networks = match(variants, problem)
-    assert networks["C-C-T-T"].variant.grids(28) == (14, 7, 7, 4)
-    assert networks["ViT_REL"].variant.grids(28) == (7,)
-    assert 0.3e6 < networks["C-C-T-T"].parameters < 0.7e6
-    assert spread([network.macs for network in networks.values()]) <= TOLERANCE
+def test_the_networks_of_the_layout_figure_are_those_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coatnet.md").read_text()
+    rows = re.findall(
+        r"^\| `([CTViREL_-]+)` \| (\d+|patches) \| ([\d, ]+) \| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M
+    )
+    problem, row = Problem(28, 1, 10), base_row(28, None, 1.0)
+    layouts = [str(choice.variations.get("layout", choice.name)) for choice in QUESTIONS["layouts"].choices]
+    assert sorted(layout for layout, *_ in rows) == sorted(layouts)
+    counts = []
+    for layout, stem, *lists in rows:
+        depths, widths = ([int(each) for each in text.split(",")] for text in lists[:2])
+        parameters, macs = (int(text.replace(",", "")) for text in lists[2:])
+        start = build(layout, row, {"layout": layout}, problem)
+        stem_width = widths[0] if stem == "patches" else int(stem)
+        assert problem.count(start.vary(depths=depths, widths=widths, stem_width=stem_width)) == (parameters, macs)
+        counts.append((parameters, macs))
+    for each in zip(*counts, strict=True):
+        assert spread(each) <= TOLERANCE
+    assert row.grids(28) == (14, 7, 7, 4)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import platform
 import shlex
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,19 @@ class Options:
             if not 0 < rate < float("inf"):
                 raise UserError(f"learning rate {rate:g} must be above 0")
 
+    def command(self, folder: Path) -> str:
+        """The command that makes the study, without what the time or the device of a run depends on, and the place."""
+        words = ["coatnet", "study", self.question, "--data", self.data, "--out", folder.name]
+        for each in fields(self)[2:]:
+            value = getattr(self, each.name)
+            if value != each.default and each.name not in ("device", "jobs"):
+                several = value if isinstance(value, tuple) else (value,)
+                words += [
+                    f"--{each.name}",
+                    *(f"{part:g}" if isinstance(part, float) else str(part) for part in several),
+                ]
+        return shlex.join(words)
+
     def asked(self) -> dict[str, Any]:
         """What a plan follows from, apart from what may be extended: sizes, seeds and learning rates."""
         free = ("sizes", "seeds", "learning_rates", "jobs", "device")
@@ -150,14 +162,15 @@ def shared_recipe(options: Options, question: Question, splits: Splits, given: R
     start = Recipe.from_dict({name: value for name, value in asked.items() if value is not None})
     config = resolve(start.changed(question.recipe), splits)
     flip = config.augmentation.flip_rate
-    small = config.preprocessing.resolution <= SMALL_IMAGE_PIXELS
+    side = max(config.preprocessing.size)
+    small = side <= SMALL_IMAGE_PIXELS
     mild: dict[str, Any] = {
         "placement": "shift" if small else "crop",
         "flip_rate": flip,
         "rand_augment_layers": 0,
         "erasing_rate": 0.0,
     }
-    mild |= {"shift": max(1, config.resolution // 28)} if small else {"crop_scale": [0.6, 1.0]}
+    mild |= {"shift": max(1, side // 28)} if small else {"crop_scale": [0.6, 1.0]}
     settled = {
         "preprocessing": config.to_dict()["preprocessing"],
         "channels": config.channels,
@@ -227,6 +240,8 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     recipe = shared_recipe(options, own or Question("", "", ()), splits, given)
     config = resolve(recipe, splits)
     require_outside(folder, config.data)
+    if not isinstance(config.resolution, int):
+        raise UserError(f"a study is for square images; resolution is {config.resolution}, give one side")
     problem = Problem(config.resolution, config.channels, len(splits.classes))
     question = own or find_question(options.question, base_row(problem.resolution, options.model, options.width))
     say(f"matching {len(question.choices)} networks at {problem.resolution} pixels by counting")
@@ -240,7 +255,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         held_out=len(splits.validation),
         resolution=(config.resolution, config.resolution),
         classes=len(splits.classes),
-        command=shlex.join(["coatnet", *sys.argv[1:]]),
+        command=options.command(folder),
         versions={"coatnet": __version__, "torch": torch.__version__, "Python": platform.python_version()},
         machine=describe_device(choose_device(options.device)),
         recipe=recipe.changed({"model": model}).to_dict(),

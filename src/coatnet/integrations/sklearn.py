@@ -202,7 +202,8 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
 
     def predict(self, X: Any) -> NDArray:
         """The most probable label of each image, (N,)."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
 
 class CoAtNetFeatures(TransformerMixin, _ImageEstimator):

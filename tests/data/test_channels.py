@@ -98,7 +98,7 @@ def test_pages_of_a_tiff_are_channels_where_so_many_are_wanted() -> None:
         read_values(data, "a.tif", 6)
 
 
-def test_one_channel_of_any_depth_needs_no_tifffile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_channel_of_any_depth_needs_no_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, single = (BANDS[..., 0] * 16).astype(np.uint16), (BANDS[..., 0] / 3).astype(np.float32)
     files = {}
     for name, values, kind in (("a.png", wide, "PNG"), ("b.tif", wide, "TIFF"), ("c.tif", single, "TIFF")):
@@ -109,10 +109,15 @@ def test_one_channel_of_any_depth_needs_no_tifffile(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
     for name, (data, values) in files.items():
         assert np.array_equal(read_values(data, name)[..., 0], values), name
-    with pytest.raises(
-        UserError, match=r"a TIFF of these channels or values needs tifffile: pip install 'coatnet\[tiff\]'"
-    ):
+    missing = r"format: a TIFF of these channels or values needs tifffile: pip install 'coatnet\[tiff\]'"
+    with pytest.raises(BadImage, match=missing):
         read_values(deep, "a.tif")
+    for label in ("dry", "wet"):
+        for number in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{number}.tif").write_bytes(deep)
+    with pytest.raises(UserError, match=missing):  # not that it is no RGB
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4])

@@ -257,3 +257,11 @@ def test_the_answers_are_those_of_the_teachers_own_evaluation(home, tmp_path):
     labels_only = [4, 5]  # 5 is mixed with it
     assert targets.isfinite().all() and torch.equal(targets[labels_only, :10], targets[labels_only, 10:])
     assert not torch.equal(targets[:, :10], targets[:, 10:])
+
+
+def test_a_teacher_of_other_values_sees_the_same_values():
+    ours = Preprocessing(resolution=8, mean=(0.2,), std=(0.5,), value_range=(0, 100))
+    theirs = Preprocessing(resolution=8, mean=(0.4,), std=(0.3,), value_range=(-50, 150))
+    values = np.random.default_rng(0).uniform(0, 100, (8, 8, 1)).astype(np.float32)
+    seen = [EvaluationTransform(each)(each.scale.levels(values))[None] for each in (ours, theirs)]
+    torch.testing.assert_close(change_preprocessing(seen[0], ours, theirs), seen[1], rtol=1e-4, atol=1e-5)

@@ -45,6 +45,7 @@ from coatnet.errors import UserError, first_line, import_extra
 D = TypeVar("D", bound=Dataset)
 
 SAMPLED_IMAGES = 256  # chosen: a few seconds of reading; the same number as for the brightness of small images
+MEASURED_PIXELS = 1_000_000  # of each; of larger ones every n-th row and column
 FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of sensors of 8, 10, 12, 14 and 16 bits
 _JPEG = 7
 _COMPRESSIONS = {1: "", 5: "LZW", _JPEG: "JPEG", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
@@ -107,8 +108,10 @@ def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixe
         else:  # 8 bits always
             values = decode(data, name, max_pixels=limits.max_pixels).permute(1, 2, 0).numpy()
             values = values[..., :1] if channels == 1 and _is_gray(values) else values
-    except (BadImage, UserError):
+    except BadImage:
         raise
+    except UserError as error:  # a package is missing
+        raise BadImage(name, f"format: {error}") from None
     except MemoryError as error:
         raise BadImage(name, f"large: no memory for its values ({len(data):,} bytes)") from error
     except Exception as error:  # parsers of untrusted bytes raise almost anything
@@ -344,6 +347,9 @@ def find_scale(dataset: Dataset) -> Scale | None:
     """The scale that shows images which are not 8-bit RGB, by the first that can be read; None for all others.
 
     Only TIFF and NumPy files are looked at, as others hold no more than Pillow reads unless they are asked for.
+
+    Raises:
+        BadImage: it needs a package that is not installed.
     """
     for index in range(0 if getattr(dataset, "in_memory", False) else min(len(dataset), 3)):
         name = dataset.describe(index)
@@ -360,7 +366,9 @@ def find_scale(dataset: Dataset) -> Scale | None:
                 if error.code not in ("pixels", "channels"):
                     raise
             values = read_values(data, name)
-        except BadImage:
+        except BadImage as error:
+            if error.code == "format":
+                raise
             continue
         return scale_of(values)
     return None
@@ -420,11 +428,13 @@ def measure(dataset: Dataset, channels: int) -> Measured:
             failure = BadImage(name, f"channels: it has {_count(values.shape[-1])}, {channels} are asked for")
             continue
         fitting, kind = fitting or name, kind if kind == "f" else values.dtype.str[1:]
-        finite = np.isfinite(values).all(axis=-1) if values.dtype.kind == "f" else np.ones(values.shape[:2], bool)
-        if not finite.any():
+        step = math.ceil(math.sqrt(values.shape[0] * values.shape[1] / MEASURED_PIXELS))
+        some = values[::step, ::step].astype(np.float64)
+        kept = some[np.isfinite(some).all(axis=-1)]  # (N, C)
+        if not len(kept):
             continue
-        kept = values[finite].astype(np.float64)  # (N, C)
-        low, high = min(low, float(kept.min())), max(high, float(kept.max()))
+        extremes = kept if values.dtype.kind == "f" else values  # the largest whole number says how many bits there are
+        low, high = min(low, float(extremes.min())), max(high, float(extremes.max()))
         sums, squares, count = sums + kept.sum(0), squares + (kept**2).sum(0), count + len(kept)
     if failure is not None and (not count or failure.code == "channels"):
         beside = f"; {fitting} has {channels}: all images of a data set need the same number" if fitting else ""

@@ -87,18 +87,23 @@ def change_preprocessing(images: Tensor, now: Preprocessing, wanted: Preprocessi
     def per_channel(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=images.device)[:, None, None]
 
-    if now.scale != wanted.scale:
-        raise UserError("the teacher takes images of other values or channels than the run: give one of the same data")
     resized = tuple(images.shape[-2:]) != wanted.size
-    if not resized and (now.mean, now.std) == (wanted.mean, wanted.std):
+    if not resized and (now.mean, now.std, now.scale) == (wanted.mean, wanted.std, wanted.scale):
         return images
     pixels = images * per_channel(now.std) + per_channel(now.mean)  # from 0 to 1
-    if wanted.channels < now.channels:
+    if now.scale is not None and wanted.scale is not None:
+        reach = wanted.scale.high - wanted.scale.low
+        pixels = pixels * ((now.scale.high - now.scale.low) / reach) + (now.scale.low - wanted.scale.low) / reach
+    elif wanted.channels < now.channels:
         pixels = pixels.mean(1, keepdim=True)
     if resized:
         pixels = F.interpolate(pixels, size=wanted.size, mode=wanted.interpolation, antialias=True)
         pixels = pixels.clamp(0, 1) if wanted.value_range is None else pixels
     return (pixels - per_channel(wanted.mean)) / per_channel(wanted.std)  # a gray image gets three equal channels
+
+
+def _kind(seen: Preprocessing) -> str:
+    return "8-bit RGB" if seen.scale is None else f"images of {seen.channels} channels"
 
 
 class Teacher:
@@ -117,7 +122,7 @@ class Teacher:
     def __init__(
         self, bundle: Bundle, settings: Distillation, dataset: Dataset, preprocessing: Preprocessing, student: CoAtNet
     ) -> None:
-        """Raises UserError unless the teacher has the classes of the data.
+        """Raises UserError unless the teacher has the classes of the data, and takes such images.
 
         Args:
             dataset: the training images.
@@ -125,6 +130,11 @@ class Teacher:
             student: the network, on its device.
         """
         check_classes(bundle, dataset)
+        theirs, ours = bundle.preprocessing, preprocessing
+        if (theirs.scale is None) != (ours.scale is None) or (ours.scale and theirs.channels != ours.channels):
+            raise UserError(
+                f"the teacher takes {_kind(theirs)}, and the network {_kind(ours)}: give a teacher for the same images"
+            )
         if settings.views == "fixed" and (stored := 2 * len(dataset) * len(bundle.classes)) > MAX_STORED_BYTES:
             raise UserError(
                 f"distillation.views fixed would keep {stored / 2**30:,.0f} GiB of answers, of which there may be "

@@ -19,9 +19,9 @@ import torch
 from coatnet.bundle import load
 from coatnet.data import open_dataset
 from coatnet.evaluation import extract_features
-from coatnet.evaluation.label_check import confident_suspects, out_of_fold
+from coatnet.evaluation.label_check import confident_suspects, judge, out_of_fold
 from coatnet.evaluation.probe import fit_linear
-from coatnet.evaluation.suggest import pick
+from coatnet.evaluation.suggest import certainty, pick
 from coatnet.training.recipes import named_recipe
 from coatnet.training.trainer import train
 
@@ -59,7 +59,7 @@ def find_wrong_labels(features: torch.Tensor, labels: np.ndarray, num_classes: i
                 with TemporaryDirectory() as folder:
                     run = learn_wrong_labels(given, Path(folder))
                     features = extract_features(run, "fashion-mnist-small", split="training").gather()[0]
-            probabilities = out_of_fold(features, torch.from_numpy(given), num_classes).numpy()
+            probabilities = judge(features, torch.from_numpy(given), num_classes)[1].numpy()
             suspected, suggested, scores = confident_suspects(probabilities, given)
             first = np.argsort(scores, kind="stable")[: wrong.sum()]
             right = (suggested[suspected & wrong] == labels[suspected & wrong]).mean()
@@ -104,9 +104,10 @@ def label_by_suggestion(
                 accuracies.append(float((fitted.scores(others).argmax(dim=1).numpy() == truth).mean()))
                 rest = np.setdiff1d(order, known)
                 if how == "suggested":
-                    chosen = rest[
-                        pick(fitted.scores(features[rest]).softmax(dim=1), features[rest], len(known), seed=seed)
-                    ]
+                    probabilities = fitted.scores(features[rest]).softmax(dim=1)
+                    picked = pick(probabilities, features[rest], len(known), seed=seed)
+                    others_by_doubt = np.setdiff1d(certainty(probabilities).argsort(), picked, assume_unique=True)
+                    chosen = rest[np.concatenate([picked, others_by_doubt])[: len(known)]]
                 else:
                     chosen = order[len(known) : 2 * len(known)]
                 known = np.concatenate([known, chosen])

@@ -17,6 +17,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, look_at, read_answers
 from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
+from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.training.config import Recipe
 from coatnet.training.trainer import train
@@ -192,6 +193,22 @@ def test_near_copies_of_training_images_are_counted_apart_and_left_out() -> None
     assert "1 of these images has nearly the same pixels as a training image; without it 50.0 %" in said
     unseen = find_duplicates(np.arange(17) < 7, look_at(held_out, near=False), training)
     assert (unseen.count, unseen.near, unseen.others) == (2, None, 15)
+
+
+def test_labels_that_look_wrong_are_listed_in_the_report() -> None:
+    """The rule by hand: class a is usually given 0.8, class b 0.6; a mistake below that is none of the label's."""
+    truth, predicted = ("a", "a", "a", "b", "b", "b"), ("a", "a", "b", "b", "b", "a")
+    probability = np.array([0.95, 0.9, 0.55, 0.85, 0.75, 0.9])
+    given = np.array([0.95, 0.9, 0.45, 0.85, 0.75, 0.1])
+    names = tuple(f"{n}.png" for n in range(6))
+    answers = Answers(names, truth, predicted, probability, -np.log(given))
+    report = replace(report_of(("a", "b")), answers=answers)
+    assert report.suspects() == [("5.png", "b", "a", pytest.approx(0.1))]  # 0.55 is below (0.85 + 0.75 + 0.1) / 3
+    assert "## Labels that look wrong" in to_markdown(report) and "| 5.png | b | a | 10.0 % |" in to_markdown(report)
+    assert "Labels that look wrong" in to_html(report)
+    (suspect,) = report.to_dict()["suspects"]
+    assert suspect == {"image": "5.png", "label": "b", "suggested": "a", "score": pytest.approx(0.1)}
+    assert not replace(report, split="training").suspects() and not replace(report, multilabel=True).suspects()
 
 
 def test_groups_of_images_have_intervals_for_all_of_them_at_once() -> None:

@@ -51,6 +51,7 @@ def with_answers(report: Report, matrix: np.ndarray, side: int = 28) -> Report:
         reliability=Reliability(
             temperature=0.8,
             num_shared=120,
+            network={"nll": 0.7},
             error_before=0.2,
             error_after=0.013,
             bins_before=report.calibration,

@@ -18,24 +18,30 @@ from coatnet.evaluation.suggest import certainty, pick
 from coatnet.model.network import create_model
 
 
-def test_the_gradients_are_those_of_the_classifier() -> None:
-    """The first picks, by formed gradients and the same random numbers, are the same."""
-    torch.manual_seed(0)
-    features, classifier = 3 * torch.randn(40, 6) + 1, torch.nn.Linear(6, 3)
-    given, features = features, (features - features.mean(dim=0)) / features.std(dim=0, correction=0)
-    logits = classifier(features)
-    gradients = []
-    for row in range(40):
-        loss = torch.nn.functional.cross_entropy(logits[row : row + 1], logits[row : row + 1].argmax(dim=1))
-        gradients.append(torch.autograd.grad(loss, classifier.weight, retain_graph=True)[0].flatten())
-    gradients = torch.stack(gradients).double()
-    generator, expected = np.random.default_rng(0), [int(gradients.norm(dim=1).argmax())]
-    while len(expected) < 10:
-        away = torch.cdist(gradients, gradients[expected]).square().min(dim=1).values
-        away[expected] = 0
-        expected.append(int(generator.choice(40, p=(away / away.sum()).numpy())))
-    found = pick(logits.detach().softmax(dim=1), given, 10)
-    assert found.tolist() == expected
+def test_one_image_at_the_middle_of_each_group_is_picked_the_most_doubtful_group_first() -> None:
+    """Groups of unlike size far from each other: k-means finds them, whatever the seed."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(4), (40, 10, 30, 20))
+    features = torch.from_numpy(100 * np.eye(4)[groups] + generator.normal(size=(100, 4))).float()
+    sure = torch.tensor([0.99, 0.99, 0.99, 0.5])[groups]  # the last group is half as large as the first
+    probabilities = torch.stack([sure, 1 - sure], dim=1)
+    for seed in range(5):
+        picked = pick(probabilities, features, 4, seed=seed)
+        assert groups[picked].tolist() == [3, 0, 2, 1]
+        for row in picked.tolist():  # of a group that is evenly unsure, the middle is the mean
+            members = features[groups == groups[row]]
+            spread = features.std(dim=0, correction=0)
+            apart = ((members - members.mean(dim=0)) / spread).square().sum(dim=1)
+            assert ((features[row] - members.mean(dim=0)) / spread).square().sum() <= apart.min() + 1e-4
+
+
+def test_doubt_draws_the_middle_of_a_group_towards_it() -> None:
+    features = torch.arange(5.0)[:, None]
+    picked = [
+        pick(torch.tensor([[p, 1 - p] for p in chances]), features, 1).item()
+        for chances in ([0.8] * 5, [1.0, 1.0, 1.0, 1.0, 0.5])
+    ]
+    assert picked == [2, 3]
 
 
 def test_copies_are_not_picked_twice_and_a_sure_image_is_not_the_first() -> None:

@@ -240,6 +240,17 @@ def _folders(answers: Answers) -> Iterator[tuple[str, np.ndarray]]:
         yield from ((title, groups == number) for number, title in enumerate(titles) if (groups == number).any())
 
 
+def find_suspects(answers: Answers) -> list[int]:
+    """Numbers of the images whose label looks wrong, the least probable label first, by confident learning (Northcutt
+    et al., 2021): another class is predicted, as surely as images of that class are of it on average."""
+    truth, predicted = np.array(answers.truth, dtype=object), np.array(answers.predicted, dtype=object)
+    given = np.exp(-answers.nll)
+    usual = {name: given[truth == name].mean() for name in set(answers.truth)}
+    limits = np.array([usual.get(name, np.inf) for name in answers.predicted])
+    found = np.flatnonzero((truth != predicted) & (answers.probability >= limits))
+    return found[np.argsort(given[found], kind="stable")].tolist()
+
+
 def choose_examples(answers: Answers) -> list[int]:
     """Numbers of the images to show of the cells of a confusion matrix: of each of the most frequent cells a few.
 

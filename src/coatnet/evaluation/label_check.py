@@ -1,7 +1,7 @@
 """Images whose labels look wrong, images unlike all others, and classes that look the same: from features of a model.
 
-Labels are judged by confident learning (Northcutt et al., 2021, arXiv:1911.00068) on probabilities that a linear probe
-gives to images it was not fitted to. Shapes: N images, D features, K classes.
+Labels are judged by confident learning (Northcutt et al., 2021, arXiv:1911.00068) on probabilities that linear probes
+give to images they were not fitted to. Shapes: N images, D features, K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class Suspect:
         split: training or validation.
         label: name of its class.
         suggested: name of the class that is likelier.
-        score: p / (p + q^2) of the probability p of the label and q of the likeliest other class; 0 is certainly wrong.
+        score: the probability of the label; 0 is certainly wrong.
     """
 
     name: str
@@ -132,17 +132,17 @@ def check_labels(
     features = torch.cat([part[0] for part in parts]).to(where)
     labels = torch.cat([part[1] for part in parts]).to(where)
     names = [(part[3], name) for part in parts for name in part[2]]
-    probabilities = out_of_fold(features, labels, len(splits.classes)).cpu()
+    probabilities, judged = (each.cpu().numpy() for each in judge(features, labels, len(splits.classes)))
     distances = neighbor_distances(features).cpu().numpy()
     labels = labels.cpu().numpy()
-    suspected, suggested, scores = confident_suspects(probabilities.numpy(), labels)
+    suspected, suggested, scores = confident_suspects(judged, labels)
 
     worst = [row for row in np.argsort(scores, kind="stable").tolist() if suspected[row]]
     far = np.flatnonzero(far_out(distances))
     return LabelCheck(
         model=source,
         num_images=len(names),
-        accuracy=float((probabilities.numpy().argmax(axis=1) == labels).mean()),
+        accuracy=float((probabilities.argmax(axis=1) == labels).mean()),
         suspects=tuple(
             Suspect(
                 names[row][1],
@@ -157,35 +157,82 @@ def check_labels(
             (*names[row], round(float(distances[row] / np.median(distances)), 3))
             for row in far[np.argsort(-distances[far], kind="stable")].tolist()
         ),
-        alike=tuple(_alike(probabilities.numpy(), labels, splits.classes)),
+        alike=tuple(_alike(probabilities, labels, splits.classes)),
         scores=dict(zip(names, scores.tolist(), strict=True)),
     )
 
 
-def out_of_fold(features: Tensor, labels: Tensor, num_classes: int, num_folds: int = NUM_FOLDS) -> Tensor:
-    """Probabilities (N, K), for each image from a linear probe that is fitted to the other folds.
+def judge(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of two linear probes, each for images that it was not fitted to.
 
-    Classes are spread evenly over the folds. The L2 strength is chosen once, with all images.
+    The first learns from all labels, the second from those that the first does not suspect: a probe that has learned
+    wrong labels believes others of their kind, most of all where classes look alike.
 
     Args:
         features: (N, D).
         labels: (N,).
         num_classes: K.
 
+    Returns:
+        Those of the first, and the geometric mean of both, (N, K) each.
+
     Raises:
         UserError: fewer than two classes have two images.
     """
-    counts = torch.bincount(labels, minlength=num_classes)
-    if (counts >= 2).sum() < 2:
+    l2 = choose_l2(features, labels, num_classes)
+    first = out_of_fold(features, labels, num_classes, l2=l2)
+    suspected = torch.from_numpy(confident_suspects(first.cpu().numpy(), labels.cpu().numpy())[0]).to(labels.device)
+    # A class of which most is suspected would be lost.
+    counts, doubted = (each.bincount(minlength=num_classes) for each in (labels, labels[suspected]))
+    left_out = suspected & (2 * doubted <= counts)[labels]
+    second = out_of_fold(features, labels, num_classes, l2=l2, left_out=left_out)
+    return first, ((first.clamp(min=1e-12).log() + second.clamp(min=1e-12).log()) / 2).softmax(dim=1)
+
+
+def choose_l2(features: Tensor, labels: Tensor, num_classes: int) -> float:
+    """The L2 strength of probes, chosen with all images, which tells nothing of one label.
+
+    Raises:
+        UserError: fewer than two classes have two images.
+    """
+    if (labels.bincount(minlength=num_classes) >= 2).sum() < 2:
         raise UserError("labels are checked with two classes of two images or more; there are fewer")
+    return fit_linear(features, labels, num_classes).l2
+
+
+def out_of_fold(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    num_folds: int = NUM_FOLDS,
+    *,
+    l2: float | None = None,
+    left_out: Tensor | None = None,
+) -> Tensor:
+    """Probabilities (N, K), for each image from a linear probe that is fitted to the other folds.
+
+    Classes are spread evenly over the folds.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        num_classes: K.
+        l2: strength of the probes; None is that of `choose_l2`.
+        left_out: images that no probe is fitted to, a mask (N,).
+
+    Raises:
+        UserError: fewer than two classes have two images.
+    """
+    l2 = choose_l2(features, labels, num_classes) if l2 is None else l2
     rows = [f"fold[{row}]" for row in range(len(labels))]
     folds = torch.from_numpy(assign_folds(rows, labels.cpu().numpy(), num_folds)).to(labels.device)
-    l2 = fit_linear(features, labels, num_classes).l2
+    learned = torch.ones_like(labels, dtype=torch.bool) if left_out is None else ~left_out
     probabilities = torch.empty(len(labels), num_classes, device=features.device)
     for fold in track(range(num_folds), "judging labels", num_folds):
         held_out = folds == fold
         if held_out.any():
-            fitted = fit_linear(features[~held_out], labels[~held_out], num_classes, l2=l2)
+            rows = learned & ~held_out
+            fitted = fit_linear(features[rows], labels[rows], num_classes, l2=l2)
             probabilities[held_out] = fitted.scores(features[held_out]).softmax(dim=1)
     return probabilities
 
@@ -203,9 +250,8 @@ def confident_suspects(
         labels: (N,).
 
     Returns:
-        A mask of the suspects, the class that each image is rather of, and its score, all (N,). The score puts wrong
-        labels first whether they are any class or a similar one: cleanlab's self-confidence misses more of the latter
-        and its normalized margin more of the former (docs/results); with two classes all three have one order.
+        A mask of the suspects, the class that each image is rather of, and its score, all (N,): the probability of its
+        label, cleanlab's self-confidence.
     """
     rows, num_classes = np.arange(len(labels)), probabilities.shape[1]
     given = probabilities[rows, labels]
@@ -216,9 +262,7 @@ def confident_suspects(
     likeliest = probabilities.argmax(axis=1)
     suggested = np.where(confident.sum(axis=1) > 1, likeliest, confident.argmax(axis=1))
     suspected = confident.any(axis=1) & (suggested != labels) & (likeliest != labels)
-    others = probabilities.copy()
-    others[rows, labels] = -np.inf
-    return suspected, suggested, given / np.maximum(given + others.max(axis=1) ** 2, 1e-30)
+    return suspected, suggested, given
 
 
 def neighbor_distances(features: Tensor, k: int = NUM_NEIGHBORS) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.evaluation.answers import Answers, Duplicates, Slice
+from coatnet.evaluation.answers import Answers, Duplicates, Slice, find_suspects
 from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics
 from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
+
+MAX_SUSPECTS = 100  # in report.json
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,17 @@ class Report:
             return {"chance": sum(occurring) / len(occurring) if occurring else 0.0}
         return {"chance": 1 / len(self.classes), "majority": max(support) / total}
 
+    def suspects(self) -> list[tuple[str, str, str, float]]:
+        """Images whose label looks wrong, the most suspect first: name, label, the class that it is rather of, the
+        probability of the label. None of images that the model has learned from, or that may have several labels."""
+        if self.answers is None or self.multilabel or self.split == "training":
+            return []
+        answers = self.answers
+        return [
+            (answers.images[row], answers.truth[row], answers.predicted[row], float(np.exp(-answers.nll[row])))
+            for row in find_suspects(answers)
+        ]
+
     def network_figures(self) -> dict[str, float]:
         """The figures of the network itself, whose probabilities a calibration has not changed."""
         return {**self.figures, **(self.reliability.network if self.reliability is not None else {})}
@@ -188,6 +201,9 @@ class Report:
             plain["reliability"] = asdict(self.reliability)
         if self.duplicates:
             plain["duplicates"] = asdict(self.duplicates)
+        if suspects := self.suspects():
+            names = ("image", "label", "suggested", "score")  # as in the table of `doctor --labels`
+            plain["suspects"] = [dict(zip(names, row, strict=True)) for row in suspects[:MAX_SUSPECTS]]
         if self.slices:
             plain["slices"] = [asdict(each) for each in self.slices]
         # Through JSON once: tuples become lists, as they are in the file, and NaN is refused.

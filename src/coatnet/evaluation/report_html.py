@@ -26,6 +26,7 @@ from coatnet.evaluation.metrics import FIGURES, CalibrationBin
 from coatnet.evaluation.plots import read_series, smooth
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_sections import (
+    SUSPECTS,
     WORST_MISTAKES,
     calibration_sentence,
     class_table,
@@ -34,6 +35,7 @@ from coatnet.evaluation.report_sections import (
     provenance,
     reliability_section,
     slices_section,
+    suspects_section,
 )
 from coatnet.system.document import Section, Table
 
@@ -61,6 +63,7 @@ def to_html(report: Report, metrics_path: Path | None = None) -> str:
         "What is taken for what": _confusion(report),
         "Classes": table(class_table(report), sortable=True),
         "Worst mistakes": _mistakes(report),
+        SUSPECTS: blocks(suspects_section(report)),
         "Can the probabilities be trusted?": _calibration(report),
         "Refusals and sets of classes": blocks(reliability_section(report)) + _risk_coverage(report),
         "Groups of images": blocks(slices_section(report)),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from coatnet.errors import counted
 from coatnet.evaluation.metrics import FIGURES, ClassFigures, wilson_interval
 from coatnet.evaluation.report import Report
 from coatnet.system.document import Document, Plot, Section, Table
@@ -19,6 +20,7 @@ def document(report: Report) -> Document:
         _confusion(report),
         _classes(report),
         _mistakes(report),
+        suspects_section(report),
         Section("Can the probabilities be trusted?", [calibration_sentence(report), CALIBRATION_PLOT]),
         reliability_section(report),
         slices_section(report),
@@ -92,6 +94,21 @@ def _mistakes(report: Report) -> Section:
     return Section("Worst mistakes", [WORST_MISTAKES, *(plot if report.thumbnails else []), table])
 
 
+def suspects_section(report: Report) -> Section:
+    """Images whose label may be the mistake."""
+    found = report.suspects()
+    if not found:
+        return Section("", [])
+    first = f", the first {MAX_LISTED_SUSPECTS}" if len(found) > MAX_LISTED_SUSPECTS else ""
+    note = (
+        f"{counted(len(found), 'image')}: another class is predicted as surely as images of that class usually are "
+        f"(confident learning){first}. Look at them; `coatnet doctor --labels` judges the training images as well."
+    )
+    rows = [(*names, percent(score)) for *names, score in found[:MAX_LISTED_SUSPECTS]]
+    return Section(SUSPECTS, [note, Table(("image", "label", "rather", "probability of the label"), rows, (3,))])
+
+
+SUSPECTS, MAX_LISTED_SUSPECTS = "Labels that look wrong", 20
 WORST_MISTAKES = "Sure and wrong: a hard image, a wrong label, or something the model never saw."
 
 

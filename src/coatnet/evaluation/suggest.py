@@ -1,9 +1,10 @@
 """Which images to label next: those a model is unsure of, and not many of one kind.
 
-The choice is that of BADGE (Ash et al., 2020, arXiv:1906.03671): an image stands for the gradient that it would give
-the classifier if the likeliest class were right, the outer product of (probabilities - decision) and features. Its
-length says how unsure the model is, its direction of what; k-means++ picks long ones, far from those already picked.
-Shapes: N images, K classes, D features.
+Images are clustered by their features, as many clusters as images are asked for, and the one at the middle of each is
+picked: those that stand for many others, and no two for the same ones (Hacohen et al., 2022, arXiv:2202.02794). In the
+clustering an image weighs more the less sure the model is of it (Zhdanov, 2019, arXiv:1901.05954), but none weighs
+nothing: the doubts of a model that has seen few labels say little. docs/results compares it with BADGE.
+Shapes: N images, K classes, D features, C clusters.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from coatnet.evaluation.features import extract_features
 
 COUNT = 100
 SEED = 0
+ITERATIONS = 10  # of k-means
+NUMBERS_PER_STEP = 2**24  # chosen: distances of 64 MB
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def suggest(
     Args:
         bundle: the model: a bundle, its folder, or its id on the hub.
         images: from `open_images`.
-        count: how many to pick so that they differ from each other; the others follow by uncertainty alone.
+        count: how many to pick, each for a group of images; the others follow by uncertainty alone.
         batch_size: images computed together.
         device: as in `evaluate`.
 
@@ -107,31 +110,50 @@ def certainty(probabilities: Tensor, *, multilabel: bool = False) -> NDArray[np.
 def pick(
     probabilities: Tensor, features: Tensor, count: int, *, multilabel: bool = False, seed: int = SEED
 ) -> NDArray[np.int64]:
-    """Pick up to `count` images (of N) by k-means++ on the gradients of the classifier: their rows, in order.
+    """Pick up to `count` images (of N): their rows, those first that stand for the most images and doubts.
 
-    Features are standardized, as the linear probe has them: otherwise a quarter more mistakes remain on digits. The
-    gradients (K x D each) are never formed: their products are those of (probabilities - decision), (N, K), times those
-    of the features, (N, D).
+    Features (N, D) are standardized, as the linear probe has them. An image weighs 1, and 1 more for as much doubt as
+    all images have on average.
     """
-    decision = (probabilities > 0.5).float() if multilabel else torch.zeros_like(probabilities)
-    if not multilabel:
-        decision[torch.arange(len(probabilities)), probabilities.argmax(dim=1)] = 1
-    errors = probabilities - decision
     features = (features - features.mean(dim=0)) / features.std(dim=0, correction=0).clamp(min=1e-6)
-    lengths = errors.square().sum(dim=1) * features.square().sum(dim=1)
-    generator = np.random.default_rng(seed)
-    distances, picked = lengths.double(), [int(lengths.argmax())]
-    while len(picked) < min(count, len(features)):
-        last = picked[-1]
-        products = (errors @ errors[last]) * (features @ features[last])
-        away = (lengths + lengths[last] - 2 * products).clamp(min=0).double()
-        distances = torch.minimum(distances, away) if len(picked) > 1 else away
-        distances[picked] = 0
-        weights = distances.numpy()
-        if not weights.sum() > 0:  # what is left is the same as what was picked
+    doubt = 1 - torch.from_numpy(certainty(probabilities, multilabel=multilabel))
+    weights = 1 + doubt / doubt.mean().clamp(min=1e-6)
+    centers = features[first_centers(features, weights, count, seed)]
+    for _ in range(ITERATIONS):
+        clusters, _ = nearest_center(features, centers)
+        total = torch.zeros(len(centers)).index_add_(0, clusters, weights)
+        sums = torch.zeros_like(centers).index_add_(0, clusters, features * weights[:, None])
+        centers = torch.where(total[:, None] > 0, sums / total[:, None].clamp(min=1e-9), centers)
+    clusters, distances = nearest_center(features, centers)
+    total = torch.zeros(len(centers)).index_add_(0, clusters, weights)
+    by_distance = np.lexsort((distances.numpy(), clusters.numpy()))
+    found, first = np.unique(clusters.numpy()[by_distance], return_index=True)
+    return by_distance[first][np.argsort(-total.numpy()[found], kind="stable")]
+
+
+def first_centers(features: Tensor, weights: Tensor, count: int, seed: int) -> list[int]:
+    """Rows of up to `count` different images, drawn by weight and squared distance to those before: k-means++."""
+    generator, rows = np.random.default_rng(seed), list[int]()
+    squares, distances = features.square().sum(dim=1), torch.ones(len(features))
+    while len(rows) < min(count, len(features)):
+        chances = (weights * distances).double().numpy()
+        if not chances.sum() > 0:  # what is left is the same as what was drawn
             break
-        picked.append(int(generator.choice(len(weights), p=weights / weights.sum())))
-    return np.array(picked)
+        rows.append(int(generator.choice(len(chances), p=chances / chances.sum())))
+        away = squares + squares[rows[-1]] - 2 * features @ features[rows[-1]]
+        away = torch.where(away > 1e-6 * squares.mean(), away, 0.0)  # of equal images, rounding is left
+        distances = torch.minimum(distances, away) if len(rows) > 1 else away
+    return rows
+
+
+def nearest_center(features: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of the centers (C, D) to each image, (N,), and its squared distance."""
+    found = [
+        (centers.square().sum(dim=1) - 2 * part @ centers.T).min(dim=1)
+        for part in features.split(max(1, NUMBERS_PER_STEP // len(centers)))
+    ]
+    distances = torch.cat([each.values for each in found]) + features.square().sum(dim=1)
+    return torch.cat([each.indices for each in found]), distances
 
 
 def _decision(bundle: Bundle, probabilities: Tensor) -> str:

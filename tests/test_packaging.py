@@ -15,7 +15,7 @@ TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
 WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
 FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
 REQUIREMENT = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)")
-NOT_TESTED = ("mlflow", "ray", "spark", "wandb")  # extras that the tests go without
+NOT_TESTED = ("executorch", "mlflow", "ray", "spark", "wandb")  # extras that the tests go without
 
 
 def values(job: dict[str, Any], key: str) -> list[str]:

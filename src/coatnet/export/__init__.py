@@ -15,12 +15,14 @@ class Format:
     """A row of `FORMATS`.
 
     `module` has the functions `write`, `reopen` and `snippet`; it is imported when it is used. With `is_graph` the
-    export runs without the code of this package; otherwise it holds weights alone.
+    export takes images as they are decoded, in batches; otherwise it is the bare network: its weights, or with
+    `fixed_size` a program for images of the bundle's resolution.
     """
 
     name: str
     module: str
     is_graph: bool
+    fixed_size: bool = False
 
 
 FORMATS = {
@@ -31,6 +33,7 @@ FORMATS = {
         Format("torch-export", "coatnet.export.torch_export", True),
         Format("aoti", "coatnet.export.aoti", True),
         Format("triton", "coatnet.export.triton", True),
+        Format("executorch", "coatnet.export.executorch", False, fixed_size=True),
         Format("timm", "coatnet.export.timm", False),
         Format("safetensors", "coatnet.export.safetensors", False),
     )

@@ -64,6 +64,8 @@ def export_bundle(
             bundle, or int8 loses more accuracy than `max_drop`. Nothing is left behind then.
     """
     form = find_format(format)
+    if dynamic_size and form.fixed_size:
+        raise UserError(f"format {format} has one size, that of the bundle: leave --dynamic-size out")
     if dynamic_size and not form.is_graph:
         raise UserError(f"format {format} holds weights alone, which fit images of any size: leave --dynamic-size out")
     if calibration is not None and (format != "openvino" or dynamic_size):

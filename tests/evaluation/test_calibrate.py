@@ -164,7 +164,10 @@ class Counted(ArrayDataset):
 
 def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, digits: Splits) -> None:
     counted = Counted(digits.validation)  # pyrefly: ignore
-    bundle, report = calibrate_and_evaluate(trained, replace(digits, validation=counted), num_workers=0)
+    training = Counted(digits.training)  # pyrefly: ignore
+    splits = replace(digits, training=training, validation=counted)
+    bundle, report = calibrate_and_evaluate(trained, splits, num_workers=0)
+    assert training.readings == list(range(len(training)))  # for distances and copies
     assert counted.readings[: len(counted)] == list(range(len(counted)))
     assert len(counted.readings) == len(counted) + len(report.mistakes) + len(report.examples)
     assert report == evaluate(bundle, digits) and report.slices and report.duplicates is not None

@@ -154,7 +154,7 @@ def look_at(dataset: Dataset, *, near: bool = True) -> list[Look | None]:
             return None
 
     if dataset.in_memory:
-        parts = np.array_split(np.arange(len(dataset)), -(-len(dataset) // READ_TOGETHER))
+        parts = np.array_split(np.arange(len(dataset)), max(1, -(-len(dataset) // READ_TOGETHER)))
         return [each for part in parts for each in look(dataset.read_batch(part)[0], near=near)]
     if not dataset.thread_safe:
         return list(map(read, range(len(dataset))))
@@ -175,13 +175,15 @@ def few_enough(*datasets: Dataset) -> bool:
     return sum(len(dataset) for dataset in datasets if not dataset.in_memory) <= MAX_FILES_READ
 
 
-def find_duplicates(correct: np.ndarray, looks: Sequence[Look], training: Dataset) -> Duplicates | None:
-    """Compare measured images, whether they are right (N,) and what they look like, with those of the training; None
-    if that has no images. Near copies are looked for if the images have fingerprints."""
+def find_duplicates(
+    correct: np.ndarray, looks: Sequence[Look], training: Dataset, training_looks: Sequence[Look] = ()
+) -> Duplicates | None:
+    """Compare measured images, whether they are right (N,) and what they look like, with those of the training, which
+    are read if they have not been; None without any. Near copies are looked for if the images have fingerprints."""
     if not len(training):
         return None
     near = looks[0].fingerprint is not None
-    learned = {each.digest: each.fingerprint for each in look_at(training, near=near) if each}
+    learned = {each.digest: each.fingerprint for each in training_looks or look_at(training, near=near) if each}
     copied = np.array([each.digest in learned for each in looks])
     close = np.zeros(len(looks), bool)
     if near:

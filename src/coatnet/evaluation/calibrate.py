@@ -31,10 +31,10 @@ from coatnet.bundle.calibration import (
     set_scores,
 )
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import BadImages
+from coatnet.data.loader import BadImages, LookAt
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import choose_look
+from coatnet.evaluation.answers import Look, choose_look
 from coatnet.evaluation.evaluate import (
     EVALUATED_TOGETHER,
     Measured,
@@ -130,14 +130,14 @@ def calibrate(
     def advance(done: int) -> None:
         progress(min(done, total), total)
 
-    held_out = _outputs(bundle, datasets, MAX_IMAGES, num_workers, advance)
+    held_out, _ = _outputs(bundle, datasets, MAX_IMAGES, num_workers, advance)
     if len(held_out.logits) < MIN_IMAGES:
         raise UserError(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
             f"{MIN_IMAGES} that the model was not trained on"
         )
     if training is not None and len(training):
-        reference = _outputs(
+        reference, _ = _outputs(
             bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(num_held_out + done)
         )
     else:
@@ -174,6 +174,7 @@ def calibrate_and_evaluate(
         bundle = calibrate(bundle, splits, num_workers=num_workers, progress=progress) if total > MAX_IMAGES else bundle
         return bundle, evaluate(bundle, splits, batch_size=batch_size, num_workers=num_workers, progress=progress)
     started, bad_images = time.perf_counter(), BadImages(total)
+    look, learned = choose_look(datasets, splits.training), list[Look]()
     done_in_all = total + min(MAX_TRAINING_IMAGES, len(splits.training))
     outputs = list(
         compute_outputs(
@@ -183,7 +184,7 @@ def calibrate_and_evaluate(
             num_workers=num_workers,
             bad_images=bad_images,
             means=True,
-            look=choose_look(datasets, splits.training),
+            look=look,
             progress=lambda done: progress(done, done_in_all),
         )
     )
@@ -191,10 +192,10 @@ def calibrate_and_evaluate(
     held_out = Outputs.of(bundle, outputs)
     if len(held_out.logits) >= MIN_IMAGES and len(splits.training):
         advance = lambda done: progress(min(total + done, done_in_all), done_in_all)  # noqa: E731
-        reference = _outputs(bundle, (splits.training,), MAX_TRAINING_IMAGES, num_workers, advance)
+        reference, learned = _outputs(bundle, (splits.training,), MAX_TRAINING_IMAGES, num_workers, advance, look)
         bundle = with_calibration(bundle, held_out, reference)
     return bundle, measure(
-        bundle, outputs, Measured(name, split, datasets, splits.training), bad_images, seconds=seconds
+        bundle, outputs, Measured(name, split, datasets, splits.training, learned), bad_images, seconds=seconds
     )
 
 
@@ -311,20 +312,28 @@ def fit_distances(reference: Outputs, bundle: Bundle) -> Novelty:
 
 
 def _outputs(
-    bundle: Bundle, datasets: Sequence[Dataset], most: int, num_workers: int | None, advance: Callable[[int], None]
-) -> Outputs:
-    """Run a bundle over at most `most` images: all of them, or evenly spaced batches of 16."""
+    bundle: Bundle,
+    datasets: Sequence[Dataset],
+    most: int,
+    num_workers: int | None,
+    advance: Callable[[int], None],
+    look: LookAt | None = None,
+) -> tuple[Outputs, list[Look]]:
+    """Run a bundle over at most `most` images: all of them, or evenly spaced batches of 16. Only if it is all of them,
+    they are looked at."""
     num_images = sum(map(len, datasets))
     every = max(1, -(-num_images // most))
-    outputs = compute_outputs(
+    batches = compute_outputs(
         bundle,
         datasets,
         batch_size=EVALUATED_TOGETHER if every == 1 else _BATCH,
         num_workers=num_workers,
         bad_images=BadImages(num_images),
         means=True,
+        look=look if every == 1 else None,
         every=every,
         progress=advance,
     )
-    with closing(outputs):
-        return Outputs.of(bundle, outputs)
+    with closing(batches):
+        found = list(batches)
+    return Outputs.of(bundle, found), [each for batch in found for each in batch.looks or []]

@@ -109,13 +109,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Measured:
-    """Images that are measured: name of the data, name of the split, datasets in order, and the images of the training,
-    among which copies are looked for; None for no search."""
+    """Images that are measured: name of the data, name of the split, datasets in order, the images of the training,
+    among which copies are looked for (None for no search), and what these look like, as far as it is known."""
 
     name: str
     split: str
     datasets: Sequence[Dataset]
     training: Dataset | None
+    training_looks: Sequence[Look] = ()
 
 
 def measure(
@@ -198,7 +199,7 @@ def measure(
         seconds=seconds,
         reliability=None if reliability is None else reliability.compute(),
         duplicates=(
-            find_duplicates(answers.correct, looks, images.training)
+            find_duplicates(answers.correct, looks, images.training, images.training_looks)
             if looks and images.training is not None and few_enough(*datasets, images.training)
             else None
         ),

@@ -688,7 +688,7 @@ class Trainer:
         """Measure the test split, if there is one, write its report, and return its figure in a line."""
         if self.splits.test is None:
             return []
-        tested = replace(evaluate(bundle, self.splits.test), split="test")
+        tested = evaluate(bundle, self.splits, split="test")
         with translate_write_errors(self.folder.path / "test"):
             write_report(tested, self.folder.path / "test")
         return [f"Test split, measured once: {tested.headline()}; test/report.md has the rest."]

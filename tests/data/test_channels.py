@@ -25,6 +25,7 @@ from coatnet.data.folder import expand_paths
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
+from coatnet.data.splits import SplitRule, divide
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform
 from coatnet.errors import UserError
 
@@ -209,6 +210,18 @@ def test_the_scale_is_that_of_the_sensor_or_of_the_values() -> None:
     torch.testing.assert_close(Scale(2, -20, 80).values(levels)[1], torch.tensor([[3.0], [80.0]]))
 
 
+def test_the_widest_type_of_the_sample_decides_how_many_bits_there_are(tmp_path: Path) -> None:
+    for number, values in enumerate((BANDS[..., 0], (BANDS[..., 0] // 16).astype(np.uint8)) * 2):
+        for label in ("dry", "wet"):
+            (tmp_path / label).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / label / f"{number}.png")
+    assert measure(open_dataset(tmp_path).training, 1).scale == Scale(1, 0, 4095)
+    buffer = io.BytesIO()
+    Image.fromarray(BANDS[..., 0]).save(buffer, "PPM")
+    found = read_values(buffer.getvalue(), "a.pgm")
+    assert found.dtype == np.uint16 and np.array_equal(found[..., 0], BANDS[..., 0])
+
+
 def scale_of(values: np.ndarray) -> Scale:
     from coatnet.data import channels
 
@@ -228,15 +241,20 @@ def test_a_folder_of_such_images_is_opened_with_their_scale(tmp_path: Path) -> N
     splits = open_dataset(make_folder(tmp_path))
     assert splits.training.scale == Scale(12, 0, 4095)
     assert "50 x 37 pixels, 12 channels, values from 0 to 4095" in splits.describe()
+    assert divide(splits, SplitRule(fold="1/2")).training.scale == splits.training.scale
     measured = measure(splits.training, 12)
     expected = BANDS.astype(np.float64).mean((0, 1)) / 4095
     np.testing.assert_allclose(measured.mean, expected, rtol=1e-4)
     np.testing.assert_allclose(measured.std, BANDS.astype(np.float64).std((0, 1)) / 4095, rtol=1e-4)
 
 
-def test_photographs_have_no_scale(tmp_path: Path) -> None:
+def test_photographs_have_no_scale_and_damaged_files_decide_nothing(tmp_path: Path) -> None:
     pixels = BANDS[..., :3].astype(np.uint8)
-    assert find_scale(open_dataset(make_folder(tmp_path, pixels)).training) is None
+    assert find_scale(open_dataset(make_folder(tmp_path / "rgb", pixels)).training) is None
+    folder = make_folder(tmp_path / "bands")
+    (folder / "dry" / "-1.npy").write_bytes(b"<html>")
+    (folder / "dry" / "-2.npy").write_bytes(npy(BANDS)[:1000])
+    assert open_dataset(folder, validation_fraction=0.01).training.scale == Scale(12, 0, 4095)
 
 
 def test_mixed_numbers_of_channels_are_one_error_that_names_both_files(tmp_path: Path) -> None:

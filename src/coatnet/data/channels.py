@@ -195,6 +195,8 @@ def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> NDArray:
         elif image.mode == "1":
             image = image.convert("L")
         values = turned(np.asarray(image), orientation_of(image))
+        if image.mode == "I" and kind.name != "TIFF":  # Pillow's type for 16 bits of some formats
+            values = values.astype(np.uint16)
     return values.reshape(*values.shape[:2], -1)
 
 
@@ -349,7 +351,7 @@ def find_scale(dataset: Dataset) -> Scale | None:
     Only TIFF and NumPy files are looked at, as others hold no more than Pillow reads unless they are asked for.
 
     Raises:
-        BadImage: it needs a package that is not installed.
+        BadImage: it needs a package that is not installed, or has a compression that is not read.
     """
     for index in range(0 if getattr(dataset, "in_memory", False) else min(len(dataset), 3)):
         name = dataset.describe(index)
@@ -359,18 +361,19 @@ def find_scale(dataset: Dataset) -> Scale | None:
             data = dataset.read(index)[0]
             if not isinstance(data, bytes) or format_of(data, name).name not in ("TIFF", "NPY", "NPZ"):
                 return None
-            try:
-                read_pixels(data, name)
-                return None
-            except BadImage as error:
-                if error.code not in ("pixels", "channels"):
-                    raise
-            values = read_values(data, name)
-        except BadImage as error:
-            if error.code == "format":
-                raise
+        except BadImage:
             continue
-        return scale_of(values)
+        try:
+            read_pixels(data, name)
+            return None
+        except BadImage as error:
+            if error.code not in ("pixels", "channels"):
+                continue
+        try:
+            return scale_of(read_values(data, name))
+        except BadImage as error:
+            if error.code == "format":  # a package is missing, or a compression is not read
+                raise
     return None
 
 
@@ -414,7 +417,8 @@ def measure(dataset: Dataset, channels: int) -> Measured:
     Raises:
         UserError: two images have different numbers of channels, or none can be read.
     """
-    sums, squares, count, low, high, kind = np.zeros(channels), np.zeros(channels), 0, math.inf, -math.inf, ""
+    sums, squares, count, low, high = np.zeros(channels), np.zeros(channels), 0, math.inf, -math.inf
+    kind = np.dtype(bool)
     fitting, failure = "", None
     for index in evenly_spaced(len(dataset), SAMPLED_IMAGES):
         name = dataset.describe(index)
@@ -427,7 +431,7 @@ def measure(dataset: Dataset, channels: int) -> Measured:
         if values.shape[-1] != channels:
             failure = BadImage(name, f"channels: it has {_count(values.shape[-1])}, {channels} are asked for")
             continue
-        fitting, kind = fitting or name, kind if kind == "f" else values.dtype.str[1:]
+        fitting, kind = fitting or name, np.promote_types(kind, values.dtype)
         step = math.ceil(math.sqrt(values.shape[0] * values.shape[1] / MEASURED_PIXELS))
         some = values[::step, ::step].astype(np.float64)
         kept = some[np.isfinite(some).all(axis=-1)]  # (N, C)
@@ -439,7 +443,7 @@ def measure(dataset: Dataset, channels: int) -> Measured:
     if failure is not None and (not count or failure.code == "channels"):
         beside = f"; {fitting} has {channels}: all images of a data set need the same number" if fitting else ""
         raise UserError(f"{failure}{beside}")
-    scale = Scale(channels, *_ends(np.dtype(kind), low, high))
+    scale = Scale(channels, *_ends(kind, low, high))
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     reach = scale.high - scale.low
@@ -464,7 +468,7 @@ def _ends(dtype: np.dtype, low: float, high: float) -> tuple[float, float]:
     are; else from the least to the greatest."""
     if not math.isfinite(low) or not math.isfinite(high):
         return 0.0, 1.0
-    if dtype.kind in "bu" and high <= FULL_SCALES[-1]:
+    if dtype.kind == "u" and high <= FULL_SCALES[-1]:
         return 0.0, float(255 if dtype.itemsize == 1 else next(each for each in FULL_SCALES if high <= each))
     if dtype.kind == "f" and low >= 0 and high <= 1:
         return 0.0, 1.0

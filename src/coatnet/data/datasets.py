@@ -271,7 +271,14 @@ class JoinedDataset(Dataset):
 
 
 def select(datasets: Sequence[Dataset], chosen: NDArray[np.bool_]) -> Dataset:
-    """The chosen images of datasets of one source and class, one after the other."""
+    """The chosen images of datasets of one source and class, one after the other, read as before."""
+    selected = _select(datasets, chosen)
+    if (scale := getattr(datasets[0], "scale", None)) is not None:
+        selected.scale = scale
+    return selected
+
+
+def _select(datasets: Sequence[Dataset], chosen: NDArray[np.bool_]) -> Dataset:
     first, labels = datasets[0], np.concatenate([each.labels for each in datasets])[chosen]
     if isinstance(first, TableDataset):
         return first.with_rows(

@@ -86,6 +86,9 @@ def run(arguments: Sequence[str]) -> int:
         jobs = given.jobs or 1
         devices = [devices[part.local_rank % len(devices)]]
     echo(describe_plan(study, jobs))
+    if part.count > 1:
+        mine = len(study.runs[part.index :: part.count])
+        echo(f"this is process {part.index + 1} of {part.count}, which makes {counted(mine, 'run')} of these")
     if given.dry_run:
         echo("Nothing was trained or written.")
         return 0

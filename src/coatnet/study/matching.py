@@ -22,7 +22,7 @@ TOLERANCE = 0.02  # between the smallest and the largest of a study, of paramete
 WIDTH_STEP = 4  # channels; squeeze-and-excitation has a quarter of them
 MAX_WIDTH_FACTOR = 1.7  # chosen: beyond, a stage is another one
 CANDIDATES = 10  # widths of a stage that are tried
-SAMPLES = 9  # networks that are counted: six terms are to be found, and some of the samples may be alike
+SAMPLES = 8  # networks that are counted: six terms are to be found, and some of the samples may be alike
 MAX_DEPTH_CHANGE = 3  # blocks in all
 
 

@@ -24,9 +24,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "  aoti          compiled for this kind of machine              needs a C++ compiler\n"
         "  triton        a model repository for Triton                  needs coatnet[onnx]\n"
         "  executorch    the network for phones and small devices       needs coatnet[executorch]\n"
+        "  space         a page made by Gradio, for a Space of the Hugging Face hub\n"
         "  timm          timm's architectures only, for timm.create_model('local-dir:FOLDER', pretrained=True)\n"
         "  safetensors   the weights alone\n\n"
-        "All but the last three take images as uint8 (B, H, W, 3) of any size and return probabilities.",
+        "All but the last four take images as uint8 (B, H, W, 3) of any size and return probabilities.",
         "examples:\n"
         "  coatnet export runs/mine --format onnx --out exported\n"
         "  coatnet export runs/mine --format openvino --int8 --calibration path/to/folder --out small\n"

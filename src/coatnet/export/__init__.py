@@ -34,6 +34,7 @@ FORMATS = {
         Format("aoti", "coatnet.export.aoti", True),
         Format("triton", "coatnet.export.triton", True),
         Format("executorch", "coatnet.export.executorch", False, fixed_size=True),
+        Format("space", "coatnet.export.space", False),
         Format("timm", "coatnet.export.timm", False),
         Format("safetensors", "coatnet.export.safetensors", False),
     )

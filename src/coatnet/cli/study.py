@@ -113,5 +113,5 @@ def _report(folder: Path) -> int:
         write_report(folder)
         echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
     if left:
-        echo_summary(f"{counted(len(left), 'run')} of {len(study.runs)} are still to be made, by the same command.")
+        echo_summary(f"Still to be made, by the same command: {len(left)} of {counted(len(study.runs), 'run')}.")
     return FAILED if failed else 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coatnet.data.datasets import ArrayDataset, FileDataset
 from coatnet.data.near_duplicates import groups_to_keep_together
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import SplitRule, Splits, choose_validation, summarize
+from coatnet.data.splits import SplitRule, Splits, choose_training, choose_validation, summarize
 from coatnet.errors import UserError
 
 NAMES = [f"class{number % 4}/{number}.jpg" for number in range(4000)]
@@ -184,3 +184,23 @@ def test_copies_of_one_label_are_groups_and_whole_classes_are_not(make_folder):
     groups = groups_to_keep_together(splits)
     after = open_dataset(root, rule=SplitRule(0.3, kept_together=groups))
     assert len(copies & set(held_out_names(after))) in (0, 7) and all_names(after) == all_names(splits)
+
+
+def test_a_beginning_of_the_training_images_has_as_many_of_each_class_and_is_in_every_longer_one():
+    orders = [choose_training(LABELS[:400], seed) for seed in (0, 0, 1)]
+    assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
+    assert sorted(orders[0]) == list(range(400))
+    for size in (4, 40, 200, 400):
+        assert set(np.bincount(LABELS[orders[0][:size]])) == {size // 4}
+
+
+def test_a_part_of_the_training_images_leaves_the_held_out_ones_and_no_class_empty():
+    whole = open_dataset("digits")
+    part = open_dataset("digits", rule=SplitRule(training_images=50, seed=3))
+    assert (len(part.training), set(part.training.class_counts)) == (50, {5})
+    assert set(part.training.identity()) < set(whole.training.identity())
+    assert list(part.validation.identity()) == list(whole.validation.identity())
+    with pytest.raises(UserError, match="training_images is 9, which leaves 1 class without any: give 10 or more"):
+        open_dataset("digits", rule=SplitRule(training_images=9))
+    with pytest.raises(UserError, match="training_images is 5,000, but digits has 1,607 to learn from"):
+        open_dataset("digits", rule=SplitRule(training_images=5000))

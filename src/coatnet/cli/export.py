@@ -23,6 +23,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "  torch-export  a graph that torch opens without this package\n"
         "  aoti          compiled for this kind of machine              needs a C++ compiler\n"
         "  triton        a model repository for Triton                  needs coatnet[onnx]\n"
+        "  web           a page that classifies in the browser          needs coatnet[onnx], npm\n"
         "  executorch    the network for phones and small devices       needs coatnet[executorch]\n"
         "  space         a page made by Gradio, for a Space of the Hugging Face hub\n"
         "  timm          timm's architectures only, for timm.create_model('local-dir:FOLDER', pretrained=True)\n"
@@ -55,6 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="accuracy that int8 may lose; 0.01 is one percentage point (0.01)",
     )
+    parser.add_argument("--fp16", action="store_true", help="web: store the weights in float16, half the size")
     parser.add_max_megapixels()
     given = parser.parse(arguments)
     if given.int8 and given.calibration is None:
@@ -84,13 +86,14 @@ def run(arguments: Sequence[str]) -> int:
             data=given.data,
             calibration=given.calibration,
             max_drop=given.max_drop,
+            fp16=given.fp16,
             progress=bar.update,
         )
-    print_export(exported)
+    print_export(exported, given.format)
     return 0
 
 
-def print_export(exported: "ExportResult") -> None:
+def print_export(exported: "ExportResult", format: str) -> None:
     """Print what was written, how far it is from the bundle, and how to open it."""
     parity, small = exported.parity, exported.quantization
     echo_summary(
@@ -105,5 +108,10 @@ def print_export(exported: "ExportResult") -> None:
             f"{counted(small.num_images, 'image')} of {small.data}, {small.bytes_after / 1e6:.1f} MB against "
             f"{small.bytes_before / 1e6:.1f} MB, {first.int8:.1f} ms against {first.fp32:.1f} ms an image"
         )
+    if format == "web":
+        from coatnet.export.web import sizes
+
+        echo_summary(sizes(exported.folder))
+        return
     echo_summary(f"Details are in parity.md. This classifies an image, as {exported.folder}/classify.py does:")
     echo_summary(indent(exported.snippet, "  "))

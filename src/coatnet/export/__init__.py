@@ -33,6 +33,7 @@ FORMATS = {
         Format("torch-export", "coatnet.export.torch_export", True),
         Format("aoti", "coatnet.export.aoti", True),
         Format("triton", "coatnet.export.triton", True),
+        Format("web", "coatnet.export.web", True),
         Format("executorch", "coatnet.export.executorch", False, fixed_size=True),
         Format("space", "coatnet.export.space", False),
         Format("timm", "coatnet.export.timm", False),

@@ -12,7 +12,7 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, first_line, nearest
 from coatnet.export import FORMATS, decode_image
-from coatnet.export.parity import Parity, compare, example_file, open_check_images, require_parity
+from coatnet.export.parity import FP16_TIMES, Parity, compare, example_file, open_check_images, require_parity
 from coatnet.export.quantization import Quantization, open_calibration, quantize
 from coatnet.export.signature import NOVELTY, Signature, describe
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors
@@ -41,6 +41,7 @@ def export_bundle(
     data: str | None = None,
     calibration: str | None = None,
     max_drop: float = 0.01,
+    fp16: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
     """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and an example.
@@ -54,6 +55,7 @@ def export_bundle(
         data: a data source to check the export with; images of the package if None.
         calibration: a labeled data source; quantizes to int8 (format openvino).
         max_drop: largest loss of accuracy by int8, as a fraction of the images.
+        fp16: store the weights in float16, for half the bytes (format web).
         progress: called with the steps done and the steps in all.
 
     Returns:
@@ -70,6 +72,8 @@ def export_bundle(
         raise UserError(f"format {format} holds weights alone, which fit images of any size: leave --dynamic-size out")
     if calibration is not None and (format != "openvino" or dynamic_size):
         raise UserError("--calibration (int8) is for format openvino, without --dynamic-size")
+    if fp16 and format != "web":
+        raise UserError("--fp16 is for format web")
     if not 0 <= max_drop <= 1:
         raise UserError(f"max_drop is {max_drop}; it is a fraction of the images, such as 0.01")
     if output_path(out).exists():
@@ -81,16 +85,18 @@ def export_bundle(
     splits = open_calibration(bundle, calibration) if calibration is not None else None
     if splits is not None:  # 8 bits are too few for the distances of the novelty
         bundle = replace(bundle, calibration=None)
-    metadata = describe(bundle, signature, format)
+    metadata = describe(bundle, signature, format) | ({"weights": "float16"} if fp16 else {})
     quantization = None
     with translate_write_errors(out), atomic_folder(out) as staged:
         progress(0, STEPS)
         write(module, bundle, signature, metadata, staged)
         progress(1, STEPS)
         parity = compare(bundle, signature, module.reopen(staged, signature), name, images)
-        require_parity(parity)
+        require_parity(parity, FP16_TIMES if fp16 else 1)
         progress(2, STEPS)
         page, figures = parity.to_markdown(), parity.to_dict()
+        if fp16:
+            page += "\nIts weights are rounded to float16.\n"
         if splits is not None:
             quantization = quantize(bundle, signature, metadata, staged, splits, max_drop)
             parity = compare(bundle, signature, module.reopen(staged, signature), name, images)

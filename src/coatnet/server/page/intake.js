@@ -2,7 +2,7 @@
 
 const overlay = document.getElementById("overlay");
 const notice = document.getElementById("notice");
-const input = document.getElementById("files");
+const inputs = document.querySelectorAll("input[type=file]");
 
 /** @param {(files: File[]) => void} take called with at least one file */
 export function onFiles(take) {
@@ -11,10 +11,12 @@ export function onFiles(take) {
     if (files.length) take([...files]);
   }
 
-  input.addEventListener("change", () => {
-    if (input.files.length) offer(input.files);
-    input.value = ""; // so that the same file can be picked again
-  });
+  for (const input of inputs) {
+    input.addEventListener("change", () => {
+      if (input.files.length) offer(input.files);
+      input.value = ""; // so that the same file can be picked again
+    });
+  }
 
   document.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length === 0) return; // text, for a field

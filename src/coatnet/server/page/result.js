@@ -1,6 +1,6 @@
 // The main view: one image and what the server says of it.
 
-import { element } from "./element.js";
+import { bar } from "./bar.js";
 import { showHeat } from "./heat.js";
 import { milliseconds, percent } from "./numbers.js";
 import { showImage } from "./preview.js";
@@ -60,16 +60,6 @@ function words({ state, answer, problem, model }) {
   const { title, reason } = verdict(answer, model);
   const among = model.multilabel ? many : `likeliest of ${count} classes`;
   return [title, answer.unknown ? reason : [reason, among].filter(Boolean).join(", ")];
-}
-
-function bar(prediction) {
-  const fill = element("span", "fill");
-  fill.style.width = `${100 * prediction.probability}%`;
-  const name = element("span", "class", prediction.class);
-  name.dir = "auto";
-  const track = element("span", "track", fill);
-  track.ariaHidden = "true";
-  return element("li", "", name, element("span", "percent", percent(prediction.probability)), track);
 }
 
 function timing({ answer }) {

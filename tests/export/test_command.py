@@ -30,6 +30,8 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> st
         (["--format", "openvino", "--calibration", "digits"], "are for --int8"),
         (["--format", "openvino", "--int8", "--calibration", "digits", "--max-drop", "2"], "max_drop is 2.0"),
         (["--format", "openvino", "--int8", "--calibration", "digits"], "unknown to the model"),
+        (["--format", "web", "--logits"], "leave --logits and --dynamic-size out"),
+        (["--format", "onnx", "--fp16"], "--fp16 is for format web"),
         (["--format", "onnx", "--data", "digitz"], "did you mean 'digits'?"),
         (["--format", "onnx", "--logit"], "did you mean '--logits'?"),
     ],
@@ -53,7 +55,12 @@ def test_an_existing_folder_is_not_overwritten(
 
 @pytest.mark.parametrize(
     ("format", "missing", "extra"),
-    [("onnx", "onnxscript", "onnx"), ("openvino", "openvino", "openvino"), ("triton", "onnxruntime", "onnx")],
+    [
+        ("onnx", "onnxscript", "onnx"),
+        ("openvino", "openvino", "openvino"),
+        ("triton", "onnxruntime", "onnx"),
+        ("web", "onnxruntime", "onnx"),
+    ],
 )
 def test_a_missing_package_is_named_with_its_extra(
     clothes_bundle: Path,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from PIL import Image
 from coatnet.bundle import load
 from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
+from coatnet.data.channels import Scale
 from coatnet.errors import UserError
 from coatnet.export import web
+from coatnet.export.signature import Signature
 from coatnet.inference import Predictor
 from coatnet.system.cache import cached_folder
 
@@ -210,6 +213,14 @@ def test_weights_of_16_bits_are_half_the_size_and_answer_alike(
         assert best["class"] == right.classes[0]
         assert best["probability"] == pytest.approx(right.probabilities[0], abs=10 * LIMIT)
     assert model.get_modelmeta().custom_metadata_map["weights"] == "float16"
+
+
+def test_a_model_of_other_values_than_a_browser_reads_is_refused(clothes_bundle: Path, tmp_path: Path) -> None:
+    bundle = load(clothes_bundle)
+    values = replace(bundle, preprocessing=replace(bundle.preprocessing, scale=Scale(1, 0, 1)))
+    with pytest.raises(UserError, match="a browser reads 8-bit RGB images"):
+        web.write(values, Signature(), {}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def fake_npm(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

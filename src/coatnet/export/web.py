@@ -96,7 +96,7 @@ def fetch_runtime(folder: Path) -> None:
     if npm is None:
         raise UserError(f"format web needs npm, which fetches {PACKAGE}, and there is none: install Node.js")
     with TemporaryDirectory(prefix="coatnet-") as name:
-        command = [npm, "pack", PACKAGE, "--ignore-scripts", "--silent", "--pack-destination", name]
+        command = [npm, "pack", PACKAGE, "--ignore-scripts", "--loglevel=error", "--pack-destination", name]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", cwd=name, timeout=NPM_SECONDS, check=False

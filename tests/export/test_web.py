@@ -17,7 +17,7 @@ from PIL import Image
 from coatnet.bundle import load
 from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
-from coatnet.data.channels import Scale
+from coatnet.data.decode import Scale
 from coatnet.errors import UserError
 from coatnet.export import web
 from coatnet.export.signature import Signature

@@ -54,13 +54,13 @@ class FileServer:
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.process.stdout is not None
         port = self.process.stdout.readline().split(" port ")[1].split()[0]
         self.url = f"http://127.0.0.1:{port}/"
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture

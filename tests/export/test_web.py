@@ -17,7 +17,6 @@ from PIL import Image
 from coatnet.bundle import load
 from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
-from coatnet.data.decode import Scale
 from coatnet.errors import UserError
 from coatnet.export import web
 from coatnet.export.signature import Signature
@@ -217,7 +216,7 @@ def test_weights_of_16_bits_are_half_the_size_and_answer_alike(
 
 def test_a_model_of_other_values_than_a_browser_reads_is_refused(clothes_bundle: Path, tmp_path: Path) -> None:
     bundle = load(clothes_bundle)
-    values = replace(bundle, preprocessing=replace(bundle.preprocessing, scale=Scale(1, 0, 1)))
+    values = replace(bundle, preprocessing=replace(bundle.preprocessing, value_range=(0.0, 1.0)))
     with pytest.raises(UserError, match="a browser reads 8-bit RGB images"):
         web.write(values, Signature(), {}, tmp_path)
     assert list(tmp_path.iterdir()) == []

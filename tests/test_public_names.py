@@ -17,6 +17,7 @@ PACKAGES = [
     "coatnet",
     *(f"coatnet.{name}" for name in ("bundle", "data", "evaluation", "export", "inference", "model", "planning")),
 ]
+INTEGRATIONS = [f"coatnet.integrations.{name}" for name in ("ray", "sklearn", "spark")]
 PUBLIC = [
     "Bundle",
     "Explanation",
@@ -77,7 +78,7 @@ def test_a_public_name_is_the_one_that_type_checkers_see(package: ModuleType) ->
 def test_guides_and_examples_import_public_names_only(path: Path) -> None:
     text = re.sub(r"^Before:\n+```.*?```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for module, names in re.findall(r"^ *from (coatnet[\w.]*) import ([\w, ]+)", text, re.MULTILINE):
-        assert module in PACKAGES, f"{path.name}: from {module} import {names}"
+        assert module in (*PACKAGES, *INTEGRATIONS), f"{path.name}: from {module} import {names}"
         for name in names.split(", "):
             assert name.partition(" as ")[0] in import_module(module).__all__, f"{path.name}: {name}"
 

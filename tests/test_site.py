@@ -28,7 +28,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def public_packages() -> list[str]:
     """The package and its folders, as far as they name what others may use."""
     folders = pkgutil.walk_packages(coatnet.__path__, "coatnet.")
-    names = ["coatnet", *(found.name for found in folders if found.ispkg)]
+    named = (found.name for found in folders if found.ispkg or found.name.startswith("coatnet.integrations."))
+    names = ["coatnet", *named]
     return [name for name in names if hasattr(import_module(name), "__all__")]
 
 

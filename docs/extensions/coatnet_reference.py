@@ -60,8 +60,8 @@ class PublicNames(Generated):
 
 
 def packages(folder: str) -> list[str]:
-    """A folder of the package and the folders inside it."""
-    inside = pkgutil.walk_packages(import_module(folder).__path__, f"{folder}.")
+    """A folder of the package and the folders inside it; a module is itself."""
+    inside = pkgutil.walk_packages(getattr(import_module(folder), "__path__", []), f"{folder}.")
     return [folder, *(found.name for found in inside if found.ispkg)]
 
 

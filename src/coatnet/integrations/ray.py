@@ -19,6 +19,8 @@ from coatnet.errors import UserError
 from coatnet.inference.predictor import Predictor
 from coatnet.integrations.tables import predict_columns
 
+__all__ = ["BatchPredictor"]
+
 
 class BatchPredictor:
     """Adds the columns of `coatnet predict --out` to batches: top1, probability, classes, probabilities, error, ...

@@ -34,6 +34,8 @@ from sklearn.utils import Tags  # noqa: E402
 from sklearn.utils.multiclass import check_classification_targets  # noqa: E402
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d  # noqa: E402
 
+__all__ = ["CoAtNetClassifier", "CoAtNetFeatures"]
+
 _Image = str | NDArray[np.uint8]
 
 

@@ -15,6 +15,8 @@ from coatnet.errors import import_extra
 from coatnet.inference.predictor import Predictor
 from coatnet.integrations.tables import COLUMNS, predict_columns
 
+__all__ = ["predict_udf"]
+
 _TYPES = {
     "top1": "string",
     "probability": "float",

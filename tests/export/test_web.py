@@ -1,4 +1,4 @@
-"""The page of `--format web` in a real Chromium: it answers as the bundle does, asks nobody else, and works offline."""
+"""The page of `--format web` in a real Chromium: answers of the bundle, no request elsewhere, offline too."""
 
 import json
 import subprocess

@@ -19,7 +19,7 @@ from PIL import Image, features
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.timm.folders import read_timm_folder, write_timm_folder
 from coatnet.data.builtin import read_idx
-from coatnet.data.channels import read_pixels
+from coatnet.data.channels import read_pixels, read_values, to_levels
 from coatnet.data.decode import BadImage, Scale, decode, decoding_pixels, image_size
 from coatnet.data.manifest import open_manifest, read_manifest
 from coatnet.data.open import open_dataset
@@ -143,9 +143,11 @@ def read_deep_image(content: bytes) -> None:
     with suppress(BadImage):
         image_size(content, "image")
         decoding_pixels(content, "image")
-    read_pixels(content, "image", Scale(5, 0, 4095))
-    with suppress(BadImage):
-        read_pixels(content, "image")
+    for scale in (Scale(5, 0, 4095), None):
+        with suppress(BadImage):
+            read_pixels(content, "image", scale)
+    values = read_values(content, "image")
+    to_levels(values, "image", Scale(values.shape[-1], 0, 4095))
 
 
 def bundles(folder: Path, image: bytes) -> dict[str, Target]:

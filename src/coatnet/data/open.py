@@ -61,6 +61,8 @@ def open_dataset(
             f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
         )
     splits = divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+    if "://" in str(source):  # no image is fetched to open a data set
+        return splits
     return splits.with_scale(find_scale(splits.training if len(splits.training) else splits.validation))
 
 

@@ -73,9 +73,11 @@ def test_a_slurm_job_is_signaled_in_time_and_requeued() -> None:
 
 @pytest.mark.parametrize(("signaled", "queued"), [(True, True), (False, False)])
 def test_the_slurm_script_forwards_the_signal_and_waits(tmp_path, signaled, queued) -> None:
+    # One function, which bash has read to its end before it says "started": a trap that runs while bash parses the next
+    # command substitution fails with "unexpected EOF".
     (tmp_path / "srun").write_text(
         "#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 143' TERM\n"
-        "echo started\nfor _ in $(seq 20); do sleep 0.1; done\necho finished\n"
+        "work() { echo started; for _ in {1..20}; do sleep 0.1; done; echo finished; }\nwork\n"
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\n[ "$1" = show ] && echo node-a || echo "queued $2"\n')
     for name in ("srun", "scontrol"):

@@ -89,6 +89,14 @@ class Novelty(nn.Module):
         return (scores[:, None] > self.quantiles[folds]).float().mean(1)
 
 
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Means (K, F) of features (N, F) by class, 0 for a class without any, and what is left of each feature, (N, F)."""
+    features = features.double()
+    sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
+    means = sums / labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
+    return means, features - means[labels]
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureSummary:
     """The input of the classifier, (F,) an image, over training images.
@@ -106,12 +114,9 @@ class FeatureSummary:
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, num_classes: int) -> Self:
         """The summary of features (N, F) with labels (N,)."""
-        features = features.double()
-        counts = labels.bincount(minlength=num_classes)
-        sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
-        means = sums / counts.clamp(min=1)[:, None]
-        apart = features - means[labels]
-        return cls(counts, means.float(), (apart.mT @ apart / len(apart)).float())
+        means, apart = class_means(features, labels, num_classes)
+        covariance = apart.mT @ apart / len(apart)
+        return cls(labels.bincount(minlength=num_classes), means.float(), covariance.float())
 
     def draw(self, per_class: int) -> tuple[Tensor, Tensor]:
         """Features (N, F) of normal distributions around the means, and labels (N,): the same ones at every call."""

@@ -92,7 +92,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.dry_run:
         echo("Nothing was trained or written.")
         return 0
-    study = run_study(folder, jobs=jobs, devices=devices, part=part, keep_weights=given.keep_weights, say=_say)
+    run_study(folder, jobs=jobs, devices=devices, part=part, keep_weights=given.keep_weights, say=_say)
     return _report(folder)
 
 

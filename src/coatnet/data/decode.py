@@ -311,7 +311,7 @@ def weight_of(channels: int, item_bytes: int) -> int:
 
 
 def _weight(data: bytes, kind: ImageFormat) -> int:
-    """How many times a pixel of a TIFF or NumPy file takes the memory of 8-bit RGB; 1 if that cannot be told."""
+    """How many times a pixel of a TIFF or NumPy file takes the memory of 8-bit RGB; 1 if that is unknown."""
     with suppress(*HEADER_ERRORS):
         if kind.name == "TIFF" and is_deep_tiff(directory := read_directory(data)):
             return weight_of(min(MAX_CHANNELS, directory.numbers.get(277, 1)), min(8, -(-directory.bits // 8)))

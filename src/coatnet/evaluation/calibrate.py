@@ -26,6 +26,7 @@ from coatnet.bundle.calibration import (
     Calibration,
     FeatureSummary,
     Novelty,
+    class_means,
     means_width,
     scale_classifier,
     set_scores,
@@ -287,10 +288,7 @@ def fit_distances(reference: Outputs, bundle: Bundle) -> Novelty:
     if bundle.multilabel or len(bundle.classes) > MAX_MEANS:
         labels = torch.zeros(len(features), dtype=torch.int64)
     present, numbers = labels.unique(return_inverse=True)
-    counts = numbers.bincount(minlength=len(present)).double()
-    means = torch.zeros(len(present), features.shape[1], dtype=torch.float64)
-    means = means.index_add_(0, numbers, features) / counts[:, None]
-    apart = features - means[numbers]
+    means, apart = class_means(features, numbers, len(present))
     deviation = apart.square().mean(0).sqrt().clamp(min=1e-6)
     scaled = apart / deviation
     shrinkage = min(_MAX_SHRINKAGE, _SHRINKAGE * features.shape[1] / len(features))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
+from coatnet.bundle.calibration import class_means
 from coatnet.data.datasets import Dataset, JoinedDataset
 from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line, shorten
@@ -253,13 +254,12 @@ def fit_means(features: Tensor, labels: Tensor, num_classes: int, *, shrinkage: 
         num_classes: K'.
         shrinkage: of the covariance towards the mean variance, 0 to 1.
     """
-    x, weights = features.double(), class_weights(labels, num_classes).double()
-    sums = torch.zeros(num_classes, x.shape[1], dtype=torch.float64).index_add_(0, labels, x)
-    means = sums / labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
-    apart = x - means[labels]
+    weights = class_weights(labels, num_classes).double()
+    means, apart = class_means(features, labels, num_classes)
     covariance = (weights[:, None] * apart).mT @ apart / weights.sum()
+    variance = covariance.diagonal().mean()
     covariance = (1 - shrinkage) * covariance
-    covariance.diagonal().add_(shrinkage * covariance.diagonal().mean() / max(1 - shrinkage, 1e-9) + 1e-9)
+    covariance.diagonal().add_(shrinkage * variance + 1e-9)
     weight = torch.linalg.solve(covariance, means.mT).mT  # (K', F)
     bias = -0.5 * (weight * means).sum(1)
     return _without_absent(weight.float(), bias.float(), labels)

@@ -4,6 +4,7 @@ import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.table import Table
 
 from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
 from coatnet.errors import UserError, counted
+from coatnet.model.config import Variant
+from coatnet.model.registry import find_variant
 from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
 from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
 from coatnet.study.record import RECORD, Member, Run, Study
-from coatnet.study.run import MAX_TRAINING_IMAGES, measure_steps, recipe_of, share_machine
+from coatnet.study.run import MAX_TRAINING_IMAGES, measure_steps, recipe_of
 from coatnet.system.files import file_lock, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
 from coatnet.training.config import Recipe
@@ -191,19 +194,13 @@ def matched_members(question: Question, options: Options, problem: Problem) -> t
         networks = match(variants, problem, fixed_depths=question.fixed_depths)
     else:
         networks = {name: Network(variant, *problem.count(variant)) for name, variant in variants.items()}
-    registered = find_row(row.name)
+    registered = find_variant(row.name)
+    assert isinstance(registered, Variant)  # timm's have no variations
     first = next(iter(networks.values()))
     return row.name, tuple(
         _member(choice, networks[choice.name], first, variations_of(networks[choice.name].variant, registered))
         for choice in question.choices
     )
-
-
-def find_row(name: str) -> Any:
-    """The row of the registry that a recipe's `model` names."""
-    from coatnet.model.registry import find_variant
-
-    return find_variant(name)
 
 
 def _member(choice: Choice, network: Network, first: Network, variations: dict[str, Any]) -> Member:
@@ -266,7 +263,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         asked=options.asked(),
     )
     jobs, devices = choose_jobs(options)
-    threads = share_machine(jobs, None) if devices == ["cpu"] else max(1, num_cores() // jobs)
+    threads = max(1, num_cores() // jobs)
     study = replace(study, threads=threads)
     # With a step each, every member is resolved as its runs will be; what is impossible is said before anything starts.
     probes = [recipe_of(study, _run(study, member.name, sizes[-1], 0, rates[0], 1, 0.0)) for member in members]
@@ -334,13 +331,9 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
         asked={**study.asked, "evaluations": evaluations, "planned_steps": steps},
     )
     runs = []
-    for seed in study.seeds:
-        for size in study.sizes:
-            for rate in study.learning_rates:
-                for member in study.members:
-                    work = steps + evaluations * evaluation + ending[size]
-                    seconds = pace.opening + pace.steps[member.name] * work
-                    runs.append(_run(study, member.name, size, seed, rate, steps, seconds))
+    for seed, size, rate, member in product(study.seeds, study.sizes, study.learning_rates, study.members):
+        seconds = pace.opening + pace.steps[member.name] * (steps + evaluations * evaluation + ending[size])
+        runs.append(_run(study, member.name, size, seed, rate, steps, seconds))
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("names of members differ in signs only, which folders cannot show: give other names")
     return replace(study, runs=tuple(runs))
@@ -415,13 +408,10 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     for run in study.runs:
         planned.setdefault(run.member, []).append(run.seconds)
     runs = []
-    for seed in wider.seeds:
-        for size in wider.sizes:
-            for rate in wider.learning_rates:
-                for member in wider.members:
-                    seconds = sum(planned[member.name]) / len(planned[member.name])
-                    run = _run(wider, member.name, size, seed, rate, steps, seconds)
-                    runs.append(before.get(run.folder, run))
+    for seed, size, rate, member in product(wider.seeds, wider.sizes, wider.learning_rates, wider.members):
+        seconds = sum(planned[member.name]) / len(planned[member.name])
+        run = _run(wider, member.name, size, seed, rate, steps, seconds)
+        runs.append(before.get(run.folder, run))
     return replace(wider, runs=tuple(runs))
 
 

@@ -154,14 +154,14 @@ def _findings(results: Results) -> Iterator[str]:
     compared = [(ACCURACY, size) for size in results.sizes] + [(TRAINING_LOSS, results.sizes[-1])]
     for measure, size in compared:
         found = results.differences(measure, size, results.reference)
-        told = [each.sentence() for each in found if each.found is None or each.found.interval]
+        claims = [each.sentence() for each in found if each.found is None or each.found.interval]
         bare = [f"{each.member} {each.shown}" for each in found if each.found and not each.found.interval]
         if bare:
-            told.append(
+            claims.append(
                 f"{measure.title} less that of {results.reference} at {size:,} images, without an interval "
                 f"since there is one paired seed or no spread: {', '.join(bare)}."
             )
-        yield from [" ".join(told)] if told else []
+        yield from [" ".join(claims)] if claims else []
     yield from _agreement(results)
     yield from _correlations(results)
     yield (

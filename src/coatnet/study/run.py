@@ -27,7 +27,6 @@ from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
 from coatnet.study.record import Curves, Figures, Run, Study
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, only_process, read_regular
-from coatnet.system.hardware import num_cores
 from coatnet.system.json_reader import read_json, require_object
 from coatnet.system.launcher import read_launcher
 from coatnet.system.parents import end_with_parent
@@ -221,11 +220,6 @@ def _call(connection: Connection, threads: int, function: Callable[..., Any], ar
         reason = explain_memory_shortage(error) if is_memory_shortage(error) else first_line(error)
         outcome = "failed", f"{type(error).__name__}: {reason}"
     connection.send(outcome)
-
-
-def share_machine(jobs: int, threads: int | None) -> int:
-    """Threads of each of some processes at once on this machine."""
-    return threads or max(1, num_cores() // jobs)
 
 
 def measure_steps(recipes: Sequence[Mapping[str, Any]], jobs: int, threads: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Calibration: temperatures, novelty and sets of classes, stored in the bundle and the same everywhere."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation import calibrate, evaluate
+from coatnet.evaluation import calibrate, evaluate, extend, soup
 from coatnet.evaluation.calibrate import calibrate_and_evaluate, coverage_thresholds, fit_temperature
+from coatnet.evaluation.evaluate import Measured
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
@@ -166,7 +168,7 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     counted = Counted(digits.validation)  # pyrefly: ignore
     training = Counted(digits.training)  # pyrefly: ignore
     splits = replace(digits, training=training, validation=counted)
-    bundle, report = calibrate_and_evaluate(trained, splits, num_workers=0)
+    bundle, report = calibrate_and_evaluate(trained, Measured(trained, splits, num_workers=0, keep=True))
     assert training.readings == list(range(len(training)))  # for distances and copies
     assert counted.readings[: len(counted)] == list(range(len(counted)))
     assert len(counted.readings) == len(counted) + len(report.mistakes) + len(report.examples)
@@ -175,8 +177,30 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     own = evaluate(trained, digits).figures
     assert report.network_figures() == pytest.approx(own, rel=1e-4) and report.figures["nll"] < own["nll"] - 0.01
     few = replace(digits, validation=ArrayDataset("few", digits.classes, counted.images[:19], counted.labels[:19]))
-    bundle, report = calibrate_and_evaluate(trained, few)
+    bundle, report = calibrate_and_evaluate(trained, Measured(trained, few, keep=True))
     assert bundle is trained and report.figures["n"] == 19
+
+
+def test_classes_that_arrive_and_averages_take_one_pass_over_the_held_out_images(
+    trained: Bundle, digits: Splits
+) -> None:
+    training, held_out = Counted(digits.training), Counted(digits.validation)  # pyrefly: ignore
+    known = replace(digits, training=training, validation=held_out)
+    few = (ArrayDataset("new", ("a", "b"), each.images[:20], np.arange(20) % 2) for each in (training, held_out))
+    found = extend(trained, Splits("new", *few), old=known, num_workers=0)
+    assert found.report is not None and found.before is not None and found.after is not None
+    assert held_out.readings[: len(held_out)] == list(range(len(held_out)))
+    shown = len(found.report.mistakes) + len(found.report.examples)
+    assert len(held_out.readings) <= len(held_out) + shown
+    assert found.before.correct == round(evaluate(trained, digits).figures["top1"] * len(held_out))
+    assert found.after.n == len(held_out) and found.report.figures["n"] == len(held_out) + 20
+
+    training.readings, held_out.readings = [], []
+    made = soup([trained, replace(trained, model=copy.deepcopy(trained.model))], known, num_workers=0)
+    assert made.report is not None and made.bundle.calibration is not None
+    shown = len(made.report.mistakes) + len(made.report.examples)
+    assert len(held_out.readings) == 3 * len(held_out) + shown  # both models, and their average
+    assert len(training.readings) <= 2 * len(training)  # statistics of BatchNorm; distances and copies
 
 
 def test_coverage_and_refusals_are_those_asked_for(calibrated: Bundle, digits: Splits) -> None:

@@ -4,7 +4,6 @@ Shapes: N images, K classes, D width of stem and stages together.
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -35,21 +34,21 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, LookAt
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import Look, choose_look
+from coatnet.evaluation.answers import Look
 from coatnet.evaluation.evaluate import (
     EVALUATED_TOGETHER,
+    KEPT_IMAGES,
     Measured,
     choose_datasets,
-    evaluate,
     load_model,
     measure,
+    no_progress,
     open_recorded,
 )
 from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
 from coatnet.evaluation.report import Report
 from coatnet.inference.graph import to_probabilities
 
-MAX_IMAGES = 50_000  # chosen: the validation images of ImageNet; 200 MB of logits
 MAX_TRAINING_IMAGES = 4_000  # chosen: more do not change the distances (docs/results)
 MIN_IMAGES = 2 * FOLDS
 MAX_SCALE = 100.0  # of logits; nearly separable images would ask for an infinite one
@@ -98,7 +97,7 @@ def calibrate(
     split: Literal["validation", "training", "all"] = "validation",
     num_workers: int | None = None,
     device: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Bundle:
     """Fit temperatures, the score of novelty and the thresholds of sets of classes, and put them into a bundle.
 
@@ -125,13 +124,13 @@ def calibrate(
     data = open_recorded(data, bundle)
     name, datasets, split_name = choose_datasets(data, split, bundle)
     training = data.training if isinstance(data, Splits) and split == "validation" else None
-    num_held_out = min(MAX_IMAGES, sum(map(len, datasets)))
+    num_held_out = min(KEPT_IMAGES, sum(map(len, datasets)))
     total = num_held_out + (min(MAX_TRAINING_IMAGES, len(training)) if training is not None else 0)
 
     def advance(done: int) -> None:
         progress(min(done, total), total)
 
-    held_out, _ = _outputs(bundle, datasets, MAX_IMAGES, num_workers, advance)
+    held_out, _ = _outputs(bundle, datasets, KEPT_IMAGES, num_workers, advance)
     if len(held_out.logits) < MIN_IMAGES:
         raise UserError(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
@@ -148,56 +147,39 @@ def calibrate(
 
 
 def calibrate_and_evaluate(
-    bundle: Bundle,
-    splits: Splits,
-    *,
-    batch_size: int = EVALUATED_TOGETHER,
-    num_workers: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    bundle: Bundle, images: Measured, *, progress: Callable[[int, int], None] = no_progress
 ) -> tuple[Bundle, Report]:
-    """Calibrate a bundle on the validation split and evaluate it there, with one pass of the network over its images.
+    """Calibrate a bundle on held-out images and evaluate it there, from what its network computed for them.
 
-    A bundle is left as it is if fewer than 20 images are held out: some of them may be unreadable.
+    A bundle is left as it is if fewer than 20 images are held out (some of them may be unreadable), or no image is
+    there that it was trained on.
 
     Args:
-        bundle: not calibrated.
-        splits: the images.
-        batch_size: held-out images computed together.
-        num_workers: processes that decode; None as in `evaluate`.
+        bundle: not calibrated; it differs from that of the images at most in its classifier.
+        images: the validation split, with outputs kept.
         progress: called with the number of images done and the number of all.
 
     Raises:
         UserError: as `calibrate` and `evaluate`.
     """
-    name, datasets, split = choose_datasets(splits, "validation", bundle)
-    total = len(splits.validation)
-    if not 2 * MIN_IMAGES <= total <= MAX_IMAGES:  # the outputs of more are not kept
-        bundle = calibrate(bundle, splits, num_workers=num_workers, progress=progress) if total > MAX_IMAGES else bundle
-        return bundle, evaluate(bundle, splits, batch_size=batch_size, num_workers=num_workers, progress=progress)
-    started, bad_images = time.perf_counter(), BadImages(total)
-    look, learned = choose_look(datasets, splits.training), list[Look]()
-    done_in_all = total + min(MAX_TRAINING_IMAGES, len(splits.training))
-    outputs = list(
-        compute_outputs(
-            bundle,
-            datasets,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bad_images=bad_images,
-            means=True,
-            look=look,
-            progress=lambda done: progress(done, done_in_all),
+    training, num_workers = images.training, images.num_workers
+    if len(images) < 2 * MIN_IMAGES or training is None or not len(training):
+        return bundle, measure(bundle, images, progress=progress)
+    total = len(images) + min(MAX_TRAINING_IMAGES, len(training))
+
+    def advance(done: int) -> None:
+        progress(min(done, total), total)
+
+    if images.keeps:
+        held_out = Outputs.of(bundle, images.outputs(advance))
+    else:
+        held_out, _ = _outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance)
+    if len(held_out.logits) >= MIN_IMAGES:
+        reference, images.training_looks = _outputs(
+            bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(len(images) + done), images.look
         )
-    )
-    seconds = time.perf_counter() - started
-    held_out = Outputs.of(bundle, outputs)
-    if len(held_out.logits) >= MIN_IMAGES and len(splits.training):
-        advance = lambda done: progress(min(total + done, done_in_all), done_in_all)  # noqa: E731
-        reference, learned = _outputs(bundle, (splits.training,), MAX_TRAINING_IMAGES, num_workers, advance, look)
         bundle = with_calibration(bundle, held_out, reference)
-    return bundle, measure(
-        bundle, outputs, Measured(name, split, datasets, splits.training, learned), bad_images, seconds=seconds
-    )
+    return bundle, measure(bundle, images, progress=progress)
 
 
 def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> Bundle:

@@ -2,9 +2,8 @@
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +40,7 @@ from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
 EVALUATED_TOGETHER = 64  # images
+KEPT_IMAGES = 50_000  # whose outputs are kept; chosen: the validation images of ImageNet; 450 MB of coatnet-0
 THUMBNAIL_PIXELS, EXAMPLE_PIXELS = 160, 96  # of the longer side
 
 # Probability of the wrong class, image (index of the dataset, index in it), true class, predicted class, its index.
@@ -87,57 +87,120 @@ def evaluate(
             image can be read.
     """
     bundle = load_model(bundle, device)
-    data = open_recorded(data, bundle)
-    name, datasets, split_name = choose_datasets(data, split, bundle)
-    total = sum(map(len, datasets))
-    bad_images = BadImages(total, budget=1.0)
-    training = data.training if isinstance(data, Splits) and split_name in ("validation", "test") else None
-    outputs = compute_outputs(
-        bundle,
-        datasets,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        bad_images=bad_images,
-        means=bundle.calibration is not None,
-        look=choose_look(datasets, training),
-        progress=lambda done: progress(done, total) if progress is not None else None,
-    )
-    measured = Measured(name, split_name, datasets, training)
-    with closing(outputs):
-        return measure(bundle, outputs, measured, bad_images, with_images=with_images)
+    images = Measured(bundle, data, split, batch_size=batch_size, num_workers=num_workers)
+    return measure(bundle, images, progress=progress or no_progress, with_images=with_images)
 
 
-@dataclass(frozen=True)
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
 class Measured:
-    """Images that are measured: name of the data, name of the split, datasets in order, the images of the training,
-    among which copies are looked for (None for no search), and what these look like, as far as it is known."""
+    """The images of a split, and what a network computes for them, batch by batch, whatever its classifier.
 
-    name: str
-    split: str
-    datasets: Sequence[Dataset]
-    training: Dataset | None
-    training_looks: Sequence[Look] = ()
+    Args:
+        bundle: the network, and the classes of the labels.
+        data: as `evaluate` takes it.
+        split: which part of data that has splits.
+        batch_size: images computed together.
+        num_workers: processes that decode; None as in `evaluate`.
+        keep: compute once, with what a calibration needs, and keep the outputs if they are few enough.
+
+    Attributes:
+        name: of the data.
+        split: name of the split, or `all`.
+        datasets: in order.
+        training: the images of the training, among which copies are looked for; None for no search.
+        training_looks: what these look like, as far as it is known.
+        bad_images: those that could not be read.
+        seconds: that computing took, the last time.
+
+    Raises:
+        UserError: there is no such data or split.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        data: str | Path | Dataset | Splits,
+        split: str = "validation",
+        *,
+        batch_size: int = EVALUATED_TOGETHER,
+        num_workers: int | None = None,
+        keep: bool = False,
+    ) -> None:
+        data = open_recorded(data, bundle)
+        self.name, self.datasets, self.split = choose_datasets(data, split, bundle)
+        self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None
+        self.training_looks: Sequence[Look] = ()
+        self.look = choose_look(self.datasets, self.training)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.bad_images = BadImages(len(self))
+        self.seconds = 0.0
+        self.keeps = keep and len(self) <= KEPT_IMAGES
+        self._bundle, self._means = bundle, keep or bundle.calibration is not None
+        self._kept: list[ImageOutputs] | None = None
+
+    def __len__(self) -> int:
+        """Number of images, including those that may turn out to be unreadable."""
+        return sum(map(len, self.datasets))
+
+    def outputs(self, progress: Callable[[int], None] = lambda done: None) -> Generator[ImageOutputs, None, None]:
+        """Yield each batch, computed now unless it is kept; `progress` is called with the number of images done.
+
+        Raises:
+            UserError: no image could be read, or as `compute_outputs`.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        started, kept, found_any = time.perf_counter(), list[ImageOutputs](), False
+        self.seconds = 0.0
+        batches = compute_outputs(
+            self._bundle,
+            self.datasets,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            bad_images=self.bad_images,
+            means=self._means,
+            look=self.look,
+            progress=progress,
+        )
+        with closing(batches):
+            for batch in batches:
+                self.seconds += time.perf_counter() - started
+                found_any = True
+                if self.keeps:
+                    kept.append(batch)
+                yield batch
+                started = time.perf_counter()
+        if not found_any:
+            raise UserError(
+                f"{self.name}: none of the {len(self):,} images of the {self.split} split could be read, "
+                f"the last one {self.bad_images.last}"
+            )
+        if self.keeps:
+            self._kept = kept
 
 
 def measure(
     bundle: Bundle,
-    outputs: Iterable[ImageOutputs],
     images: Measured,
-    bad_images: BadImages,
     *,
-    seconds: float = 0.0,
+    progress: Callable[[int, int], None] = no_progress,
     with_images: bool = True,
 ) -> Report:
     """The report on a bundle by what its network computed for images.
 
     Args:
-        outputs: of a network that differs at most in its classifier; with means if the bundle is calibrated.
-        seconds: that it took to compute them, if they are computed already.
+        bundle: differs from that of the images at most in classifier and calibration.
+        images: with outputs kept, or computed for a calibrated bundle, if this one is calibrated.
+        progress: as in `evaluate`.
+        with_images: as in `evaluate`.
 
     Raises:
-        UserError: there are no outputs, so no image could be read.
+        UserError: no image could be read.
     """
-    started = time.perf_counter()
     num_classes, several, datasets = len(bundle.classes), bundle.multilabel, images.datasets
     metrics = Metrics(num_classes, several)
     # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
@@ -147,23 +210,19 @@ def measure(
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
     looks: list[Look] = []
-    for batch in outputs:
-        logits = batch.logits(bundle)
-        if reliability is not None and batch.digests is not None:
-            own, logits = logits, reliability.update(logits, batch.means(bundle), batch.labels, batch.digests)
-            if fitted is not metrics:
-                metrics.update(own, batch.labels)
-        fitted.update(logits, batch.labels)
-        places += batch.places
-        looks += batch.looks or []
-        wrong = _find_mistakes(logits, batch.labels, batch.places, bundle)
-        worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
-    if not places:
-        raise UserError(
-            f"{images.name}: none of the {bad_images.num_images:,} images of the {images.split} split could be read, "
-            f"the last one {bad_images.last}"
-        )
-    seconds += time.perf_counter() - started
+    total = len(images)
+    with closing(images.outputs(lambda done: progress(done, total))) as outputs:
+        for batch in outputs:
+            logits = batch.logits(bundle)
+            if reliability is not None and batch.digests is not None:
+                own, logits = logits, reliability.update(logits, batch.means(bundle), batch.labels, batch.digests)
+                if fitted is not metrics:
+                    metrics.update(own, batch.labels)
+            fitted.update(logits, batch.labels)
+            places += batch.places
+            looks += batch.looks or []
+            wrong = _find_mistakes(logits, batch.labels, batch.places, bundle)
+            worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
 
     answers = _answers(metrics, bundle, [datasets[number].describe(index) for number, index in places])
     thumbnails, heat_maps = [], []
@@ -195,8 +254,8 @@ def measure(
             Mistake(datasets[number].describe(index), truth, predicted, probability)
             for probability, (number, index), truth, predicted, _ in worst
         ),
-        bad_images=dict(bad_images.records),
-        seconds=seconds,
+        bad_images=dict(images.bad_images.records),
+        seconds=images.seconds,
         reliability=None if reliability is None else reliability.compute(),
         duplicates=(
             find_duplicates(answers.correct, looks, images.training, images.training_looks)

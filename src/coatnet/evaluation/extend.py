@@ -5,11 +5,12 @@ from what a calibrated bundle knows of its training images, or those of images t
 same, however few its images are. Shapes: N images, F features, K old classes, K' all classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +18,11 @@ from torch import Tensor
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.calibration import class_means
-from coatnet.data.datasets import Dataset, JoinedDataset
+from coatnet.data.datasets import JoinedDataset
 from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import load_model, open_recorded
+from coatnet.evaluation.evaluate import Measured, load_model, open_recorded
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import Interval, paired_difference, wilson_interval
 from coatnet.evaluation.report import Report
@@ -138,18 +139,17 @@ def extend(
         )
     classes = (*bundle.classes, *added)
 
-    def features(splits: Splits, split: str) -> tuple[Tensor, Tensor]:
-        dataset: Dataset = getattr(splits, split)
+    def features(splits: Splits) -> tuple[Tensor, Tensor]:
         places = torch.tensor([classes.index(name) for name in splits.classes])
-        table, labels, _ = extract_features(bundle, dataset, num_workers=num_workers).gather()
+        table, labels, _ = extract_features(bundle, splits.training, num_workers=num_workers).gather()
         return table, places[labels]
 
-    new_features, new_labels = features(arriving, "training")
+    new_features, new_labels = features(arriving)
     if summary is not None:
         old_features, old_labels = summary.draw(max(MIN_DRAWN, DRAWN_FEATURES // len(bundle.classes)))
     else:
         assert known is not None
-        old_features, old_labels = features(known, "training")
+        old_features, old_labels = features(known)
 
     weights = bundle.classifier()
     methods = _methods(weights)
@@ -164,22 +164,25 @@ def extend(
     extended = bundle.with_classifier(classes, weight, bias)
 
     new = before = after = lost = report = None
-    if len(arriving.validation):
-        table, labels = features(arriving, "validation")
-        is_new = labels >= len(bundle.classes)
-        new = Accuracy(int((F.linear(table, weight, bias).argmax(1) == labels)[is_new].sum()), int(is_new.sum()))
-    if known is not None and len(known.validation):
-        table, labels = features(known, "validation")
-        was, now = ((F.linear(table, *each).argmax(1) == labels).numpy() for each in (weights, (weight, bias)))
-        before, after = Accuracy(int(was.sum()), len(was)), Accuracy(int(now.sum()), len(now))
-        lost = paired_difference(now, was)
+    num_old = 0 if known is None else len(known.validation)
+    if num_old or len(arriving.validation):
         training, validation = (
-            JoinedDataset(arriving.name, classes, [getattr(known, split), getattr(arriving, split)])
+            JoinedDataset(arriving.name, classes, [getattr(each, split) for each in (known, arriving) if each])
             for split in ("training", "validation")
         )
-        joined = Splits(f"{known.name} and {arriving.name}", training, validation)
+        name = arriving.name if known is None else f"{known.name} and {arriving.name}"
+        images = Measured(extended, Splits(name, training, validation), num_workers=num_workers, keep=True)
         with ProgressBar("evaluating") as bar:
-            extended, report = calibrate_and_evaluate(extended, joined, num_workers=num_workers, progress=bar.update)
+            was, now, labels, is_old = _decisions(images, [weights, (weight, bias)], num_old, bar)
+            if num_old:
+                extended, report = calibrate_and_evaluate(extended, images, progress=bar.update)
+        is_new = ~is_old & (labels >= len(bundle.classes))
+        if is_new.any():
+            new = Accuracy(int((now == labels)[is_new].sum()), int(is_new.sum()))
+        if is_old.any():
+            right_before, right_after = (each[is_old] == labels[is_old] for each in (was, now))
+            before, after = (Accuracy(int(each.sum()), len(each)) for each in (right_before, right_after))
+            lost = paired_difference(right_after, right_before)
     result = Extension(extended, added, method, found, new, before, after, lost, report)
     about = {
         "model": source,
@@ -204,6 +207,19 @@ def _open(data: str | Path | Splits, bundle: Bundle) -> Splits:
     if opened.multilabel:
         raise UserError(f"{opened.name} has several labels an image, the model gives one")
     return opened
+
+
+def _decisions(
+    images: Measured, classifiers: Sequence[Classifier], num_old: int, bar: ProgressBar
+) -> tuple[np.ndarray, ...]:
+    """Of each image (N,): the class by each classifier, its label, and whether it is one of the first `num_old`."""
+    rows = []
+    for batch in images.outputs(lambda done: bar.update(done, len(images))):
+        features = batch.features[:, : classifiers[0][0].shape[1]]
+        found = (F.linear(features, *each).argmax(1) for each in classifiers)
+        is_old = torch.tensor([index < num_old for _, index in batch.places])
+        rows.append([*found, batch.labels, is_old])
+    return tuple(torch.cat(column).numpy() for column in zip(*rows, strict=True))
 
 
 def _methods(old: Classifier) -> dict[str, Fit]:

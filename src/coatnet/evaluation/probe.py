@@ -21,7 +21,7 @@ from coatnet.data.open import NAMES, open_dataset
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import choose_datasets, load_model, recorded_rule
+from coatnet.evaluation.evaluate import Measured, choose_datasets, load_model, recorded_rule
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
 from coatnet.evaluation.report_markdown import write_report
@@ -147,13 +147,9 @@ def probe(
         source, bundle, splits = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         with ProgressBar("evaluating") as bar:
-            fitted, report = calibrate_and_evaluate(
-                linear.replace_classifier(bundle, splits),
-                splits,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                progress=bar.update,
-            )
+            fitted = linear.replace_classifier(bundle, splits)
+            images = Measured(fitted, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
+            fitted, report = calibrate_and_evaluate(fitted, images, progress=bar.update)
         report = replace(report, bad_images=found.bad_images)
         about = {
             "model": source,

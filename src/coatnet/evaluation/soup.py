@@ -23,7 +23,8 @@ from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import evaluate, load_model
+from coatnet.evaluation.evaluate import Measured, load_model
+from coatnet.evaluation.metrics import Metrics
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
 from coatnet.model.network import CoAtNet, create_model
@@ -99,8 +100,8 @@ def soup(
     The greedy rule: the best model first, then each other one, from the best down, if the main figure of the average
     (top-1 accuracy, or mean average precision) does not fall with it. BatchNorm statistics of an average are computed
     anew on up to 4,096 training images, seen as in evaluation, except frozen ones, which all models share; without
-    training images they are averaged too. Each model, and each average that is tried, is evaluated once; the last one
-    is then calibrated, as after a training.
+    training images they are averaged too. Each model, and each average that is tried, computes the held-out images
+    once; the last one is calibrated by what it computed, as after a training.
 
     Args:
         models: two or more bundles, runs, or ids of the hub, of the same network, classes and preprocessing.
@@ -136,30 +137,37 @@ def soup(
 
     training = None if data is None else data.training
 
-    def measure(bundle: Bundle, name: str) -> Report | None:
+    def measured(bundle: Bundle, name: str) -> tuple[Measured | None, float]:
+        """What the network of a bundle computes for the held-out images, and its figure."""
         if data is None:
-            return None
+            return None, 0.0
+        images = Measured(bundle, data, num_workers=num_workers, keep=True)
+        metrics = Metrics(len(bundle.classes), bundle.multilabel)
         with ProgressBar(f"evaluating {name}") as bar:
-            return evaluate(bundle, data, num_workers=num_workers, progress=bar.update)
+            for batch in images.outputs(lambda done: bar.update(done, len(images))):
+                metrics.update(batch.logits(bundle), batch.labels)
+        return images, metrics.compute()[figure]
 
     def average(numbers: Sequence[int]) -> Bundle:
         return average_weights([bundles[number] for number in numbers], training, num_workers)
 
-    reports = [measure(bundle, name) for bundle, name in zip(bundles, names, strict=True)]
-    alone = [None if report is None else report.figures[figure] for report in reports]
-    order = sorted(range(len(models)), key=lambda number: -(alone[number] or 0.0))  # of equals, the first given
-    taken, together = order[:1], dict[int, float]()
-    bundle, report = bundles[order[0]], reports[order[0]]
+    images, report = None, None  # what is kept of the best so far
+    alone, together, best = list[float](), dict[int, float](), -1.0
+    for bundle, name in zip(bundles, names, strict=True):
+        outputs, found = measured(bundle, name)
+        alone.append(found)
+        if found > best:  # of equals, the first given
+            best, images = found, outputs
+    order = sorted(range(len(models)), key=lambda number: -alone[number])
+    taken, bundle = order[:1], bundles[order[0]]
     if uniform:
         taken, bundle = order, average(order)
-        report = measure(bundle, "the average")
+        images, _ = measured(bundle, "the average")
     for number in [] if uniform else order[1:]:
         tried = average([*taken, number])
-        found = measure(tried, f"the average with {names[number]}")
-        assert found is not None and report is not None  # there are images
-        together[number] = found.figures[figure]
-        if together[number] >= report.figures[figure]:
-            taken, bundle, report = [*taken, number], tried, found
+        outputs, together[number] = measured(tried, f"the average with {names[number]}")
+        if together[number] >= best:
+            taken, bundle, images, best = [*taken, number], tried, outputs, together[number]
 
     has_norms = any(isinstance(module, nn.BatchNorm2d) for module in bundle.model.modules())
     if len(taken) == 1:
@@ -167,19 +175,22 @@ def soup(
     elif has_norms and (training is None or not len(training)):
         notes.append("BatchNorm statistics are averaged: there are no training images to compute them anew.")
     elif has_norms and training is not None:
-        images = min(len(training), MAX_STATISTICS_IMAGES)
-        notes.append(f"BatchNorm statistics were computed anew on {images:,} training images.")
-    if data is not None:
+        learned = min(len(training), MAX_STATISTICS_IMAGES)
+        notes.append(f"BatchNorm statistics were computed anew on {learned:,} training images.")
+    if images is not None:
         with ProgressBar("calibrating") as bar:
-            bundle, report = calibrate_and_evaluate(bundle, data, num_workers=num_workers, progress=bar.update)
+            bundle, report = calibrate_and_evaluate(bundle, images, progress=bar.update)
     if bundle.calibration is None:
         few = "no images" if data is None else "too few held-out images"
         notes.append(f"The average is not calibrated ({few}): `coatnet calibrate` does it with others.")
     if report is not None:
-        if report.figures[figure] < (best := alone[order[0]] or 0.0):
-            notes.append(f"The best model alone has {100 * best:.2f} %, more than the average.")
+        if report.figures[figure] < alone[order[0]]:
+            notes.append(f"The best model alone has {100 * alone[order[0]]:.2f} %, more than the average.")
         notes.append(SELECTED)
-    members = tuple(Member(names[number], number in taken, alone[number], together.get(number)) for number in order)
+    members = tuple(
+        Member(names[number], number in taken, None if data is None else alone[number], together.get(number))
+        for number in order
+    )
     made = Soup(bundle, members, report, tuple(notes))
     record = {
         "recipe": dict(recipes[order[0]]),

@@ -28,7 +28,7 @@ from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, is_memory_shortage
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.evaluate import Measured, evaluate
 from coatnet.evaluation.metrics import Metrics, wilson_interval
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
@@ -662,7 +662,8 @@ class Trainer:
         """
         folder, num_workers = self.folder, self.config.num_workers
         workers = None if num_workers == "auto" else num_workers
-        bundle, report = calibrate_and_evaluate(bundle, self.splits, num_workers=workers)
+        held_out = Measured(bundle, self.splits, num_workers=workers, keep=True)
+        bundle, report = calibrate_and_evaluate(bundle, held_out)
         notes = (*([SELECTED_BY_SEARCH] if folder.tuned else []), *cross_validated(folder), *self._measure_test(bundle))
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:

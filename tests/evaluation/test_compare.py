@@ -64,6 +64,7 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert sorted(found.images[number] for number in found.disagreements) == [f"folder/{n}.png" for n in (5, 6, 7)]
     assert found.settings == {"optimizer.lr": (0.1, 0.2)}
     plain = json.loads(found.to_json())
+    assert plain["differences"][0]["map_difference"] is None and "average precision" not in describe(difference)
     assert plain["differences"][0]["gained"] == 2 and plain["n"] == 10
     assert {"image": "folder/5.png", "truth": "c", "predicted": ["c", "a"]} in plain["disagreements"]
 
@@ -89,12 +90,28 @@ def test_runs_of_several_labels_and_large_photographs_are_compared(tmp_path: Pat
     page = found.to_html()
     assert "all labels right on these" in page and "points all labels right (95 % interval" in page
     assert "nothing" in page and "mean average precision" in page
+    # The difference of mean average precisions is that of the reports; of a run against itself it is exactly 0.
+    (difference,) = found.differences
+    precisions = [run.report["figures"]["mean_average_precision"] for run in found.runs]
+    assert difference.map_difference == pytest.approx(precisions[1] - precisions[0], abs=1e-6)
+    low, high = difference.map_interval
+    assert low <= difference.map_difference <= high and "Mean average precision" in describe(difference)
+    (same,) = compare([found.runs[0], found.runs[0]]).differences
+    assert same.map_difference == 0 and same.map_interval == (0, 0) and "not distinguishable" in describe(same)
+    (runs[0] / "probabilities.npy").rename(runs[0] / "kept.npy")
+    assert main(["compare", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Mean average precision is not compared: no probabilities.npy in") == 1
+    (runs[0] / "probabilities.npy").write_bytes((runs[0] / "kept.npy").read_bytes()[:-4])
+    assert compare([open_run(run, never) for run in runs]).differences[0].map_difference is None
+    (runs[0] / "kept.npy").rename(runs[0] / "probabilities.npy")
     html = (runs[0] / "report.html").read_text()
     assert len(html) < 1_000_000 and "Held-out mean average precision" in html
     (runs[1] / "predictions.csv").unlink()
     assert main(["compare", *map(str, runs), "--json", "--out", str(tmp_path / "page.html")]) == 0
     (again,) = json.loads(capsys.readouterr().out)["differences"]
     assert again["gained"] == found.differences[0].gained
+    assert again["map_difference"] == pytest.approx(difference.map_difference, abs=1e-5)
     assert again["nll_difference"] == pytest.approx(found.differences[0].nll_difference, abs=1e-5)
     assert (tmp_path / "page.html").read_text().count("data:image/webp") == len(found.disagreements)
 

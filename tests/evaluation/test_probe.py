@@ -296,7 +296,7 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
 
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["figures"] == dict(evaluated.figures) == found.record["report"]["figures"]
-    pictures = {"calibration.png", "mistakes.png"} | ({"confusion.png"} if not splits.multilabel else set())
+    pictures = {"calibration.png", "mistakes.png", "probabilities.npy" if splits.multilabel else "confusion.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "bundle",
         "predictions.csv",

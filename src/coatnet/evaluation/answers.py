@@ -25,9 +25,11 @@ from coatnet.evaluation.metrics import Interval, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, read_regular
 from coatnet.system.hardware import num_cores
 
+PROBABILITIES = "probabilities.npy"  # beside a report
 HEADER = ("image", "truth", "predicted", "probability", "nll")
 MAX_FILES_READ = 20_000  # chosen: a minute of decoding photographs; more are left to `coatnet doctor`
 MIN_SLICED_IMAGES = 30  # chosen: a third of fewer says nothing
+MAX_PROBABILITIES = 50_000_000  # chosen: 200 MB beside a report
 MAX_FOLDERS = 12  # chosen: more slices make every interval wider
 READ_TOGETHER = 1000  # images in memory
 EXAMPLES_IN_A_CELL, MAX_EXAMPLES = 8, 800  # chosen: of 96 pixels, a few MB
@@ -43,6 +45,7 @@ class Answers:
         predicted: the class that is predicted, likewise.
         probability: of the prediction (N,); of the least certain decision where an image may have several labels.
         nll: negative log-likelihood (N,).
+        probabilities: of each class (N, K), by which images are ranked; None where an image has one label.
     """
 
     images: tuple[str, ...]
@@ -50,6 +53,7 @@ class Answers:
     predicted: tuple[str, ...]
     probability: np.ndarray
     nll: np.ndarray
+    probabilities: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -78,6 +82,15 @@ def read_answers(path: Path) -> Answers:
     except (ValueError, csv.Error):
         raise UserError(f"{path} is damaged: it is not a table with the columns {', '.join(HEADER)}") from None
     return Answers(images, truth, predicted, probability, nll)
+
+
+def read_probabilities(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The probabilities (N, K) of float32 in a file, mapped into memory; None if it holds none of this shape."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == np.float32 else None
 
 
 @dataclass(frozen=True)

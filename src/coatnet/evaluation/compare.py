@@ -3,16 +3,16 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coatnet.bundle.config import readable_json
-from coatnet.errors import UserError, counted
-from coatnet.evaluation.answers import Answers, read_answers
-from coatnet.evaluation.metrics import FIGURES, Interval, paired_difference
+from coatnet.errors import UserError, counted, shorten
+from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_probabilities
+from coatnet.evaluation.metrics import FIGURES, Interval, paired_difference, precision_difference
 from coatnet.evaluation.plots import read_series
 from coatnet.evaluation.report_html import Line, blocks, data_uri, line_chart, page, text
 from coatnet.system.document import Document, Section, Table
@@ -54,6 +54,8 @@ class Difference:
         p: of McNemar's exact test: how often chance alone makes the two counts at least as unequal.
         nll_difference: of the mean negative log-likelihoods; negative if `run` is better.
         nll_interval: its 95 % interval, of pairs; None for one image.
+        map_difference: of the mean average precisions; None where an image has one label, or probabilities are missing.
+        map_interval: its 95 % interval, of drawing the same images for both; None for one image.
     """
 
     run: str
@@ -65,6 +67,8 @@ class Difference:
     p: float
     nll_difference: float
     nll_interval: Interval | None
+    map_difference: float | None = None
+    map_interval: Interval | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,10 @@ class Comparison:
         right = "all labels right" if self.runs[0].report.get("multilabel") else "right"
         sections = [
             Section("", [Table(("run", "figure", "95 % interval", "images", f"{right} on these"), figures, (2, 3, 4))]),
-            Section("Differences on the same images", [describe(each, right) for each in self.differences]),
+            Section(
+                "Differences on the same images",
+                [*(describe(each, right) for each in self.differences), *self._without_probabilities()],
+            ),
             Section(
                 "Where they disagree",
                 [
@@ -145,6 +152,21 @@ class Comparison:
             ),
         ]
         return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
+
+    def _without_probabilities(self) -> list[str]:
+        """A line if mean average precisions cannot be compared."""
+        if not self.runs[0].report.get("multilabel") or all(
+            each.map_difference is not None for each in self.differences
+        ):
+            return []
+        missing = [run.name for run in self.runs if run.answers.probabilities is None]
+        reason = (
+            f"no {PROBABILITIES} in {shorten(missing)}, as of an earlier release; "
+            "`coatnet evaluate RUN --data X --out FOLDER` writes it, and such folders can be compared."
+            if missing
+            else "the runs have other classes, or the name of one has a semicolon."
+        )
+        return [f"Mean average precision is not compared: {reason}"]
 
     def _disagreement_table(self, listed: Sequence[Mapping[str, Any]]) -> Table:
         rows = [(each["image"], *(said or NOTHING for said in (each["truth"], *each["predicted"]))) for each in listed]
@@ -210,6 +232,9 @@ def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[st
         recipe = record.get("recipe") or {} if isinstance(record, dict) else {}
     if (folder / "predictions.csv").is_file():
         answers = read_answers(folder / "predictions.csv")
+        if report.get("multilabel") and isinstance(classes := report.get("classes"), list):
+            table = read_probabilities(folder / PROBABILITIES, (len(answers.images), len(classes)))
+            answers = replace(answers, probabilities=table)
     else:
         report, answers = evaluate_again(folder)
     return Run(str(path), report, answers, recipe if isinstance(recipe, dict) else {}, folder / "metrics.jsonl")
@@ -252,7 +277,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
         runs=tuple(runs),
         images=tuple(name for name, _ in common),
         correct=correct,
-        differences=tuple(_difference(runs, number, correct, nll) for number in range(1, len(runs))),
+        differences=tuple(
+            replace(_difference(runs, number, correct, nll), **_precision(runs[number], runs[0], rows[number], rows[0]))
+            for number in range(1, len(runs))
+        ),
         disagreements=tuple(unequal),
         settings=_settings([run.recipe for run in runs]),
         rows=rows,
@@ -262,14 +290,28 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def describe(each: Difference, right: str = "right") -> str:
     """A difference in a sentence, with what its interval allows to say; `right` is what is counted of an image."""
     low, high = (100 * bound for bound in each.interval)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "not distinguishable from it"
     return (
         f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points {right} (95 % interval "
-        f"{low:+.2f} to {high:+.2f}), {verdict}. Only it is right for {counted(each.gained, 'image')}, only the "
-        f"other for {each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood "
+        f"{low:+.2f} to {high:+.2f}), {_verdict(each.interval)}. Only it is right for {counted(each.gained, 'image')}, "
+        f"only the other for {each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood "
         f"{each.nll_difference:+.4f}"
         + (" ({:+.4f} to {:+.4f}).".format(*each.nll_interval) if each.nll_interval else ".")
+        + _describe_precision(each)
     )
+
+
+def _verdict(interval: Interval) -> str:
+    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "not distinguishable from it"
+
+
+def _describe_precision(each: Difference) -> str:
+    if each.map_difference is None:
+        return ""
+    said = f" Mean average precision {100 * each.map_difference:+.2f} points"
+    if each.map_interval is None:
+        return f"{said}."
+    low, high = (100 * bound for bound in each.map_interval)
+    return f"{said} (95 % interval {low:+.2f} to {high:+.2f}), {_verdict(each.map_interval)}."
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -297,6 +339,23 @@ def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.n
         nll_difference=mean,
         nll_interval=None if half is None else (mean - half, mean + half),
     )
+
+
+def _precision(run: Run, reference: Run, rows: Sequence[int], reference_rows: Sequence[int]) -> dict[str, Any]:
+    """The difference of mean average precisions and its interval, by the names in `Difference`; {} if it is unknown."""
+    ours, theirs = run.answers.probabilities, reference.answers.probabilities
+    classes = reference.report.get("classes")
+    if ours is None or theirs is None or run.report.get("classes") != classes or not classes:
+        return {}
+    columns = {name: column for column, name in enumerate(classes)}
+    labels = np.zeros((len(rows), len(classes)), dtype=bool)
+    for number, row in enumerate(reference_rows):
+        for name in filter(None, reference.answers.truth[row].split(";")):
+            if name not in columns:  # a name with a semicolon of its own
+                return {}
+            labels[number, columns[name]] = True
+    difference, interval = precision_difference(labels, ours[list(rows)], theirs[list(reference_rows)])
+    return {"map_difference": difference, "map_interval": interval}
 
 
 def _numbers(answers: Answers) -> dict[tuple[str, int], int]:

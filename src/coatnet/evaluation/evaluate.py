@@ -340,7 +340,7 @@ def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers
             return tuple(";".join(bundle.classes[k] for k in np.flatnonzero(row)) for row in column)
         return tuple(bundle.classes[k] for k in column)
 
-    return Answers(tuple(images), named(labels), named(predicted), probability, nll)
+    return Answers(tuple(images), named(labels), named(predicted), probability, nll, metrics.probabilities())
 
 
 def _find_mistakes(

@@ -57,9 +57,9 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100
+    statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100, least: float = 0.0
 ) -> Interval | None:
-    """The interval of a statistic in 0..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
+    """The interval of a statistic in least..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
 
     Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
     interval may exclude the value itself.
@@ -68,6 +68,7 @@ def bootstrap_interval(
         statistic: computes it from how often each image was drawn, integers (size,).
         size: number of images.
         replicates: number of resamples.
+        least: the smallest value that it can have.
     """
     if size < 2:
         return None
@@ -75,7 +76,7 @@ def bootstrap_interval(
     value = statistic(np.ones(size, dtype=np.int64))
     drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(replicates)]
     half = _Z * float(np.std(drawn, ddof=1))
-    return (max(0.0, value - half), min(1.0, value + half))
+    return (max(least, value - half), min(1.0, value + half))
 
 
 NUM_BINS = 15
@@ -238,6 +239,10 @@ class Metrics:
         them, and the probability is that of the least certain decision.
         """
         return self._counts.per_image()
+
+    def probabilities(self) -> np.ndarray | None:
+        """Of each image in their order and each class, (N, K) of float32; None for single-label."""
+        return self._counts.columns()[1].astype(np.float32) if self.multilabel else None
 
     def intervals(self) -> dict[str, Interval | None]:
         """95 % intervals of the figures of `compute`; None where one image is too few."""
@@ -496,6 +501,18 @@ class _MeanAveragePrecision:
     def __call__(self, weights: np.ndarray) -> float:
         defined = [value for average_precision in self._classes if (value := average_precision(weights)) is not None]
         return float(np.mean(defined)) if defined else 0.0
+
+
+def precision_difference(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[float, Interval | None]:
+    """The mean average precision of the first probabilities less that of the second, on the same images, and its
+    interval, by drawing images for both. All are (N, K), labels of bool."""
+    of_first, of_second = (_MeanAveragePrecision(labels, each) for each in (first, second))
+
+    def difference(weights: np.ndarray) -> float:
+        return of_first(weights) - of_second(weights)
+
+    size = len(labels)
+    return difference(np.ones(size, dtype=np.int64)), bootstrap_interval(difference, size, least=-1.0)
 
 
 def _f1(labels: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

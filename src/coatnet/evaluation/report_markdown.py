@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coatnet.evaluation.answers import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
@@ -16,7 +17,7 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     The plots of report.md are confusion.png (up to 1,000 classes, single-label), mistakes.png and calibration.png;
     report.html holds all of its own, and the curves of the run whose metrics.jsonl lies in the folder. predictions.csv
-    has the answer to each image.
+    has the answer to each image; probabilities.npy, where an image may have several labels, those of each class.
 
     Args:
         report: the evaluation.
@@ -36,6 +37,10 @@ def write_report(report: Report, folder: str | Path) -> None:
         draw_calibration(report.calibration, staged)
     # Names of files need not be Unicode; what is not is written as JSON would escape it.
     if report.answers is not None:
+        table = report.answers.probabilities
+        if table is not None and table.size <= MAX_PROBABILITIES:
+            with atomic_files(folder / PROBABILITIES) as (staged,), open(staged, "wb") as file:
+                np.save(file, table)
         atomic_write(folder / "predictions.csv", report.answers.to_csv(), errors="backslashreplace")
     atomic_write(folder / "report.html", to_html(report, folder / "metrics.jsonl"), errors="backslashreplace")
     atomic_write(folder / "report.md", to_markdown(report, with_plots=True), errors="backslashreplace")

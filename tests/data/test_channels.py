@@ -27,6 +27,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
 from coatnet.data.splits import SplitRule, divide
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing, TrainingTransform
+from coatnet.data.windows import open_windows
 from coatnet.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -173,10 +174,16 @@ def test_files_of_8_bits_are_as_they_are_decoded() -> None:
         (b"PK\x03\x04 and no more", Scale(12, 0, 1), "corrupt: "),
     ],
 )  # fmt: skip
-def test_what_is_no_such_image_is_refused_by_a_reason(data: bytes, scale: Scale | None, reason: str) -> None:
+def test_what_is_no_such_image_is_refused_by_a_reason(
+    data: bytes, scale: Scale | None, reason: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadImage) as refused:
         read_pixels(data, "a.file", scale)
     assert refused.value.reason.startswith(reason)
+    (tmp_path / "a.file").write_bytes(data)
+    with pytest.raises(BadImage) as again, open_windows(tmp_path / "a.file", scale) as windows:
+        windows.read(0, 0, 1, 1)  # of the whole or a part: one check
+    assert again.value.reason == refused.value.reason
 
 
 def test_a_rgb_model_says_what_twelve_channels_need() -> None:

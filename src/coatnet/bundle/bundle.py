@@ -124,6 +124,13 @@ class Bundle:
         several = self.multilabel if multilabel is None else multilabel
         return Bundle(model.eval(), tuple(classes), self.preprocessing, several)
 
+    def in_order(self, classes: Sequence[str]) -> "Bundle":
+        """A model that is not calibrated with its classes in this order; itself where they are others."""
+        if self.classes == tuple(classes) or set(self.classes) != set(classes):
+            return self
+        rows, (weight, bias) = [self.classes.index(name) for name in classes], self.classifier()
+        return replace(self.with_classifier(classes, weight[rows], bias[rows]), record=self.record)
+
     def config(self) -> str:
         """The text of config.json."""
         return config_json(self.model, self.classes, self.preprocessing, self.multilabel, self.record)

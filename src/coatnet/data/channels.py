@@ -10,6 +10,7 @@ import io
 import itertools
 import logging
 import math
+import mmap
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ SAMPLED_IMAGES = 256  # chosen: a few seconds of reading; the same number as for
 MEASURED_PIXELS = 1_000_000  # of each; of larger ones every n-th row and column
 FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of sensors of 8, 10, 12, 14 and 16 bits
 _JPEG = 7
+_LONGEST_HEADER = 2**16  # of a NumPy file, in bytes
 _COMPRESSIONS = {1: "", 5: "LZW", _JPEG: "JPEG", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
 _DEEP_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # what may hold more than 8-bit RGB can show
 _PNG_COLOR_OF_16_BITS = (2, 4, 6)  # with more than one channel: Pillow drops their lower 8 bits
@@ -96,7 +98,9 @@ def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixe
     kind, limits = format_of(data, name), Limits(name, max_pixels or allowed_pixels())
     try:
         if kind.name in ("NPY", "NPZ"):
-            return _read_array(data, limits, channels, zipped=kind.name == "NPZ")
+            read = _read_zipped_array if kind.name == "NPZ" else map_array
+            values = read(data, limits, channels)
+            return values.astype(values.dtype.newbyteorder("="))
         if kind.name == "PNG" and data[24:25] == b"\x10" and data[25] in _PNG_COLOR_OF_16_BITS:
             return _read_deep_png(data, limits)
         if kind.name == "TIFF" and _needs_tifffile(data, limits, channels):
@@ -130,28 +134,35 @@ def _is_gray(values: NDArray) -> bool:
 # NumPy
 
 
-def _read_array(data: bytes, limits: Limits, channels: int | None, *, zipped: bool) -> NDArray:
-    if zipped:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = [each for each in archive.namelist() if each.endswith(".npy")]
-            if len(names) != 1:
-                raise BadImage(limits.name, f"corrupt: {len(names)} arrays in the .npz; an image is one")
-            with archive.open(names[0]) as file:
-                header = _checked(read_npy_header(start := file.read(2**16)), limits, channels)
-                data = start + file.read(max(0, header.offset + header.num_bytes - len(start)))
-    else:
-        header = _checked(read_npy_header(data), limits, channels)
-    if len(data) < header.offset + header.num_bytes:
-        raise BadImage(limits.name, f"truncated: {len(data):,} bytes for an array of {header.num_bytes:,}")
-    values = np.frombuffer(data, header.dtype, math.prod(header.shape), header.offset)
-    values = values.reshape(header.shape, order="F" if header.fortran else "C")
-    height, width, count, first = array_layout(header.shape, channels)
-    values = np.moveaxis(values, 0, -1) if first else values.reshape(height, width, count)
-    return values.astype(header.dtype.newbyteorder("="))
+def map_array(data: bytes | mmap.mmap, limits: Limits, channels: int | None) -> NDArray:
+    """The values (H, W, C) of a NumPy file, a view of its bytes.
+
+    Args:
+        data: the bytes of a file, or a file that is mapped into memory.
+        limits: of the whole image, or without a limit of pixels for one that is read window by window.
+        channels: as for `read_values`.
+
+    Raises:
+        BadImage: the array is no image within the limits, or the file ends before it.
+        ValueError: the header cannot be read.
+    """
+    return _view(data, _read_header(data[:_LONGEST_HEADER], limits, channels), limits, channels)
 
 
-def _checked(header: NpyHeader, limits: Limits, channels: int | None) -> NpyHeader:
-    """The header, if it is that of an image within the limits."""
+def _read_zipped_array(data: bytes, limits: Limits, channels: int | None) -> NDArray:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [each for each in archive.namelist() if each.endswith(".npy")]
+        if len(names) != 1:
+            raise BadImage(limits.name, f"corrupt: {len(names)} arrays in the .npz; an image is one")
+        with archive.open(names[0]) as file:
+            header = _read_header(start := file.read(_LONGEST_HEADER), limits, channels)
+            rest = file.read(max(0, header.offset + header.num_bytes - len(start)))
+    return _view(start + rest, header, limits, channels)
+
+
+def _read_header(start: bytes, limits: Limits, channels: int | None) -> NpyHeader:
+    """The header of an array, if it is that of an image within the limits."""
+    header = read_npy_header(start)
     if header.dtype.kind not in "biuf" or len(header.shape) not in (2, 3) or 0 in header.shape:
         raise BadImage(
             limits.name,
@@ -162,6 +173,14 @@ def _checked(header: NpyHeader, limits: Limits, channels: int | None) -> NpyHead
     _check_channels(count, limits)
     limits.check(width, height, weight_of(count, header.dtype.itemsize))
     return header
+
+
+def _view(data: bytes | mmap.mmap, header: NpyHeader, limits: Limits, channels: int | None) -> NDArray:
+    if len(data) < header.offset + header.num_bytes:
+        raise BadImage(limits.name, f"truncated: {len(data):,} bytes for an array of {header.num_bytes:,}")
+    values = np.ndarray(header.shape, header.dtype, data, header.offset, order="F" if header.fortran else "C")
+    height, width, count, first = array_layout(header.shape, channels)
+    return np.moveaxis(values, 0, -1) if first else values.reshape(height, width, count)
 
 
 def _check_channels(count: int, limits: Limits) -> None:

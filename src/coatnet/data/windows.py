@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coatnet.data.channels import TiffValues, read_pixels, to_levels
+from coatnet.data.channels import TiffValues, map_array, read_pixels, to_levels
 from coatnet.data.datasets import read_image_file
-from coatnet.data.decode import SNIFFED_BYTES, BadImage, Limits, Scale, allowed_pixels, check_tiff, sniff
-from coatnet.data.image_headers import array_layout, read_npy_header
+from coatnet.data.decode import SNIFFED_BYTES, BadImage, Limits, Scale, allowed_pixels, check_tiff, sniff, weight_of
 from coatnet.errors import UserError, first_line
 from coatnet.system.files import open_regular
 
@@ -73,7 +72,7 @@ class _Array:
         self._values, self._limits, self._scale, self.size = values, limits, scale, values.shape[:2]
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
-        self._limits.check(width, height, self._scale.channels)
+        self._limits.check(width, height, weight_of(self._values.shape[2], self._values.itemsize))
         window = self._values[top : top + height, left : left + width]
         return to_levels(np.array(window).astype(window.dtype.newbyteorder("=")), self._limits.name, self._scale)
 
@@ -108,7 +107,8 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
     if kind is not None and kind.name in ("NPY", "TIFF"):
         data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with what is read from it
         if kind.name == "NPY" and scale is not None:
-            return _map_array(data, limits, scale)
+            values = map_array(data, Limits(name, _ANY_SIZE, _ANY_SIZE), scale.channels)
+            return _Array(values, limits, scale)
         if kind.name == "TIFF":
             upright = check_tiff(data, Limits(name, _ANY_SIZE, _ANY_SIZE)).numbers.get(274, 1) == 1
             file.seek(0)
@@ -131,17 +131,3 @@ def _tiff_values(file: object, limits: Limits, scale: Scale | None) -> TiffValue
         values.close()
         return None
     return values
-
-
-def _map_array(data: mmap.mmap, limits: Limits, scale: Scale) -> _Array:
-    try:
-        header = read_npy_header(data[: 2**14])
-        if header.dtype.kind not in "biuf" or len(header.shape) not in (2, 3) or 0 in header.shape:
-            raise ValueError(f"an array of {header.dtype} of the shape {header.shape} is no image")
-        if len(data) < header.offset + header.num_bytes:
-            raise ValueError(f"{len(data):,} bytes for an array of {header.num_bytes:,}")
-        values = np.ndarray(header.shape, header.dtype, data, header.offset, order="F" if header.fortran else "C")
-    except ValueError as error:
-        raise BadImage(limits.name, f"corrupt: {first_line(error)}") from error
-    height, width, count, leads = array_layout(header.shape, scale.channels)
-    return _Array(np.moveaxis(values, 0, -1) if leads else values.reshape(height, width, count), limits, scale)

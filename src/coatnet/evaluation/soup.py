@@ -127,6 +127,7 @@ def soup(
     names = [_name(source, number) for number, source in enumerate(models, start=1)]
     target = choose_device(device or "auto")
     bundles = [load_model(source, str(target)).uncalibrated() for source in models]
+    bundles = [bundle.in_order(bundles[0].classes) for bundle in bundles]
     for name, bundle in zip(names[1:], bundles[1:], strict=True):
         check_alike(bundles[0], names[0], bundle, name)
     recipes = [_recipe(bundle) for bundle in bundles]

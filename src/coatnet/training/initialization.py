@@ -56,7 +56,7 @@ def suggest_init(recipe: Recipe, splits: Splits) -> str:
 def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:
     """The network of the configuration, untrained, or with the weights of the bundle to start from.
 
-    The bundle's classifier is kept if its classes are those of the data, in the same order; else it is a new one.
+    The bundle's classifier is kept if its classes are those of the data, in any order; else it is a new one.
 
     Raises:
         UserError: the configuration asks for another network than the bundle's, or freezes what cannot be frozen.
@@ -77,7 +77,7 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
         raise UserError("variations cannot be given together with init: the network is that of the bundle")
     architecture: dict[str, Any] = init.model.config() | {"in_channels": config.preprocessing.channels}
     model = create_model(architecture.pop("variant"), stochastic_depth=config.stochastic_depth, **architecture)
-    weights = init.model.state_dict()
+    weights = init.in_order(dataset.classes).model.state_dict()
     if init.model.in_channels != model.in_channels:
         first = first_convolution(model)
         weights[first] = change_channels(weights[first], model.in_channels, config.preprocessing.rgb)
@@ -91,8 +91,8 @@ def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -
 
 
 def keeps_classifier(dataset: Dataset, init: Bundle) -> bool:
-    """Whether the classes of the bundle are those of the data, in the same order."""
-    return init.classes == dataset.classes
+    """Whether the classes of the bundle are those of the data, in any order: its rows are sorted as theirs."""
+    return set(init.classes) == set(dataset.classes)
 
 
 def describe_init(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> str:
@@ -104,9 +104,7 @@ def describe_init(config: TrainingConfig, dataset: Dataset, init: Bundle | None)
     adapted = "" if given == taken else f", its {given} channels made {taken}, {kept}"
     if keeps_classifier(dataset, init):
         return f" from {place_name(config.init)}{adapted}, its classifier kept"
-    same = set(init.classes) == set(dataset.classes)
-    classes = f"the same {len(dataset.classes)} classes in another order" if same else f"{len(dataset.classes)} classes"
-    return f" from {place_name(config.init)}{adapted}, a new classifier for {classes}"
+    return f" from {place_name(config.init)}{adapted}, a new classifier for {len(dataset.classes)} classes"
 
 
 @torch.no_grad()

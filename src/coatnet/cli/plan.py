@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--data", type=_whole, metavar="N", help="images of one epoch, such as 3e9 (those of the recipe)"
     )
     parser.add_argument(
-        "--resolution", type=_whole, metavar="R", help="side of the input images in pixels (the recipe's)"
+        "--resolution", metavar="R", help="side of the input images, or height x width, such as 192x320 (the recipe's)"
     )
     parser.add_argument(
         "--recipe",

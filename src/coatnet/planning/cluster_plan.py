@@ -104,7 +104,8 @@ class TrainingPlan:
         differing = [name for name in (*COST_FIELDS, "precision") if getattr(config, name) != getattr(named, name)]
         options = [(name, getattr(config, name)) for name in ["model", *differing, *chosen]]
         start = ("--init", "path/to/bundle") if self.named_recipe.needs_init else ()
-        return ("train", config.name, *start, *(text for name, value in options for text in (f"--{name}", f"{value}")))
+        written = [(name, "x".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in options]
+        return ("train", config.name, *start, *(text for name, value in written for text in (f"--{name}", f"{value}")))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as numbers, in bytes and seconds."""
@@ -170,7 +171,7 @@ def plan_training(
     gpu_memory: float,
     recipe: str | None = None,
     num_images: int | None = None,
-    resolution: int | None = None,
+    resolution: int | str | tuple[int, int] | None = None,
     epochs: float | None = None,
     batch_size: int | None = None,
     gpus_per_node: int | None = None,
@@ -186,7 +187,7 @@ def plan_training(
         gpu_memory: memory of one GPU, 10^9 bytes.
         recipe: name of a recipe; by default the paper's for this number of images, or else for the model.
         num_images: images of one epoch; by default those of the recipe.
-        resolution: side of the input images in pixels; by default the recipe's.
+        resolution: side of the input images in pixels, or their height and width; by default the recipe's.
         epochs: passes over the images; by default the recipe's.
         batch_size: images of one optimizer step; by default the recipe's.
         gpus_per_node: GPUs of one machine; by default 8, or all if there are fewer.
@@ -234,8 +235,9 @@ def resolve_config(
             raise UserError(f"recipe {recipe.name!r} takes {name} from the images: give {name}")
     if not num_images:
         raise UserError(f"recipe {recipe.name!r} has no number of images: give data, the number of images")
-    side = recipe.resolution if isinstance(recipe.resolution, int) else 0
-    config = resolve_for(recipe, DataFacts(num_images, side, shorter_side=side, largest_side=side))
+    sides = recipe.resolution if isinstance(recipe.resolution, tuple) else (recipe.resolution or 0,)
+    facts = DataFacts(num_images, max(sides), shorter_side=min(sides), largest_side=max(sides))
+    config = resolve_for(recipe, facts)
     if config.batch_size < gpus:
         raise UserError(f"batch-size {config.batch_size} is below the number of GPUs, {gpus}: give a larger one")
     return config

@@ -16,7 +16,7 @@ from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.datasets import ArrayDataset, Dataset
 from coatnet.data.splits import Splits
-from coatnet.evaluation.extend import class_weights, extend, fit_means, fit_new_rows, fit_ridge
+from coatnet.evaluation.extend import class_weights, extend, fit_means, fit_new_rows, fit_ridge, lower_new
 
 ARRIVING = ("Sneaker", "Bag")
 
@@ -75,6 +75,28 @@ def test_two_classes_of_ten_images_are_added_and_the_loss_of_the_others_is_measu
 def _renamed(dataset: Dataset, classes: tuple[str, ...]) -> ArrayDataset:
     assert isinstance(dataset, ArrayDataset)
     return ArrayDataset("renamed", classes, dataset.images, dataset.labels)
+
+
+def test_what_the_old_classes_may_lose_is_held(eight: Path, garments: tuple[Splits, Splits]) -> None:
+    known, new = garments
+    kept, free = (extend(eight, new, old=known, max_drop=share) for share in (0.0, 1.0))
+    assert kept.lowered >= free.lowered == 0 and kept.bundle.record["extension"]["lowered"] == kept.lowered
+    for found in (kept, free):
+        assert found.before is not None and found.after is not None and found.new is not None
+    assert (
+        kept.after.correct >= kept.before.correct - 16
+    )  # two points of 800 images; none of those learned from is lost
+    with pytest.raises(UserError, match="max-drop is a share of accuracy, 0 to 1"):
+        extend(eight, new, old=known, max_drop=5)
+
+
+def test_new_logits_are_lowered_no_more_than_the_old_classes_need() -> None:
+    before = torch.tensor([[2.0, 0.0]] * 10)
+    logits = torch.cat([before, torch.tensor([[3.0], [2.5], [2.1], *[[0.0]] * 7])], dim=1)
+    labels = torch.tensor([0] * 10)
+    for share, lowered in ((0.0, 1.0), (0.1, 0.5), (0.25, 0.1), (0.3, 0.0)):
+        assert lower_new(logits, before, labels, share) == pytest.approx(lowered, abs=1e-3)
+    assert lower_new(logits[:, [1, 0, 2]], before, labels, 0.5) is None  # the old rows alone lose all
 
 
 def test_without_old_images_their_features_are_drawn(eight: Path, garments: tuple[Splits, Splits]) -> None:

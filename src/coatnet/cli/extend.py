@@ -19,7 +19,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument("--data", required=True, metavar="DATA", help="images of the new classes, see below")
-    parser.add_argument("--old", metavar="DATA", help="images of the old classes: measured before and after")
+    parser.add_argument("--old", metavar="DATA", help="images of the old classes: fitted to, measured before and after")
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="SHARE",
+        help="accuracy that the old classes may lose, by their training images; 0.01 is one percentage point (0.01)",
+    )
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="folder for the model of all classes")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
     parser.add_max_megapixels()
@@ -35,7 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.evaluation import extend
 
     target = require_bundle_place(given.out)
-    made = extend(given.bundle, given.data, old=given.old, device=given.device)
+    options = {} if given.max_drop is None else {"max_drop": given.max_drop}
+    made = extend(given.bundle, given.data, old=given.old, device=given.device, **options)
     made.bundle.save(target)
     if given.json:
         echo_summary(readable_json(made.bundle.record["extension"]).rstrip())

@@ -130,14 +130,14 @@ def calibrate(
     def advance(done: int) -> None:
         progress(min(done, total), total)
 
-    held_out, _ = _outputs(bundle, datasets, KEPT_IMAGES, num_workers, advance)
+    held_out, _ = sample_outputs(bundle, datasets, KEPT_IMAGES, num_workers, advance)
     if len(held_out.logits) < MIN_IMAGES:
         raise UserError(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
             f"{MIN_IMAGES} that the model was not trained on"
         )
     if training is not None and len(training):
-        reference, _ = _outputs(
+        reference, _ = sample_outputs(
             bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(num_held_out + done)
         )
     else:
@@ -147,7 +147,11 @@ def calibrate(
 
 
 def calibrate_and_evaluate(
-    bundle: Bundle, images: Measured, *, progress: Callable[[int, int], None] = no_progress
+    bundle: Bundle,
+    images: Measured,
+    *,
+    reference: Outputs | None = None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> tuple[Bundle, Report]:
     """Calibrate a bundle on held-out images and evaluate it there, from what its network computed for them.
 
@@ -157,6 +161,7 @@ def calibrate_and_evaluate(
     Args:
         bundle: not calibrated; it differs from that of the images at most in its classifier.
         images: the validation split, with outputs kept.
+        reference: of images that it was trained on; by default computed, of at most 4,000.
         progress: called with the number of images done and the number of all.
 
     Raises:
@@ -165,7 +170,7 @@ def calibrate_and_evaluate(
     training, num_workers = images.training, images.num_workers
     if len(images) < 2 * MIN_IMAGES or training is None or not len(training):
         return bundle, measure(bundle, images, progress=progress)
-    total = len(images) + min(MAX_TRAINING_IMAGES, len(training))
+    total = len(images) + (min(MAX_TRAINING_IMAGES, len(training)) if reference is None else 0)
 
     def advance(done: int) -> None:
         progress(min(done, total), total)
@@ -173,11 +178,13 @@ def calibrate_and_evaluate(
     if images.keeps:
         held_out = Outputs.of(bundle, images.outputs(advance))
     else:
-        held_out, _ = _outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance)
+        held_out, _ = sample_outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance)
     if len(held_out.logits) >= MIN_IMAGES:
-        reference, images.training_looks = _outputs(
-            bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(len(images) + done), images.look
-        )
+        if reference is None:
+            began = len(images)
+            reference, images.training_looks = sample_outputs(
+                bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(began + done), images.look
+            )
         bundle = with_calibration(bundle, held_out, reference)
     return bundle, measure(bundle, images, progress=progress)
 
@@ -291,7 +298,7 @@ def fit_distances(reference: Outputs, bundle: Bundle) -> Novelty:
     return Novelty({name: each.float().contiguous() for name, each in tensors.items()})
 
 
-def _outputs(
+def sample_outputs(
     bundle: Bundle,
     datasets: Sequence[Dataset],
     most: int,

@@ -107,8 +107,7 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
     if kind is not None and kind.name in ("NPY", "TIFF"):
         data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with what is read from it
         if kind.name == "NPY" and scale is not None:
-            values = map_array(data, Limits(name, _ANY_SIZE, _ANY_SIZE), scale.channels)
-            return _Array(values, limits, scale)
+            return _Array(map_array(data, Limits(name, _ANY_SIZE, _ANY_SIZE), scale.channels), limits, scale)
         if kind.name == "TIFF":
             upright = check_tiff(data, Limits(name, _ANY_SIZE, _ANY_SIZE)).numbers.get(274, 1) == 1
             file.seek(0)

@@ -235,7 +235,8 @@ def resolve_config(
             raise UserError(f"recipe {recipe.name!r} takes {name} from the images: give {name}")
     if not num_images:
         raise UserError(f"recipe {recipe.name!r} has no number of images: give data, the number of images")
-    sides = recipe.resolution if isinstance(recipe.resolution, tuple) else (recipe.resolution or 0,)
+    given = recipe.resolution
+    sides = [int(side) for side in (given if isinstance(given, tuple) else (given or 0,))]
     facts = DataFacts(num_images, max(sides), shorter_side=min(sides), largest_side=max(sides))
     config = resolve_for(recipe, facts)
     if config.batch_size < gpus:

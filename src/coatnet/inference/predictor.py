@@ -349,8 +349,7 @@ class Predictor:
 
     def top(self, probabilities: NDArray[np.float32], k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
         """Names and probabilities of the `k` most probable classes of one image (K,), in descending order."""
-        best = np.argsort(-probabilities, kind="stable")[:k]
-        return tuple(self.classes[index] for index in best), tuple(probabilities[best].tolist())
+        return most_probable(self.classes, probabilities, k)
 
     def _prepare_or_error(self, image: Image, name: str) -> NDArray[np.uint8] | str:
         try:
@@ -378,6 +377,15 @@ class Predictor:
             return Prediction("", error=error)
         unknown, class_set = self.is_unknown(novelty), self.class_set(probabilities)
         return Prediction("", *self.top(probabilities, top_k), None, novelty, unknown, class_set)
+
+
+def most_probable(
+    classes: Sequence[str], probabilities: NDArray[np.float32], k: int
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Names and probabilities of the `k` most probable classes of one image (K,), in descending order; of equals the
+    first."""
+    best = np.argsort(-probabilities, kind="stable")[:k]
+    return tuple(classes[index] for index in best), tuple(probabilities[best].tolist())
 
 
 def check_reject(bundle: Bundle, reject: float | None) -> float | None:

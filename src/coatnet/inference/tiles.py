@@ -20,7 +20,7 @@ from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
 from coatnet.errors import UserError
 from coatnet.inference.explanation import heat_colors
-from coatnet.inference.predictor import Prediction, Predictor
+from coatnet.inference.predictor import Prediction, Predictor, most_probable
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -54,9 +54,8 @@ class TiledPrediction:
     def each(self, top_k: int = 5) -> Iterator[Prediction]:
         """The answer to each tile, named `image.tif[top:bottom,left:right]`."""
         for (top, left, height, width), row in zip(self.boxes.tolist(), self.probabilities, strict=True):
-            best = np.argsort(-row, kind="stable")[:top_k]
             name = f"{self.prediction.name}[{top}:{top + height},{left}:{left + width}]"
-            yield Prediction(name, tuple(self.classes[k] for k in best), tuple(row[best].tolist()))
+            yield Prediction(name, *most_probable(self.classes, row, top_k))
 
     def heat(self, target: str | None = None) -> NDArray[np.float32]:
         """The probability of a class over the thumbnail, (h, w): the mean over the tiles that show a place.

@@ -24,7 +24,7 @@ from coatnet.data.loader import BadImages
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.evaluation import calibrate
-from coatnet.evaluation.calibrate import Outputs, fit_distances
+from coatnet.evaluation.calibrate import fit_distances
 from coatnet.evaluation.evaluate import recorded_rule
 from coatnet.evaluation.outputs import label_translation
 from coatnet.inference.logits import infer
@@ -123,8 +123,7 @@ def scores(bundle: Bundle, training: Views) -> dict[str, object]:
         return -similar.topk(min(NEIGHBORS, len(near)), dim=1).values[:, -1].numpy()
 
     def distance(kind: str):
-        empty = torch.zeros(0)
-        fitted = fit_distances(Outputs(empty, getattr(training, kind), training.labels, empty), bundle)
+        fitted = fit_distances(getattr(training, kind), training.labels, bundle)
         return lambda views: fitted.parts(views.logits.softmax(1), getattr(views, kind))[:, 1].numpy()
 
     def ours(novelty: Novelty):

@@ -56,7 +56,13 @@ def test_two_images_of_one_name_get_two_files(clothes_bundle: Path, folder: Path
     (tmp_path / "other" / "a.png").write_bytes((folder / "a.png").read_bytes())
     given = [str(folder / "a.png"), str(tmp_path / "other" / "a.png")]
     assert main(["explain", str(clothes_bundle), *given, "--class", "Ankle boot", "--out", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.Ankle-boot-2.png", "a.Ankle-boot.png"]
+    names = ["a.Ankle-boot-2.png", "a.Ankle-boot.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    # Another method or stage lies beside the first, and does not replace it.
+    for how in (["--method", "attention"], ["--stage", "1"]):
+        assert main(["explain", str(clothes_bundle), given[0], "--out", str(tmp_path / "out"), *how]) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {*names, "a.Bag.attention.png", "a.Bag.stage-1.png"}
 
 
 def test_the_relative_biases_are_written(

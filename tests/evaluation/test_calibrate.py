@@ -1,6 +1,7 @@
 """Calibration: temperatures, novelty and sets of classes, stored in the bundle and the same everywhere."""
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,24 @@ class Counted(ArrayDataset):
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         self.readings.append(index)
         return super().read(index)
+
+
+def test_the_benchmark_of_novelty_compares_scores(calibrated: Bundle, digits: Splits) -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "novelty.py"
+    spec = importlib.util.spec_from_file_location("novelty_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    training, known = (
+        benchmark.Views(calibrated, each, 300, labeled=True) for each in (digits.training, digits.validation)
+    )
+    noise = benchmark.Views(calibrated, benchmark.sources(["noise"], calibrated)["noise"], 100)
+    found = {
+        name: benchmark.auroc(score(known), score(noise))
+        for name, score in benchmark.scores(calibrated, training).items()
+    }
+    assert len(found) == 9 and all(0 <= each <= 1 for each in found.values())
+    assert found["novelty of the package"] > 0.9 and found["distance, all maps"] > 0.9
 
 
 def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, digits: Splits) -> None:

@@ -63,6 +63,11 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert low < 0 < high and "not distinguishable" in describe(difference)
     assert sorted(found.images[number] for number in found.disagreements) == [f"folder/{n}.png" for n in (5, 6, 7)]
     assert found.settings == {"optimizer.lr": (0.1, 0.2)}
+    # A folder of `evaluate --out` has no configuration: nothing differs from it.
+    bare = replace(found.runs[1], name="bare", recipe={})
+    assert compare([*found.runs, bare]).settings == {"optimizer.lr": (0.1, 0.2, None)}
+    assert compare([found.runs[0], bare]).settings == {}
+    assert "There is none of bare." in compare([found.runs[0], bare]).document().to_markdown()
     plain = json.loads(found.to_json())
     assert plain["differences"][0]["map_difference"] is None and "average precision" not in describe(difference)
     assert plain["differences"][0]["gained"] == 2 and plain["n"] == 10

@@ -81,6 +81,8 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     check_method(predictor.bundle.model, method, given.stage)  # before the folder is made
     if given.target is not None:
         predictor.class_index(given.target)
+    how = "" if method == "layercam" else f".{method}"
+    how += "" if given.stage is None else f".stage-{given.stage}"
     folder.mkdir(parents=True, exist_ok=True)
     found, taken, num_unreadable = expand_paths(given.paths), set[str](), 0
     while batch := list(islice(found, IMAGES_AT_ONCE)):
@@ -92,7 +94,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
                 print_unreadable({str(path): explanation.error})
                 num_unreadable += 1
                 continue
-            file = new_name(folder, path.stem, explanation.target, taken)
+            file = new_name(folder, path.stem, explanation.target, taken, how)
             shown = open_upright(path, predictor.bundle.preprocessing.scale)
             side_by_side(shown, explanation.overlay(shown)).save(file)
             percent = f"{100 * explanation.probability:.1f} %"
@@ -100,10 +102,10 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     return FAILED if num_unreadable else 0
 
 
-def new_name(folder: Path, stem: str, target: str, taken: set[str]) -> Path:
-    """A file name of image and class that no image before had: `holiday.tabby-cat.png`."""
+def new_name(folder: Path, stem: str, target: str, taken: set[str], how: str = "") -> Path:
+    """A file name of image and class, and of what else is named, that no image before had: `holiday.tabby-cat.png`."""
     words = "-".join("".join(c if c.isalnum() else " " for c in target).split())[:40]
-    name = f"{stem[:80]}.{words or 'class'}"
+    name = f"{stem[:80]}.{words or 'class'}{how}"
     candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
     chosen = next(each for each in candidates if each.lower() not in taken)
     taken.add(chosen.lower())

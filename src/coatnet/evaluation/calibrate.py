@@ -206,7 +206,7 @@ def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> B
         thresholds[method] = torch.stack(
             [coverage_thresholds(each[row]) for each, row in zip(truth, rows, strict=True)]
         )
-    novelty = fit_distances(reference, bundle)
+    novelty = fit_distances(reference.pooled, reference.labels, bundle)
     parts = [novelty.parts(table, held_out.pooled) for table in tables]
     novelty.location.copy_(parts[0].median(0).values)
     novelty.scale.copy_(parts[0].std(0).clamp(min=1e-3))
@@ -265,15 +265,14 @@ def coverage_thresholds(scores: Tensor) -> Tensor:
     return torch.where(rank > len(ordered), NO_THRESHOLD, found).float()
 
 
-def fit_distances(reference: Outputs, bundle: Bundle) -> Novelty:
-    """Mahalanobis' distance to the nearest class mean, from the means of feature maps; the rest is still open.
+def fit_distances(pooled: Tensor, labels: Tensor, bundle: Bundle) -> Novelty:
+    """Mahalanobis' distance to the nearest class mean, from the means of feature maps (N, D); the rest is still open.
 
     One covariance is shared by the classes. Above 512 features the 512 directions of least variance among training
     images are kept, in which foreign images stand out most (Wang et al., 2022, arXiv:2203.10807). Several labels and
     more than 1,000 classes have one mean.
     """
-    features = reference.pooled.double()
-    labels = reference.labels
+    features = pooled.double()
     if bundle.multilabel or len(bundle.classes) > MAX_MEANS:
         labels = torch.zeros(len(features), dtype=torch.int64)
     present, numbers = labels.unique(return_inverse=True)

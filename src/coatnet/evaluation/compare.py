@@ -147,11 +147,14 @@ class Comparison:
                     *([self._disagreement_table(listed)] if listed else []),
                 ],
             ),
-            Section(
-                "Configuration", [Table(("", *names), settings) if settings else "The recorded ones are the same."]
-            ),
+            Section("Configuration", [Table(("", *names), settings) if settings else self._without_settings()]),
         ]
         return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
+
+    def _without_settings(self) -> str:
+        """Why no value is listed."""
+        missing = [run.name for run in self.runs if not run.recipe]
+        return f"There is none of {shorten(missing)}." if missing else "The recorded ones are the same."
 
     def _without_probabilities(self) -> list[str]:
         """A line if mean average precisions cannot be compared."""
@@ -369,10 +372,14 @@ def _numbers(answers: Answers) -> dict[tuple[str, int], int]:
 
 
 def _settings(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """The values that differ among the recipes that are there; None for what a recipe lacks."""
     flat = [_flatten(recipe) for recipe in recipes]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
-    values = {name: tuple(recipe.get(name) for recipe in flat) for name in names}
-    return {name: given for name, given in values.items() if any(value != given[0] for value in given)}
+    found = {}
+    for name in dict.fromkeys(name for recipe in flat for name in recipe):
+        values = [recipe.get(name) for recipe in flat if recipe]
+        if any(value != values[0] for value in values):
+            found[name] = tuple(recipe.get(name) for recipe in flat)
+    return found
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

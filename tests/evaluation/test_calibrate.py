@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,18 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     few = replace(digits, validation=ArrayDataset("few", digits.classes, counted.images[:19], counted.labels[:19]))
     bundle, report = calibrate_and_evaluate(trained, Measured(trained, few, keep=True))
     assert bundle is trained and report.figures["n"] == 19
+
+
+def test_more_images_than_are_kept_are_computed_again(
+    trained: Bundle, digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("evaluate", "calibrate"):
+        monkeypatch.setattr(sys.modules[f"coatnet.evaluation.{module}"], "KEPT_IMAGES", 100)
+    images = Measured(trained, digits, num_workers=0, keep=True)
+    assert not images.keeps
+    bundle, report = calibrate_and_evaluate(trained, images)
+    assert bundle.calibration is not None and 50 < len(bundle.calibration.images) <= 100
+    assert report == evaluate(bundle, digits) and report.figures["n"] == len(digits.validation)
 
 
 def test_classes_that_arrive_and_averages_take_one_pass_over_the_held_out_images(

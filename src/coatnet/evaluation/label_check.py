@@ -204,7 +204,6 @@ def out_of_fold(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
-    num_folds: int = NUM_FOLDS,
     *,
     l2: float | None = None,
     left_out: Tensor | None = None,
@@ -225,10 +224,10 @@ def out_of_fold(
     """
     l2 = choose_l2(features, labels, num_classes) if l2 is None else l2
     rows = [f"fold[{row}]" for row in range(len(labels))]
-    folds = torch.from_numpy(assign_folds(rows, labels.cpu().numpy(), num_folds)).to(labels.device)
+    folds = torch.from_numpy(assign_folds(rows, labels.cpu().numpy(), NUM_FOLDS)).to(labels.device)
     learned = torch.ones_like(labels, dtype=torch.bool) if left_out is None else ~left_out
     probabilities = torch.empty(len(labels), num_classes, device=features.device)
-    for fold in track(range(num_folds), "judging labels", num_folds):
+    for fold in track(range(NUM_FOLDS), "judging labels", NUM_FOLDS):
         held_out = folds == fold
         if held_out.any():
             rows = learned & ~held_out

@@ -56,9 +56,10 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     return (difference - half, difference + half)
 
 
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], size: int, *, replicates: int = 100, least: float = 0.0
-) -> Interval | None:
+RESAMPLES = 100
+
+
+def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, *, least: float = 0.0) -> Interval | None:
     """The interval of a statistic in least..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
 
     Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
@@ -67,14 +68,13 @@ def bootstrap_interval(
     Args:
         statistic: computes it from how often each image was drawn, integers (size,).
         size: number of images.
-        replicates: number of resamples.
         least: the smallest value that it can have.
     """
     if size < 2:
         return None
     generator = np.random.Generator(np.random.PCG64(0))
     value = statistic(np.ones(size, dtype=np.int64))
-    drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(replicates)]
+    drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(RESAMPLES)]
     half = _Z * float(np.std(drawn, ddof=1))
     return (max(least, value - half), min(1.0, value + half))
 

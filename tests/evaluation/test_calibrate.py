@@ -259,6 +259,7 @@ def test_foreign_images_are_more_novel(calibrated: Bundle, digits: Splits) -> No
     assert sum(each.unknown for each in foreign) >= 36
     assert sum(each.unknown for each in familiar) <= 15
     assert all(each.unknown == ((each.novelty or 0) > 0.95 + 1e-6) for each in foreign + familiar)
+    assert all(each.novelty == round(each.novelty or 0, 3) for each in foreign + familiar)  # as people read it
     assert all(each.class_set is not None and set(each.class_set) <= set(digits.classes) for each in familiar)
     assert not any(each.unknown for each in Predictor(calibrated, "torch", "fp32")(list(noise)))
 

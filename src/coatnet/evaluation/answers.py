@@ -84,13 +84,13 @@ def read_answers(path: Path) -> Answers:
     return Answers(images, truth, predicted, probability, nll)
 
 
-def read_probabilities(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The probabilities (N, K) of float32 in a file, mapped into memory; None if it holds none of this shape."""
+def read_array(path: Path, shape: tuple[int, int], dtype: type[np.floating]) -> np.ndarray | None:
+    """The array in an .npy file, mapped into memory; None if it holds none of this shape and type."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return found if found.shape == shape and found.dtype == np.float32 else None
+    return found if found.shape == shape and found.dtype == dtype else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
-from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_probabilities
+from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_array
 from coatnet.evaluation.metrics import FIGURES, Interval, paired_difference, precision_difference
 from coatnet.evaluation.plots import read_series
 from coatnet.evaluation.report_html import Line, blocks, data_uri, line_chart, page, text
@@ -236,7 +236,7 @@ def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[st
     if (folder / "predictions.csv").is_file():
         answers = read_answers(folder / "predictions.csv")
         if report.get("multilabel") and isinstance(classes := report.get("classes"), list):
-            table = read_probabilities(folder / PROBABILITIES, (len(answers.images), len(classes)))
+            table = read_array(folder / PROBABILITIES, (len(answers.images), len(classes)), np.float32)
             answers = replace(answers, probabilities=table)
     else:
         report, answers = evaluate_again(folder)

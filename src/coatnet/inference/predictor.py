@@ -376,6 +376,8 @@ class Predictor:
         if error := why_no_answer(probabilities):
             return Prediction("", error=error)
         unknown, class_set = self.is_unknown(novelty), self.class_set(probabilities)
+        if novelty is not None:
+            novelty = round(novelty, 6)  # thousandths that come as float32: 0.904, not 0.9039999842643738
         return Prediction("", *self.top(probabilities, top_k), None, novelty, unknown, class_set)
 
 

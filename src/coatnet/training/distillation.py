@@ -22,6 +22,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, shorten
+from coatnet.evaluation.answers import read_array
 from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.logits import infer
 from coatnet.model.network import CoAtNet
@@ -211,7 +212,7 @@ class Teacher:
             UserError: an answer is not finite.
             OSError: the file cannot be written; the answers are there all the same.
         """
-        self.answers = read_answers(path, (len(dataset), self.num_classes))
+        self.answers = read_array(path, (len(dataset), self.num_classes), np.float16)
         if all(processes.gather(self.answers is not None)):
             return
         own = []
@@ -299,12 +300,3 @@ def check_classes(bundle: Bundle, dataset: Dataset) -> None:
             f"the teacher {' and '.join(found)}: it must have the {len(dataset.classes)} classes of {dataset.name}; "
             "fine-tune it on these images first (coatnet train finetune --init)"
         )
-
-
-def read_answers(path: Path, shape: tuple[int, int]) -> NDArray[np.float16] | None:
-    """The answers in a file of `Teacher.answer`, mapped into memory; None if there are none of this shape."""
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return found if found.shape == shape and found.dtype == np.float16 else None

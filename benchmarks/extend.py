@@ -51,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=3, help="of the ten images, for each network")
     parser.add_argument("--retrain", type=int, default=1, help="draws for which everything is trained again as well")
+    parser.add_argument("--max-drop", type=float, default=0.01, help="as of `coatnet extend`")
     parser.add_argument("--runs", type=Path, help="where the networks of eight classes are kept, and found again")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +71,7 @@ def measure(given: argparse.Namespace, seed: int, runs: Path, folder: Path) -> N
     for draw in range(given.draws):
         new = Splits("new", part(whole.training, arriving, FEW, draw), part(whole.validation, arriving, None, 0))
         started = time.perf_counter()
-        found = coatnet.extend(run, new, old=known)
+        found = coatnet.extend(run, new, old=known, max_drop=given.max_drop)
         seconds = time.perf_counter() - started
         assert found.report is not None
         print(f"{given.data}, seed {seed}, draw {draw}: {' and '.join(arriving)} arrive with {FEW} images each")

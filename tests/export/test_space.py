@@ -34,32 +34,54 @@ def test_a_space_holds_the_bundle_and_says_how_it_runs(clothes_bundle: Path, tmp
     assert "reject=0.05" in (space / "app.py").read_text("utf-8")
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_gradio_gives_the_answers_of_the_bundle(clothes_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="Gradio is not installed: pip install gradio")
+def ask_space(space: Path, image: Path) -> tuple[dict, str]:
+    """What the page answers, started as the hub starts it."""
     from gradio_client import Client, handle_file
 
-    export_bundle(load(clothes_bundle), "space", tmp_path / "space")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(tmp_path), "no_proxy": "*"}
-    app = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path / "space", env=environment)
+    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(space.parent), "no_proxy": "*"}
+    app = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment)
     try:
         for _ in range(240):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.5)
-        answer, note = Client(f"http://127.0.0.1:{port}", verbose=False).predict(handle_file(str(IMAGE)))
+        return Client(f"http://127.0.0.1:{port}", verbose=False).predict(handle_file(str(image)))
     finally:
         app.terminate()
         app.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_gradio_gives_the_answers_of_the_bundle(clothes_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install gradio")
+    export_bundle(load(clothes_bundle), "space", tmp_path / "space")
+    answer, note = ask_space(tmp_path / "space", IMAGE)
     (expected,) = Predictor(clothes_bundle, reject=0.05)(IMAGE)
     assert [row["label"] for row in answer["confidences"]] == list(expected.classes)
     assert [row["confidence"] for row in answer["confidences"]] == pytest.approx(expected.probabilities, abs=1e-3)
     assert bool(note) == expected.unknown
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_gradio_takes_the_files_of_a_model_for_other_values_than_rgb(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install gradio")
+    torch.manual_seed(0)
+    seen = Preprocessing(resolution=16, mean=(0.4,) * 12, std=(0.2,) * 12, value_range=(0, 4095))
+    model = create_model("coatnet-femto-16", num_classes=3, in_channels=12, resolution=16)
+    bundle = Bundle(model.eval(), ("a", "b", "c"), seen)
+    export_bundle(bundle, "space", tmp_path / "space")
+    example = tmp_path / "space" / "example.npy"
+    answer, _ = ask_space(tmp_path / "space", example)
+    (expected,) = Predictor(bundle)(example)
+    assert {row["label"]: row["confidence"] for row in answer["confidences"]} == pytest.approx(
+        dict(zip(expected.classes, expected.probabilities, strict=True)), abs=1e-3
+    )
 
 
 @pytest.mark.slow

@@ -37,10 +37,10 @@ def classify(path):
 
 page = gradio.Interface(
     classify,
-    gradio.Image(type="filepath", label="Image"),  # a file: transparency and orientation are read as in training
+    {given},  # a path: the file is read as in training
     [gradio.Label(num_top_classes=5, label="Classes"), gradio.Textbox(label="Note")],
     title={title},
-    examples=[[str(FOLDER / "example.png")]] if (FOLDER / "example.png").exists() else None,
+    examples=[[str(path)] for path in FOLDER.glob("example.*")] or None,
     cache_examples=False,
     flagging_mode="never",
     analytics_enabled=False,
@@ -55,8 +55,11 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
     """Write the bundle, app.py, requirements.txt, and README.md with what the hub must know."""
     bundle.save(folder / MODEL)
     reject = ", reject=0.05" if bundle.calibration is not None else ""
+    # Gradio's own image shows, and takes, no more than a browser does.
+    kind = 'Image(type="filepath"' if bundle.preprocessing.scale is None else 'File(type="filepath"'
+    given = f'gradio.{kind}, label="Image")'
     title = f"{bundle.model.variant.name}: {len(bundle.classes)} classes"
-    (folder / "app.py").write_text(_APP.format(reject=reject, title=json.dumps(title)), encoding="utf-8")
+    (folder / "app.py").write_text(_APP.format(reject=reject, given=given, title=json.dumps(title)), encoding="utf-8")
     (folder / "requirements.txt").write_text(f"coatnet=={__version__}\n", encoding="utf-8")
     head = {"title": title, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "pinned": False}
     lines = [f"{name}: {json.dumps(value)}" for name, value in head.items()]

@@ -1,6 +1,7 @@
 """The pages of a study: what they say of known results, whole or not, and how a browser shows them."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -280,9 +281,28 @@ def test_a_record_that_contradicts_itself_is_one_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]
 
 
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "study"
+
+
 def test_committed_pages_are_what_is_drawn_today() -> None:
-    for record in sorted((Path(__file__).resolve().parents[2] / "docs" / "study").glob("*/study.json")):
+    for record in sorted(PAGES.glob("*/study.json")):
         page = said(Study.read(record.parent))
         drawn = (record.parent / "study.md").read_text(encoding="utf-8")
         assert drawn == page, f"draw it again: coatnet study --report {record.parent}"
         assert (record.parent / "curves.png").is_file() and (record.parent / "gap.png").is_file()
+
+
+def test_the_summary_of_the_replication_quotes_its_pages() -> None:
+    """Each interval of a row, such as `0.78 to 3.92`, and each tau, stand in a page that the row links."""
+    rows = [
+        line for line in (PAGES / "replication.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
+    quoted = 0
+    for row in rows:
+        pages = "".join(
+            (PAGES / link).read_text(encoding="utf-8") for link in re.findall(r"\(([\w-]+/study\.md)\)", row)
+        )
+        for figure in re.findall(r"[+-]?\d+\.\d+ to [+-]?\d+\.\d+|(?<=tau )-?\d\.\d+", row):
+            assert figure in pages, f"{figure} of the row {row[:40]}"
+            quoted += 1
+    assert quoted >= 5

@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
     source = user_path(given.bundle)
     if given.out is None and not source.is_dir():
-        raise UserError(f"{given.bundle} is not a folder that can be written: name one with --out")
+        raise UserError(f"there is no folder {given.bundle}; to calibrate a model of the hub, name one with --out")
     target = require_bundle_place(given.out or find_folder(source))
     with ProgressBar("calibrating") as bar:
         bundle = calibrate(given.bundle, given.data, split=given.split, device=given.device, progress=bar.update)

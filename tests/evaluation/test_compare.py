@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.training.trainers import RecordingConsole
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, look_at, read_answers
+from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, look_at, read_answers, read_array
 from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
 from coatnet.evaluation.report_html import to_html
@@ -180,6 +181,26 @@ def test_a_table_of_answers_comes_back_whatever_the_names(tmp_path: Path) -> Non
     found = read_answers(tmp_path / "predictions.csv")
     assert (found.images, found.truth, found.predicted) == (names, names[::-1], names)
     np.testing.assert_allclose(found.nll, given.nll, rtol=1e-5)
+
+
+def test_arrays_that_are_none_of_a_run_are_not_read(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).random((6, 4), dtype=np.float32)
+    np.save(tmp_path / "right.npy", table)
+    found = read_array(tmp_path / "right.npy", (6, 4), np.float32)
+    assert found is not None and np.array_equal(found, table)
+    np.save(tmp_path / "double.npy", table.astype(np.float64))
+    np.save(tmp_path / "objects.npy", np.array([[None] * 4] * 6), allow_pickle=True)
+    np.savez(tmp_path / "archive.npz", table)
+    (tmp_path / "archive.npy").write_bytes((tmp_path / "archive.npz").read_bytes())
+    whole = (tmp_path / "right.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:-1])
+    (tmp_path / "huge.npy").write_bytes(whole.replace(b"(6, 4), }", b"(6, " + b"9" * 30 + b"), }"))
+    (tmp_path / "text.npy").write_text("0.5")
+    (tmp_path / "empty.npy").touch()
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("double", "objects", "archive", "cut", "huge", "text", "empty", "pipe", "none"):
+        assert read_array(tmp_path / f"{name}.npy", (6, 4), np.float32) is None, name
+    assert read_array(tmp_path / "right.npy", (4, 6), np.float32) is None
 
 
 def test_copies_of_training_images_are_counted_and_left_out() -> None:

@@ -86,9 +86,11 @@ def read_answers(path: Path) -> Answers:
 
 def read_array(path: Path, shape: tuple[int, int], dtype: type[np.floating]) -> np.ndarray | None:
     """The array in an .npy file, mapped into memory; None if it holds none of this shape and type."""
+    if not path.is_file():  # opening a pipe would wait
+        return None
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError):
         return None
     return found if found.shape == shape and found.dtype == dtype else None
 

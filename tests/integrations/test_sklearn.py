@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from coatnet import Predictor, UserError
 from coatnet.data.builtin import open_fashion_mnist_small
+from coatnet.data.decode import Scale
 from coatnet.integrations.sklearn import CoAtNetClassifier, CoAtNetFeatures
 
 TINY: dict[str, Any] = {"model": "coatnet-femto-16", "resolution": 16, "recipe": {"num_workers": 0}}
@@ -158,3 +159,23 @@ def test_the_checks_of_scikit_learn() -> None:
         if check["status"] == "failed"
     }
     assert failed == {}
+
+
+def test_images_of_twelve_bands_are_paths_or_values(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    values = random.integers(0, 4096, (40, 16, 16, 12)).astype(np.uint16)
+    labels = np.arange(40) % 2
+    values[labels == 1, ..., 7] //= 8
+    paths = [str(tmp_path / f"{number}.npy") for number in range(40)]
+    for path, each in zip(paths, values, strict=True):
+        np.save(path, each)
+    given = {**TINY, "recipe": {"num_workers": 0, "batch_size": 8}}
+    by_path, by_value = (CoAtNetClassifier(epochs=1, **given).fit(X, labels) for X in (paths, values))
+    for fitted in (by_path, by_value):
+        assert fitted.bundle_.preprocessing.scale == Scale(12, 0, 4095)
+        np.testing.assert_allclose(fitted.predict_proba(paths[:4]), fitted.predict_proba(values[:4]), atol=1e-6)
+    saved = str(by_value.bundle_.save(tmp_path / "bundle"))
+    one, other = (CoAtNetFeatures(saved).fit_transform(X) for X in (paths[:5], values[:5]))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    with pytest.raises(ValueError, match=r"give a path, or pixels \(H, W\) or \(H, W, C\)"):
+        by_value.predict(np.moveaxis(values[:1], -1, 1))  # channels first

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 
-from coatnet.bundle import load
+from coatnet.bundle import Bundle, load
+from coatnet.data.channels import find_scale, with_scale
 from coatnet.data.datasets import ArrayDataset, Dataset, Encoded, as_labels, read_image_file
+from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.features import extract_features
@@ -36,7 +38,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, c
 
 __all__ = ["CoAtNetClassifier", "CoAtNetFeatures"]
 
-_Image = str | NDArray[np.uint8]
+_Image = str | NDArray
 
 
 class _ImageEstimator(BaseEstimator):
@@ -55,30 +57,31 @@ class _ImageEstimator(BaseEstimator):
         if isinstance(X, np.ndarray) and X.dtype.kind in "iufb" and X.dtype != np.uint8 and X.size:
             self.value_range_ = (float(X.min()), float(X.max()))
 
-    def _images(self, X: Any) -> list[_Image]:
-        """Each image as a path or as pixels, uint8 (H, W) or (H, W, 3)."""
+    def _images(self, X: Any, bundle: Bundle | None = None) -> list[_Image]:
+        """Each image as a path or as pixels: uint8 (H, W) or (H, W, 3), or values for a model with a scale."""
         if isinstance(X, str | os.PathLike | bytes) or not hasattr(X, "__len__"):
-            raise ValueError(f"X is a {type(X).__name__}: give a list of paths, or an array (N, H, W) or (N, H, W, 3)")
+            raise ValueError(f"X is a {type(X).__name__}: give a list of paths, or an array (N, H, W) or (N, H, W, C)")
         if hasattr(X, "to_numpy"):  # a column of a data frame
             X = X.to_numpy()
         if isinstance(X, np.ndarray) and X.dtype.kind == "O" and X.ndim > 1:
             X = X.ravel()  # a data frame of one column of paths
-        images = [self._image(image) for image in X]
+        as_they_are = bundle is not None and bundle.preprocessing.scale is not None
+        images = [self._image(image, as_they_are) for image in X]
         if not images:
             raise ValueError("X has 0 samples; a minimum of 1 is required")
         return images
 
-    def _image(self, image: Any) -> _Image:
+    def _image(self, image: Any, as_they_are: bool) -> _Image:
         if isinstance(image, str | os.PathLike):
             return os.fspath(image)
         pixels = np.asarray(image)
-        if (
-            not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3)))
-            or pixels.dtype.kind not in "iufb"
-        ):
+        height, _, channels = (*pixels.shape, 1)[:3] if pixels.ndim in (2, 3) else (0, 0, 0)
+        if not 1 <= channels <= MAX_CHANNELS or channels > max(3, height) or pixels.dtype.kind not in "iufb":
             raise ValueError(
-                f"an image of X is {pixels.dtype} of shape {pixels.shape}: give a path, or pixels (H, W) or (H, W, 3)"
+                f"an image of X is {pixels.dtype} of shape {pixels.shape}: give a path, or pixels (H, W) or (H, W, C)"
             )
+        if as_they_are or channels not in (1, 3):
+            return pixels
         pixels = pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels
         if pixels.dtype == np.uint8:
             return pixels
@@ -92,8 +95,8 @@ class _ImageEstimator(BaseEstimator):
 class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
     """Train a CoAtNet on images, as `coatnet train` does.
 
-    X is a list or an array of N images: paths of image files, or pixels (N, H, W) or (N, H, W, 3). Pixels that are not
-    uint8 are scaled to it by the lowest and the highest value of X in `fit`.
+    X is a list or an array of N images: paths of image files, or pixels (N, H, W) or (N, H, W, C), C of 1 to 16. Gray
+    and color pixels that are not uint8 are scaled to it by the lowest and the highest value of X in `fit`.
 
     Args:
         model: name of the network; None is chosen from the images.
@@ -170,6 +173,12 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
         training, validation = (
             self._dataset(images, indices, np.flatnonzero(chosen)) for chosen in (~held_out, held_out)
         )
+        scale = find_scale(training)
+        training, validation = with_scale(training, scale), with_scale(validation, scale)
+        if (channels := {image.shape[2] for image in images if isinstance(image, np.ndarray) and image.ndim == 3}) - {
+            3
+        }:
+            asked["channels"] = max(channels)
         recipe = Recipe(data="X", **{**asked, **(self.recipe or {})})
         with tempfile.TemporaryDirectory(prefix="coatnet-") as folder:
             console = None if self.verbose else Console(quiet=True)
@@ -179,7 +188,9 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
 
     def _dataset(self, images: Sequence[_Image], labels: NDArray, rows: NDArray) -> Dataset:
         chosen = [images[row] for row in rows]
-        if all(isinstance(image, np.ndarray) and image.shape == chosen[0].shape for image in chosen):
+        first = chosen[0]
+        plain = isinstance(first, np.ndarray) and first.shape[2:] in ((), (3,))
+        if plain and all(isinstance(image, np.ndarray) and image.shape == first.shape for image in chosen):
             return ArrayDataset("X", self._names(), np.stack(chosen), labels[rows], rows)
         return _Images(self._names(), chosen, labels[rows], rows)
 
@@ -193,7 +204,7 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Probabilities of the classes, (N, K), in the order of `classes_`. Raises ValueError for unreadable images."""
         check_is_fitted(self)
-        predictions = Predictor(self.bundle_, "torch")(self._images(X), top_k=len(self.classes_))
+        predictions = Predictor(self.bundle_, "torch")(self._images(X, self.bundle_), top_k=len(self.classes_))
         column = {name: index for index, name in enumerate(self._names())}
         found = np.zeros((len(predictions), len(self.classes_)))
         for row, prediction in zip(found, predictions, strict=True):
@@ -230,14 +241,15 @@ class CoAtNetFeatures(TransformerMixin, _ImageEstimator):
     def fit(self, X: Any, y: ArrayLike | None = None) -> Self:
         """Load the model. Raises ValueError if X holds no images, UserError if there is no such model."""
         self._learn_range(X)
-        self._images(X)
-        self.bundle_ = load(self.source)
+        bundle = load(self.source)
+        self._images(X, bundle)
+        self.bundle_ = bundle
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """The features of N images, (N, D). Raises ValueError for unreadable images."""
         check_is_fitted(self)
-        pixels_or_paths = self._images(X)
+        pixels_or_paths = self._images(X, self.bundle_)
         count = len(pixels_or_paths)
         images = _Images((), pixels_or_paths, np.full(count, -1), np.arange(count))
         features = extract_features(self.bundle_, images, batch_size=self.batch_size, device=self.device)

@@ -3,6 +3,7 @@ exported, served."""
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -183,3 +184,37 @@ def test_twelve_bands_are_learned_and_their_colors_are_not(tmp_path: Path) -> No
         recipe = coatnet.Recipe(data=str(tmp_path / kind), epochs=15, seed=1)
         figures[kind] = coatnet.train(recipe, tmp_path / "runs" / kind).figures["top1"]
     assert figures["bands"] >= 0.9 and figures["rgb"] <= 0.6  # of three classes
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "deep": {"resolution": 16, "mean": (0.4,) * 12, "std": (0.2,) * 12, "value_range": (0, 4095)},
+    "wide": {"resolution": (16, 32)},
+    "several": {"resolution": 16},
+}
+CHEAP = ("safetensors", "space")
+OTHERS = ("torch-export", "onnx", "openvino", "triton", "web", "executorch")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [*CHEAP, *(pytest.param(form, marks=pytest.mark.slow) for form in OTHERS)])
+def test_every_format_gives_the_answers_of_such_a_model(
+    form: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each export is compared with its bundle as it is written; a browser takes 8-bit RGB alone, and says so."""
+    needed = {"onnx": "onnxscript", "triton": "onnxscript", "web": "onnxscript"}
+    if form not in (*CHEAP, "torch-export"):
+        pytest.importorskip(needed.get(form, form))
+    if form == "web" and not shutil.which("npm"):
+        pytest.skip("needs npm")
+    seen = Preprocessing(**KINDS[kind])
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=3, in_channels=seen.channels, resolution=seen.side)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    model.train()(torch.randn(8, seen.channels, *seen.size))
+    bundle = Bundle(model.eval(), ("a", "b", "c"), seen, multilabel=kind == "several").save(tmp_path / "bundle")
+    code, out = main(["export", str(bundle), "--format", form, "--out", str(tmp_path / "out")]), tmp_path / "out"
+    if (form, kind) == ("web", "deep"):
+        error = capsys.readouterr().err
+        assert code == 2 and "a browser reads 8-bit RGB images" in error and not out.exists()
+    else:
+        assert code == 0 and (out / "parity.json").exists()

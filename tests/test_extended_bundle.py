@@ -139,6 +139,7 @@ def test_it_is_served_and_published(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # AOTInductor compiles for minutes
 @pytest.mark.parametrize("name", ["ten", "few"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_it_is_exported_to_every_format(

@@ -1,5 +1,6 @@
 """Tiles of an image that is too large to be seen at once."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,26 @@ def test_an_image_above_the_limit_of_pixels_is_classified_tile_by_tile(
     assert refused.error is not None and refused.error.startswith("large: ")
     found = classify_tiles(predictor, tmp_path / "large.npy", batch_size=7)
     assert len(found.boxes) == 6 * 8 and found.size == (70, 90) and found.thumbnail.shape == (70, 90, 3)
+    assert len(classify_tiles(predictor, tmp_path / "large.npy", side=40).boxes) == 2 * 3  # a row of these is too large
+
+
+def test_tiles_of_a_batch_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "large.npy", np.zeros((1200, 1200, 5), np.uint16))
+    monkeypatch.setenv(MAX_MEGAPIXELS, "0.5")  # of 5 channels: 100,000 pixels at once, a tile of 300 x 300
+    predictor = predictor_for(DEEP)
+    tracemalloc.start()
+    try:
+        assert len(classify_tiles(predictor, tmp_path / "large.npy", side=300, overlap=0).boxes) == 16
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 300 * 300 * 5 * 4  # the values and levels of one and the next; all sixteen are 29 MB
+
+
+def test_the_thumbnail_has_one_stretch_of_values_for_all_tiles(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.repeat(np.uint16([100, 2100, 4000]), 16)[None, :, None].repeat(16, 0).repeat(5, 2))
+    found = classify_tiles(predictor_for(DEEP), tmp_path / "a.npy", overlap=0)
+    np.testing.assert_allclose(found.thumbnail[8, 8::16, 0], [0, 131, 255], atol=1)
 
 
 def test_what_cannot_be_tiled_is_one_line(tmp_path: Path) -> None:

@@ -26,10 +26,12 @@ class Windows(Protocol):
     Attributes:
         size: (H, W) of the whole image in pixels.
         held: whether the whole image is in memory.
+        most_pixels: that a window may have.
     """
 
     size: tuple[int, int]
     held: bool
+    most_pixels: int
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window within the image: uint8 RGB (3, height, width), or levels (C, height, width)."""
@@ -43,6 +45,7 @@ class _Whole:
 
     def __init__(self, pixels: Tensor) -> None:
         self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[2])
+        self.most_pixels = self.size[0] * self.size[1]
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         return self._pixels[:, top : top + height, left : left + width]
@@ -55,6 +58,7 @@ class _Tiff:
 
     def __init__(self, values: TiffValues, scale: Scale | None) -> None:
         self._values, self._scale, self.size = values, scale, values.shape[:2]
+        self.most_pixels = values.limits.max_pixels // weight_of(values.shape[2], values.dtype.itemsize)
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         values = self._values.read(top, left, height, width)
@@ -70,6 +74,7 @@ class _Array:
 
     def __init__(self, values: NDArray, limits: Limits, scale: Scale) -> None:
         self._values, self._limits, self._scale, self.size = values, limits, scale, values.shape[:2]
+        self.most_pixels = limits.max_pixels // weight_of(values.shape[2], values.itemsize)
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
         self._limits.check(width, height, weight_of(self._values.shape[2], self._values.itemsize))

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from coatnet.data.channels import to_rgb
+from coatnet.data.channels import to_shown
 from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
 from coatnet.errors import UserError
@@ -120,18 +121,23 @@ def classify_tiles(
             )
         height, width = (min(pair) for pair in zip(windows.size, tile, strict=True))
         scale = min(1.0, THUMBNAIL_SIDE / max(windows.size))
-        thumbnail = np.zeros((*(max(1, round(length * scale)) for length in windows.size), 3), np.uint8)
+        drawn = torch.zeros(3, *(max(1, round(length * scale)) for length in windows.size))
         boxes, rows, novelties = [], [], []
-        tiles = _read_tiles(windows, tops, lefts, height, width, str(path))
-        while batch := list(itertools.islice(tiles, batch_size)):
-            views = np.stack([predictor.prepare_pixels(pixels) for _, pixels in batch])
-            probabilities, novelty = predictor.answers(views)
+
+        def views() -> Iterator[NDArray]:
+            """What the model sees of each tile, whose pixels are let go before the next are read."""
+            for box, pixels in _read_tiles(windows, tops, lefts, height, width, str(path)):
+                boxes.append(box)
+                _draw(drawn, box, pixels, windows.size)
+                yield predictor.prepare_pixels(pixels)
+
+        prepared = views()
+        while batch := list(itertools.islice(prepared, batch_size)):
+            probabilities, novelty = predictor.answers(np.stack(batch))
             rows.append(probabilities)
             if novelty is not None:
                 novelties.append(novelty)
-            for box, pixels in batch:
-                boxes.append(box)
-                _draw(thumbnail, box, pixels, windows.size)
+        thumbnail = to_shown(drawn.round().byte() if predictor.scale is None else drawn).permute(1, 2, 0).numpy()
     answers, places = np.concatenate(rows), np.array(boxes, np.int64)
     novelty = float(np.concatenate(novelties).mean()) if novelties else None
     together = replace(predictor.describe(answers.mean(axis=0), novelty, top_k), name=str(path))
@@ -157,13 +163,15 @@ def _read_tiles(
     windows: Windows, tops: list[int], lefts: list[int], height: int, width: int, name: str
 ) -> Iterator[Tile]:
     """Place and pixels of each tile, row by row."""
-    at_once = windows.size[1] * height <= _BAND_PIXELS
+    at_once = windows.size[1] * height <= min(_BAND_PIXELS, windows.most_pixels)
     try:
         for top in tops:
             band = windows.read(top, 0, height, windows.size[1]) if at_once else None
             for left in lefts:
                 pixels = windows.read(top, left, height, width) if band is None else band[:, :, left : left + width]
                 yield (top, left, height, width), pixels
+                del pixels
+            del band
     except (BadImage, UserError):
         raise
     except MemoryError as error:
@@ -181,8 +189,9 @@ def _on_thumbnail(box: NDArray[np.int64], size: tuple[int, int], shape: tuple[in
     return sides[0], sides[1]
 
 
-def _draw(thumbnail: NDArray[np.uint8], box: tuple[int, int, int, int], pixels: Tensor, size: tuple[int, int]) -> None:
-    rows, columns = _on_thumbnail(np.array(box), size, thumbnail.shape)
-    part = thumbnail[rows, columns]
-    small = F.interpolate(to_rgb(pixels)[None].float(), size=part.shape[:2], mode="bilinear", antialias=True)[0]
-    part[:] = small.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+def _draw(drawn: Tensor, box: tuple[int, int, int, int], pixels: Tensor, size: tuple[int, int]) -> None:
+    """Reduce a tile to its place: the first three channels as red, green and blue, one or two as gray."""
+    rows, columns = _on_thumbnail(np.array(box), size, drawn.shape[1:])
+    part = drawn[:, rows, columns]
+    colors = pixels[: 3 if len(pixels) > 2 else 1].float()
+    part[:] = F.interpolate(colors[None], size=part.shape[1:], mode="bilinear", antialias=True)[0]

@@ -98,6 +98,14 @@ def test_pages_of_a_tiff_are_channels_where_so_many_are_wanted() -> None:
     assert read_values(data, "a.tif").shape == (37, 50, 1)
     with pytest.raises(BadImage, match="it has 5 channels, one a page; more are read"):
         read_values(data, "a.tif", 6)
+    with pytest.raises(BadImage, match="it has more than 4 channels, one a page; 4 are read"):  # none is left out
+        read_values(data, "a.tif", 4)
+    tifffile = pytest.importorskip("tifffile")
+    reduced = io.BytesIO()
+    with tifffile.TiffWriter(reduced) as file:
+        for values in (BANDS[..., 0], BANDS[..., 1], BANDS[::2, ::2, 0]):
+            file.write(values, contiguous=False)
+    assert read_values(reduced.getvalue(), "a.tif", 2).shape == (37, 50, 2)  # a smaller page is no channel
 
 
 def test_one_channel_of_any_depth_needs_no_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,6 +260,8 @@ class TiffValues:
             raise BadImage(limits.name, f"pixels: values of {page.dtype} in {page.imagedepth} layers are not read")
         if any((each.shaped, each.dtype) != (page.shaped, page.dtype) for each in self._pages):
             raise BadImage(limits.name, "channels: its pages differ in size or type, so they are no channels")
+        if separate and (more := self._next_page()) and (more.shaped, more.dtype) == (page.shaped, page.dtype):
+            raise BadImage(limits.name, f"channels: it has more than {_count(samples)}, one a page; {samples} are read")
         if page.compression not in _COMPRESSIONS:
             known = ", ".join(sorted({*_COMPRESSIONS.values()} - {""}))
             raise BadImage(
@@ -273,6 +275,13 @@ class TiffValues:
             return self._file.pages[number]
         except IndexError:
             raise BadImage(self.limits.name, f"channels: it has {_count(number)}, one a page; more are read") from None
+
+    def _next_page(self) -> Any:
+        """The page after those that are channels; None if there is none."""
+        try:
+            return self._file.pages[len(self._pages)]
+        except IndexError:
+            return None
 
     def __enter__(self) -> "TiffValues":
         return self

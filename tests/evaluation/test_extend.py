@@ -116,6 +116,13 @@ def test_what_cannot_be_added_is_one_error(eight: Path, garments: tuple[Splits, 
         extend(eight, known)
     with pytest.raises(UserError, match="the model has no class 'Sneaker'"):
         extend(eight, new, old=new)
+    assert isinstance(new.training, ArrayDataset)
+    bags = new.training.labels == ARRIVING.index("Bag")
+    for kept in (~bags, np.zeros_like(bags)):  # a class, or all, has held-out images alone
+        rows = np.flatnonzero(kept)
+        part = ArrayDataset("new", ARRIVING, np.asarray(new.training.images)[rows], new.training.labels[rows], rows)
+        with pytest.raises(UserError, match=r"no training image of the new class '(Bag|Sneaker)'"):
+            extend(eight, Splits("new", part, new.validation))
 
 
 def test_the_command_writes_a_bundle_for_every_other_command(

@@ -125,8 +125,8 @@ def extend(
         device: as in `evaluate`.
 
     Raises:
-        UserError: no class is new, an image has several labels, max_drop is not in 0 to 1, or nothing is known of the
-            old classes.
+        UserError: no class is new, or one has no training image, an image has several labels, max_drop is not in 0 to
+            1, or nothing is known of the old classes.
     """
     if not 0 <= max_drop <= 1:
         raise UserError(f"max-drop is a share of accuracy, 0 to 1, such as {MAX_DROP}, got {max_drop:g}")
@@ -156,6 +156,11 @@ def extend(
         JoinedDataset(arriving.name, classes, [getattr(each, split) for each in (known, arriving) if each])
         for split in ("training", "validation")
     )
+    numbers = set(np.asarray(training.labels).tolist())
+    if rare := [name for index, name in enumerate(classes) if name in added and index not in numbers]:
+        raise UserError(
+            f"{arriving.name}: no training image of the new class {rare[0]!r}; ten are enough to begin with"
+        )
     images, num_old = None, 0 if known is None else len(known.validation)
     if len(validation):
         name = arriving.name if known is None else f"{known.name} and {arriving.name}"

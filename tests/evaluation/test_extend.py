@@ -155,6 +155,11 @@ def test_the_command_writes_a_bundle_for_every_other_command(
     for wrong in (["--merge", "top"], ["--drop", "Shrit"], []):
         assert main(["shrink", str(eight), *wrong, "--out", str(tmp_path / "none")]) == 2
     assert "did you mean 'Shirt'" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    few, before = str(tmp_path / "few"), (tmp_path / "few/config.json").read_bytes()
+    for call in (["shrink", few, "--drop", "Sandal"], ["extend", few, "--data", str(tmp_path / "new")]):
+        assert main([*call, "--out", few]) == 2
+        assert "would replace a model that is read" in capsys.readouterr().err
+    assert (tmp_path / "few/config.json").read_bytes() == before
 
 
 def test_renaming_changes_names_alone(eight: Path) -> None:

@@ -199,7 +199,7 @@ def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, cap
     (tmp_path / "full" / "letter.txt").write_text("mine")
     for arguments, message in (
         ([base, two, "--out", out], "--data is missing"),
-        ([base, two, "--data", "digits", "--out", two], "is one of the models, which would be replaced"),
+        ([base, two, "--data", "digits", "--out", two], "would replace a model that is read"),
         ([base, two, "--data", "digits", "--out", str(tmp_path / "full")], "holds something else than a bundle"),
         ([base, "--data", "digits", "--out", out], "two models or more"),
         ([base, "no/such", "--data", "digits", "--out", out], "no/such is not a bundle"),

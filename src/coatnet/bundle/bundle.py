@@ -140,9 +140,20 @@ class Bundle:
         return model_card(self.model, self.classes, self.preprocessing, self.multilabel, self.record)
 
 
-def require_bundle_place(folder: str | Path) -> Path:
-    """The path of a folder that a bundle may be written to. Raises UserError if it holds something else."""
+def require_bundle_place(folder: str | Path, *, sources: Sequence[str | Path] = ()) -> Path:
+    """The path of a folder that a bundle may be written to.
+
+    Args:
+        folder: new, or with a bundle that is replaced.
+        sources: models that must stay.
+
+    Raises:
+        UserError: the folder holds something else, or one of the sources.
+    """
     target = output_path(folder)
+    for source in sources:
+        if (path := user_path(source)).is_dir() and find_folder(path).resolve() == target.resolve():
+            raise UserError(f"--out {folder} would replace a model that is read: give a new folder")
     if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
         raise UserError(f"{folder} holds something else than a bundle; give a new folder, or remove it first")
     return target

@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.bundle.config import readable_json
     from coatnet.evaluation import extend
 
-    target = require_bundle_place(given.out)
+    target = require_bundle_place(given.out, sources=[given.bundle])
     options = {} if given.max_drop is None else {"max_drop": given.max_drop}
     made = extend(given.bundle, given.data, old=given.old, device=given.device, **options)
     made.bundle.save(target)

@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.bundle.bundle import require_bundle_place
     from coatnet.bundle.classes import drop_classes, merge_classes
 
-    target, bundle = require_bundle_place(given.out), load(given.bundle)
+    target, bundle = require_bundle_place(given.out, sources=[given.bundle]), load(given.bundle)
     lines = []
     if groups:  # first: it needs what calibration knows
         bundle, agreement = merge_classes(bundle, groups)

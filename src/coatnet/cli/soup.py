@@ -34,15 +34,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Average models, write the bundle, and print which were taken."""
     given = parse_arguments(arguments)
-    from coatnet.bundle.bundle import find_folder, require_bundle_place
+    from coatnet.bundle.bundle import require_bundle_place
     from coatnet.bundle.config import readable_json
     from coatnet.evaluation import soup
     from coatnet.system.files import user_path
 
-    target = require_bundle_place(given.out)
-    for source in given.models:
-        if (path := user_path(source)).is_dir() and find_folder(path).resolve() == target.resolve():
-            raise UserError(f"--out {given.out} is one of the models, which would be replaced: give a new folder")
+    target = require_bundle_place(given.out, sources=given.models)
     data = given.data or data_of(user_path(given.models[0]))
     if data is None and not given.uniform:
         raise UserError(f"--data is missing: {given.models[0]} is not the folder of a run, which would name its images")

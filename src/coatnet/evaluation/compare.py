@@ -280,10 +280,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         runs=tuple(runs),
         images=tuple(name for name, _ in common),
         correct=correct,
-        differences=tuple(
-            replace(_difference(runs, number, correct, nll), **_precision(runs[number], runs[0], rows[number], rows[0]))
-            for number in range(1, len(runs))
-        ),
+        differences=tuple(_difference(runs, number, correct, nll, rows) for number in range(1, len(runs))),
         disagreements=tuple(unequal),
         settings=_settings([run.recipe for run in runs]),
         rows=rows,
@@ -326,7 +323,9 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, ways)))
 
 
-def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.ndarray) -> Difference:
+def _difference(
+    runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.ndarray, rows: Sequence[Sequence[int]]
+) -> Difference:
     ours, theirs, gaps = correct[number], correct[0], nll[number] - nll[0]
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     half = 1.959963984540054 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
@@ -341,6 +340,7 @@ def _difference(runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.n
         p=mcnemar(gained, lost),
         nll_difference=mean,
         nll_interval=None if half is None else (mean - half, mean + half),
+        **_precision(runs[number], runs[0], rows[number], rows[0]),
     )
 
 

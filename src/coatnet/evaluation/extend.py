@@ -184,7 +184,7 @@ def extend(
     new = before = after = lost = report = None
     if images is not None:
         with ProgressBar("evaluating") as bar:
-            was, now, labels, is_old = _decisions(images, [weights, (weight, bias)], num_old, bar)
+            was, now, labels, is_old = _decisions(images, [bundle, extended], num_old, bar)
             if num_old:
                 extended, report = calibrate_and_evaluate(extended, images, reference=learned, progress=bar.update)
         arrived = ~is_old & (labels >= len(bundle.classes))
@@ -251,14 +251,11 @@ def _with_drawn(learned: Outputs, summary: FeatureSummary | None, num_old: int) 
     return torch.cat([features, drawn[rare]]), torch.cat([labels, numbers[rare]])
 
 
-def _decisions(
-    images: Measured, classifiers: Sequence[Classifier], num_old: int, bar: ProgressBar
-) -> tuple[np.ndarray, ...]:
+def _decisions(images: Measured, bundles: Sequence[Bundle], num_old: int, bar: ProgressBar) -> tuple[np.ndarray, ...]:
     """Of each image (N,): the class by each classifier, its label, and whether it is one of the first `num_old`."""
     rows = []
     for batch in images.outputs(lambda done: bar.update(done, len(images))):
-        features = batch.features[:, : classifiers[0][0].shape[1]]
-        found = (F.linear(features, *each).argmax(1) for each in classifiers)
+        found = (batch.logits(each).argmax(1) for each in bundles)
         is_old = torch.tensor([index < num_old for _, index in batch.places])
         rows.append([*found, batch.labels, is_old])
     return tuple(torch.cat(column).numpy() for column in zip(*rows, strict=True))

@@ -175,9 +175,8 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
         )
         scale = find_scale(training)
         training, validation = with_scale(training, scale), with_scale(validation, scale)
-        if (channels := {image.shape[2] for image in images if isinstance(image, np.ndarray) and image.ndim == 3}) - {
-            3
-        }:
+        channels = {image.shape[2] for image in images if isinstance(image, np.ndarray) and image.ndim == 3}
+        if channels - {3}:
             asked["channels"] = max(channels)
         recipe = Recipe(data="X", **{**asked, **(self.recipe or {})})
         with tempfile.TemporaryDirectory(prefix="coatnet-") as folder:

@@ -138,20 +138,30 @@ def test_with_zero_queries_and_keys_attention_is_a_normalized_global_depthwise_c
 
 
 @pytest.mark.parametrize("relative_bias", [True, False])
-def test_local_attention_is_masked_global_attention(relative_bias):
-    window, radius, grid = 3, 1, (4, 5)
+@pytest.mark.parametrize("max_dense_cells", [0, 20], ids=["gathered", "dense"])
+@pytest.mark.parametrize("window", [3, 7, 11])
+def test_local_attention_is_masked_global_attention(window, max_dense_cells, relative_bias, monkeypatch):
+    monkeypatch.setattr("coatnet.model.attention.MAX_DENSE_CELLS", max_dense_cells)
+    radius, grid = window // 2, (4, 5)
     local = strong(LocalAttention(8, 12, 4, window, relative_bias=relative_bias), 0.7)
     x = torch.randn(2, 8, *grid, dtype=torch.float64)
+    table = local.relative_bias.table if relative_bias else torch.zeros(3, window, window, dtype=torch.float64)
     bias = torch.full((3, 20, 20), float("-inf"), dtype=torch.float64)
     for n, (i, j) in enumerate(cells(grid)):
         for m, (i2, j2) in enumerate(cells(grid)):
             if abs(i - i2) <= radius and abs(j - j2) <= radius:
-                table = local.relative_bias.table if relative_bias else torch.zeros(3, 3, 3)
-                bias[:, n, m] = table[:, i - i2 + radius, j - j2 + radius].detach()
-    torch.testing.assert_close(local(x), local.merge(scaled_dot_product_attention(*local.split(x), bias), grid))
+                bias[:, n, m] = table[:, i - i2 + radius, j - j2 + radius]
+    output, expected = local(x), local.merge(scaled_dot_product_attention(*local.split(x), bias), grid)
+    torch.testing.assert_close(output, expected)
+    weights = list(local.parameters())
+    for gradient, wanted in zip(
+        *(torch.autograd.grad(y.square().sum(), weights, retain_graph=True) for y in (output, expected)), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(local.merge(local.weights(x) @ local.split(x)[2], grid), expected)
 
 
-def test_local_attention_saves_no_matrix_of_all_pairs():
+def test_local_attention_saves_no_matrix_of_all_pairs_of_a_large_map():
     grid = (64, 64)
     local, largest = LocalAttention(4, 4, 4, 3, relative_bias=True), 0
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):

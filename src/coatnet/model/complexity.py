@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from coatnet.model.attention import MAX_DENSE_CELLS
 from coatnet.model.config import Variant
 from coatnet.model.network import create_model
 from coatnet.model.registry import find_variant
@@ -117,10 +118,11 @@ def inference_bytes(variant: Variant | TimmVariant, resolution: int) -> int:
             block = 2 * 4 * stage.width * (side**2 if depthwise else cells)  # the expanded map, before and after
         else:
             block = 2 * 4 * stage.width * cells  # the FFN's hidden layer
-            if attention in ("pre", "post"):
+            if attention in ("pre", "post") or (attention == "local" and cells <= MAX_DENSE_CELLS):
                 block += 3 * heads * cells**2  # the scores, with the bias, and their softmax
+            if attention in ("pre", "post"):
                 cached += stage.depth * heads * cells**2 if variant.relative_bias else 0
-            if attention == "local":
+            elif attention == "local" and cells > MAX_DENSE_CELLS:
                 block += 2 * stage.width * cells * window**2 + stage.width * (grid + window) ** 2
         largest, side = max(largest, block), grid
     return 4 * (largest + cached)

@@ -289,7 +289,7 @@ def test_a_network_that_would_take_too_much_memory_is_refused_before_it_computes
     """Without a relative bias, no tensor of the file depends on the size of the window."""
     model = create_model("coatnet-femto-16", num_classes=3, attention="local", window=1_001, relative_bias=False)
     with pytest.raises(UserError, match=r"one image takes this network about .* GiB; models of more than 16 GiB"):
-        load(Bundle(model, ("a", "b", "c"), Preprocessing(resolution=64)).save(tmp_path / "bundle"))
+        load(Bundle(model, ("a", "b", "c"), Preprocessing(resolution=128)).save(tmp_path / "bundle"))
 
 
 def test_many_classes_with_one_twice_take_no_time() -> None:

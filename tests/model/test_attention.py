@@ -161,6 +161,13 @@ def test_local_attention_is_masked_global_attention(window, max_dense_cells, rel
     torch.testing.assert_close(local.merge(local.weights(x) @ local.split(x)[2], grid), expected)
 
 
+def test_a_window_larger_than_the_map_takes_no_memory_without_a_relative_bias():
+    local, plain = LocalAttention(8, 12, 4, 1_000_001, relative_bias=False), PlainAttention(8, 12, 4)
+    plain.load_state_dict(local.state_dict())
+    x = torch.randn(2, 8, *GRID)
+    torch.testing.assert_close(local(x), plain(x))  # the offsets of the window alone would be 4 TB
+
+
 def test_local_attention_saves_no_matrix_of_all_pairs_of_a_large_map():
     grid = (64, 64)
     local, largest = LocalAttention(4, 4, 4, 3, relative_bias=True), 0

@@ -155,11 +155,14 @@ class LocalAttention(MultiHeadProjection):
         Returns:
             `(A, N, N)`, or `(1, N, N)` without relative biases.
         """
-        radius, (height, width) = self.window // 2, grid
-        table = q.new_zeros(1, self.window, self.window) if self.relative_bias is None else self.relative_bias.table
+        height, width = grid
+        if self.relative_bias is None:
+            table = q.new_zeros(1, min(self.window, 2 * height - 1), min(self.window, 2 * width - 1))
+        else:
+            table = self.relative_bias.table.to(q.dtype)
         # From the offsets of the window to those of the grid; padding by less than nothing crops.
-        rows, columns = height - 1 - radius, width - 1 - radius
-        table = F.pad(table.to(q.dtype), (columns, columns, rows, rows), value=float("-inf"))  # (A, 2H-1, 2W-1)
+        rows, columns = (2 * height - 1 - table.shape[1]) // 2, (2 * width - 1 - table.shape[2]) // 2
+        table = F.pad(table, (columns, columns, rows, rows), value=float("-inf"))  # (A, 2H-1, 2W-1)
         expand = opaque_expand_table if torch.compiler.is_dynamo_compiling() else expand_table
         return expand(table, height, width)
 

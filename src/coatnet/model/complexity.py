@@ -118,12 +118,13 @@ def inference_bytes(variant: Variant | TimmVariant, resolution: int) -> int:
             block = 2 * 4 * stage.width * (side**2 if depthwise else cells)  # the expanded map, before and after
         else:
             block = 2 * 4 * stage.width * cells  # the FFN's hidden layer
-            if attention in ("pre", "post") or (attention == "local" and cells <= MAX_DENSE_CELLS):
+            is_global = attention in ("pre", "post")
+            if is_global or (attention == "local" and cells <= MAX_DENSE_CELLS):
                 block += 3 * heads * cells**2  # the scores, with the bias, and their softmax
-            if attention in ("pre", "post"):
-                cached += stage.depth * heads * cells**2 if variant.relative_bias else 0
-            elif attention == "local" and cells > MAX_DENSE_CELLS:
+            elif attention == "local":
                 block += 2 * stage.width * cells * window**2 + stage.width * (grid + window) ** 2
+            if is_global and variant.relative_bias:
+                cached += stage.depth * heads * cells**2
         largest, side = max(largest, block), grid
     return 4 * (largest + cached)
 

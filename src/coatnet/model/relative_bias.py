@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coatnet.model.inference_cache import InferenceCache
 
+BIAS_ALIGNMENT = 8  # values: what torch's memory-efficient attention asks of its bias
 INITIAL_DEVIATION = 0.02  # chosen: from the authors' later code; the paper says only "trainable"
 
 
@@ -107,12 +108,22 @@ def expand_table(table: Tensor, height: int, width: int) -> Tensor:
 @torch.library.custom_op("coatnet::relative_bias_pairs", mutates_args=())
 def opaque_expand_table(table: Tensor, height: int, width: int) -> Tensor:
     """`expand_table` as one operation that a compiler does not look into."""
-    return expand_table(table, height, width).contiguous()
+    return aligned_pairs(table, height * width).copy_(expand_table(table, height, width))
 
 
 @opaque_expand_table.register_fake
 def _(table: Tensor, height: int, width: int) -> Tensor:
-    return table.new_empty(table.shape[0], height * width, height * width)
+    return aligned_pairs(table, height * width)
+
+
+def aligned_pairs(table: Tensor, num_cells: int) -> Tensor:
+    """Unset values `(A, N, N)`, whose rows begin at multiples of `BIAS_ALIGNMENT` values.
+
+    torch's fused attention pads a bias whose rows do not, and Inductor lays the padded one out by heads, which the
+    backward kernel refuses ("last dimension must be contiguous", torch 2.11 on an H100).
+    """
+    row = -(-num_cells // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    return table.new_empty(table.shape[0], num_cells, row)[..., :num_cells]
 
 
 def _save_grid(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:

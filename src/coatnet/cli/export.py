@@ -57,6 +57,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="accuracy that int8 may lose; 0.01 is one percentage point (0.01)",
     )
     parser.add_argument("--fp16", action="store_true", help="web: store the weights in float16, half the size")
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="torch-export: where the graph runs, cpu or cuda (cpu)"
+    )
     parser.add_max_megapixels()
     given = parser.parse(arguments)
     if given.int8 and given.calibration is None:
@@ -87,6 +90,7 @@ def run(arguments: Sequence[str]) -> int:
             calibration=given.calibration,
             max_drop=given.max_drop,
             fp16=given.fp16,
+            device=given.device,
             progress=bar.update,
         )
     print_export(exported, given.format)

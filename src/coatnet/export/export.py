@@ -16,6 +16,7 @@ from coatnet.export.parity import FP16_TIMES, Parity, compare, example_file, ope
 from coatnet.export.quantization import Quantization, open_calibration, quantize
 from coatnet.export.signature import NOVELTY, Signature, describe
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors
+from coatnet.system.hardware import choose_device
 
 STEPS = 3
 
@@ -42,6 +43,7 @@ def export_bundle(
     calibration: str | None = None,
     max_drop: float = 0.01,
     fp16: bool = False,
+    device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportResult:
     """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and an example.
@@ -56,6 +58,7 @@ def export_bundle(
         calibration: a labeled data source; quantizes to int8 (format openvino).
         max_drop: largest loss of accuracy by int8, as a fraction of the images.
         fp16: store the weights in float16, for half the bytes (format web).
+        device: where the graph runs, "cpu" or "cuda" (format torch-export).
         progress: called with the steps done and the steps in all.
 
     Returns:
@@ -74,12 +77,17 @@ def export_bundle(
         raise UserError("--calibration (int8) is for format openvino, without --dynamic-size")
     if fp16 and format != "web":
         raise UserError("--fp16 is for format web")
+    if device != "cpu" and format != "torch-export":
+        raise UserError("--device is for format torch-export")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is {device!r}; it is cpu or cuda: which GPU, the program that opens it decides")
+    choose_device(device)
     if not 0 <= max_drop <= 1:
         raise UserError(f"max_drop is {max_drop}; it is a fraction of the images, such as 0.01")
     if output_path(out).exists():
         raise UserError(f"{out} exists already: give a new folder")
 
-    signature = Signature(logits or not form.is_graph, dynamic_size)
+    signature = Signature(logits or not form.is_graph, dynamic_size, device)
     module: Any = import_module(form.module)
     name, images = open_check_images(bundle, data)
     splits = open_calibration(bundle, calibration) if calibration is not None else None

@@ -54,11 +54,12 @@ class Signature:
     """uint8 images of any size to probabilities; or, with `logits`, the bare network: normalized float32 to logits.
 
     With `any_size` the network runs at the size of its input. Without it, uint8 images are resized in the graph, and
-    normalized ones have the resolution of the bundle.
+    normalized ones have the resolution of the bundle. Input and outputs are on `device`.
     """
 
     logits: bool = False
     any_size: bool = False
+    device: str = "cpu"
 
     @property
     def input(self) -> str:
@@ -86,7 +87,12 @@ class Signature:
     def program(self, bundle: Bundle) -> ExportedProgram:
         """The exported graph. Dynamic are the batch size, and height and width unless the resolution is fixed."""
         free = () if self.logits and not self.any_size else (2, 3) if self.logits else (1, 2)
-        return to_program(self.module(bundle), self.example(bundle), free=free)
+        program = to_program(self.module(bundle), self.example(bundle), free=free)
+        if self.device == "cpu":
+            return program
+        from torch.export.passes import move_to_device_pass
+
+        return move_to_device_pass(program, f"{self.device}:0")
 
     def example(self, bundle: Bundle) -> Tensor:
         """An example input for the exporter: a batch of two, not square, so that height and width stay distinct."""
@@ -113,6 +119,7 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
     activation = "none" if signature.logits else "sigmoid" if bundle.multilabel else "softmax"
     return {
         "format": format,
+        **({} if signature.device == "cpu" else {"device": signature.device}),
         "coatnet_version": __version__,
         "architecture": bundle.model.variant.name,
         "classes": list(bundle.classes),
@@ -156,22 +163,26 @@ def string_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def run_with_torch(module: Callable[[Tensor], Any]) -> Run:
-    """A torch module as a function of arrays."""
+def run_with_torch(module: Callable[[Tensor], Any], device: str = "cpu") -> Run:
+    """A torch module on a device as a function of arrays."""
 
     @torch.no_grad()
     def run(given: NDArray) -> NDArray[np.float32]:
-        found = module(torch.from_numpy(given))
-        return found.numpy() if isinstance(found, Tensor) else join_outputs([each.numpy() for each in found])
+        # A GPU would multiply in TF32, whose 10 bits hide what an export changes.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found = module(torch.from_numpy(given).to(device))
+        arrays = [each.cpu().numpy() for each in ([found] if isinstance(found, Tensor) else found)]
+        return arrays[0] if isinstance(found, Tensor) else join_outputs(arrays)
 
     return run
 
 
 def torch_call(signature: Signature, bundle: Bundle) -> str:
     """Code that calls `model`, a torch module, with the array `images`."""
+    there, back = ("", "") if signature.device == "cpu" else (f'.to("{signature.device}")', ".cpu()")
     if len(outputs := signature.outputs(bundle)) == 1:
-        return f"{signature.output} = model(torch.from_numpy(images)).numpy()"
-    return f"{', '.join(outputs)} = (each.numpy() for each in model(torch.from_numpy(images)))"
+        return f"{signature.output} = model(torch.from_numpy(images){there}){back}.numpy()"
+    return f"{', '.join(outputs)} = (each{back}.numpy() for each in model(torch.from_numpy(images){there}))"
 
 
 def join_outputs(outputs: Sequence[NDArray]) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ def reopen(folder: Path, signature: Signature) -> Run:
     """Open the graph."""
     with silence_exporters():
         module = torch.export.load(folder / FILE).module()
-    return run_with_torch(module)
+    return run_with_torch(module, signature.device)
 
 
 def snippet(bundle: Bundle, signature: Signature) -> str:

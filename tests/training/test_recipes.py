@@ -143,6 +143,8 @@ def test_many_small_images_are_erased_in_part_and_few_are_not():
         for number in (60, 19_999, 20_000)
     ]
     assert rates == [0.0, 0.0, 0.5]
+    few_epochs = resolve(Recipe(data="digits", epochs=24), splits_of(8, number=20_000))
+    assert few_epochs.augmentation.erasing_rate == 0.0, "an untrained network underfits in few epochs"
 
 
 def test_fewer_images_are_seen_more_often_but_fewer_steps_are_made():

@@ -32,6 +32,8 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> st
         (["--format", "openvino", "--int8", "--calibration", "digits"], "unknown to the model"),
         (["--format", "web", "--logits"], "leave --logits and --dynamic-size out"),
         (["--format", "onnx", "--fp16"], "--fp16 is for format web"),
+        (["--format", "onnx", "--device", "cuda"], "--device is for format torch-export"),
+        (["--format", "torch-export", "--device", "cuda:1"], "--device is 'cuda:1'; it is cpu or cuda"),
         (["--format", "onnx", "--data", "digitz"], "did you mean 'digits'?"),
         (["--format", "onnx", "--logit"], "did you mean '--logits'?"),
     ],

@@ -195,3 +195,9 @@ def test_a_study_that_is_ended_at_any_moment_ends_with_the_same_figures(number: 
         time.sleep(1.0)  # for the runs, which end with the study
     subprocess.run([*command, str(broken)], check=True, env=environment, capture_output=True)
     assert figures_of(broken) == figures_of(whole)
+
+
+def test_a_study_without_a_folder_is_named_after_its_question(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "bias", *COMMAND]) == 0
+    assert len(Study.read(tmp_path / "studies" / "bias").finished()) == 2

@@ -34,7 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="one of those below, or a YAML file")
     parser.add_argument("--data", metavar="DATA", help="what to learn from, see below")
-    parser.add_argument("--out", metavar="STUDY", help="folder of the study, new or to go on with")
+    parser.add_argument("--out", metavar="STUDY", help="folder of the study, new or to go on with (studies/QUESTION)")
     parser.add_argument(
         "--sizes", nargs="+", metavar="N", help="numbers or percentages of training images (10%% 100%%)"
     )
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     if given.report:
         return _report(Path(given.report))
-    for name in ("question", "data", "out"):
+    for name in ("question", "data"):
         if not getattr(given, name):
             option = "a question, such as layouts" if name == "question" else f"--{name}"
             raise UserError(f"study needs {option}; `coatnet study --help` shows how")
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value is not None
     }
     options = Options(given.question, given.data, **asked)
-    folder = Path(given.out)
+    folder = Path(given.out or f"studies/{Path(given.question).stem}")
     study = open_study(options, folder, _say, dry_run=given.dry_run)
     jobs, devices = choose_jobs(options)
     if part.local_world_size > 1:  # of torchrun, each of which has its own core or GPU

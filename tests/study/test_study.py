@@ -2,11 +2,15 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+from coatnet.cli import study as cli
 from coatnet.cli.main import main
-from coatnet.study.plan import Options, open_study
+from coatnet.errors import UserError
+from coatnet.study.plan import Options, hold_study, open_study
 from coatnet.study.record import Study
 from coatnet.study.run import Part, recipe_of
 from coatnet.training.defaults import open_splits, resolve
@@ -174,6 +180,204 @@ def test_every_process_of_an_array_takes_its_part() -> None:
 def figures_of(folder: Path) -> list[tuple]:
     """What a study found, without times."""
     return [(run.folder, run.status, run.figures, run.curves) for run in Study.read(folder).runs]
+
+
+OWN = "match: false\nmembers:\n  a: {}\n  b: {optimizer.weight_decay: 0.1}\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study of two runs, beside its own.yaml."""
+    place = tmp_path_factory.mktemp("finished")
+    (place / "own.yaml").write_text(OWN)
+    assert main(["study", str(place / "own.yaml"), *COMMAND, "--out", str(place / "own")]) == 0
+    return place / "own"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished study; its command is `AGAIN`, in the folder above."""
+    shutil.copytree(finished, tmp_path / "own")
+    record = json.loads((tmp_path / "own/study.json").read_text())
+    record["asked"]["question"] = "own.yaml"
+    (tmp_path / "own/study.json").write_text(json.dumps(record))
+    (tmp_path / "own.yaml").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "own"
+
+
+AGAIN = ["study", "own.yaml", *COMMAND]
+
+
+def change(path: Path, **values: object) -> None:
+    """Give keys of a JSON file other values, or remove those that are None."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("  b:", "  c:", "member b is gone, member c is new"),
+        ("0.1", "0.2", "member b has other values"),
+        ("{}", "{variations: {norm: layer}}", "member a has other values"),
+        ("false", "true", "match differs"),
+        ("match", "recipe: {optimizer.grad_clip_norm: 2}\nmatch", "recipe differs"),
+        ("  a: {}\n  b: {optimizer.weight_decay: 0.1}", "  b: {optimizer.weight_decay: 0.1}\n  a: {}", "another order"),
+    ],
+)
+def test_an_edited_file_is_another_study(
+    before: str, after: str, message: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = (copied / "study.json").read_bytes()
+    Path("own.yaml").write_text(OWN.replace(before, after))
+    assert main([*AGAIN, "--out", "own"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert message in error and "another folder" in error
+    assert (copied / "study.json").read_bytes() == record
+
+
+def test_an_edited_file_is_refused_for_a_study_that_did_not_keep_it_and_a_title_is_not_the_question(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = json.loads((copied / "study.json").read_text())["asked"]
+    del asked["file"]
+    change(copied / "study.json", asked=asked)
+    Path("own.yaml").write_text(OWN.replace("0.1", "0.2"))
+    assert main([*AGAIN, "--out", "own"]) == 2
+    assert "member b has other values" in capsys.readouterr().err
+    Path("own.yaml").write_text("title: How much?\n" + OWN)
+    assert main([*AGAIN, "--out", "own"]) == 0
+    assert "How much?" in (copied / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"asked": {}}, "asked.planned_steps is None"),
+        ({"runs": []}, "has no runs"),
+        ({"recipe": {}}, "recipe has no batch_size"),
+        ({"members": None}, "members"),
+        ({"format": None}, "format"),
+        (None, "not JSON"),
+    ],
+)
+def test_a_damaged_study_json_is_one_line_with_the_way_out(
+    damage: dict | None, message: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = copied / "study.json"
+    if damage is None:
+        record.write_bytes(record.read_bytes()[:500])
+    else:
+        change(record, **damage)
+    assert main([*AGAIN, "--out", "own"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert message in error and "move it out of the folder" in error
+
+
+def test_runs_without_a_study_json_become_a_study_again(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = figures_of(copied)
+    written = {path: path.stat().st_mtime_ns for path in copied.glob("runs/*/figures.json")}
+    (copied / "study.json").rename(copied / "study.json.old")
+    assert main([*AGAIN, "--out", "own"]) == 0
+    assert figures_of(copied) == before
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    (copied / "study.json").unlink()
+    (copied / "thesis.txt").write_text("mine")
+    assert main([*AGAIN, "--out", "own"]) == 2
+    assert "is not the folder of a study" in capsys.readouterr().err
+
+
+def test_runs_whose_figures_are_damaged_are_trained_again(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = figures_of(copied)
+    first, second = sorted(copied.glob("runs/*/figures.json"))
+    first.write_bytes(first.read_bytes()[:300])
+    change(second, figures=None)
+    (copied / "study.json").unlink()
+    assert main([*AGAIN, "--out", "own"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "the run is trained again" in line]
+    assert len(said) == 2 and "not JSON" in said[0] and "'figures' is missing" in said[1]
+    assert figures_of(copied) == before
+
+
+def test_a_run_with_weights_and_damaged_figures_is_named_and_the_rest_goes_on(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next(copied.glob("runs/a-*/figures.json"))
+    (path.parent / "bundle").mkdir()
+    change(path, figures=None)
+    (copied / "study.json").unlink()
+    assert main([*AGAIN, "--out", "own"]) == 1
+    error = capsys.readouterr().err
+    assert f"remove the folder own/runs/{path.parent.name}" in error and "Traceback" not in error
+    assert [run.status for run in Study.read(copied).runs] == ["failed", "finished"]
+
+
+def test_the_command_of_an_extended_study_makes_the_whole(copied: Path) -> None:
+    first = Options("own.yaml", "digits", steps=3, jobs=1)
+    study = open_study(replace(first, sizes=("60",), seeds=2, learning_rates=(1e-3,)), copied, print)
+    assert Study.read(copied) == study and len(study.runs) == 16
+    words = shlex.split(study.command)
+    given = cli.parse_arguments(words[2:])
+    same = replace(
+        first,
+        sizes=tuple(given.sizes),
+        seeds=given.seeds,
+        steps=given.steps,
+        learning_rates=tuple(given.learning_rates),
+    )
+    assert words[:3] == ["coatnet", "study", "own.yaml"] and open_study(same, copied, print) == study
+    new = open_study(same, Path("new"), print, dry_run=True)
+    assert [run.folder for run in new.runs] == [run.folder for run in study.runs]
+    assert [recipe_of(new, run) for run in new.runs] == [recipe_of(study, run) for run in study.runs]
+    # The steps of a plan by time are those of the plan, whatever machine the command runs on.
+    asked = {name: value for name, value in study.asked.items() if name != "steps"}
+    change(copied / "study.json", asked=asked | {"minutes": 1.0})
+    longer = open_study(replace(first, steps=None, minutes=1.0, seeds=3), copied, print)
+    assert "--seeds 3 --steps 3" in longer.command and "--minutes" not in longer.command
+    assert open_study(replace(first, seeds=3), copied, print) == longer
+
+
+def test_a_command_that_the_lock_refuses_changes_nothing(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = (copied / "study.json").read_bytes()
+    with hold_study(copied, Part()):
+        assert main([*AGAIN, "--seeds", "3", "--out", "own"]) == 2
+        assert "is making the study in own" in capsys.readouterr().err
+        with hold_study(copied, Part(1, 2)):  # of an array, which shares the study
+            pass
+    assert (copied / "study.json").read_bytes() == record
+
+
+def test_a_part_that_waited_for_the_plan_of_another_is_compared_with_it(tmp_path: Path) -> None:
+    planning, go_on = threading.Event(), threading.Event()
+    options = Options("bias", "digits", sizes=("40",), seeds=1, steps=3, jobs=1)
+
+    def say(text: str) -> None:
+        planning.set()
+        go_on.wait(60)
+
+    (tmp_path / "bias").mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(open_study, options, tmp_path / "bias", say)
+        assert planning.wait(60)
+        same = pool.submit(open_study, options, tmp_path / "bias", print)
+        other = pool.submit(open_study, replace(options, steps=4), tmp_path / "bias", print)
+        time.sleep(0.2)
+        go_on.set()
+        assert first.result() == same.result() == Study.read(tmp_path / "bias")
+        with pytest.raises(UserError, match="a study with steps 3, not 4"):
+            other.result()
+
+
+def test_a_refused_command_leaves_no_folder_and_weights_of_finished_runs_are_said_to_be_gone(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "bias", "--data", "digits", "--sizes", "200%", "--out", "e/a"]) == 2
+    assert not Path("e").exists()
+    capsys.readouterr()
+    assert main([*AGAIN, "--keep_weights", "--out", "own"]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "--keep_weights" in line]
+    assert "2 finished runs" in warning and "new folder" in warning
 
 
 @pytest.mark.faults

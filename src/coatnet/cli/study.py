@@ -3,12 +3,18 @@
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coatnet.cli.parser import DATA_HELP, FAILED, Parser
 from coatnet.errors import UserError, counted
+from coatnet.system.files import output_path
 from coatnet.system.terminal import echo, echo_summary
+
+if TYPE_CHECKING:
+    from coatnet.study.plan import Options
+    from coatnet.study.run import Part
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -67,8 +73,8 @@ def run(arguments: Sequence[str]) -> int:
         if not getattr(given, name):
             option = "a question, such as layouts" if name == "question" else f"--{name}"
             raise UserError(f"study needs {option}; `coatnet study --help` shows how")
-    from coatnet.study.plan import Options, choose_jobs, describe_plan, open_study
-    from coatnet.study.run import Part, run_study
+    from coatnet.study.plan import Options, hold_study
+    from coatnet.study.run import Part
 
     part = Part.of(os.environ)
     names = ("sizes", "seeds", "steps", "epochs", "minutes", "batch_size", "learning_rates", "model", "width")
@@ -79,7 +85,15 @@ def run(arguments: Sequence[str]) -> int:
         name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value is not None
     }
     options = Options(given.question, given.data, **asked)
-    folder = Path(given.out or f"studies/{Path(given.question).stem}")
+    folder = output_path(given.out or f"studies/{Path(given.question).stem}")
+    with nullcontext() if given.dry_run else hold_study(folder, part):
+        return _make(options, folder, part, given)
+
+
+def _make(options: "Options", folder: Path, part: "Part", given: argparse.Namespace) -> int:
+    from coatnet.study.plan import choose_jobs, describe_plan, open_study
+    from coatnet.study.run import run_study
+
     study = open_study(options, folder, _say, dry_run=given.dry_run)
     jobs, devices = choose_jobs(options)
     if part.local_world_size > 1:  # of torchrun, each of which has its own core or GPU
@@ -92,6 +106,12 @@ def run(arguments: Sequence[str]) -> int:
     if given.dry_run:
         echo("Nothing was trained or written.")
         return 0
+    without = [run.folder for run in study.finished() if not (folder / run.folder / "bundle").exists()]
+    if given.keep_weights and without:
+        _say(
+            f"warning: --keep_weights is too late for {counted(len(without), 'finished run')}, such as {without[0]}, "
+            "whose weights were not kept: give a new folder for --out to keep all"
+        )
     run_study(folder, jobs=jobs, devices=devices, part=part, keep_weights=given.keep_weights, say=_say)
     return _report(folder)
 

@@ -2,7 +2,8 @@
 
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,8 @@ from coatnet.model.registry import find_variant
 from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
 from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
 from coatnet.study.record import RECORD, Member, Run, Study
-from coatnet.study.run import MAX_TRAINING_IMAGES, measure_steps, recipe_of
-from coatnet.system.files import file_lock, output_path, require_outside, translate_write_errors
+from coatnet.study.run import MAX_TRAINING_IMAGES, Part, measure_steps, recipe_of
+from coatnet.system.files import file_lock, only_process, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import default_learning_rate, open_splits, resolve
@@ -36,6 +37,7 @@ MOST_EVALUATIONS, FEWEST_EVALUATIONS = 12, 4
 EVALUATION_SHARE = 0.15  # of the time of the steps, which decides how many evaluations there are
 TIME_FOR_RUNS = 0.9  # of a limit in minutes; the rest are the plan, the pages, and what other programs take
 LEAST_STEPS = 20
+PAGES = ("study.html", "study.md", "curves.png", "gap.png")  # beside study.json and runs
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ class Options:
                 several = value if isinstance(value, tuple) else (value,)
                 words += [
                     f"--{each.name}",
-                    *(f"{part:g}" if isinstance(part, float) else str(part) for part in several),
+                    *(
+                        f"{part:g}" if isinstance(part, float) and float(f"{part:g}") == part else str(part)
+                        for part in several
+                    ),
                 ]
         return shlex.join(words)
 
@@ -260,7 +265,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         sizes=sizes,
         seeds=tuple(range(seeds)),
         learning_rates=tuple(sorted(rates)),
-        asked=options.asked(),
+        asked=options.asked() | ({} if own is None else {"file": own.asked()}),
     )
     jobs, devices = choose_jobs(options)
     threads = max(1, num_cores() // jobs)
@@ -345,37 +350,61 @@ def _evaluations(steps: float, evaluation: float) -> int:
     return min(MOST_EVALUATIONS, max(FEWEST_EVALUATIONS, fit))
 
 
+@contextmanager
+def hold_study(folder: Path, part: Part) -> Iterator[None]:
+    """Hold a part of a study, in whose folder nothing else may write study.json; folders that stay empty are removed.
+
+    Raises:
+        UserError: another process makes the same part, or the folder is that of something else.
+    """
+    _require_study(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with translate_write_errors(folder, "choose another folder for out"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_process(folder / part.lock, f"making the study in {folder}"):
+            yield
+    finally:
+        for each in made:
+            with suppress(OSError):  # it holds the study, or what another part has made
+                each.rmdir()
+
+
+def _require_study(folder: Path) -> None:
+    """Raises UserError for what is neither the folder of a study, nor new, nor holds the runs of a lost study.json."""
+    if (folder / RECORD).exists() or not folder.exists():
+        return
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else [""]
+    others = [name for name in names if name not in ("runs", *PAGES) and not name.startswith(RECORD)]
+    if others or (names and "runs" not in names):
+        raise UserError(f"{folder} exists and is not the folder of a study: choose a new folder for out")
+
+
 def open_study(options: Options, folder: Path, say: Callable[[str], None], *, dry_run: bool = False) -> Study:
     """The study in a folder, with the plan of its first start, extended by new sizes, seeds and learning rates.
+
+    It writes study.json, unless it is a dry run: the caller then has a part of the study by `hold_study`.
 
     Raises:
         UserError: the folder holds another study, or something else.
     """
     folder = output_path(folder)
-    if (folder / RECORD).exists():
-        with file_lock(folder / ".study.lock"):
-            study = Study.read(folder)
-            wider = _extended(study, options, folder)
-            if wider != study and not dry_run:
-                wider.write(folder)
-            return wider
-    if folder.exists() and not (folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())):
-        raise UserError(f"{folder} exists and is not the folder of a study: choose a new folder for out")
     if dry_run:
+        _require_study(folder)
+        if (folder / RECORD).exists():
+            return _extended(Study.read(folder), options, folder)
         return plan_study(options, folder, say)
     options.check()
-    with translate_write_errors(folder, "choose another folder for out"):
-        folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".study.lock"
+    with file_lock(lock):  # other parts of the study wait for its plan
         try:
-            with file_lock(folder / ".study.lock"):
-                if (folder / RECORD).exists():  # another process of the same study has planned it meanwhile
-                    return Study.read(folder)
-                study = plan_study(options, folder, say)
+            before = Study.read(folder) if (folder / RECORD).exists() else None
+            study = plan_study(options, folder, say) if before is None else _extended(before, options, folder)
+            if study != before:
                 study.write(folder)
         except UserError:
-            if {entry.name for entry in folder.iterdir()} <= {".study.lock"}:
-                (folder / ".study.lock").unlink(missing_ok=True)
-                folder.rmdir()
+            if not (folder / RECORD).exists():
+                lock.unlink(missing_ok=True)
             raise
     return study
 
@@ -383,6 +412,11 @@ def open_study(options: Options, folder: Path, say: Callable[[str], None], *, dr
 def _extended(study: Study, options: Options, folder: Path) -> Study:
     """A study with the runs of new sizes, seeds and learning rates. Raises UserError if it is another one."""
     options.check()
+    study.require_plan(folder)
+    steps = study.asked["planned_steps"]
+    if options.steps == steps:  # as the command of an extended study has them, whatever they were planned by
+        durations = {name: study.asked.get(name) for name in ("steps", "epochs", "minutes")}
+        options = replace(options, **durations)
     for name, value in options.asked().items():
         if study.asked.get(name) != value:
             raise UserError(
@@ -392,6 +426,15 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     for name in ("steps", "epochs", "minutes"):
         if name in study.asked and name not in options.asked():
             raise UserError(f"{folder} holds a study with {name} {study.asked[name]}: give the same to go on")
+    path = Path(options.question)
+    if path.suffix in (".yaml", ".yml"):
+        question = read_question(path)
+        if differences := _differences(study, question):
+            raise UserError(
+                f"{folder} holds the study of another {path}: {differences}; give the file as it was to go on, or "
+                "another folder for a new study"
+            )
+        study = replace(study, title=question.title)
     sizes: tuple[int, ...] = ()
     if options.sizes:
         _, splits = open_splits(Recipe(data=options.data), lambda text: None)
@@ -402,7 +445,8 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
         seeds=tuple(range(max(len(study.seeds), options.seeds or 0))),
         learning_rates=tuple(sorted({*study.learning_rates, *options.learning_rates})),
     )
-    steps = study.asked["planned_steps"]
+    if wider != study:
+        wider = replace(wider, command=_command(wider, folder))
     before = {run.folder: run for run in study.runs}
     planned: dict[str, list[float]] = {}
     for run in study.runs:
@@ -413,6 +457,39 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
         run = _run(wider, member.name, size, seed, rate, steps, seconds)
         runs.append(before.get(run.folder, run))
     return replace(wider, runs=tuple(runs))
+
+
+def _differences(study: Study, question: Question) -> str:
+    """In what a YAML file is not the one that a study was planned by; empty if in nothing."""
+    now = question.asked()
+    before = study.asked.get("file")
+    if before is None:  # earlier releases kept what became of the members
+        kept = {member.name: {**member.changes, "variations": None} for member in study.members}
+        before = {"members": kept}
+        now["members"] = {name: {**values, "variations": None} for name, values in now["members"].items()}
+    old, new = before["members"], now["members"]
+    found = [f"member {name} is gone" for name in old if name not in new]
+    found += [f"member {name} is new" for name in new if name not in old]
+    found += [f"member {name} has other values" for name in new if name in old and new[name] != old[name]]
+    if not found and list(new) != list(old):
+        found.append("its members are in another order")
+    found += [f"{name} differs" for name in ("recipe", "match") if name in before and now[name] != before[name]]
+    return ", ".join(found[:4]) + (f" and {counted(len(found) - 4, 'more difference')}" if len(found) > 4 else "")
+
+
+def _command(study: Study, folder: Path) -> str:
+    """The command that makes a whole study with the steps of its plan, also on a machine of another speed."""
+    names = {each.name for each in fields(Options)}.difference(("steps", "epochs", "minutes"))
+    options = Options(**{name: value for name, value in study.asked.items() if name in names})
+    default = (default_learning_rate(options.batch_size),)
+    options = replace(
+        options,
+        sizes=tuple(map(str, study.sizes)),
+        seeds=len(study.seeds),
+        steps=study.asked["planned_steps"],
+        learning_rates=() if study.learning_rates == default else study.learning_rates,
+    )
+    return options.command(folder)
 
 
 def describe_plan(study: Study, jobs: int) -> str:

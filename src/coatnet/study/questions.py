@@ -1,6 +1,7 @@
 """What a study asks: the paper's own questions with their members and what the paper says of them, or a YAML file."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,11 @@ class Question:
     fixed_depths: bool = False
     matched: bool = True
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def asked(self) -> dict[str, Any]:
+        """What a YAML file asks apart from its title, as study.json keeps it to tell whether the file was changed."""
+        members = {choice.name: {**choice.changes, "variations": choice.variations} for choice in self.choices}
+        return json.loads(json.dumps({"members": members, "recipe": self.recipe, "match": self.matched}))
 
 
 def base_row(resolution: int, model: str | None, width: float) -> Variant:

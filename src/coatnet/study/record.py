@@ -21,6 +21,7 @@ from coatnet.system.validated import (
 
 RECORD = "study.json"
 FORMAT = 1
+_WAY_OUT = "move it out of the folder, and the same command plans the study again with the runs that are there"
 
 
 @validated
@@ -161,7 +162,7 @@ class Study:
     threads: PositiveInt = 1
     """Threads of a run on CPUs; with another number the last bits of its sums may differ."""
     asked: dict[str, Any] = field(default_factory=dict)
-    """Options of the command that the plan follows from."""
+    """Options of the command that the plan follows from; `file` is what its YAML file asks, see `Question.asked`."""
     runs: tuple[Run, ...] = ()
     """All trainings, in the order in which they are made."""
 
@@ -176,13 +177,39 @@ class Study:
     def read(cls, folder: Path) -> Self:
         """The study of a folder. Raises UserError if its study.json is missing, damaged or of a later release."""
         path = folder / RECORD
-        values = dict(require_object(read_json(path), path))
-        if (found := values.get("format")) != FORMAT:
+        if not path.exists():
+            raise UserError(f"{path} cannot be read: there is no such file")
+        try:
+            values = dict(require_object(read_json(path), path))
+        except UserError as error:
+            raise UserError(f"{error}; {_WAY_OUT}") from None
+        if (found := values.get("format")) != FORMAT and isinstance(found, int):
             raise UserError(f"{path} has format {found!r}; this release of coatnet reads {FORMAT}")
         try:
             return cls(**values)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        except (UserError, TypeError) as error:
+            raise UserError(f"{path}: {error}; {_WAY_OUT}") from None
+
+    def require_plan(self, folder: Path) -> None:
+        """Raise UserError unless all that a start goes on by is in the study, which was read from this folder."""
+        asked = self.asked
+        counts = {"planned_steps": asked.get("planned_steps"), "evaluations": asked.get("evaluations", 1)}
+        wrong = [
+            f"asked.{name} is {value!r:.80}, not a number of 1 or more"
+            for name, value in counts.items()
+            if not isinstance(value, int) or value < 1
+        ]
+        if not isinstance(self.recipe.get("batch_size"), int):
+            wrong.append("recipe has no batch_size")
+        wrong += [f"member {name} has no runs" for name in self._names() - {run.member for run in self.runs}]
+        file = asked.get("file", {"members": {}})
+        if not isinstance(file, dict) or not isinstance(file.get("members"), dict):
+            wrong.append("asked.file has no members")
+        if wrong:
+            raise UserError(f"{folder / RECORD} is damaged: {wrong[0]}; {_WAY_OUT}")
+
+    def _names(self) -> set[str]:
+        return {member.name for member in self.members}
 
     def write(self, folder: Path) -> None:
         """Write study.json, whole or not at all."""

@@ -26,7 +26,7 @@ from coatnet.errors import UserError, counted, explain_memory_shortage, first_li
 from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
 from coatnet.study.record import Curves, Figures, Run, Study
-from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, only_process, read_regular
+from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, read_regular
 from coatnet.system.json_reader import read_json, require_object
 from coatnet.system.launcher import read_launcher
 from coatnet.system.parents import end_with_parent
@@ -248,6 +248,11 @@ class Part:
     local_rank: int = 0
     local_world_size: int = 1
 
+    @property
+    def lock(self) -> str:
+        """Name of the file in the folder of a study that its only process holds."""
+        return ".lock" if self.count == 1 else f".lock-{self.index}-of-{self.count}"
+
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Part":
         """By the variables of a SLURM array, or else of torchrun. Raises UserError if they do not fit together."""
@@ -273,7 +278,7 @@ def run_study(
     """Train all runs of a part that are not finished, and give the study with their figures.
 
     Args:
-        folder: of the study, with its study.json.
+        folder: of the study, with its study.json; `hold_study` keeps other processes from the part.
         jobs: processes at once.
         devices: what they compute on, in turn.
         part: which runs are ours.
@@ -281,38 +286,37 @@ def run_study(
         say: takes a line of progress.
 
     Raises:
-        UserError: another process trains the same part.
         Interrupted: a stop signal arrived; all running runs have saved themselves.
     """
-    lock = folder / (".lock" if part.count == 1 else f".lock-{part.index}-of-{part.count}")
-    with only_process(lock, f"making the study in {folder}"):
-        study = Study.read(folder)
-        mine = study.runs[part.index :: part.count]
-        todo = [run for run in mine if run.status != "finished"]
-        progress = _Progress(len(mine), sum(run.seconds for run in todo), jobs)
-        progress.done = len(mine) - len(todo)
-        running: list[Worker] = []
-        with Interruption() as interruption:
-            while (todo or running) and interruption.signal is None:
-                while todo and len(running) < jobs:
-                    run = todo.pop(0)
-                    slot = min(set(range(jobs)) - {worker.slot for worker in running})
-                    running.append(_begin(folder, study, run, slot, devices, keep_weights))
-                for worker in _ended(running):
-                    running.remove(worker)
-                    run = _outcome(folder, study, worker)
-                    if run is None:  # stopped by a signal that is ours too
-                        continue
-                    study = update(folder, run)
-                    say(progress.line(run, worker))
-            if interruption.signal is not None:
-                say(f"stopping by {interruption.signal.name}: {counted(len(running), 'run')} to be saved")
-                for worker in running:
-                    worker.process.terminate()
-                for worker in running:
-                    if (run := _outcome(folder, study, worker)) is not None and run.status == "finished":
-                        update(folder, run)
-                raise Interrupted(exit_code(interruption.signal))
+    study = Study.read(folder)
+    mine = study.runs[part.index :: part.count]
+    todo = [run for run in mine if run.status != "finished"]
+    progress = _Progress(len(mine), sum(run.seconds for run in todo), jobs)
+    progress.done = len(mine) - len(todo)
+    running: list[Worker] = []
+    with Interruption() as interruption:
+        while (todo or running) and interruption.signal is None:
+            while todo and len(running) < jobs:
+                run = todo.pop(0)
+                slot = min(set(range(jobs)) - {worker.slot for worker in running})
+                if damage := _damage(folder, study, run):
+                    say(f"{damage}; the run is trained again")
+                running.append(_begin(folder, study, run, slot, devices, keep_weights))
+            for worker in _ended(running):
+                running.remove(worker)
+                run = _outcome(folder, study, worker)
+                if run is None:  # stopped by a signal that is ours too
+                    continue
+                study = update(folder, run)
+                say(progress.line(run, worker))
+        if interruption.signal is not None:
+            say(f"stopping by {interruption.signal.name}: {counted(len(running), 'run')} to be saved")
+            for worker in running:
+                worker.process.terminate()
+            for worker in running:
+                if (run := _outcome(folder, study, worker)) is not None and run.status == "finished":
+                    update(folder, run)
+            raise Interrupted(exit_code(interruption.signal))
     return study
 
 
@@ -326,19 +330,47 @@ def _begin(folder: Path, study: Study, run: Run, slot: int, devices: Sequence[st
 
 
 def _train_unless_finished(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> None:
-    kept = not keep_weights or (folder / "bundle").exists()
-    if _figures_of(folder, recipe) is None or not kept:
+    has_weights = (folder / "bundle").exists()
+    try:
+        finished = _result(folder, recipe) is not None
+    except UserError as error:
+        if has_weights:  # training it again would only evaluate its bundle
+            raise UserError(f"{error}; remove the folder {folder} to train the run again") from None
+        finished = False
+    if not finished or (keep_weights and not has_weights):
         train_run(recipe, folder, keep_weights)
 
 
-def _figures_of(folder: Path, recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What figures.json of a run folder holds, if it is of this recipe."""
+def _result(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Fields of a finished run from figures.json of its folder; None without one of this recipe.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / FIGURES
     if not path.exists():
         return None
     found = require_object(read_json(path), path)
-    trained = {**require_object(found.get("recipe"), path), "device": None}
-    return found if trained == {**json.loads(json.dumps(dict(recipe))), "device": None} else None
+    try:
+        result = {
+            "curves": Curves(**found["curves"]),
+            "figures": Figures(**found["figures"]),
+            "seconds": max(0.0, float(found["seconds"])),
+        }
+        trained = {**found["recipe"], "device": None}
+    except (KeyError, TypeError, ValueError) as error:  # a UserError is a ValueError
+        what = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{path} is damaged: {what}") from None
+    return result if trained == {**json.loads(json.dumps(dict(recipe))), "device": None} else None
+
+
+def _damage(folder: Path, study: Study, run: Run) -> str | None:
+    """What is wrong with figures.json of a run that can be trained again."""
+    try:
+        _result(folder / run.folder, recipe_of(study, run).to_dict())
+    except UserError as error:
+        return None if (folder / run.folder / "bundle").exists() else str(error)
+    return None
 
 
 def _ended(running: Sequence[Worker]) -> list[Worker]:
@@ -359,17 +391,10 @@ def _outcome(folder: Path, study: Study, worker: Worker) -> Run | None:
     if status != "done":
         reason = value if status == "failed" else f"its process ended with exit code {value}"
         return replace(run, status="failed", reason=str(reason)[:1000], seconds=time.monotonic() - worker.started)
-    found = _figures_of(folder / run.folder, recipe_of(study, run).to_dict())
-    if found is None:
+    result = _result(folder / run.folder, recipe_of(study, run).to_dict())
+    if result is None:
         return replace(run, status="failed", reason=f"{run.folder}/{FIGURES} was not written")
-    return replace(
-        run,
-        status="finished",
-        reason=None,
-        seconds=found["seconds"],
-        curves=Curves(**found["curves"]),
-        figures=Figures(**found["figures"]),
-    )
+    return replace(run, status="finished", reason=None, **result)
 
 
 def update(folder: Path, run: Run) -> Study:

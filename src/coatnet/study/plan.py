@@ -415,7 +415,7 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     study.require_plan(folder)
     steps = study.asked["planned_steps"]
     if options.steps == steps:  # as the command of an extended study has them, whatever they were planned by
-        durations = {name: study.asked.get(name) for name in ("steps", "epochs", "minutes")}
+        durations: dict[str, Any] = {name: study.asked.get(name) for name in ("steps", "epochs", "minutes")}
         options = replace(options, **durations)
     for name, value in options.asked().items():
         if study.asked.get(name) != value:

@@ -257,6 +257,7 @@ def test_an_edited_file_is_refused_for_a_study_that_did_not_keep_it_and_a_title_
         ({"asked": {}}, "asked.planned_steps is None"),
         ({"runs": []}, "has no runs"),
         ({"recipe": {}}, "recipe has no batch_size"),
+        ({"seeds": []}, "seeds is empty"),
         ({"members": None}, "members"),
         ({"format": None}, "format"),
         (None, "not JSON"),
@@ -343,9 +344,12 @@ def test_a_command_that_the_lock_refuses_changes_nothing(copied: Path, capsys: p
     with hold_study(copied, Part()):
         assert main([*AGAIN, "--seeds", "3", "--out", "own"]) == 2
         assert "is making the study in own" in capsys.readouterr().err
-        with hold_study(copied, Part(1, 2)):  # of an array, which shares the study
-            pass
-    assert (copied / "study.json").read_bytes() == record
+    with hold_study(copied, Part(0, 2)), hold_study(copied, Part(1, 2)):  # of an array, which shares the study
+        assert main([*AGAIN, "--seeds", "3", "--out", "own"]) == 2
+        assert "is making the study in own" in capsys.readouterr().err
+    (copied / ".lock-0-of-3").touch()  # of a process that was killed
+    assert main([*AGAIN, "--out", "own"]) == 0
+    assert json.loads((copied / "study.json").read_bytes()) == json.loads(record)
 
 
 def test_a_part_that_waited_for_the_plan_of_another_is_compared_with_it(tmp_path: Path) -> None:

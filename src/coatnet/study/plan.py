@@ -352,17 +352,22 @@ def _evaluations(steps: float, evaluation: float) -> int:
 
 @contextmanager
 def hold_study(folder: Path, part: Part) -> Iterator[None]:
-    """Hold a part of a study, in whose folder nothing else may write study.json; folders that stay empty are removed.
+    """Hold a part of a study, whose study.json only holders of parts write; folders that stay empty are removed.
 
     Raises:
-        UserError: another process makes the same part, or the folder is that of something else.
+        UserError: another process makes the same part or divides the runs into another number of parts, or the folder
+            is that of something else.
     """
     _require_study(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     with translate_write_errors(folder, "choose another folder for out"):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with only_process(folder / part.lock, f"making the study in {folder}"):
+        with only_process(folder / part.lock, doing := f"making the study in {folder}"):
+            for other in folder.glob(".lock*"):
+                if other.name != part.lock and not other.name.endswith(f"-of-{part.count}"):
+                    with only_process(other, doing):  # what a killed process has left is removed
+                        pass
             yield
     finally:
         for each in made:

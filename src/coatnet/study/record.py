@@ -201,15 +201,19 @@ class Study:
         ]
         if not isinstance(self.recipe.get("batch_size"), int):
             wrong.append("recipe has no batch_size")
-        wrong += [f"member {name} has no runs" for name in self._names() - {run.member for run in self.runs}]
+        trained = {run.member for run in self.runs}
+        wrong += [f"member {member.name} has no runs" for member in self.members if member.name not in trained]
+        wrong += [f"{name} is empty" for name in ("sizes", "seeds", "learning_rates") if not getattr(self, name)]
+        for run in self.runs:
+            if run.status == "finished" and run.figures is None:
+                wrong.append(f"{run.folder} is finished without figures")
+            if run.steps != asked.get("planned_steps"):
+                wrong.append(f"{run.folder} has {run.steps} steps, not asked.planned_steps")
         file = asked.get("file", {"members": {}})
         if not isinstance(file, dict) or not isinstance(file.get("members"), dict):
             wrong.append("asked.file has no members")
         if wrong:
             raise UserError(f"{folder / RECORD} is damaged: {wrong[0]}; {_WAY_OUT}")
-
-    def _names(self) -> set[str]:
-        return {member.name for member in self.members}
 
     def write(self, folder: Path) -> None:
         """Write study.json, whole or not at all."""

@@ -14,17 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coatnet.cli import study as cli
 from coatnet.cli.main import main
 from coatnet.errors import UserError
-from coatnet.study.plan import Options, hold_study, open_study
+from coatnet.study.plan import Options, candidates, hold_study, open_study
 from coatnet.study.record import Study
 from coatnet.study.run import Part, recipe_of
+from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import NOT_WRITTEN, Trainer
@@ -147,6 +150,35 @@ def test_more_seeds_extend_a_study_and_another_budget_is_refused(
         ("members: {a: {}, b: {optimizer: {learning_rate: 1}}}", [], "give --learning_rates"),
         ("members: {a: {}, b: {widht: 5}}", [], "member b: widht is unknown"),
         ("members: {a: {}, b: {variations: {head_dim: 5}}}", [], "member b is impossible: head_dim=5"),
+        ("bias", ["--sizes", "nan"], "size 'nan' is neither"),
+        ("bias", ["--sizes", "inf%"], "size 'inf%' is neither"),
+        ("bias", ["--sizes", "5", "100"], "size 5 is impossible: training_images is 5, which leaves 5 classes without"),
+        ("bias", ["--width", "0.01"], "member without cannot be given the cost of the others: widths near"),
+        ("bias", ["--learning_rates", "1e-3", "0.001"], "learning rate 0.001 is given twice"),
+        (f"members: {{a: {{}}, {'b' * 200}: {{}}}}", [], "has a name of 200 letters, too long for a folder"),
+        ("members: {a: {}, %s: {}}" % ("\u6708" * 60), [], "has a name of 60 letters, too long for a folder"),
+        ("{members: {a: {}, b: {}}, match: maybe}", [], "match must be true or false, got 'maybe'"),
+        ("{members: {a: {}, b: {}}, recipe: {variations: {head_dim: 5}}}", [], "variations of all members are impos"),
+        (
+            "members: {a: {}, b: {preprocessing: {resolution: 16}}}",
+            [],
+            "member b: preprocessing.resolution is the same",
+        ),
+        ("members: {a: {}, b: {preprocessing.resolution: 16}}", [], "give --resolution"),
+        ("{members: {a: {}, b: {}}, recipe: {patience: 2}}", [], "recipe: patience is the same for all members"),
+        ("members: {a: {}, b: {batch_size: 8}}", [], "member b: batch_size is the same for all members; give --batch"),
+        ("members: {a: {}, b: {max_minutes: 1}}", [], "member b: max_minutes is the same for all members"),
+        (
+            "grid: {validation_fraction: [0.1, 0.2]}",
+            [],
+            "validation_fraction is the same for all members; give it under",
+        ),
+        ("members: {a: {}, b: {progressive_resizing: {stages: 2}}}", [], "member b: progressive_resizing"),
+        (
+            "members: {a: {}, b: {schedule: 1, schedule.decay: linear}}",
+            [],
+            "schedule is 1, and schedule.decay is given",
+        ),
         ("members: {a: {}}", [], "has 1 members; a study has 2 to 64"),
         ("grid: {seed: [1, 2]}", [], "seed is the same for all members"),
         ("grid: {batch_size: 2}", [], "grid.batch_size must be a list"),
@@ -163,6 +195,50 @@ def test_an_impossible_study_is_refused_before_anything_is_written(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("coatnet: error: ") and message in error
     assert not (tmp_path / "study").exists()
+
+
+def plan(tmp_path: Path, question: str = "bias", *, said: list[str] | None = None, **options: Any) -> Study:
+    """The plan of a study of digits, of which nothing is trained."""
+    if ":" in question:
+        (tmp_path / "own.yaml").write_text(question)
+        question = str(tmp_path / "own.yaml")
+    given = {"data": "digits", "sizes": ("40",), "seeds": 1, "jobs": 1} | options
+    say = (said if said is not None else []).append
+    return open_study(Options(question, **given), tmp_path / "study", say, dry_run=True)
+
+
+def test_variations_of_the_recipe_are_those_of_all_members(tmp_path: Path) -> None:
+    recipe = "recipe: {variations: {head_dim: 4, attention: post}, validation_fraction: 0.2}"
+    study = plan(tmp_path, f"{{members: {{a: {{}}, b: {{variations: {{attention: pre}}}}}}, {recipe}}}", steps=1)
+    assert [each.changes["variations"]["head_dim"] for each in study.members] == [4, 4]
+    assert [each.changes["variations"].get("attention", "pre") for each in study.members] == ["post", "pre"]
+    assert study.asked["file"]["recipe"]["variations"] == {"head_dim": 4, "attention": "post"}
+    _, splits = open_splits(recipe_of(study, study.runs[0]), lambda text: None)
+    assert study.held_out == len(splits.validation) > 300
+
+
+def test_a_default_size_that_leaves_out_classes_is_not_planned(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in "abc":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    said: list[str] = []
+    options = Options("bias", str(tmp_path / "images"))
+    _, splits = open_splits(Recipe(data=options.data), lambda text: None)
+    assert {sizes for sizes, _ in candidates(options, splits, said.append)} == {(len(splits.training),)}
+    assert any("all training images are the only size: size 10% is" in line for line in said)
+    with pytest.raises(UserError, match=r"size 10% is impossible: .* leaves 1 class without any"):
+        plan(tmp_path, data=str(tmp_path / "images"), sizes=("10%", "100%"), steps=1)
+
+
+def test_jobs_beyond_the_runs_add_no_steps_and_no_measuring(tmp_path: Path) -> None:
+    said: list[str] = []
+    study = plan(tmp_path, minutes=0.5, jobs=8, said=said)
+    assert len(study.runs) == 2
+    assert max(run.seconds for run in study.runs) <= 30
+    assert "measuring a few steps of each, 2 runs at once" in said
 
 
 def test_every_process_of_an_array_takes_its_part() -> None:

@@ -257,19 +257,31 @@ def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Spli
     if not rule.training_images or evaluation:
         return divided
     training, n = divided.training, rule.training_images
+    few = select((training,), choose_few(divided, n, rule.seed))
+    return replace(divided, training=few, notes=(*divided.notes, f"{n:,} of {len(training):,} images to learn from"))
+
+
+def choose_few(splits: Splits, n: int, seed: int) -> NDArray[np.bool_]:
+    """Choose n of the images to learn from, as many of each class: a mask (N,), True for these.
+
+    Raises:
+        UserError: the source does not tell its labels in advance, has fewer images, or a class would have none.
+    """
+    training = splits.training
     if not isinstance(training, ArrayDataset | FileDataset):
         raise UserError(f"training_images is for images in folders, tables and arrays, not for {splits.name}")
     if n > len(training):
         raise UserError(f"training_images is {n:,}, but {splits.name} has {len(training):,} to learn from")
     chosen = np.zeros(len(training), bool)
-    chosen[choose_training(training.labels, rule.seed)[:n]] = True
-    few = select((training,), chosen)
-    if empty := int((few.class_counts == 0).sum() - (training.class_counts == 0).sum()):
+    chosen[choose_training(training.labels, seed)[:n]] = True
+    labels = training.labels[chosen]
+    counts = labels.sum(axis=0) if training.multilabel else np.bincount(labels, minlength=len(training.classes))
+    if empty := int((counts == 0).sum() - (training.class_counts == 0).sum()):
         raise UserError(
             f"training_images is {n:,}, which leaves {counted(empty, 'class')} without any: give "
             f"{len(training.classes):,} or more"
         )
-    return replace(divided, training=few, notes=(*divided.notes, f"{n:,} of {len(training):,} images to learn from"))
+    return chosen
 
 
 def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:

@@ -125,10 +125,13 @@ def match(variants: Mapping[str, Variant], problem: Problem, *, fixed_depths: bo
         variants: by the name of the member.
         problem: what they are for.
         fixed_depths: the depths are what is studied.
+
+    Raises:
+        UserError: a network is so narrow that there are no other widths near its own.
     """
     networks = {name: Network(variant, *problem.count(variant)) for name, variant in variants.items()}
     target = _counts(next(iter(networks.values())))
-    searches = {name: _Search(network, problem, fixed_depths) for name, network in networks.items()}
+    searches = {name: _Search(name, network, problem, fixed_depths) for name, network in networks.items()}
     for last in (False, True):
         found = {name: search.nearest(target) for name, search in searches.items()}
         worst = max(found.values(), key=lambda network: network.distance(target))
@@ -145,8 +148,8 @@ def _counts(network: Network) -> tuple[int, int]:
 class _Search:
     """All widths and depths near those of a network, with their counts."""
 
-    def __init__(self, network: Network, problem: Problem, fixed_depths: bool) -> None:
-        self.network, self.problem, self.fixed_depths = network, problem, fixed_depths
+    def __init__(self, name: str, network: Network, problem: Problem, fixed_depths: bool) -> None:
+        self.name, self.network, self.problem, self.fixed_depths = name, network, problem, fixed_depths
         self.variant = network.variant
         self.has_stem = self.variant.stem != "patch"  # else it is as wide as the first stage
 
@@ -154,6 +157,11 @@ class _Search:
         """The most similar network within half the tolerance of the target, or else the nearest to the target."""
         if self.network.distance(target) <= TOLERANCE / 2:
             return self.network
+        if not len(self._widths):
+            raise UserError(
+                f"member {self.name} cannot be given the cost of the others: widths near "
+                f"{self._widths_of(self.variant)} leave no choice; give a larger width or a smaller head_dim"
+            )
         change = np.square(np.log(self._widths / np.array(self._widths_of(self.variant)))).sum(axis=1)
         fixed, more = self._counts
         best: tuple[float, int, tuple[int, ...]] | None = None

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits, choose_few
 from coatnet.errors import UserError, counted
 from coatnet.model.config import Variant
 from coatnet.model.registry import find_variant
@@ -93,6 +93,9 @@ class Options:
         for rate in self.learning_rates:
             if not 0 < rate < float("inf"):
                 raise UserError(f"learning rate {rate:g} must be above 0")
+        shown = [f"{rate:g}" for rate in self.learning_rates]  # as folders show them
+        if twice := [rate for rate in shown if shown.count(rate) > 1]:
+            raise UserError(f"learning rate {twice[0]} is given twice; give each once, different in six digits")
 
     def command(self, folder: Path) -> str:
         """The command that makes the study, without what the time or the device of a run depends on, and the place."""
@@ -116,26 +119,37 @@ class Options:
         return {name: value for name, value in vars(self).items() if name not in free and value is not None}
 
 
-def parse_sizes(sizes: Sequence[str], num_images: int) -> tuple[int, ...]:
-    """Numbers of training images, ascending. Raises UserError for what is none, or more than there are."""
-    found = set()
+def parse_sizes(sizes: Sequence[str], splits: Splits) -> tuple[int, ...]:
+    """Numbers of training images, ascending. Raises UserError for what is none, or what no run could be trained on."""
+    found, num_images = set(), len(splits.training)
     for text in sizes:
         try:
             number = float(text.removesuffix("%"))
-        except ValueError:
+            size = round(number / 100 * num_images) if text.endswith("%") else round(number)
+        except (ValueError, OverflowError):  # of nan and inf too
             raise UserError(
                 f"size {text!r} is neither a number of images such as 600 nor a percentage such as 10%"
             ) from None
-        size = round(number / 100 * num_images) if text.endswith("%") else round(number)
         if not 1 <= size <= num_images:
             raise UserError(f"size {text} is {size:,} of {num_images:,} training images; give 1 to {num_images:,}")
+        try:
+            choose_few(splits, size, seed=0)
+        except UserError as error:
+            raise UserError(f"size {text} is impossible: {error}") from None
         found.add(size)
     return tuple(sorted(found))
 
 
-def candidates(options: Options, num_images: int) -> list[tuple[tuple[int, ...], int]]:
+def candidates(options: Options, splits: Splits, say: Callable[[str], None]) -> list[tuple[tuple[int, ...], int]]:
     """Sizes and seeds that a plan may have, the best first: as they were given, and else defaults."""
-    found = [(parse_sizes(options.sizes or sizes, num_images), options.seeds or seeds) for sizes, seeds in DEFAULTS]
+    defaults = DEFAULTS
+    if options.sizes is None:
+        try:
+            parse_sizes(("10%",), splits)
+        except UserError as error:
+            say(f"all training images are the only size: {error}")
+            defaults = tuple((("100%",), seeds) for _, seeds in DEFAULTS)
+    found = [(parse_sizes(options.sizes or sizes, splits), options.seeds or seeds) for sizes, seeds in defaults]
     return list(dict.fromkeys(found))
 
 
@@ -193,7 +207,10 @@ def shared_recipe(options: Options, question: Question, splits: Splits, given: R
 def matched_members(question: Question, options: Options, problem: Problem) -> tuple[str, tuple[Member, ...]]:
     """The row of the registry, and the members with their networks. Raises UserError if one is impossible."""
     row = base_row(problem.resolution, options.model, options.width)
-    base = row.vary(**question.base)
+    try:
+        base = row.vary(**question.base)
+    except UserError as error:
+        raise UserError(f"the variations of all members are impossible: {error}") from None
     variants = {choice.name: build(choice.name, base, choice.variations, problem) for choice in question.choices}
     if question.matched:
         networks = match(variants, problem, fixed_depths=question.fixed_depths)
@@ -234,10 +251,10 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     own = read_question(path) if path.suffix in (".yaml", ".yml") else None
     if own is None:
         find_question(options.question, base_row(32, None, 1.0))  # its name, before the data is opened
-    given, splits = open_splits(Recipe(data=options.data), say)
+    given, splits = open_splits(Recipe(data=options.data).changed(own.recipe if own else {}), say)
     if splits.multilabel:
         raise UserError(f"{splits.name} has several labels an image; a study compares accuracy, and needs one")
-    choices = candidates(options, len(splits.training))
+    choices = candidates(options, splits, say)
     sizes, seeds = choices[0]
     recipe = shared_recipe(options, own or Question("", "", ()), splits, given)
     config = resolve(recipe, splits)
@@ -277,8 +294,9 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
             resolve(probe, splits)
         except UserError as error:
             raise UserError(f"member {member.name} is impossible: {error}") from None
-    say(f"measuring a few steps of each, {counted(jobs, 'run')} at once")
-    measured = measure_steps([probe.changed({"device": devices[0]}).to_dict() for probe in probes], jobs, threads)
+    at_once = min(jobs, len(members) * len(rates) * max(seeds * len(sizes) for sizes, seeds in choices))
+    say(f"measuring a few steps of each, {counted(at_once, 'run')} at once")
+    measured = measure_steps([probe.changed({"device": devices[0]}).to_dict() for probe in probes], at_once, threads)
     *seconds, opening = measured
     pace = _Pace(dict(zip((each.name for each in members), seconds, strict=True)), opening, jobs)
     return _with_runs(study, options, pace, choices)
@@ -318,7 +336,8 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
         steps = 0
         for sizes, seeds in choices:
             num_runs = seeds * len(sizes) * len(study.learning_rates) * len(pace.steps)
-            of_a_run = 60 * options.minutes * TIME_FOR_RUNS * pace.jobs / num_runs - pace.opening
+            rounds = -(-num_runs // pace.jobs)  # the last of which may leave cores idle
+            of_a_run = 60 * options.minutes * TIME_FOR_RUNS / rounds - pace.opening
             left = of_a_run / mean - sum(ending[size] for size in sizes) / len(sizes)
             steps = int(left - _evaluations(left, evaluation) * evaluation)
             if steps >= ENOUGH_STEPS:
@@ -442,13 +461,15 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
         study = replace(study, title=question.title)
     sizes: tuple[int, ...] = ()
     if options.sizes:
-        _, splits = open_splits(Recipe(data=options.data), lambda text: None)
-        sizes = parse_sizes(options.sizes, len(splits.training))
+        _, splits = open_splits(Recipe.from_dict(study.recipe), lambda text: None)
+        sizes = parse_sizes(options.sizes, splits)
+    # A rate that is shown the same is the same, such as the default rate copied from the plan.
+    rates = {f"{rate:g}": rate for rate in (*options.learning_rates, *study.learning_rates)}
     wider = replace(
         study,
         sizes=tuple(sorted({*study.sizes, *sizes})),
         seeds=tuple(range(max(len(study.seeds), options.seeds or 0))),
-        learning_rates=tuple(sorted({*study.learning_rates, *options.learning_rates})),
+        learning_rates=tuple(sorted(rates.values())),
     )
     if wider != study:
         wider = replace(wider, command=_command(wider, folder))
@@ -517,7 +538,9 @@ def describe_plan(study: Study, jobs: int) -> str:
     with console.capture() as captured:
         console.print(table)
     todo = [run for run in study.runs if run.status != "finished"]
-    minutes = sum(run.seconds for run in todo) / jobs / 60
+    jobs = min(jobs, max(1, len(todo)))
+    rounds = -(-len(todo) // jobs)
+    minutes = rounds * sum(run.seconds for run in todo) / max(1, len(todo)) / 60
     steps = study.runs[0].steps
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     lines = [

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from coatnet.study.record import Paper
 from coatnet.training.config import Recipe, read_yaml
 
 MAX_MEMBERS = 64  # chosen: a grid grows as a product
+MAX_NAME_BYTES = 150  # of a member; its folders add size, seed and learning rate, and file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Question:
         name: as on the command line.
         title: the question in words.
         choices: its members.
-        base: variations of all members.
+        base: variations of all members; those of a member come over them.
         fixed_depths: the blocks of each stage are what is asked about, and are not matched.
         matched: whether members are given the same cost.
         recipe: fields of the recipe of all members, from a YAML file.
@@ -60,7 +62,8 @@ class Question:
     def asked(self) -> dict[str, Any]:
         """What a YAML file asks apart from its title, as study.json keeps it to tell whether the file was changed."""
         members = {choice.name: {**choice.changes, "variations": choice.variations} for choice in self.choices}
-        return json.loads(json.dumps({"members": members, "recipe": self.recipe, "match": self.matched}))
+        recipe = {**self.recipe, "variations": self.base} if self.base else self.recipe
+        return json.loads(json.dumps({"members": members, "recipe": recipe, "match": self.matched}))
 
 
 def base_row(resolution: int, model: str | None, width: float) -> Variant:
@@ -232,44 +235,55 @@ def read_question(path: Path) -> Question:
     for name, given in (("members", members), ("grid", grid), ("recipe", values.get("recipe", {}))):
         if not isinstance(given, Mapping):
             raise UserError(f"{path}: {name} must be names with values, got {given!r:.80}")
+    if not isinstance(values.get("match", True), bool):
+        raise UserError(f"{path}: match must be true or false, got {values['match']!r:.80}")
     if bool(members) == bool(grid):
-        raise UserError(f"{path}: give members, such as {{small: {{batch_size: 32}}}}, or a grid, and not both")
+        raise UserError(
+            f"{path}: give members, such as {{a: {{}}, b: {{optimizer.weight_decay: 0}}}}, or a grid, and not both"
+        )
     made = dict(members) if members else dict(_grid(grid, path))
     if not 2 <= len(made) <= MAX_MEMBERS:
         raise UserError(f"{path} has {len(made)} members; a study has 2 to {MAX_MEMBERS}")
     choices = []
     for name, given in made.items():
+        if len(os.fsencode(str(name))) > MAX_NAME_BYTES:
+            raise UserError(
+                f"{path}: member {name!s:.40}... has a name of {len(str(name))} letters, too long for a folder; give "
+                f"{'members with shorter names' if grid else 'a shorter one'}, of up to {MAX_NAME_BYTES} bytes"
+            )
         if not isinstance(given, Mapping):
             raise UserError(f"{path}: member {name} must be names with values, got {given!r:.80}")
         try:
             changes = Recipe.from_dict(_nested(given)).to_dict()
         except UserError as error:
             raise UserError(f"{path}: member {name}: {error}") from None
-        _refuse_fixed(given, f"{path}: member {name}")
+        _refuse(_nested(given), FIXED | ALIKE, f"{path}: member {name}")
         variations = changes.pop("variations", {})
         changes = {key: changes[key] for key in changes if key in _nested(given)}
         description = ", ".join(f"{key} {value}" for key, value in given.items()) or "the study's recipe"
         choices.append(Choice(str(name), description, variations, changes))
-    _refuse_fixed(values.get("recipe", {}), f"{path}: recipe")
     try:
-        recipe = Recipe.from_dict(_nested(values.get("recipe", {}))).to_dict()
+        given = _nested(values.get("recipe", {}))
+        recipe = Recipe.from_dict(given).to_dict()
     except UserError as error:
         raise UserError(f"{path}: recipe: {error}") from None
+    _refuse(given, FIXED, f"{path}: recipe")
     return Question(
         path.stem,
         str(values.get("title", path.stem)),
         tuple(choices),
-        matched=bool(values.get("match", True)),
-        recipe={key: recipe[key] for key in recipe if key in _nested(values.get("recipe", {}))},
+        base=recipe.pop("variations", {}),
+        matched=values.get("match", True),
+        recipe={key: recipe[key] for key in recipe if key in given},
     )
 
 
-def _refuse_fixed(given: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for a field that a study gives itself: the same for all, or by an option of the command."""
-    for name, instead in FIXED.items():
+def _refuse(given: Mapping[str, Any], fixed: Mapping[str, str], where: str) -> None:
+    """Raises UserError for one of some fields, whose values say what to give instead."""
+    for name, instead in fixed.items():
         section, _, key = name.partition(".")
         inner = given.get(section)
-        if name in given or (key and isinstance(inner, Mapping) and key in inner):
+        if section in given and (not key or (isinstance(inner, Mapping) and key in inner)):
             raise UserError(f"{where}: {name} is the same for all members; give {instead}")
 
 
@@ -279,14 +293,23 @@ FIXED = {
     "data": "--data",
     "model": "--model",
     "resolution": "--resolution",
+    "preprocessing.resolution": "--resolution",
+    "batch_size": "--batch_size",
+    "device": "--device",
     "init": "a network without weights, as a study trains",
     "training_images": "--sizes",
     "seed": "--seeds",
     "epochs": "--epochs",
     "max_minutes": "--minutes",
+    "patience": "nothing, as no run of a study stops early",
     "evaluate_every": "nothing, as the plan chooses it",
     "optimizer.learning_rate": "--learning_rates",
 }
+# What else decides which images are held out, or how many pixels and channels are computed on.
+ALIKE = dict.fromkeys(
+    ("validation_fraction", "test_fraction", "fold", "kept_together", "channels", "progressive_resizing"),
+    "it under recipe",
+)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,7 +318,10 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         section, _, key = str(name).partition(".")
         if key:
-            nested.setdefault(section, {})[key] = value
+            inner = nested.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{section} is {inner!r:.80}, and {name} is given too; give one of them")
+            inner[key] = value
         else:
             nested[section] = {**nested.get(section, {}), **value} if isinstance(value, Mapping) else value
     return nested

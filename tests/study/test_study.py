@@ -360,6 +360,14 @@ def test_runs_without_a_study_json_become_a_study_again(copied: Path, capsys: py
     assert figures_of(copied) == before
     assert {path: path.stat().st_mtime_ns for path in written} == written
     (copied / "study.json").unlink()
+    assert main([*AGAIN, "--steps", "4", "--out", "own"]) == 1  # and no run of 3 steps is made longer
+    error = capsys.readouterr().err
+    assert [run.status for run in Study.read(copied).runs] == [
+        "failed",
+        "failed",
+    ] and "holds a run with epochs" in error
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    (copied / "study.json").unlink()
     (copied / "thesis.txt").write_text("mine")
     assert main([*AGAIN, "--out", "own"]) == 2
     assert "is not the folder of a study" in capsys.readouterr().err

@@ -337,6 +337,14 @@ def _train_unless_finished(recipe: Mapping[str, Any], folder: Path, keep_weights
         if has_weights:  # training it again would only evaluate its bundle
             raise UserError(f"{error}; remove the folder {folder} to train the run again") from None
         finished = False
+    if not finished and (stored := folder / "recipe.yaml").exists():
+        values = Recipe.from_yaml(stored).to_dict()
+        for name in ("epochs", "evaluate_every"):  # `train` would extend the run, unlike one of this recipe
+            if values.get(name) != recipe[name]:
+                raise UserError(
+                    f"{folder} holds a run with {name} {values.get(name)}, not {recipe[name]}: give the same steps or "
+                    "a new folder for out, or remove that folder to train the run again"
+                )
     if not finished or (keep_weights and not has_weights):
         train_run(recipe, folder, keep_weights)
 

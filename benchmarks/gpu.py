@@ -31,6 +31,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import coatnet
+from coatnet.errors import first_line
 from coatnet.training.defaults import resolve
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer
@@ -117,7 +118,7 @@ def runs(each: Callable[[], None]) -> bool:
     try:
         each()
     except RuntimeError as error:
-        print(str(error).splitlines()[0], file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return False
     return True
 
@@ -237,11 +238,11 @@ def time_to_accuracy(percent: float, device: str) -> str:
         recipe = coatnet.named_recipe("fashion-mnist", {"data": "fashion-mnist", "device": device, "batch_size": 256})
         coatnet.train(recipe, Path(folder) / "run")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    minutes = 0.0
+    seconds = 0.0
     for record in map(json.loads, lines):
-        minutes = record.get("seconds", 60 * minutes) / 60  # a record of an evaluation has no time
+        seconds = record.get("seconds", seconds)  # a record of an evaluation has no time
         if record.get("top1", 0) >= percent / 100:
-            return f"{percent:g} % on Fashion-MNIST after {minutes:.1f} minutes"
+            return f"{percent:g} % on Fashion-MNIST after {seconds / 60:.1f} minutes"
     return f"{percent:g} % on Fashion-MNIST was not reached"
 
 

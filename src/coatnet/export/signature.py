@@ -171,8 +171,7 @@ def run_with_torch(module: Callable[[Tensor], Any], device: str = "cpu") -> Run:
         # A GPU would multiply in TF32, whose 10 bits hide what an export changes.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = module(torch.from_numpy(given).to(device))
-        arrays = [each.cpu().numpy() for each in ([found] if isinstance(found, Tensor) else found)]
-        return arrays[0] if isinstance(found, Tensor) else join_outputs(arrays)
+        return join_outputs([each.cpu().numpy() for each in ([found] if isinstance(found, Tensor) else found)])
 
     return run
 

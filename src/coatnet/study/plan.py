@@ -119,6 +119,12 @@ class Options:
         return {name: value for name, value in vars(self).items() if name not in free and value is not None}
 
 
+def own_question(options: Options) -> Question | None:
+    """The question of a YAML file; None for one of the paper's. Raises UserError for a wrong file."""
+    path = Path(options.question)
+    return read_question(path) if path.suffix in (".yaml", ".yml") else None
+
+
 def parse_sizes(sizes: Sequence[str], splits: Splits) -> tuple[int, ...]:
     """Numbers of training images, ascending. Raises UserError for what is none, or what no run could be trained on."""
     found, num_images = set(), len(splits.training)
@@ -247,8 +253,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         UserError: a member, a size or an option is impossible.
     """
     options.check()
-    path = Path(options.question)
-    own = read_question(path) if path.suffix in (".yaml", ".yml") else None
+    own = own_question(options)
     if own is None:
         find_question(options.question, base_row(32, None, 1.0))  # its name, before the data is opened
     given, splits = open_splits(Recipe(data=options.data).changed(own.recipe if own else {}), say)
@@ -450,15 +455,13 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     for name in ("steps", "epochs", "minutes"):
         if name in study.asked and name not in options.asked():
             raise UserError(f"{folder} holds a study with {name} {study.asked[name]}: give the same to go on")
-    path = Path(options.question)
-    if path.suffix in (".yaml", ".yml"):
-        question = read_question(path)
-        if differences := _differences(study, question):
+    if (own := own_question(options)) is not None:
+        if differences := _differences(study, own):
             raise UserError(
-                f"{folder} holds the study of another {path}: {differences}; give the file as it was to go on, or "
-                "another folder for a new study"
+                f"{folder} holds the study of another {options.question}: {differences}; give the file as it was to "
+                "go on, or another folder for a new study"
             )
-        study = replace(study, title=question.title)
+        study = replace(study, title=own.title)
     sizes: tuple[int, ...] = ()
     if options.sizes:
         _, splits = open_splits(Recipe.from_dict(study.recipe), lambda text: None)

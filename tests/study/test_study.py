@@ -154,6 +154,7 @@ def test_more_seeds_extend_a_study_and_another_budget_is_refused(
         ("bias", ["--sizes", "inf%"], "size 'inf%' is neither"),
         ("bias", ["--sizes", "5", "100"], "size 5 is impossible: training_images is 5, which leaves 5 classes without"),
         ("bias", ["--width", "0.01"], "member without cannot be given the cost of the others: widths near"),
+        ("bias", ["--width", "1e300"], "width is 1e+300; it must be above 0, and 100 at most"),
         ("bias", ["--learning_rates", "1e-3", "0.001"], "learning rate 0.001 is given twice"),
         (f"members: {{a: {{}}, {'b' * 200}: {{}}}}", [], "has a name of 200 letters, too long for a folder"),
         ("members: {a: {}, %s: {}}" % ("\u6708" * 60), [], "has a name of 60 letters, too long for a folder"),

@@ -19,7 +19,7 @@ from coatnet.model.config import Variant
 from coatnet.model.registry import find_variant
 from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
 from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
-from coatnet.study.record import RECORD, Member, Run, Study
+from coatnet.study.record import PAGES, RECORD, Member, Run, Study
 from coatnet.study.run import MAX_TRAINING_IMAGES, Part, measure_steps, recipe_of
 from coatnet.system.files import file_lock, only_process, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
@@ -37,7 +37,7 @@ MOST_EVALUATIONS, FEWEST_EVALUATIONS = 12, 4
 EVALUATION_SHARE = 0.15  # of the time of the steps, which decides how many evaluations there are
 TIME_FOR_RUNS = 0.9  # of a limit in minutes; the rest are the plan, the pages, and what other programs take
 LEAST_STEPS = 20
-PAGES = ("study.html", "study.md", "curves.png", "gap.png")  # beside study.json and runs
+MAX_WIDTH = 100  # a factor; CoAtNet-7 so much wider would have 24 trillion parameters
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}; it must be {least} or more")
-        for name in ("epochs", "minutes", "width"):
+        for name in ("epochs", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"{name} is {value:g}; it must be above 0")
+        if not 0 < self.width <= MAX_WIDTH:
+            raise UserError(f"width is {self.width:g}; it must be above 0, and {MAX_WIDTH} at most")
         if sum(value is not None for value in (self.steps, self.epochs, self.minutes)) > 1:
             raise UserError("steps, epochs and minutes each decide how long the runs are: give one of them")
         for rate in self.learning_rates:

@@ -20,6 +20,7 @@ from coatnet.system.validated import (
 )
 
 RECORD = "study.json"
+PAGES = HTML_PAGE, MARKDOWN_PAGE, CURVES_PLOT, GAP_PLOT = ("study.html", "study.md", "curves.png", "gap.png")
 FORMAT = 1
 _WAY_OUT = "move it out of the folder, and the same command plans the study again with the runs that are there"
 

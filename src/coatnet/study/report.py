@@ -10,7 +10,7 @@ from typing import Any
 from coatnet.errors import counted
 from coatnet.evaluation.report_html import blocks, page, text
 from coatnet.study.plots import draw_curves, draw_gap
-from coatnet.study.record import Member, Study
+from coatnet.study.record import CURVES_PLOT, GAP_PLOT, HTML_PAGE, MARKDOWN_PAGE, Member, Study
 from coatnet.study.results import (
     ACCURACY,
     COMPARED,
@@ -26,8 +26,8 @@ from coatnet.study.statistics import Estimate, estimate
 from coatnet.system.document import Document, Plot, Section, Table
 from coatnet.system.files import atomic_files, atomic_write
 
-CURVES = Plot("Training loss and held-out accuracy by steps, mean and 95 % band over seeds", "curves.png")
-GAP_PLOT = Plot("Generalization gap and held-out accuracy by number of training images", "gap.png")
+CURVES = Plot("Training loss and held-out accuracy by steps, mean and 95 % band over seeds", CURVES_PLOT)
+GAPS = Plot("Generalization gap and held-out accuracy by number of training images", GAP_PLOT)
 
 
 def write_report(folder: Path) -> None:
@@ -42,7 +42,7 @@ def write_report(folder: Path) -> None:
     """
     results = Results(Study.read(folder))
     if results.sizes:
-        with atomic_files(folder / CURVES.file, folder / GAP_PLOT.file) as (curves, gap):
+        with atomic_files(folder / CURVES.file, folder / GAPS.file) as (curves, gap):
             found = {
                 member: {size: list(results.runs(member, size).values()) for size in results.sizes}
                 for member in results.members
@@ -53,8 +53,8 @@ def write_report(folder: Path) -> None:
     first, *sections = shown.sections
     html = {"": f"<p><strong>{text(shown.headline)}</strong></p>{blocks(first)}"}
     html |= {section.title: blocks(section, folder) for section in sections}
-    atomic_write(folder / "study.html", page(shown.title, html, {}), errors="backslashreplace")
-    atomic_write(folder / "study.md", shown.to_markdown(with_plots=True), errors="backslashreplace")
+    atomic_write(folder / HTML_PAGE, page(shown.title, html, {}), errors="backslashreplace")
+    atomic_write(folder / MARKDOWN_PAGE, shown.to_markdown(with_plots=True), errors="backslashreplace")
 
 
 def document(study: Study) -> Document:
@@ -65,7 +65,7 @@ def document(study: Study) -> Document:
         sections[1:1] = [Section("What came out", list(_findings(results)))]
         sections += [
             Section("By steps", [CURVES, _CURVES_NOTE]),
-            Section("By number of images", [GAP_PLOT, _figures(results), _figures_note(study)]),
+            Section("By number of images", [GAPS, _figures(results), _figures_note(study)]),
             *(_differences(results, measure) for measure in COMPARED),
             Section("The paper's order", list(_orders(results))),
             Section("What these runs can resolve", list(_power(results))),

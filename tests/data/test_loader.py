@@ -6,7 +6,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from tests.data.loaders import SMALL, evaluate, train
 
 import coatnet.data
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.loader import BadImages, read_image, training_batches
+from coatnet.data.loader import BadImages, evaluation_batches, read_image, training_batches
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
@@ -210,3 +212,42 @@ class Minimal:
 def test_a_class_that_does_not_inherit_from_dataset_gives_the_same_batches(files):
     assert_same(train(Minimal(files), num_workers=1), train(files))
     assert_same(evaluate(Minimal(files)), evaluate(files))
+
+
+class Watched(Minimal):
+    """Tells when each of its images has been read."""
+
+    def __init__(self, dataset: FileDataset) -> None:
+        super().__init__(dataset)
+        self.has_read = [threading.Event() for _ in range(len(dataset))]
+
+        def read(index):
+            self.has_read[index].set()
+            return dataset.read(index)
+
+        self.read = read
+
+
+@pytest.mark.parametrize("make", [evaluation_batches, training_batches])
+def test_without_workers_the_next_batch_is_made_while_one_is_used(files, make):
+    dataset, options = Watched(files), {}
+    if make is training_batches:
+        options = {"augmentation": Augmentation("shift"), "seed": 7, "first_step": 0, "num_steps": 3}
+    options |= {"preprocessing": SMALL, "batch_size": 8, "num_workers": 0, "bad_images": BadImages(24)}
+    with closing(make(dataset, **options)) as batches:
+        next(batches)
+        deadline = time.monotonic() + 60
+        while sum(each.is_set() for each in dataset.has_read) < 16 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sum(each.is_set() for each in dataset.has_read) == 16  # and no third
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_what_is_wrong_with_a_batch_is_raised_when_its_turn_comes(files):
+    (files.root / "a/9.png").write_bytes(b"not an image")
+    with closing(
+        evaluation_batches(files, preprocessing=SMALL, batch_size=8, num_workers=0, bad_images=BadImages(24, 0.0))
+    ) as batches:
+        next(batches)
+        with pytest.raises(UserError, match="cannot be used"):
+            next(batches)

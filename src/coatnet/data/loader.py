@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -482,7 +483,8 @@ def _load(
     pin_memory: bool,
 ) -> Iterator[_Batch]:
     """Make the batches with these numbers, in order, and check the budget of bad images after each."""
-    if getattr(batches.dataset, "in_memory", False):
+    in_memory = getattr(batches.dataset, "in_memory", False)
+    if in_memory:
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
         num_workers = max(0, min(MAX_WORKERS, num_cores(), len(numbers) - 1))
@@ -491,13 +493,24 @@ def _load(
     if num_workers:
         loaded = _from_workers(batches, numbers, num_workers, pin_memory)
     else:
-        made = (batches[number] for number in numbers)
+        made = (batches[number] for number in numbers) if in_memory else _from_thread(batches, numbers)
         loaded = (batch.pin_memory() for batch in made) if pin_memory else made
     for batch in loaded:
         for name, reason in batch.bad.items():
             bad_images.add(name, reason)
         bad_images.raise_if_over()
         yield batch
+
+
+def _from_thread(batches: _TrainingBatches | _EvaluationBatches, numbers: range) -> Iterator[_Batch]:
+    """Make each batch in a thread while the one before is used; decoders let other threads compute."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+        submitted = (pool.submit(batches.__getitem__, number) for number in numbers)
+        made = next(submitted, None)
+        while made is not None:
+            following = next(submitted, None)
+            yield made.result()
+            made = following
 
 
 def _from_workers(

@@ -15,7 +15,7 @@ WARMUP_STEPS = 10  # compilation and first touches of memory say nothing about t
 STEPS_PER_MEAN = 8  # averaged before the median is taken: every n-th step may wait for the n worker processes
 RECENT_MEANS = 64  # such means that the speed is the median of
 EVALUATION_COST = 1 / 3  # of a training image's time: there is no backward pass
-FINAL_EVALUATION_COST = 1.5  # of a validation's time: the last evaluation also gathers its report
+FINAL_EVALUATION_COST = 1.5  # of the time of an evaluation on the way: features are gathered, in float32
 MAX_EVALUATIONS = 12  # if evaluate_every is auto
 EVALUATION_SHARE = 1 / 20  # of the time, if evaluate_every is auto
 
@@ -31,10 +31,13 @@ class Duration:
         recipe_steps: steps of the configured epochs, the most that are taken.
         evaluate_steps: steps between two evaluations.
         limit_seconds: the limit, or None.
-        num_validation_images: images of the final evaluation, which the limit includes.
+        num_validation_images: images of an evaluation.
         batch_size: images of a step.
         resizing: how the size of the images grows, with which a step takes longer.
         paced: whether evaluations wait until all of them have taken a twentieth of the time.
+        num_final_images: images that are measured at the end, which the limit includes; None for those of an
+            evaluation.
+        reading_seconds: what an image takes longer at the end, since its file is read again.
         total_steps: the estimate of the last step.
         last_evaluation: seconds after which the last evaluation ended.
     """
@@ -46,6 +49,8 @@ class Duration:
     batch_size: int
     resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
     paced: bool = False
+    num_final_images: int | None = None
+    reading_seconds: float = 0.0
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_MEANS))
@@ -58,7 +63,9 @@ class Duration:
         self.total_steps = self.recipe_steps
 
     @classmethod
-    def of(cls, config: TrainingConfig, num_images: int, num_validation_images: int) -> "Duration":
+    def of(
+        cls, config: TrainingConfig, num_images: int, num_validation_images: int, num_final_images: int | None = None
+    ) -> "Duration":
         """The length of a run over `num_images` training images.
 
         Where `evaluate_every` is auto, evaluations depend on measured times only if the weights of the bundle do not
@@ -76,6 +83,7 @@ class Duration:
             limit_seconds=60 * config.max_minutes if config.max_minutes else None,
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,
+            num_final_images=num_final_images,
             resizing=config.progressive_resizing,
         )
 
@@ -113,7 +121,7 @@ class Duration:
         """Estimate the last step again, after `step` steps in `seconds`."""
         if self.limit_seconds is None:
             return
-        left = self.limit_seconds - seconds - self._reserve(self.limit_seconds)
+        left = self.limit_seconds - seconds - self._reserve_seconds(self.limit_seconds)
         if left <= 0:
             self.total_steps = min(max(1, step), self.recipe_steps)  # at least one, so that the weights are trained
         elif step_seconds := self._step_seconds():
@@ -127,7 +135,7 @@ class Duration:
             return None
         cost = self.resizing.cost_after(self.progress(step))
         steps = max(0, self.total_steps - step) * cost * step_seconds / self._fraction_for_steps()
-        needed = steps + RESERVE_SECONDS + FINAL_EVALUATION_COST * self._evaluation_seconds()
+        needed = steps + self._final_seconds()
         return needed if self.limit_seconds is None else min(needed, max(0.0, self.limit_seconds - seconds))
 
     def evaluation_due(self, step: int, seconds: float) -> bool:
@@ -163,7 +171,13 @@ class Duration:
         fraction = between / (between + self._evaluation_seconds())
         return max(fraction, 1 - EVALUATION_SHARE) if self.paced else fraction
 
-    def _reserve(self, limit_seconds: float) -> float:
-        """Seconds that the end of the run takes; at most half of the limit while no evaluation has been timed."""
-        reserve = RESERVE_SECONDS + FINAL_EVALUATION_COST * self._evaluation_seconds()
-        return reserve if self._evaluations else min(reserve, limit_seconds / 2)
+    def _final_seconds(self) -> float:
+        """Seconds from the last step to the written report."""
+        evaluated = max(1, self.num_validation_images)
+        measured = self.num_validation_images if self.num_final_images is None else self.num_final_images
+        seconds_an_image = FINAL_EVALUATION_COST * self._evaluation_seconds() / evaluated + self.reading_seconds
+        return RESERVE_SECONDS + measured * seconds_an_image
+
+    def _reserve_seconds(self, limit_seconds: float) -> float:
+        """Seconds to leave for the end of the run; at most half of the limit while no evaluation has been timed."""
+        return self._final_seconds() if self._evaluations else min(self._final_seconds(), limit_seconds / 2)

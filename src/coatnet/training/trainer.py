@@ -22,12 +22,14 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name, without_places
-from coatnet.data.loader import BadImages, require_readable, sampler_of, training_batches
+from coatnet.data.datasets import evenly_spaced
+from coatnet.data.decode import BadImage
+from coatnet.data.loader import BadImages, read_image, require_readable, sampler_of, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, is_memory_shortage
-from coatnet.evaluation.calibrate import calibrate_and_evaluate
+from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, evaluate
 from coatnet.evaluation.metrics import Metrics, wilson_interval
 from coatnet.evaluation.plots import draw_curves
@@ -103,6 +105,7 @@ SELECTED_BY_SEARCH = (
 # To see how many epochs fit, at most so many seconds, this share of the limit, and so many steps; of two steps, the
 # first allocates its memory.
 MEASURED_SECONDS, MEASURED_SHARE, MAX_MEASURED_STEPS = 2.0, 0.02, 20
+TIMED_IMAGES = 16  # read to see how long reading takes
 FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
 NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
 BEST = "best"  # name of the checkpoint of the best evaluation
@@ -161,7 +164,9 @@ class Trainer:
             self.optimizers += self.teacher.optimizers(config.optimizer.learning_rate)
 
         self.state, self.last_learning_rate = TrainState(), 0.0
-        self.duration = Duration.of(config, len(splits.training), len(splits.validation))
+        num_final_images = len(splits.validation) + min(MAX_TRAINING_IMAGES, len(splits.training))
+        num_final_images += len(splits.test) if splits.test is not None else 0
+        self.duration = Duration.of(config, len(splits.training), len(splits.validation), num_final_images)
         self.size = (0, 0)  # height and width of the batch to come; they never fall
         self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
@@ -198,6 +203,7 @@ class Trainer:
         config, state, duration = self.config, self.state, self.duration
         with self.progress, Interruption() as interruption, closing(self.batches()) as batches:
             sync = Synchronization(self.processes, interruption)
+            duration.reading_seconds = self.reading_seconds()
             duration.update(state.step, state.seconds)
             batch = next(batches, None)
             if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
@@ -262,6 +268,17 @@ class Trainer:
         if self.config.num_workers == "auto" and (decoded or workers_for(self.splits.validation, None) == 0):
             return 0
         return self.cores.workers
+
+    def reading_seconds(self) -> float:
+        """Seconds to read and decode an image, found with some of them; 0 if evaluations on the way read files, too."""
+        images = self.splits.validation
+        if self.images is self.splits or not len(images):
+            return 0.0
+        chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
+        for index in chosen:
+            with suppress(BadImage):
+                read_image(images, index)
+        return self.processes.broadcast((time.monotonic() - started) / len(chosen))
 
     def next_size(self) -> tuple[int, int]:
         """Height and width of the images of the step to come, in pixels."""

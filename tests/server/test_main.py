@@ -76,7 +76,9 @@ def refusal(*arguments: str, **variables: str) -> str:
     assert found.returncode == 2 and "listening" not in found.stdout
     *told, error = found.stderr.splitlines()
     assert error.startswith("coatnet: error: ")
-    assert all(line.startswith(("coatnet: loading ", "coatnet: preparing ")) for line in told)
+    assert all(
+        line.startswith(("coatnet: loading ", "coatnet: preparing ", "coatnet: making the graph")) for line in told
+    )
     return error
 
 

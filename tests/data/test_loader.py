@@ -1,5 +1,6 @@
 """Batches are a pure function of the step, whatever the workers."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -241,6 +242,48 @@ def test_without_workers_the_next_batch_is_made_while_one_is_used(files, make):
             time.sleep(0.01)
         assert sum(each.is_set() for each in dataset.has_read) == 16  # and no third
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_the_garbage_collector_may_close_abandoned_batches_in_their_own_thread(files, monkeypatch):
+    dataset, abandoned, collected, failures = Minimal(files), threading.Event(), threading.Event(), []
+
+    def read(index):
+        if index >= 8:
+            assert abandoned.wait(60)
+            gc.collect()
+            collected.set()
+        return files.read(index)
+
+    dataset.read = read
+    monkeypatch.setattr(sys, "unraisablehook", failures.append)
+    batches = evaluation_batches(dataset, preprocessing=SMALL, batch_size=8, num_workers=0, bad_images=BadImages(24))
+    next(batches)
+    cycle = [batches]
+    cycle.append(cycle)
+    del batches, cycle
+    abandoned.set()
+    assert collected.wait(60)
+    assert not failures
+
+
+def test_a_read_that_hangs_does_not_keep_an_interrupted_program(files):
+    script = f"""
+import os, signal, threading, time
+from pathlib import Path
+from tests.data.loaders import SMALL
+from coatnet.data.datasets import FileDataset
+from coatnet.data.loader import BadImages, evaluation_batches
+import numpy as np
+dataset = FileDataset("some", ("a",), Path({str(files.root)!r}), ["a/0.png", "a/1.png"], np.zeros(2, dtype=np.int64))
+read = dataset.read
+dataset.read = lambda index: time.sleep(600) if index else read(index)
+batches = evaluation_batches(dataset, preprocessing=SMALL, batch_size=1, num_workers=0, bad_images=BadImages(2))
+next(batches)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+next(batches)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_what_is_wrong_with_a_batch_is_raised_when_its_turn_comes(files):

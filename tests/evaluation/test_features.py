@@ -76,7 +76,7 @@ def test_features_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:
         assert sum((part.names for part in parts), ()) == names
 
 
-def test_images_are_read_one_batch_at_a_time(bundle: Bundle, folder: Path) -> None:
+def test_images_are_read_one_batch_ahead_at_most(bundle: Bundle, folder: Path) -> None:
     class Counted(FileDataset):
         num_reads = 0
 
@@ -90,7 +90,7 @@ def test_images_are_read_one_batch_at_a_time(bundle: Bundle, folder: Path) -> No
     assert dataset.num_reads == 0
     for number in range(1, 4):
         next(batches)
-        assert dataset.num_reads == 3 * number
+        assert 3 * number <= dataset.num_reads <= 3 * (number + 1)
 
 
 def test_all_is_training_followed_by_validation(bundle: Bundle) -> None:

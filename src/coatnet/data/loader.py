@@ -14,9 +14,10 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -52,6 +53,7 @@ LookAt = Callable[[Sequence[Image] | NDArray[np.uint8]], list[Any]]  # an array 
 CHECK_SECONDS = 5.0  # between two checks that all workers are alive; a forkserver does not report their death
 SHARED_MEMORY = "/dev/shm"
 PREFETCHED_BATCHES = 2  # per worker, as in torch
+CLOSE_SECONDS = 5.0  # that an end waits for the batch that a thread is making
 
 
 @contextmanager
@@ -504,13 +506,29 @@ def _load(
 
 def _from_thread(batches: _TrainingBatches | _EvaluationBatches, numbers: range) -> Iterator[_Batch]:
     """Make each batch in a thread while the one before is used; decoders let other threads compute."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        submitted = (pool.submit(batches.__getitem__, number) for number in numbers)
-        made = next(submitted, None)
-        while made is not None:
-            following = next(submitted, None)
+
+    def make(number: int, made: Future[_Batch]) -> None:
+        try:
+            made.set_result(batches[number])
+        except BaseException as error:  # raised where the batch is asked for
+            made.set_exception(error)
+
+    thread, made = None, None
+    try:
+        for number in numbers:
+            batch = made.result() if made else None
+            made = Future[_Batch]()
+            # A daemon, so that a read that hangs does not keep an interrupted program from ending.
+            thread = threading.Thread(target=make, args=(number, made), name="decode", daemon=True)
+            thread.start()
+            if batch is not None:
+                yield batch
+        if made:
             yield made.result()
-            made = following
+    finally:
+        # The garbage collector may close an abandoned generator in its own thread, which cannot wait for itself.
+        if thread and thread is not threading.current_thread():
+            thread.join(CLOSE_SECONDS)
 
 
 def _from_workers(

@@ -34,9 +34,10 @@ def peak_megabytes(process: int) -> float:
 
 
 def log_so_far(process) -> str:
-    """What a process that has ended said on standard error."""
+    """What a server, which is ended, said on standard error, but for lines about a slow start."""
     process.kill()
-    return process.communicate()[1]
+    started = ("coatnet: loading ", "coatnet: preparing ", "coatnet: making the graph")
+    return "".join(line for line in process.communicate()[1].splitlines(True) if not line.startswith(started))
 
 
 @contextlib.contextmanager

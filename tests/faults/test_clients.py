@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.server.serving import Address, eventually, image, make_bundle, program
+from tests.server.serving import SLOW_START, Address, eventually, image, make_bundle, program
 
 LARGE = b"GET /docs/files/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -36,8 +36,7 @@ def peak_megabytes(process: int) -> float:
 def log_so_far(process) -> str:
     """What a server, which is ended, said on standard error, but for lines about a slow start."""
     process.kill()
-    started = ("coatnet: loading ", "coatnet: preparing ", "coatnet: making the graph")
-    return "".join(line for line in process.communicate()[1].splitlines(True) if not line.startswith(started))
+    return "".join(line for line in process.communicate()[1].splitlines(True) if not line.startswith(SLOW_START))
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from coatnet.server.main import uvicorn_config
 from coatnet.server.service import Service
 
 PROGRAM = [sys.executable, "-m", "coatnet", "serve"]
+# Beginnings of lines about steps of the start that took over two seconds.
+SLOW_START = ("coatnet: loading ", "coatnet: preparing ", "coatnet: making the graph")
 HOSTILE = ("<script>alert(1)</script>", "a\u2028b", "\udc80", "quote\"'", "\x00", "é", "dog", "cat", "elk", "gnu")
 
 

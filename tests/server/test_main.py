@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.server.serving import PROGRAM, image, make_bundle, program
+from tests.server.serving import PROGRAM, SLOW_START, image, make_bundle, program
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,7 @@ def refusal(*arguments: str, **variables: str) -> str:
     assert found.returncode == 2 and "listening" not in found.stdout
     *told, error = found.stderr.splitlines()
     assert error.startswith("coatnet: error: ")
-    assert all(
-        line.startswith(("coatnet: loading ", "coatnet: preparing ", "coatnet: making the graph")) for line in told
-    )
+    assert all(line.startswith(SLOW_START) for line in told)
     return error
 
 

@@ -42,7 +42,7 @@ def test_the_run_ends_within_its_limit_and_uses_most_of_it(evaluation):
 
 def test_the_limit_includes_all_images_that_are_measured_at_the_end():
     """Those of the calibration and of a test split as well, and reading the files of images that were kept decoded."""
-    planned = plan(600.0, num_final_images=5_000, reading_seconds=0.01)
+    planned = plan(600.0, num_other_final_images=4_000, reading_seconds=0.01)
     step, seconds = run(planned, 0.5, seconds_an_evaluation=3.0)
     end = 8 + 5 * (1.5 * 3.0 + 10.0)
     assert 540 - end < seconds <= 600 - end

@@ -35,8 +35,7 @@ class Duration:
         batch_size: images of a step.
         resizing: how the size of the images grows, with which a step takes longer.
         paced: whether evaluations wait until all of them have taken a twentieth of the time.
-        num_final_images: images that are measured at the end, which the limit includes; None for those of an
-            evaluation.
+        num_other_final_images: images that are measured at the end, beside those of an evaluation.
         reading_seconds: what an image takes longer at the end, since its file is read again.
         total_steps: the estimate of the last step.
         last_evaluation: seconds after which the last evaluation ended.
@@ -49,7 +48,7 @@ class Duration:
     batch_size: int
     resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
     paced: bool = False
-    num_final_images: int | None = None
+    num_other_final_images: int = 0
     reading_seconds: float = 0.0
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
@@ -64,7 +63,7 @@ class Duration:
 
     @classmethod
     def of(
-        cls, config: TrainingConfig, num_images: int, num_validation_images: int, num_final_images: int | None = None
+        cls, config: TrainingConfig, num_images: int, num_validation_images: int, num_other_final_images: int = 0
     ) -> "Duration":
         """The length of a run over `num_images` training images.
 
@@ -83,7 +82,7 @@ class Duration:
             limit_seconds=60 * config.max_minutes if config.max_minutes else None,
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,
-            num_final_images=num_final_images,
+            num_other_final_images=num_other_final_images,
             resizing=config.progressive_resizing,
         )
 
@@ -173,10 +172,9 @@ class Duration:
 
     def _final_seconds(self) -> float:
         """Seconds from the last step to the written report."""
-        evaluated = max(1, self.num_validation_images)
-        measured = self.num_validation_images if self.num_final_images is None else self.num_final_images
-        seconds_an_image = FINAL_EVALUATION_COST * self._evaluation_seconds() / evaluated + self.reading_seconds
-        return RESERVE_SECONDS + measured * seconds_an_image
+        seconds_an_image = FINAL_EVALUATION_COST * self._evaluation_seconds() / max(1, self.num_validation_images)
+        num_images = self.num_validation_images + self.num_other_final_images
+        return RESERVE_SECONDS + num_images * (seconds_an_image + self.reading_seconds)
 
     def _reserve_seconds(self, limit_seconds: float) -> float:
         """Seconds to leave for the end of the run; at most half of the limit while no evaluation has been timed."""

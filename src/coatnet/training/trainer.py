@@ -164,9 +164,8 @@ class Trainer:
             self.optimizers += self.teacher.optimizers(config.optimizer.learning_rate)
 
         self.state, self.last_learning_rate = TrainState(), 0.0
-        num_final_images = len(splits.validation) + min(MAX_TRAINING_IMAGES, len(splits.training))
-        num_final_images += len(splits.test) if splits.test is not None else 0
-        self.duration = Duration.of(config, len(splits.training), len(splits.validation), num_final_images)
+        num_others = min(MAX_TRAINING_IMAGES, len(splits.training)) + (0 if splits.test is None else len(splits.test))
+        self.duration = Duration.of(config, len(splits.training), len(splits.validation), num_others)
         self.size = (0, 0)  # height and width of the batch to come; they never fall
         self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
@@ -203,7 +202,6 @@ class Trainer:
         config, state, duration = self.config, self.state, self.duration
         with self.progress, Interruption() as interruption, closing(self.batches()) as batches:
             sync = Synchronization(self.processes, interruption)
-            duration.reading_seconds = self.reading_seconds()
             duration.update(state.step, state.seconds)
             batch = next(batches, None)
             if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
@@ -792,6 +790,7 @@ def run_training(
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(trainer.cores.threads)
             trainer.images, kept = cleanup.enter_context(cached_images(config, splits, processes))
+            trainer.duration.reading_seconds = trainer.reading_seconds()
             if kept:
                 progress.say(kept)
             trainer.ask_teacher()

@@ -242,6 +242,13 @@ def test_jobs_beyond_the_runs_add_no_steps_and_no_measuring(tmp_path: Path) -> N
     assert "measuring a few steps of each, 2 runs at once" in said
 
 
+def test_a_single_round_lasts_as_long_as_its_slowest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda probes, at_once, threads: [0.05, 0.15, 1.0])
+    assert 150 <= max(run.seconds for run in plan(tmp_path, minutes=3, jobs=2).runs) <= 180
+    in_turn = [run.seconds for run in plan(tmp_path, minutes=3, jobs=1).runs]
+    assert 150 <= sum(in_turn) <= 180
+
+
 def test_every_process_of_an_array_takes_its_part() -> None:
     parts = [
         Part.of({"SLURM_ARRAY_TASK_ID": str(n), "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "3"})

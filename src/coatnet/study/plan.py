@@ -339,20 +339,21 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
         sizes, seeds = choices[0]
         steps = options.steps or (round(options.epochs * sizes[-1] / batch) if options.epochs else DEFAULT_STEPS)
     else:
-        mean = sum(pace.steps.values()) / len(pace.steps)
         steps = 0
         for sizes, seeds in choices:
             num_runs = seeds * len(sizes) * len(study.learning_rates) * len(pace.steps)
             rounds = -(-num_runs // pace.jobs)  # the last of which may leave cores idle
+            # One round lasts as long as its slowest run; in several, slow and fast ones follow each other.
+            step = max(pace.steps.values()) if rounds == 1 else sum(pace.steps.values()) / len(pace.steps)
             of_a_run = 60 * options.minutes * TIME_FOR_RUNS / rounds - pace.opening
-            left = of_a_run / mean - sum(ending[size] for size in sizes) / len(sizes)
+            left = of_a_run / step - sum(ending[size] for size in sizes) / len(sizes)
             steps = int(left - _evaluations(left, evaluation) * evaluation)
             if steps >= ENOUGH_STEPS:
                 break
         if steps < LEAST_STEPS:
             raise UserError(
                 f"minutes {options.minutes:g} is too short: {counted(num_runs, 'run')} would have {max(0, steps)} "
-                f"steps of {mean:.2g} s; give more minutes, or fewer seeds and sizes"
+                f"steps of {step:.2g} s; give more minutes, or fewer seeds and sizes"
             )
     steps, evaluations = max(1, steps), _evaluations(steps, evaluation)
     study = replace(

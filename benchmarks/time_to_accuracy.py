@@ -433,7 +433,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Median accuracy over the minutes, a panel for each data set and fraction; dots are seeds, bars intervals."""
+    """Median accuracy over the minutes, or contender beside contender if all had as many minutes.
+
+    A panel is a data set and a fraction; dots are seeds, bars the intervals of the medians.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -445,24 +448,30 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         inside = grouped([each for each in results if (each["data"], each["fraction"]) == panel])
-        for number, contender in enumerate(CONTENDERS):
+        found = [name for name in CONTENDERS if any(key[-1] == name for key in inside)]
+        over_minutes = len({key[2] for key in inside}) > 1
+        for place, contender in enumerate(found):
             groups = [group for key, group in inside.items() if key[-1] == contender]
-            if not groups:
-                continue
-            minutes = [statistics.median(each["seconds"] for each in group) / 60 for group in groups]
             points = [middle(group) for group in groups]
+            seconds = [statistics.median(each["seconds"] for each in group) for group in groups]
+            x = [each / 60 for each in seconds] if over_minutes else [float(place)]
+            color = f"C{CONTENDERS.index(contender)}"
             bars = np.array([(mid - low, high - mid) for mid, low, high in points]).T
-            color, style = f"C{number}", "-" if contender == "ours" else "--"
-            label = "ours, by default" if contender == "ours" else contender
-            axis.errorbar(
-                minutes, [each[0] for each in points], bars, fmt=f"{style}o", color=color, label=label, capsize=3
-            )
-            dots = [(each["seconds"] / 60, 100 * each["correct"] / each["n"]) for group in groups for each in group]
-            axis.plot(*zip(*dots, strict=True), ".", color=color, alpha=0.5)
+            line = ("-o" if contender == "ours" else "--o") if over_minutes else "_"
+            axis.errorbar(x, [each[0] for each in points], bars, fmt=line, color=color, label=contender, capsize=3)
+            for x_of_group, group in zip(x, groups, strict=True):
+                for each in group:
+                    axis.plot(x_of_group, 100 * each["correct"] / each["n"], "o", ms=4, color=color, alpha=0.5)
         n = next(each["n"] for each in results if (each["data"], each["fraction"]) == panel)
-        axis.set(xlabel="minutes", ylabel="top-1, %", title=f"{Path(panel[0]).name} x {panel[1]:g} (n = {n:,})")
+        axis.set(ylabel="top-1, %", title=f"{Path(panel[0]).name} x {panel[1]:g} (n = {n:,})")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        if over_minutes:
+            axis.set_xlabel("minutes")
+            axis.legend(fontsize=8)
+        else:
+            axis.set_xticks(range(len(found)), found, fontsize=8, rotation=20)
+            axis.set_xlabel(f"after {next(iter(inside))[2]:g} minutes")
+            axis.margins(x=0.15)
     figure.savefig(path, dpi=120)
 
 

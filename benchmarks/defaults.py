@@ -1,0 +1,145 @@
+"""The learning rate, batch size and epochs that `coatnet train` chooses, beside half and twice as much of each.
+
+    python benchmarks/defaults.py --data fashion-mnist-small --model coatnet-femto-64 --epochs 4
+    python benchmarks/defaults.py --data clip-art --resolution 96 --epochs 7
+    python benchmarks/defaults.py --data stamps --resolution 96 --epochs 18 --seeds 0 1 2 3 4
+
+One value is changed at a time; the rest is what the defaults make of it: with another batch size the learning rate
+follows, with other epochs the warm-up and the averaging. All runs see the same held-out images. A run has one core, and
+there are as many at once as cores. `clip-art` and `stamps` are those of time_to_accuracy.py.
+
+OUT/results.json keeps every run, and the same command again trains what is missing. The table is of all in it: mean
+accuracy over the seeds, and the difference from the defaults with its 95 % interval (paired by seed, t).
+"""
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from time_to_accuracy import FOLDERS, execute, gather, read_results, write_results
+
+from coatnet.data import open_dataset
+from coatnet.study.statistics import Estimate, paired_estimate
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import resolve
+
+DEFAULT = "as chosen"
+
+
+def main() -> None:
+    arguments = parse()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    data = str(gather(arguments.data, 1.0, arguments.out / "data")) if arguments.data in FOLDERS else arguments.data
+    asked = {"data": data} | {name: getattr(arguments, name) for name in ("model", "epochs", "resolution")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    shown = {**given, "data": arguments.data}
+    runs = [
+        {"asked": shown, "change": change, "seed": seed, "options": given | options | {"seed": seed}}
+        for seed in arguments.seeds
+        for change, options in changes(given).items()
+    ]
+    known = [same(each) for each in read_results(arguments.out)]
+    missing = [each for each in runs if same(each) not in known]
+    cores: queue.Queue[int] = queue.Queue()
+    for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
+        cores.put(core)
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        done = pool.map(lambda each: each | train(each, cores, arguments.out / "runs"), missing)
+        for result in track(done, "training", len(missing)):
+            write_results(arguments.out, [*read_results(arguments.out), result])
+    print_table(read_results(arguments.out))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist-small", help="as of coatnet train, or clip-art or stamps")
+    parser.add_argument("--model", help="the default by default")
+    parser.add_argument("--epochs", type=float, help="of the runs that do not change them; the default by default")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at once")
+    parser.add_argument("--out", type=Path, default=Path("runs/defaults"))
+    return parser.parse_args()
+
+
+def changes(given: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Options of the runs to compare, by what is changed in them."""
+    recipe = Recipe.from_dict(given)
+    chosen = resolve(recipe, open_dataset(recipe.data))
+    rate, batch, epochs = chosen.optimizer.learning_rate, chosen.batch_size, chosen.epochs
+    return {
+        DEFAULT: {},
+        **{f"learning rate x {factor:g}": {"optimizer.learning_rate": factor * rate} for factor in (0.5, 2)},
+        **{f"batch size x {factor:g}": {"batch_size": round(factor * batch)} for factor in (0.5, 2)},
+        **{f"epochs x {factor:g}": {"epochs": factor * epochs} for factor in (0.5, 2)},
+    }
+
+
+def same(run: dict[str, Any]) -> tuple[str, str, int]:
+    return json.dumps(run["asked"], sort_keys=True), run["change"], run["seed"]
+
+
+def train(run: dict[str, Any], cores: "queue.Queue[int]", folder: Path) -> dict[str, Any]:
+    """Train in a process of its own on a core of its own: correct answers of n, and what the defaults made of it."""
+    name = f"{Path(run['asked']['data']).name}-{run['change']}-seed{run['seed']}".replace(" ", "-")
+    core, out = cores.get(), folder / name
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        options = [f"--{name}={value}" for name, value in run["options"].items()]
+        command = [sys.executable, "-m", "coatnet", "train", *options, f"--out={out}"]
+        execute(["taskset", "-c", str(core), *command], dict(os.environ))
+    finally:
+        cores.put(core)
+    figures = json.loads((out / "report.json").read_text())["figures"]
+    config = yaml.safe_load((out / "recipe.yaml").read_text())
+    return {
+        "correct": round(figures["top1"] * figures["n"]),
+        "n": figures["n"],
+        "batch_size": config["batch_size"],
+        "learning_rate": config["optimizer"]["learning_rate"],
+        "epochs": config["epochs"],
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    table = Table("data", "n", "change", "batch", "rate", "epochs", "top-1 %", "seeds", "difference")
+    for asked in dict.fromkeys(same(each)[0] for each in results):
+        runs: dict[str, dict[int, dict[str, Any]]] = {}
+        for each in results:
+            if same(each)[0] == asked:
+                runs.setdefault(each["change"], {})[each["seed"]] = each
+        accuracy = {
+            change: {seed: 100 * each["correct"] / each["n"] for seed, each in sorted(seeds.items())}
+            for change, seeds in runs.items()
+        }
+        for change, seeds in runs.items():
+            one, found = next(iter(seeds.values())), accuracy[change]
+            table.add_row(
+                *(Path(one["asked"]["data"]).name, f"{one['n']:,}", change),
+                *(f"{one['batch_size']}", f"{one['learning_rate']:.3g}", f"{one['epochs']:g}"),
+                *(f"{statistics.mean(found.values()):.1f}", " ".join(f"{value:.1f}" for value in found.values())),
+                "" if change == DEFAULT else difference(paired_estimate(found, accuracy.get(DEFAULT, {}))),
+            )
+    Console(width=140).print(table)
+
+
+def difference(found: Estimate | None) -> str:
+    """The mean of differences with its 95 % interval, as far as there are any."""
+    if found is None:
+        return ""
+    return f"{found.mean:+.1f}" + ("" if found.interval is None else " ({:.1f} to {:.1f})".format(*found.interval))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,11 +15,8 @@ accuracy over the seeds, and the difference from the defaults with its 95 % inte
 import argparse
 import json
 import os
-import queue
-import shutil
 import statistics
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from time_to_accuracy import FOLDERS, execute, gather, read_results, write_results
+from time_to_accuracy import FOLDERS, gather, read_results, train_ours, write_results
 
 from coatnet.data import open_dataset
 from coatnet.study.statistics import Estimate, paired_estimate
@@ -41,23 +38,28 @@ def main() -> None:
     arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = str(gather(arguments.data, 1.0, arguments.out / "data")) if arguments.data in FOLDERS else arguments.data
-    asked = {"data": data} | {name: getattr(arguments, name) for name in ("model", "epochs", "resolution")}
-    given = {name: value for name, value in asked.items() if value is not None}
-    shown = {**given, "data": arguments.data}
-    runs = [
-        {"asked": shown, "change": change, "seed": seed, "options": given | options | {"seed": seed}}
-        for seed in arguments.seeds
-        for change, options in changes(given).items()
-    ]
+    asked = {name: getattr(arguments, name) for name in ("data", "model", "epochs", "resolution")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    changed = changes(asked | {"data": data})
     known = [same(each) for each in read_results(arguments.out)]
+    runs = [{"asked": asked, "change": change, "seed": seed} for seed in arguments.seeds for change in changed]
     missing = [each for each in runs if same(each) not in known]
-    cores: queue.Queue[int] = queue.Queue()
-    for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
-        cores.put(core)
-    with ThreadPoolExecutor(cores.qsize()) as pool:
-        done = pool.map(lambda each: each | train(each, cores, arguments.out / "runs"), missing)
-        for result in track(done, "training", len(missing)):
-            write_results(arguments.out, [*read_results(arguments.out), result])
+    cores = sorted(os.sched_getaffinity(0))[: arguments.jobs]
+    free = iter(cores)
+    # A thread and the processes that it starts have a core of their own.
+    with ThreadPoolExecutor(len(cores), initializer=lambda: os.sched_setaffinity(0, {next(free)})) as pool:
+        trainings = {
+            pool.submit(
+                train, changed[each["change"]] | {"seed": each["seed"]}, arguments.out / "runs" / folder_name(each)
+            ): each
+            for each in missing
+        }
+        try:
+            for done in track(as_completed(trainings), "training", len(missing)):
+                write_results(arguments.out, [*read_results(arguments.out), trainings[done] | done.result()])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     print_table(read_results(arguments.out))
 
 
@@ -73,43 +75,34 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def changes(given: dict[str, Any]) -> dict[str, dict[str, float]]:
+def changes(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of the runs to compare, by what is changed in them."""
     recipe = Recipe.from_dict(given)
     chosen = resolve(recipe, open_dataset(recipe.data))
     rate, batch, epochs = chosen.optimizer.learning_rate, chosen.batch_size, chosen.epochs
-    return {
-        DEFAULT: {},
-        **{f"learning rate x {factor:g}": {"optimizer.learning_rate": factor * rate} for factor in (0.5, 2)},
-        **{f"batch size x {factor:g}": {"batch_size": round(factor * batch)} for factor in (0.5, 2)},
-        **{f"epochs x {factor:g}": {"epochs": factor * epochs} for factor in (0.5, 2)},
-    }
+    changed = {DEFAULT: {}}
+    for factor in (0.5, 2):
+        changed[f"learning rate x {factor:g}"] = {"optimizer.learning_rate": factor * rate}
+        changed[f"batch size x {factor:g}"] = {"batch_size": round(factor * batch)}
+        changed[f"epochs x {factor:g}"] = {"epochs": factor * epochs}
+    return {change: given | options for change, options in changed.items()}
 
 
 def same(run: dict[str, Any]) -> tuple[str, str, int]:
+    """What identifies a run: what was asked, what is changed in it, and the seed."""
     return json.dumps(run["asked"], sort_keys=True), run["change"], run["seed"]
 
 
-def train(run: dict[str, Any], cores: "queue.Queue[int]", folder: Path) -> dict[str, Any]:
-    """Train in a process of its own on a core of its own: correct answers of n, and what the defaults made of it."""
-    name = f"{Path(run['asked']['data']).name}-{run['change']}-seed{run['seed']}".replace(" ", "-")
-    core, out = cores.get(), folder / name
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        options = [f"--{name}={value}" for name, value in run["options"].items()]
-        command = [sys.executable, "-m", "coatnet", "train", *options, f"--out={out}"]
-        execute(["taskset", "-c", str(core), *command], dict(os.environ))
-    finally:
-        cores.put(core)
-    figures = json.loads((out / "report.json").read_text())["figures"]
-    config = yaml.safe_load((out / "recipe.yaml").read_text())
-    return {
-        "correct": round(figures["top1"] * figures["n"]),
-        "n": figures["n"],
-        "batch_size": config["batch_size"],
-        "learning_rate": config["optimizer"]["learning_rate"],
-        "epochs": config["epochs"],
-    }
+def folder_name(run: dict[str, Any]) -> str:
+    return f"{Path(run['asked']['data']).name}-{run['change']}-seed{run['seed']}".replace(" ", "-")
+
+
+def train(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train in a process of its own: correct answers of n, and the values that the defaults gave the run."""
+    figures = train_ours([], options, folder, dict(os.environ))
+    config = yaml.safe_load((folder / "recipe.yaml").read_text())
+    chosen = {"batch_size": config["batch_size"], "learning_rate": config["optimizer"]["learning_rate"]}
+    return {**figures, **chosen, "epochs": config["epochs"]}
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
@@ -123,7 +116,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             change: {seed: 100 * each["correct"] / each["n"] for seed, each in sorted(seeds.items())}
             for change, seeds in runs.items()
         }
-        for change, seeds in runs.items():
+        for change, seeds in sorted(runs.items(), key=lambda item: (item[0] != DEFAULT, item[0])):
             one, found = next(iter(seeds.values())), accuracy[change]
             table.add_row(
                 *(Path(one["asked"]["data"]).name, f"{one['n']:,}", change),

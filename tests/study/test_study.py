@@ -24,7 +24,7 @@ from PIL import Image
 from coatnet.cli import study as cli
 from coatnet.cli.main import main
 from coatnet.errors import UserError
-from coatnet.study.plan import Options, candidates, hold_study, open_study
+from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Study
 from coatnet.study.run import Part, recipe_of
 from coatnet.training.config import Recipe
@@ -244,7 +244,9 @@ def test_jobs_beyond_the_runs_add_no_steps_and_no_measuring(tmp_path: Path) -> N
 
 def test_a_single_round_lasts_as_long_as_its_slowest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda probes, at_once, threads: [0.05, 0.15, 1.0])
-    assert 150 <= max(run.seconds for run in plan(tmp_path, minutes=3, jobs=2).runs) <= 180
+    at_once = plan(tmp_path, minutes=3, jobs=2)
+    assert 150 <= max(run.seconds for run in at_once.runs) <= 180
+    assert "2 runs to go, 2 at once: about 3 minutes" in describe_plan(at_once, 2)
     in_turn = [run.seconds for run in plan(tmp_path, minutes=3, jobs=1).runs]
     assert 150 <= sum(in_turn) <= 180
 

@@ -2,11 +2,12 @@
 
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -343,8 +344,7 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
         for sizes, seeds in choices:
             num_runs = seeds * len(sizes) * len(study.learning_rates) * len(pace.steps)
             rounds = -(-num_runs // pace.jobs)  # the last of which may leave cores idle
-            # One round lasts as long as its slowest run; in several, slow and fast ones follow each other.
-            step = max(pace.steps.values()) if rounds == 1 else sum(pace.steps.values()) / len(pace.steps)
+            step = _of_a_round(pace.steps.values(), rounds)
             of_a_run = 60 * options.minutes * TIME_FOR_RUNS / rounds - pace.opening
             left = of_a_run / step - sum(ending[size] for size in sizes) / len(sizes)
             steps = int(left - _evaluations(left, evaluation) * evaluation)
@@ -369,6 +369,12 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("names of members differ in signs only, which folders cannot show: give other names")
     return replace(study, runs=tuple(runs))
+
+
+def _of_a_round(seconds: Iterable[float], rounds: int) -> float:
+    """Seconds of a round of runs: a single one ends with its slowest run; in several, slow and fast ones follow each
+    other."""
+    return max(seconds) if rounds == 1 else fmean(seconds)
 
 
 def _evaluations(steps: float, evaluation: float) -> int:
@@ -546,7 +552,7 @@ def describe_plan(study: Study, jobs: int) -> str:
     todo = [run for run in study.runs if run.status != "finished"]
     jobs = min(jobs, max(1, len(todo)))
     rounds = -(-len(todo) // jobs)
-    minutes = rounds * sum(run.seconds for run in todo) / max(1, len(todo)) / 60
+    minutes = rounds * _of_a_round([run.seconds for run in todo], rounds) / 60 if todo else 0.0
     steps = study.runs[0].steps
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     lines = [

@@ -28,6 +28,7 @@ from coatnet.data.loader import BadImages, read_image, require_readable, sampler
 from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
+from coatnet.data.transforms import EvaluationTransform
 from coatnet.errors import UserError, counted, is_memory_shortage
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, evaluate
@@ -105,7 +106,7 @@ SELECTED_BY_SEARCH = (
 # To see how many epochs fit, at most so many seconds, this share of the limit, and so many steps; of two steps, the
 # first allocates its memory.
 MEASURED_SECONDS, MEASURED_SHARE, MAX_MEASURED_STEPS = 2.0, 0.02, 20
-TIMED_IMAGES = 16  # read to see how long reading takes
+TIMED_IMAGES = 64  # read to see how long reading takes: drawings differ in size by a factor of a hundred
 FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
 NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
 BEST = "best"  # name of the checkpoint of the best evaluation
@@ -268,14 +269,16 @@ class Trainer:
         return self.cores.workers
 
     def reading_seconds(self) -> float:
-        """Seconds to read and decode an image, found with some of them; 0 if evaluations on the way read files, too."""
+        """Seconds to read, decode and resize an image, found with some of them; 0 if evaluations on the way read files,
+        too."""
         images = self.splits.validation
         if self.images is self.splits or not len(images):
             return 0.0
+        transform = EvaluationTransform(self.config.preprocessing)
         chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
         for index in chosen:
             with suppress(BadImage):
-                read_image(images, index)
+                transform(read_image(images, index)[0])
         return self.processes.broadcast((time.monotonic() - started) / len(chosen))
 
     def next_size(self) -> tuple[int, int]:

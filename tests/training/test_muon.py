@@ -11,7 +11,7 @@ from torch import nn
 
 from coatnet import Recipe
 from coatnet.model.network import create_model
-from coatnet.training.muon import MAX_STACKED_VALUES, UPDATE_RMS, Muon, orthogonalize, stacks
+from coatnet.training.muon import COEFFICIENTS, ITERATIONS, MAX_STACKED_VALUES, UPDATE_RMS, Muon, orthogonalize, stacks
 from coatnet.training.optimizer import Optimization, matrix_weights, named_parameters, parameter_groups
 
 MUON = Optimization(algorithm="muon", layer_decay=0.8)
@@ -28,6 +28,19 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape, dtype):
     values = inner.diagonal(dim1=-2, dim2=-1)
     assert 0.6 < values.min() <= values.max() < 1.25
     torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 80), (3, 160, 640), (1, 16, 256)])
+def test_wide_matrices_go_through_the_same_iterations(shape):
+    u, s, v = torch.linalg.svd(torch.randn(shape, generator=torch.manual_seed(0)), full_matrices=False)
+    x = (u * torch.logspace(0, -4, s.shape[-1])) @ v  # small singular values, which float32 loses in a Gram matrix
+    a, b, c = COEFFICIENTS
+    expected = (x / torch.linalg.matrix_norm(x, keepdim=True)).double()
+    for _ in range(ITERATIONS):
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    distance = torch.linalg.matrix_norm(orthogonalize(x, torch.float32) - expected)
+    assert (distance / torch.linalg.matrix_norm(expected)).max() < 1e-3
 
 
 def test_a_gradient_of_zeros_moves_nothing():

@@ -85,13 +85,39 @@ def stacks(weights: list[Tensor]) -> list[list[Tensor]]:
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Approximately U V^T of each matrix U S V^T, by Newton-Schulz iterations: `(k, rows, columns)` of `dtype`."""
-    if matrices.shape[-2] > matrices.shape[-1]:  # the smaller Gram matrix
+    rows, columns = matrices.shape[-2:]
+    if rows > columns:  # the smaller Gram matrix
         return orthogonalize(matrices.mT, dtype).mT
-    a, b, c = COEFFICIENTS
     x = matrices / torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     x = x.to(dtype)
+    if dtype == torch.float32 and columns >= 2 * rows:
+        return _orthogonalize_wide(x)
+    a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def _orthogonalize_wide(x: Tensor) -> Tensor:
+    """The same iterations on Gram matrices, which are multiplied by `x` once: `(k, rows, columns)`, float32.
+
+    With columns = n * rows, 2 n + 17 products of `(rows, rows)` matrices instead of 10 n + 5. Singular values are
+    squared, for which bfloat16 has too few digits; in float32 an update differs by less than 5e-4 of its norm (in
+    bfloat16, without squares, by up to 0.2).
+    """
+    a, b, c = COEFFICIENTS
+
+    def polynomial_of(gram: Tensor) -> Tensor:
+        values = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        values.diagonal(dim1=-2, dim2=-1).add_(a)
+        return values
+
+    gram = x @ x.mT
+    product = polynomial = polynomial_of(gram)
+    for _ in range(ITERATIONS - 1):
+        gram = polynomial @ gram @ polynomial
+        polynomial = polynomial_of(gram)
+        product = polynomial @ product
+    return product @ x

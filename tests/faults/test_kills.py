@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from threading import Thread
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from PIL import Image
 from tests.faults.running import LAST_STEP, RECIPE, event, last_checkpoint, leftovers, log, run
 from tests.training import launching
+
+from coatnet.study.record import Study
 
 KILLS = 60
 
@@ -35,6 +38,30 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_run(tmp_path):
         assert each["logged"] - each["saved"] <= 10, each  # of 81; one checkpoint was on its way
     steps = [name for each in found["met"] for name in each.get("left", [])]
     assert steps and all(name.startswith("step-") and ".tmp" not in name for name in steps)
+
+
+@pytest.mark.fault("B6", "{number.name} at three moments of a study of four runs", "ends with the same figures")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_study_that_is_ended_at_any_moment_ends_with_the_same_figures(number, tmp_path):
+    command = [sys.executable, "-m", "coatnet", "study", "bias", "--data", "digits", "--sizes", "60", "--seeds", "2"]
+    command += ["--steps", "30", "--jobs", "2", "--out"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, str(whole)], check=True, env=launching.environment(), capture_output=True)
+    random = Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([*command, str(broken)], env=launching.environment(), stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(broken.glob("runs/*/metrics.jsonl")):
+            time.sleep(0.1)
+        time.sleep(random.uniform(0.0, 6.0))
+        process.send_signal(number)
+        process.wait()
+        time.sleep(1.0)  # for the runs, which end with the study
+    subprocess.run([*command, str(broken)], check=True, env=launching.environment(), capture_output=True)
+    found = [
+        [(run.folder, run.status, run.figures, run.curves) for run in Study.read(folder).runs]  # without times
+        for folder in (whole, broken)
+    ]
+    assert len(found[0]) == 4 and found[0] == found[1]
 
 
 @pytest.mark.fault("B10", "one of two processes killed under --max-restarts=1", "restarts, resumes, completes")

@@ -1,12 +1,8 @@
 """`coatnet study` on tiny data: equal budgets, pairs by seed, failures, extension, and what a second start does."""
 
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -476,27 +472,6 @@ def test_a_refused_command_leaves_no_folder_and_weights_of_finished_runs_are_sai
     assert main([*AGAIN, "--keep_weights", "--out", "own"]) == 0
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "--keep_weights" in line]
     assert "2 finished runs" in warning and "new folder" in warning
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_study_that_is_ended_at_any_moment_ends_with_the_same_figures(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "coatnet", "study", "bias", "--data", "digits", "--sizes", "60", "--seeds", "2"]
-    command += ["--steps", "30", "--jobs", "2", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, str(whole)], check=True, env=environment, capture_output=True)
-    random = np.random.default_rng(0)
-    for _ in range(3):
-        process = subprocess.Popen([*command, str(broken)], env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(broken.glob("runs/*/metrics.jsonl")):
-            time.sleep(0.1)
-        time.sleep(random.uniform(0.0, 6.0))
-        process.send_signal(number)
-        process.wait()
-        time.sleep(1.0)  # for the runs, which end with the study
-    subprocess.run([*command, str(broken)], check=True, env=environment, capture_output=True)
-    assert figures_of(broken) == figures_of(whole)
 
 
 def test_a_study_without_a_folder_is_named_after_its_question(tmp_path, monkeypatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-FOLDER = Path(__file__).resolve().parents[1] / "src" / "coatnet" / "weights" / "imagenet"
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "coatnet" / "bundle" / "imagenet"
 # WordNet's words are the same for both; every class needs a name of its own.
 BY_HAND = {"n02012849": "crane (bird)", "n03126707": "crane (machine)"}
 

@@ -1,12 +1,13 @@
 """The variants have the sizes that the paper publishes; options build or are refused."""
 
 import pytest
+import torch
 
 from coatnet.errors import UserError
-from coatnet.model.complexity import complexity
+from coatnet.model.complexity import complexity, embedded_complexities
 from coatnet.model.config import Stage, Variant
 from coatnet.model.network import create_model
-from coatnet.model.registry import PUBLISHED, VARIANTS, default_variant, list_variants
+from coatnet.model.registry import PUBLISHED, VARIANTS, default_variant, find_variant, list_variants
 
 OURS = {name for name in VARIANTS if name not in PUBLISHED}
 # The derived counts of parameters and, at 224, of multiply-accumulates in units of 10 M.
@@ -21,6 +22,7 @@ EXACT = {
     "coatnet-6-printed": (1_348_435_232, 25948),
     "coatnet-7": (2_441_972_920, 45787),
 }
+COUNTED_QUICKLY = {"coatnet-2", "coatnet-femto-64", "coatnet_0_rw_224", "coatnet_nano_cc_224", "coatnet_rmlp_2_rw_384"}
 
 
 def test_every_variant_of_the_paper_is_listed():
@@ -39,6 +41,27 @@ def test_parameters_are_within_one_percent_of_the_published(name):
 def test_parameters_and_macs_are_the_derived_ones(name):
     counted = complexity(name, 224)
     assert (counted.parameters, round(counted.macs / 1e7)) == EXACT[name]
+
+
+def test_the_embedded_costs_are_of_every_variant_and_have_its_parameters():
+    assert list(embedded_complexities()) == list_variants(), "run scripts/embed_complexities.py"
+    for name, costs in embedded_complexities().items():
+        with torch.device("meta"):
+            network = create_model(name)
+        assert {cost.parameters for cost in costs.values()} == {sum(p.numel() for p in network.parameters())}, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COUNTED_QUICKLY else pytest.param(name, marks=pytest.mark.slow)  # all take half a minute
+        for name in list_variants()
+    ],
+)
+def test_the_embedded_costs_are_the_counted_ones(name):
+    resolution = find_variant(name).resolution
+    for side, cost in embedded_complexities()[name].items():
+        assert cost == complexity(name, side, table_resolution=resolution), "run scripts/embed_complexities.py"
 
 
 def test_coatnet_6_as_printed_misses_its_published_size():

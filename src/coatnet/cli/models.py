@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "models",
         "List the models: parameters, and multiply-accumulates (MACs) of one image at 224, 384 and 512 pixels (of\n"
-        "models for small images, at their own resolution), counted on the spot, with the paper's figures beside\n"
+        "models for small images, at their own resolution), counted, with the paper's figures beside\n"
         "them; of timm's architectures also the pretrained weights and their accuracy.",
         "examples:\n  coatnet models\n  coatnet models coatnet-0 coatnet-1 --json",
     )
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.system.document import open_console
 
-    rows = measure_models(given.names)
+    rows = describe_models(given.names)
     if given.json:
         echo(json.dumps(rows, indent=1), is_json=True)
     else:
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure_models(names: Sequence[str] = ()) -> list[dict[str, Any]]:
+def describe_models(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Parameters, MACs and activation bytes by resolution of each model, or all, and what is published about it.
 
     `published` holds the paper's figures or None, `pretrained` the checkpoints of timm.
@@ -54,16 +54,7 @@ def measure_models(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     Raises:
         UserError: if a name is unknown.
     """
-    from rich.console import Console
-
-    variants = [find_variant(name) for name in names or list_variants()]
-    with Console(stderr=True).status("counting") as status:
-        rows = []
-        for variant in variants:
-            status.update(f"counting {variant.name}")
-            larger = () if isinstance(variant, TimmVariant) else RESOLUTIONS
-            rows.append(_measure_model(variant, (variant.resolution, *larger)))
-    return rows
+    return [_describe(find_variant(name)) for name in names or list_variants()]
 
 
 def print_models(rows: Sequence[dict[str, Any]], console: "Console") -> None:
@@ -115,11 +106,11 @@ def _add_timm_row(table: "Table", row: dict[str, Any]) -> None:
         cost = ("", "", "")
 
 
-def _measure_model(variant: Variant | TimmVariant, sides: Sequence[int]) -> dict[str, Any]:
+def _describe(variant: Variant | TimmVariant) -> dict[str, Any]:
     from coatnet.bundle.timm.catalog import pretrained_of
-    from coatnet.model.complexity import complexity
+    from coatnet.model.complexity import embedded_complexities
 
-    counted = {side: complexity(variant, side, table_resolution=variant.resolution) for side in sorted({*sides})}
+    counted = embedded_complexities()[variant.name]
     paper = PUBLISHED.get(variant.name)
     return {
         "name": variant.name,

@@ -1,7 +1,10 @@
 """What a network costs: parameters, multiply-accumulates and memory, counted on the meta device or estimated."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -69,6 +72,20 @@ def complexity(
     for stage, first, other in zip(variant.stages, parts.first, parts.other, strict=True):
         total += first + other * (stage.depth - 1)
     return total
+
+
+@cache
+def embedded_complexities() -> Mapping[str, Mapping[int, Complexity]]:
+    """Costs of each of `list_variants()` by resolution: its own, and 224, 384 and 512 pixels for all but timm's.
+
+    As `complexity` counts them, with relative bias tables for the variant's own resolution. They are a file of the
+    package, written by `scripts/embed_complexities.py`, since counting all of them takes half a minute.
+    """
+    table = json.loads(files("coatnet.model").joinpath("complexities.json").read_text(encoding="utf-8"))
+    return {
+        name: {int(side): Complexity(*cost) for side, cost in by_resolution.items()}
+        for name, by_resolution in table.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from coatnet.bundle.hub import download
 from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits
 from coatnet.errors import UserError, counted, nearest
-from coatnet.model.complexity import complexity
+from coatnet.model.complexity import embedded_complexities
 from coatnet.model.registry import find_variant
 from coatnet.system.files import user_path
 from coatnet.system.hardware import gpu_bytes
@@ -49,7 +49,7 @@ class Choice:
     def num_parameters(self) -> int:
         """Number of its parameters, four bytes each in the file of the weights."""
         variant = find_variant(PRETRAINED[self.name].architecture)
-        return complexity(variant, variant.resolution, table_resolution=variant.resolution).parameters
+        return embedded_complexities()[variant.name][variant.resolution].parameters
 
 
 # Chosen; the first row that fits is taken. A training step of 64 images in bf16 takes 45, 16, 11 and 6 GB

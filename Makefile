@@ -20,11 +20,12 @@ OLDEST_PYTHON ?= python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-gpu fuzz test-oldest check format bench docs release-check clean
+.PHONY: help install demo test test-docs test-slow test-faults test-gpu fuzz test-oldest check format bench docs release-check clean
 
 help:
 	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
-	@echo 'make test           the tests (make test-slow: those that train for minutes;'
+	@echo 'make test           the tests (make test-docs: the programs of the documentation and the examples;'
+	@echo '                    make test-slow: those that train for minutes;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
 	@echo 'make test-gpu       what a GPU computes beside a CPU, on a machine that has one'
@@ -73,7 +74,10 @@ demo: $(INSTALLED)
 	@echo '  rm -r $(DEMO) && make demo                                   the demo from nothing'
 
 test: $(INSTALLED)
-	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow and not docs' $(PYTEST_ARGS)
+
+test-docs: $(INSTALLED)
+	@$(PYTEST) -m 'docs and not slow' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	@$(PYTEST) -m 'slow and not faults' --timeout=7200

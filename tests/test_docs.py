@@ -118,6 +118,7 @@ def given(page: str, desk: Path, clothes: Path, two_classes: Path) -> Iterator[C
         yield lambda text: text.replace("127.0.0.1:8080", f"127.0.0.1:{address.port}")
 
 
+@pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # of the programs that open an export
 @pytest.mark.parametrize(("page", "slow"), RUNNABLE)
 def test_the_python_of_a_page_runs_from_top_to_bottom(

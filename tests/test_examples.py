@@ -46,6 +46,7 @@ def test_every_example_is_tested() -> None:
     assert [path.name for path in EXAMPLES.glob("*.ipynb")] == ["tutorial.ipynb"]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "in_the_browser.py")) for name in PRINTED]
 )
@@ -68,6 +69,7 @@ def test_the_notebook_has_the_code_of_the_tutorial() -> None:
     assert missing == ["!coatnet serve runs/clothes/bundle\n"]  # there as a process that is stopped again
 
 
+@pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # the notebook leaves connections to be closed at its end
 @pytest.mark.parametrize(("epochs", "images"), [(1, 40), pytest.param(5, 200, marks=pytest.mark.slow)])
 def test_the_notebook_runs(

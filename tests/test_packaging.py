@@ -76,7 +76,7 @@ def test_the_workflow_calls_make_and_nothing_else() -> None:
                 for name in (setting.partition("=")[0] for setting in settings):
                     assert re.search(rf"^{name} \?=", MAKEFILE, re.MULTILINE), f"{name} is no setting of the Makefile"
     assert called <= TARGETS
-    assert {"check", "docs", "test", "test-oldest", "test-faults", "release-check"} <= called
+    assert {"check", "docs", "test", "test-docs", "test-oldest", "test-faults", "release-check"} <= called
 
 
 def test_every_target_is_phony_and_in_the_help() -> None:

@@ -14,6 +14,7 @@ import coatnet
 
 InventoryFile = pytest.importorskip("sphinx.util.inventory", reason="the dependency group docs").InventoryFile
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.docs
 
 
 @pytest.fixture(scope="module")

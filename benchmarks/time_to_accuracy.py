@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_accuracy.py --data fashion-mnist stamps clip-art --minutes 10 --seeds 0 1 2
     python benchmarks/time_to_accuracy.py --data path/to/folder --minutes 2 5 10 --contenders ours resnet18
-    python benchmarks/time_to_accuracy.py --data fashion-mnist --fraction 0.01 0.1 1 --minutes 5 --out runs/garments
+    python benchmarks/time_to_accuracy.py --data fashion-mnist --fraction 0.01 0.1 1 --held-out 0.2 --minutes 5
 
 Every contender learns from the same images on the same cores within the same minutes, which include starting Python
 and decoding, one after the other, seed after seed. All are measured on the same held-out images at the end.
@@ -15,7 +15,8 @@ and decoding, one after the other, seed after seed. All are measured on the same
 `fashion-mnist` is measured on its 10,000 test images; garments may be mirrored, for which ours has the recipe
 `fashion-mnist`. `stamps` and `clip-art` are Debian's tuxpaint-stamps-default and openclipart-png, with their top
 folders as classes, and so is any other folder; a fifth of the images of each class is held out, by a hash of their
-bytes, and files with the same bytes count once. `--fraction` takes that part of the training images of each class.
+bytes, and files with the same bytes count once. `--fraction` takes that part of the training images of each class,
+`--held-out` of the others: measuring is within the minutes, and large networks take minutes for 10,000 images.
 
 OUT/results.json keeps every result, and the same command again runs what is missing. OUT/accuracy.png draws them.
 An interval is that of Wilson for one model, from the number of held-out images; of seeds, the median and the range.
@@ -69,7 +70,7 @@ PLAIN: dict[str, tuple[str, tuple[int, dict[str, Any]], tuple[int, dict[str, Any
 }
 CONTENDERS = ("ours", *PLAIN)
 START_UP_MINUTES = 0.1  # what Python and torch take before `coatnet train` counts its minutes
-KEY = ("data", "fraction", "minutes", "threads", "seed", "contender")
+KEY = ("data", "fraction", "held_out", "minutes", "threads", "seed", "contender")
 
 
 def main() -> None:
@@ -101,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["fashion-mnist", *FOLDERS], help="the three by default")
     parser.add_argument("--fraction", nargs="+", type=float, default=[1.0], help="of the training images")
+    parser.add_argument("--held-out", type=float, default=1.0, help="of the images to measure on")
     parser.add_argument("--minutes", nargs="+", type=float, default=[10.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
@@ -116,13 +118,13 @@ def plan(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for fraction in arguments.fraction:
                 for minutes in arguments.minutes:
                     for contender in arguments.contenders:
-                        values = (data, fraction, minutes, arguments.threads, seed, contender)
+                        values = (data, fraction, arguments.held_out, minutes, arguments.threads, seed, contender)
                         yield dict(zip(KEY, values, strict=True))
 
 
 def run(values: dict[str, Any], out: Path) -> dict[str, Any]:
     """One contender's training in a process of its own: correct answers of n, epochs, and seconds from start to end."""
-    folder = gather(values["data"], values["fraction"], out / "data")
+    folder = gather(values["data"], values["fraction"], values["held_out"], out / "data")
     started = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": str(values["threads"])}
     if values["contender"] == "ours":
@@ -163,26 +165,26 @@ def execute(command: list[str], environment: dict[str, str]) -> str:
 # The images
 
 
-def gather(data: str, fraction: float, out: Path) -> Path:
+def gather(data: str, fraction: float, held_out: float, out: Path) -> Path:
     """A folder that `coatnet train` and `read_images` open: IDX files, or train/ and val/ with links to the images."""
-    folder = out / f"{Path(data).name}-{fraction:g}"
+    folder = out / f"{Path(data).name}-{fraction:g}-{held_out:g}"
     if folder.is_dir():
         return folder
     staged = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     staged.mkdir(parents=True)
     if data.startswith("fashion-mnist"):
-        write_garments(data, fraction, staged)
+        write_garments(data, fraction, held_out, staged)
     else:
-        link_images(data, fraction, staged)
+        link_images(data, fraction, held_out, staged)
     staged.rename(folder)
     return folder
 
 
-def write_garments(data: str, fraction: float, folder: Path) -> None:
+def write_garments(data: str, fraction: float, held_out: float, folder: Path) -> None:
     from coatnet import open_dataset
 
     splits = open_dataset(data)
-    for name, dataset, share in (("train", splits.training, fraction), ("t10k", splits.validation, 1.0)):
+    for name, dataset, share in (("train", splits.training, fraction), ("t10k", splits.validation, held_out)):
         order = np.random.default_rng(0).permutation(len(dataset))
         kept = [order[dataset.labels[order] == label] for label in range(10)]
         indices = np.sort(np.concatenate([each[: max(1, round(share * len(each)))] for each in kept]))
@@ -193,7 +195,7 @@ def write_garments(data: str, fraction: float, folder: Path) -> None:
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in splits.classes))
 
 
-def link_images(data: str, fraction: float, folder: Path) -> None:
+def link_images(data: str, fraction: float, measured: float, folder: Path) -> None:
     """Split the images below each top folder by a hash of their bytes."""
     place, package, classes = FOLDERS.get(data, (data, None, None))
     if not Path(place).is_dir():
@@ -210,7 +212,8 @@ def link_images(data: str, fraction: float, folder: Path) -> None:
             continue
         held_out = math.ceil(HELD_OUT * len(paths))
         learned = max(1, round(fraction * (len(paths) - held_out)))
-        for split, part in (("val", paths[:held_out]), ("train", paths[held_out:][:learned])):
+        validated = max(1, round(measured * held_out))
+        for split, part in (("val", paths[:validated]), ("train", paths[held_out:][:learned])):
             (folder / split / each.name).mkdir(parents=True)
             for key, path in part:
                 (folder / split / each.name / f"{key[:16]}{path.suffix.lower()}").symlink_to(path.resolve())
@@ -408,7 +411,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Results that differ in the seed alone, by (data, fraction, minutes, threads, contender)."""
+    """Results that differ in the seed alone, by (data, fraction, held_out, minutes, threads, contender)."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     names = [name for name in KEY if name != "seed"]
     order = {name: number for number, name in enumerate(CONTENDERS)}
@@ -427,7 +430,7 @@ def middle(group: list[dict[str, Any]]) -> tuple[float, float, float]:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     table = Table("data", "fraction", "minutes", "contender", "top-1 %", "interval", "seeds", "epochs", "took min")
-    for (data, fraction, minutes, _, contender), group in grouped(results).items():
+    for (data, fraction, _, minutes, _, contender), group in grouped(results).items():
         accuracy, low, high = middle(group)
         seeds = " ".join(f"{100 * each['correct'] / each['n']:.1f}" for each in group)
         epochs, seconds = (statistics.median(each[name] for each in group) for name in ("epochs", "seconds"))
@@ -453,7 +456,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         inside = grouped([each for each in results if (each["data"], each["fraction"]) == panel])
         found = [name for name in CONTENDERS if any(key[-1] == name for key in inside)]
-        over_minutes = len({key[2] for key in inside}) > 1
+        over_minutes = len({key[3] for key in inside}) > 1
         for place, contender in enumerate(found):
             groups = [group for key, group in inside.items() if key[-1] == contender]
             points = [middle(group) for group in groups]
@@ -474,7 +477,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axis.legend(fontsize=8)
         else:
             axis.set_xticks(range(len(found)), found, fontsize=8, rotation=20)
-            axis.set_xlabel(f"after {next(iter(inside))[2]:g} minutes")
+            axis.set_xlabel(f"after {next(iter(inside))[3]:g} minutes")
             axis.margins(x=0.15)
     figure.savefig(path, dpi=120)
 

@@ -44,20 +44,25 @@ def test_all_learn_from_one_split_that_depends_on_the_bytes_of_the_images(drawin
         return sorted(str(path.relative_to(folder)) for path in (folder / split).glob("*/*"))
 
     gather = script().gather
-    whole, part = gather(str(drawings), 1.0, tmp_path / "out"), gather(str(drawings), 0.5, tmp_path / "out")
+    whole, part = (gather(str(drawings), fraction, 1.0, tmp_path / "out") for fraction in (1.0, 0.5))
     assert len(names(whole, "val")) == 6 and len(names(whole, "train")) == 24
     assert {path.name for path in (whole / "train").iterdir()} == {"circles", "squares"}
     assert names(part, "val") == names(whole, "val")
+    few = names(gather(str(drawings), 1.0, 0.3, tmp_path / "out"), "val")
+    assert len(few) == 2 and set(few) < set(names(whole, "val"))
     assert len(names(part, "train")) == 12 and set(names(part, "train")) < set(names(whole, "train"))
 
 
-def test_part_of_the_garments_keeps_all_that_are_held_out(tmp_path: Path) -> None:
+def test_part_of_the_garments_keeps_all_that_are_held_out_unless_fewer_are_asked_for(tmp_path: Path) -> None:
     from coatnet import open_dataset
 
-    splits = open_dataset(script().gather("fashion-mnist-small", 0.01, tmp_path))
+    splits = open_dataset(script().gather("fashion-mnist-small", 0.01, 1.0, tmp_path))
+    fewer = open_dataset(script().gather("fashion-mnist-small", 0.01, 0.1, tmp_path)).validation
     whole = open_dataset("fashion-mnist-small")
     assert np.bincount(splits.training.labels).tolist() == [10] * 10
     assert splits.classes == whole.classes and len(splits.validation) == len(whole.validation)
+    share = np.bincount(fewer.labels) / np.bincount(whole.validation.labels)
+    assert np.allclose(share, 0.1, atol=0.003)
     assert np.array_equal(splits.validation.read(7)[0], whole.validation.read(7)[0])
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from coatnet.cli import study as cli
 from coatnet.cli.main import main
 from coatnet.errors import UserError
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
-from coatnet.study.record import Study
-from coatnet.study.run import Part, recipe_of
+from coatnet.study.record import Run, Study
+from coatnet.study.run import Part, _Progress, recipe_of
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.run_folder import RunFolder
@@ -478,3 +479,12 @@ def test_a_study_without_a_folder_is_named_after_its_question(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["study", "bias", *COMMAND]) == 0
     assert len(Study.read(tmp_path / "studies" / "bias").finished()) == 2
+
+
+def test_the_last_run_has_nothing_beside_it_and_takes_its_whole_time():
+    planned = Run(member="a", size=40, seed=0, learning_rate=1e-3, steps=3, folder="runs/a", seconds=60.0)
+    failed, worker = replace(planned, status="failed", reason="why"), SimpleNamespace(run=planned)
+    progress = _Progress(3, 180.0, jobs=2)
+    assert progress.line(failed, worker).endswith("why; 0:01:00 left")  # two runs at once
+    assert progress.line(failed, worker).endswith("why; 0:01:00 left")
+    assert progress.line(failed, worker).endswith("why; 0:00:00 left")

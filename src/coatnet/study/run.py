@@ -429,7 +429,8 @@ class _Progress:
             self.planned_done += worker.run.seconds
             self.taken += time.monotonic() - worker.started
         pace = self.taken / self.planned_done if self.planned_done > 1e-6 else 1.0
-        left = timedelta(seconds=round(max(0.0, self.planned_left) * pace / self.jobs))
+        at_once = max(1, min(self.jobs, self.total - self.done))
+        left = timedelta(seconds=round(max(0.0, self.planned_left) * pace / at_once))
         what = f"{run.member}, {counted(run.size, 'image')}, seed {run.seed}, learning rate {run.learning_rate:g}"
         if run.figures is None:
             result = f"failed: {run.reason}"

@@ -34,6 +34,25 @@ def test_wrong_names_are_refused(given: list[str], message: str) -> None:
         named_bundles(given)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-megabytes", "inf"], "--max-megabytes is inf; give a finite number"),
+        (["--max-megabytes", "nan"], "--max-megabytes is nan"),
+        (["--delay-ms", "-1"], "--delay-ms is -1"),
+        (["--deadline", "inf"], "--deadline is inf"),
+        (["--max-megabytes", "0"], "max_bytes is 0; it must be above 0"),
+        (["--set-method", "aps"], "--set-method says how the sets of --set are made"),
+    ],
+)
+def test_a_limit_without_sense_is_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "runs/nowhere", *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1
+
+
 def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:
     assert read_token(None, {}) is None
     assert read_token(None, {"COATNET_TOKEN": " long-enough\n"}) == "long-enough"

@@ -153,11 +153,12 @@ def running(
     settings: Settings | None = None,
     token: str | None = None,
     allowed_hosts: Collection[str] = (),
+    own_names: Collection[str] = (),
 ) -> Iterator[Address]:
     """A server of these models, "one" for a single one, as long as the block lasts."""
     settings = settings or Settings()
     models = {"one": predictors} if isinstance(predictors, Predictor) else predictors
-    app, service = create_app(models, settings, token, allowed_hosts)
+    app, service = create_app(models, settings, token, allowed_hosts, own_names)
     config = uvicorn_config(app, settings)
     config.port = 0
     server = uvicorn.Server(config)

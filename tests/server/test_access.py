@@ -59,3 +59,10 @@ def test_names_that_are_given_are_accepted() -> None:
     with running(make_predictor(), allowed_hosts=("*",)) as address:
         assert address.ask("GET", "/models", None, {"Host": "any.example"}).status == 200
         assert address.predict(image(), Origin="https://any.example").status == 403
+
+
+def test_a_page_at_another_port_of_the_server_is_foreign() -> None:
+    with running(make_predictor(), own_names=("127.0.0.1", "Box")) as address:
+        for host in ("127.0.0.1", "box"):
+            assert address.ask("GET", "/models", None, {"Host": f"{host}:{address.port}"}).status == 200
+            assert address.predict(image(), Origin=f"http://{host}:1").status == 403

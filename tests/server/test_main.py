@@ -52,6 +52,7 @@ def test_interrupted_while_idle_it_ends_soon_and_well_and_keeps_its_token(bundle
         assert address.ask("GET", "/models").status == 401
         (model,) = address.ask("GET", "/models", None, {"Authorization": "Bearer from-the-shell"}).json
         assert model["name"] == "mine"
+        assert address.ask("POST", "/predict", image(), {"Origin": "http://127.0.0.1:1"}).status == 403
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
 

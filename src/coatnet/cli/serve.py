@@ -1,6 +1,7 @@
 """`coatnet serve`: answer over HTTP with trained models."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_device()
     given = parser.parse(arguments)
     given.bundles = named_bundles(given.bundles)
+    for option in ("delay_ms", "max_megabytes", "deadline"):
+        value = getattr(given, option)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{option.replace('_', '-')} is {value:g}; give a finite number that is not negative")
     for host in given.allowed_host:
         if not HOST_NAME.fullmatch(host):
             raise UserError(f"--allowed-host {host!r} is no name of a host, such as models.example.com, and not '*'")

@@ -1,5 +1,6 @@
 """A finished model behind HTTP: bounded queues, bounded uploads, health checks, the Open Inference Protocol, a page."""
 
+import math
 from dataclasses import dataclass, fields
 
 from coatnet.errors import UserError
@@ -31,8 +32,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not value >= (0 if field.name in ("delay_seconds", "notice_seconds") else 1e-3):
-                raise UserError(f"{field.name} is {value:g}; it must be above 0")
+            value, zero = getattr(self, field.name), field.name in ("delay_seconds", "notice_seconds")
+            if not (0 if zero else 1e-3) <= value < math.inf:
+                raise UserError(
+                    f"{field.name} is {value:g}; it must be {'0 or more' if zero else 'above 0'}, and finite"
+                )
         if self.max_queue < self.batch_size:
             raise UserError(f"a queue of {self.max_queue} never fills a batch of {self.batch_size}; make it twice that")

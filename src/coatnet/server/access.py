@@ -25,19 +25,21 @@ _READING = ("GET", "HEAD", "OPTIONS")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s\[\]:/?#@]+))(?::\d+)?")
 
 
-def check_origin(scope: Scope, allowed_hosts: Collection[str]) -> None:
+def check_origin(scope: Scope, allowed_hosts: Collection[str], own_names: Collection[str]) -> None:
     """Refuse a request that names another server, or that makes this one compute for a page of another origin.
 
     Args:
         scope: of the request.
-        allowed_hosts: names of the server besides localhost and addresses; `*` is any name.
+        allowed_hosts: names of the server besides localhost and addresses, in lower case, at which pages may be that
+            use it; `*` is any name of the server, and of no page.
+        own_names: more names of the server. A page at one of them, but another port, is of another origin.
 
     Raises:
         RequestError: code "host" or "origin".
     """
     headers = Headers(scope=scope)
     host, origin = headers.get("host"), headers.get("origin")
-    if host is not None and not _is_known(_host_name(host), allowed_hosts):
+    if host is not None and not _is_known(_host_name(host), {*allowed_hosts, *own_names}):
         raise RequestError(
             "host",
             f"this server is not known as {one_line(host[:100])!r}; start it with --allowed-host NAME if it should be",

@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coatnet.bundle.bundle import without_places
+from coatnet.data.decode import FORMATS
 from coatnet.errors import UserError, nearest_option, one_line
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
@@ -54,8 +55,12 @@ class Middleware:
     `DRAIN_SECONDS`: closing at once would reset the connection, and the client would lose the answer.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, allowed_hosts: Collection[str]) -> None:
-        self.app, self.service, self.allowed_hosts = app, service, allowed_hosts
+    def __init__(
+        self, app: ASGIApp, service: Service, allowed_hosts: Collection[str], own_names: Collection[str]
+    ) -> None:
+        self.app, self.service = app, service
+        self.allowed_hosts = {name.lower() for name in allowed_hosts}
+        self.own_names = {name.lower() for name in own_names} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,7 +119,7 @@ class Middleware:
             raise RequestError("target", f"the path with its parameters may have {MAX_TARGET_BYTES:,} bytes")
         if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise header_error()
-        check_origin(scope, self.allowed_hosts)
+        check_origin(scope, self.allowed_hosts, self.own_names)
 
 
 def _headers(path: str) -> list[tuple[bytes, bytes]]:
@@ -222,7 +227,7 @@ class ExplainParameters(BaseModel, extra="forbid"):
 
 IMAGE_BODY = {
     "requestBody": {
-        "description": "the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file",
+        "description": f"the bytes of an image file: {', '.join(each.name for each in FORMATS)}",
         "required": True,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
@@ -234,6 +239,7 @@ def create_app(
     settings: Settings | None = None,
     token: str | None = None,
     allowed_hosts: Collection[str] = (),
+    own_names: Collection[str] = (),
 ) -> tuple[Middleware, Service]:
     """Build the ASGI application.
 
@@ -241,7 +247,9 @@ def create_app(
         predictors: models by the name that clients use; requests without a name go to the first one.
         settings: limits of the server.
         token: what clients must send as `Authorization: Bearer TOKEN`; None asks for nothing.
-        allowed_hosts: names, in lower case, by which clients may address the server besides localhost and addresses.
+        allowed_hosts: names by which clients may address the server, and at which pages may be that use it; "*" lets
+            clients address it by any name.
+        own_names: names by which clients may address the server besides these, localhost and addresses.
 
     Returns:
         The application, and the service that computes its answers.
@@ -265,7 +273,7 @@ def create_app(
     add_protocol(app, service, secured)
     _add_docs(app)
     _add_page(app)
-    return Middleware(app, service, allowed_hosts), service
+    return Middleware(app, service, allowed_hosts, own_names), service
 
 
 def _add_routes(app: FastAPI, service: Service, secured: list[Any]) -> None:

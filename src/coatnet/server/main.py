@@ -75,8 +75,7 @@ def serve(
             with report_wait(f"preparing {name} for batches of 1 to {settings.batch_size}"):
                 warm(predictors[name], settings)
         settings = replace(settings, max_connections=reserve_descriptors(settings.max_connections))
-        names = {name.lower() for name in (*allowed_hosts, host, socket.gethostname())} - {""}
-        app, service = create_app(predictors, settings, token, names)
+        app, service = create_app(predictors, settings, token, allowed_hosts, own_names=(host, socket.gethostname()))
         config = uvicorn_config(app, settings)
         if token is None and host not in ("127.0.0.1", "::1", "localhost"):
             echo(f"coatnet: warning: {host} without a token: no authentication", error=True)

@@ -89,6 +89,8 @@ def test_an_onnx_export_takes_the_values_of_the_files(run: Path, folder: Path, t
     metadata = json.loads((tmp_path / "onnx/metadata.json").read_text())
     assert metadata["input"]["dtype"] == "float32" and metadata["input"]["shape"] == [-1, -1, -1, 12]
     assert metadata["preprocessing"]["value_range"] == [0, 4095]
+    files = json.loads((tmp_path / "onnx/parity.json").read_text())["files"]  # decoded by the code of classify.py
+    assert files.keys() == {"a NumPy array", "a NumPy archive", "a turned TIFF"} and max(files.values()) < 1e-3
     program = [sys.executable, str(tmp_path / "onnx/classify.py"), str(path)]
     said = subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()
     assert said[1] == expected.classes[0]

@@ -46,6 +46,19 @@ def test_an_error_is_one_line_that_says_what_would_be_right(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_shortage_of_memory_is_no_fault_of_the_network(
+    clothes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        raise RuntimeError("cannot be written") from MemoryError()
+
+    monkeypatch.setattr("coatnet.export.torch_export.write", write)
+    command = ["export", str(clothes_bundle), "--format", "torch-export", "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "there is not enough memory" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_folder_is_not_overwritten(
     clothes_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_gradio_takes_the_files_of_a_model_for_other_values_than_rgb(tmp_path: P
     model = create_model("coatnet-femto-16", num_classes=3, in_channels=12, resolution=16)
     bundle = Bundle(model.eval(), ("a", "b", "c"), seen)
     export_bundle(bundle, "space", tmp_path / "space")
+    assert (tmp_path / "space" / "requirements.txt").read_text().startswith("coatnet[tiff]==")
     example = tmp_path / "space" / "example.npy"
     answer, _ = ask_space(tmp_path / "space", example)
     (expected,) = Predictor(bundle)(example)

@@ -25,15 +25,25 @@ def decode(file: Any) -> numpy.ndarray:
 
 
 def read_values(file: Any, channels: int) -> numpy.ndarray:
-    """A NumPy file, or a TIFF by tifffile, to float32 (H, W, C): the values that it holds."""
-    if str(file).endswith(".npy"):
+    """A NumPy file, a TIFF by tifffile, or an image of up to 16 bits by Pillow to float32 (H, W, C): its values."""
+    name, turn = str(file).lower(), 1
+    if name.endswith((".npy", ".npz")):
         values = numpy.load(file)
-    else:
+        values = values if name.endswith(".npy") else values[values.files[0]]
+    elif name.endswith((".tif", ".tiff")):
         import tifffile
 
-        values = tifffile.imread(file)
+        with tifffile.TiffFile(file) as tiff:
+            values, turn = tiff.asarray(), int(tiff.pages.first.tags.valueof(274, default=1))  # the EXIF orientation
+    else:
+        with Image.open(file) as image, open(file, "rb") as stored:
+            if stored.read(26)[24:] in (b"\x10\2", b"\x10\4", b"\x10\6") and image.format == "PNG":
+                raise ValueError(f"{file}: Pillow drops half of the 16 bits of a PNG in color; write a TIFF")
+            values = numpy.asarray(ImageOps.exif_transpose(image))
     values = values[..., None] if values.ndim == 2 else values
     values = values if values.shape[-1] == channels else numpy.moveaxis(values, 0, -1)
+    values = values.swapaxes(0, 1) if turn > 4 else values
+    values = values[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
     return numpy.ascontiguousarray(values, dtype=numpy.float32)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.config import readable_json
-from coatnet.errors import UserError, first_line, nearest
+from coatnet.errors import UserError, first_line, is_memory_shortage, nearest
 from coatnet.export import FORMATS, decode_image
 from coatnet.export.parity import FP16_TIMES, Parity, compare, example_file, open_check_images, require_parity
 from coatnet.export.quantization import Quantization, open_calibration, quantize
@@ -84,7 +84,8 @@ def export_bundle(
     choose_device(device)
     if not 0 <= max_drop <= 1:
         raise UserError(f"max_drop is {max_drop}; it is a fraction of the images, such as 0.01")
-    if output_path(out).exists():
+    target = output_path(out)
+    if target.exists():
         raise UserError(f"{out} exists already: give a new folder")
 
     signature = Signature(logits or not form.is_graph, dynamic_size, device)
@@ -95,7 +96,7 @@ def export_bundle(
         bundle = replace(bundle, calibration=None)
     metadata = describe(bundle, signature, format) | ({"weights": "float16"} if fp16 else {})
     quantization = None
-    with translate_write_errors(out), atomic_folder(out) as staged:
+    with translate_write_errors(out), atomic_folder(target) as staged:
         progress(0, STEPS)
         write(module, bundle, signature, metadata, staged)
         progress(1, STEPS)
@@ -118,13 +119,18 @@ def export_bundle(
         example, content = example_file(bundle.preprocessing)
         (staged / example).write_bytes(content)
         progress(3, STEPS)
-    program = classify(bundle, signature, snippet, f"Path({str(out)!r})", f'folder / "{example}"')
+    program = classify(bundle, signature, snippet, f"Path({str(target)!r})", f'folder / "{example}"')
     code = functions(bundle, signature)
-    return ExportResult(Path(out), signature, parity, quantization, f"{code}\n\n{program}")
+    return ExportResult(target, signature, parity, quantization, f"{code}\n\n{program}")
 
 
 def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Call `module.write`. Raises UserError for any error of the exporter, with the first line of its root cause."""
+    """Call `module.write`.
+
+    Raises:
+        UserError: the exporter fails; with the first line of its root cause.
+        MemoryError, RuntimeError: that is a shortage of memory.
+    """
     try:
         module.write(bundle, signature, metadata, folder)
     except (UserError, OSError):
@@ -133,6 +139,8 @@ def write(module: Any, bundle: Bundle, signature: Signature, metadata: Mapping[s
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
+        if is_memory_shortage(root):
+            raise root from None
         raise UserError(f"{metadata['format']} cannot represent this network: {first_line(root)}") from error
 
 

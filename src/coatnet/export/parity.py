@@ -7,7 +7,10 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,9 @@ from torch.nn import functional as F
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import logits_and_means
-from coatnet.data.channels import with_scale
+from coatnet.data.channels import read_pixels, with_scale
 from coatnet.data.datasets import Dataset
-from coatnet.data.decode import BadImage, decode
+from coatnet.data.decode import BadImage, Scale, decode
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import (
@@ -33,7 +36,7 @@ from coatnet.data.transforms import (
     normalize,
     resize,
 )
-from coatnet.errors import UserError, counted, first_line
+from coatnet.errors import UserError, counted, first_line, is_memory_shortage
 from coatnet.export import decode_image
 from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import to_probabilities
@@ -211,19 +214,45 @@ def compare_files(reference: Reference, run: Run) -> dict[str, float]:
     """The largest difference of a probability for each kind of file: the bundle decodes it as it does, the export by
     the code that is given with it."""
     found: dict[str, float] = {}
-    if reference.bundle.preprocessing.scale is not None:  # its files are values, with nothing to decode
-        return found
-    for kind, data in image_files().items():
-        batches = [
-            decode(data, kind)[None],
-            torch.from_numpy(decode_image.decode(io.BytesIO(data))).permute(2, 0, 1)[None],
-        ]
+    for kind, batches in decoded_files(reference.bundle.preprocessing):
         if reference.signature.any_size:
             batches = [resize(batch, reference.bundle.preprocessing.size, "bilinear") for batch in batches]
         given, _ = split_outputs(attempt(run, reference.given(batches[1])), reference.bundle)
         theirs = reference.probabilities(given) if reference.signature.logits else given
         found[kind] = float((theirs - reference.probabilities(reference.logits(batches[0]))).abs().max())
     return found
+
+
+def decoded_files(preprocessing: Preprocessing) -> Iterator[tuple[str, list[Tensor]]]:
+    """For each kind of file the batches of one image (1, C, H, W) that the bundle and the code of an export decode."""
+    if (scale := preprocessing.scale) is None:
+        for kind, data in image_files().items():
+            theirs = torch.from_numpy(decode_image.decode(io.BytesIO(data))).permute(2, 0, 1)
+            yield kind, [decode(data, kind)[None], theirs[None]]
+        return
+    with TemporaryDirectory() as folder:
+        for kind, path in value_files(preprocessing, scale, Path(folder)):
+            theirs = scale.levels(decode_image.read_values(path, scale.channels))
+            yield kind, [read_pixels(path.read_bytes(), path.name, scale)[None], theirs[None]]
+
+
+def value_files(preprocessing: Preprocessing, scale: Scale, folder: Path) -> Iterator[tuple[str, Path]]:
+    """A file of each kind that holds values, as far as what writes it is installed."""
+    values = scale.values(next(made_images(preprocessing))).permute(1, 2, 0).numpy()  # (H, W, C)
+    np.save(folder / "values.npy", values)
+    yield "a NumPy array", folder / "values.npy"
+    np.savez(folder / "values.npz", values)
+    yield "a NumPy archive", folder / "values.npz"
+    if scale.channels == 1:
+        Image.fromarray(values[..., 0].clip(0, 65_535).astype(np.uint16)).save(folder / "values.png")
+        yield "a PNG of 16 bits", folder / "values.png"
+    if find_spec("tifffile"):
+        from tifffile import imwrite
+
+        turned = [(274, "H", 1, 6, True)]  # the EXIF orientation
+        options: Any = {"photometric": "minisblack", "planarconfig": "contig", "extratags": turned}
+        imwrite(folder / "values.tif", values[..., 0] if scale.channels == 1 else values, **options)
+        yield "a turned TIFF", folder / "values.tif"
 
 
 def image_files() -> dict[str, bytes]:
@@ -278,6 +307,8 @@ def attempt(run: Run, given: NDArray) -> Tensor:
     try:
         return torch.from_numpy(np.array(run(given)))
     except Exception as error:  # each runtime has errors of its own
+        if is_memory_shortage(error):
+            raise
         raise UserError(
             f"the export does not run for a batch of {len(given)}, and nothing was written: {first_line(error)}"
         ) from error

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import threshold_index
 from coatnet.data.transforms import Preprocessing
+from coatnet.export import FORMATS
 from coatnet.export.classifier import Classifier, bare_network
 from coatnet.inference.graph import pixel_type, to_program
 from coatnet.version import __version__
@@ -116,6 +117,7 @@ class Signature:
 
 def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any]:
     """The content of metadata.json: classes, input, output and preprocessing."""
+    batch_size = 1 if FORMATS[format].fixed_size else -1
     activation = "none" if signature.logits else "sigmoid" if bundle.multilabel else "softmax"
     return {
         "format": format,
@@ -127,10 +129,10 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
         "input": {
             "name": signature.input,
             "dtype": signature.dtype(bundle),
-            "shape": list(signature.shape(bundle)),
+            "shape": [batch_size, *signature.shape(bundle)[1:]],
             "meaning": _meaning(signature, bundle),
         },
-        "output": {"name": signature.output, "shape": [-1, len(bundle.classes)], "activation": activation},
+        "output": {"name": signature.output, "shape": [batch_size, len(bundle.classes)], "activation": activation},
         **describe_calibration(bundle, signature),
         "decoding": DECODING if bundle.preprocessing.scale is None else VALUES,
         "preprocessing": _preprocessing(bundle.preprocessing) | {"inside": _inside(signature)},

@@ -60,7 +60,8 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
     given = f'gradio.{kind}, label="Image")'
     title = f"{bundle.model.variant.name}: {len(bundle.classes)} classes"
     (folder / "app.py").write_text(_APP.format(reject=reject, given=given, title=json.dumps(title)), encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"coatnet=={__version__}\n", encoding="utf-8")
+    extra = "" if bundle.preprocessing.scale is None else "[tiff]"  # the hub installs no more than this names
+    (folder / "requirements.txt").write_text(f"coatnet{extra}=={__version__}\n", encoding="utf-8")
     head = {"title": title, "sdk": "gradio", "sdk_version": GRADIO, "app_file": "app.py", "pinned": False}
     lines = [f"{name}: {json.dumps(value)}" for name, value in head.items()]
     text = "\n".join(

@@ -19,7 +19,7 @@ from tests.data.loaders import SMALL, evaluate, train
 
 import coatnet.data
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.loader import BadImages, evaluation_batches, read_image, training_batches
+from coatnet.data.loader import BadImages, evaluation_batches, read_image, require_readable, training_batches
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Augmentation, EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
@@ -294,3 +294,26 @@ def test_what_is_wrong_with_a_batch_is_raised_when_its_turn_comes(files):
         next(batches)
         with pytest.raises(UserError, match="cannot be used"):
             next(batches)
+
+
+def test_random_numbers_that_are_drawn_meanwhile_change_no_batch(files):
+    crop = Augmentation("crop", rand_augment_layers=2)
+    expected, ended = train(files, augmentation=crop, num_workers=2), threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            torch.default_generator.manual_seed(1)
+            torch.rand(9)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        assert_same(train(files, augmentation=crop), expected)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_no_image_for_a_purpose_is_one_line(arrays):
+    with pytest.raises(UserError, match="some: no image is left for validation: give more images"):
+        require_readable(ArrayDataset("some", ("a",), arrays.images[:0], arrays.labels[:0]), "validation")

@@ -5,8 +5,7 @@ does not change the others.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -95,13 +94,32 @@ def trivial_augment(images: Tensor, seeds: Words, *, fill: list[int], colors: bo
     return _each_seeded(_trivial_augment(tuple(fill), colors), images, seeds ^ _TRIVIAL_AUGMENT)
 
 
-def _each_seeded(transform: Any, images: Tensor, words: Words) -> Tensor:
+def _each_seeded(policy: Any, images: Tensor, words: Words) -> Tensor:
     """Transform each image (B, C, H, W) with random numbers of its own word."""
-    changed = []
-    for image, word in zip(images, expand_words(words, 1)[:, 0], strict=True):
-        with _torch_seeded(int(word)):
-            changed.append(transform(image))
-    return torch.stack(changed)
+    generators = [torch.Generator().manual_seed(int(word)) for word in expand_words(words, 1)[:, 0]]
+    return torch.stack([_transform(policy, *each) for each in zip(images, generators, strict=True)])
+
+
+def _transform(policy: Any, image: Tensor, generator: torch.Generator) -> Tensor:
+    """What a policy of torchvision does to an image (C, H, W), with the random numbers of a generator.
+
+    Torchvision draws from the global one, which a step of the training seeds meanwhile in another thread.
+    """
+    names = tuple(policy._AUGMENTATION_SPACE)
+    for _ in range(getattr(policy, "num_ops", 1)):
+        name, magnitude = names[int(torch.randint(len(names), (), generator=generator))], 0.0
+        magnitudes_of, signed = policy._AUGMENTATION_SPACE[name]
+        magnitudes = magnitudes_of(policy.num_magnitude_bins, *image.shape[-2:])
+        if magnitudes is not None:
+            level = getattr(policy, "magnitude", None)
+            if level is None:  # of TrivialAugment
+                level = int(torch.randint(policy.num_magnitude_bins, (), generator=generator))
+            magnitude = float(magnitudes[level])
+            if signed and torch.rand((), generator=generator) <= 0.5:
+                magnitude = -magnitude
+        options = {"interpolation": policy.interpolation, "fill": policy._fill}
+        image = policy._apply_image_or_video_transform(image, name, magnitude, **options)
+    return image
 
 
 def erase_(images: Tensor, seeds: Words, rate: float) -> Tensor:
@@ -168,15 +186,3 @@ def _limited(policy: Any, colors: bool) -> Any:
         space = policy._AUGMENTATION_SPACE.items()
         policy._AUGMENTATION_SPACE = {name: values for name, values in space if name in GEOMETRIC_OPERATIONS}
     return policy
-
-
-@contextmanager
-def _torch_seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator, which torchvision draws from, and restore its state afterwards."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)

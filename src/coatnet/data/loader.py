@@ -324,7 +324,12 @@ def _another_that_fits(dataset: Dataset, index: int) -> str:
 
 
 def require_readable(dataset: Dataset, purpose: str) -> None:
-    """Raise UserError, with the last reason, if of 200 images, evenly spread, none can be used."""
+    """Raise UserError if there is no image, or, with the last reason, if of 200, evenly spread, none can be used."""
+    if not len(dataset):
+        raise UserError(
+            f"{dataset.name}: no image is left for {purpose}: give more images, fewer folds, or other fractions for "
+            "validation and test"
+        )
     failure = None
     for index in evenly_spaced(len(dataset), 200):
         try:

@@ -175,3 +175,15 @@ def test_idx_files_of_one_split_can_be_measured_but_not_trained_on(idx_folder, s
     assert (len(splits.training), len(splits.validation)) == (0, count)
     with pytest.raises(UserError, match="needs t"):
         open_dataset(idx_folder)
+
+
+def test_names_of_classes_are_unique_text_in_utf_8(idx_folder):
+    names = [f"é{number}" for number in range(10)]
+    (idx_folder / "classes.txt").write_text("\n".join(names), encoding="utf-8-sig")  # as editors of Windows write it
+    assert open_dataset(idx_folder).classes == tuple(names)
+    (idx_folder / "classes.txt").write_text("\n".join(names), encoding="latin-1")
+    with pytest.raises(UserError, match=r"classes\.txt is not text in UTF-8"):
+        open_dataset(idx_folder)
+    (idx_folder / "classes.txt").write_text("\n".join([*names, names[3]]), encoding="utf-8")
+    with pytest.raises(UserError, match="class 'é3' is named twice"):
+        open_dataset(idx_folder)

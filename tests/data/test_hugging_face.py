@@ -268,3 +268,19 @@ def test_one_split_is_divided_by_folds_and_keeps_copies_together(images, tmp_pat
     )
     with pytest.raises(UserError, match="is divided already, which fold would change: give the images without a split"):
         open_dataset(two, rule=SplitRule(fold="1/3"))
+
+
+def test_other_images_in_the_same_rows_are_other_data(images, tmp_path):
+    labels = [n % 3 for n in range(20)]
+    found = []
+    for name, part in (("one", images[:20]), ("two", images[10:])):
+        root = saved(tmp_path / name, train=table(part, labels, ANIMALS), test=table(images[:5], [1] * 5, ANIMALS))
+        splits = open_dataset(root)
+        found.append(b"".join(splits.training.identity()))
+    assert found[0] != found[1]
+
+
+def test_splits_that_are_left_out_are_named(images, tmp_path):
+    part = table(images[:6], [0, 1, 2] * 2, ANIMALS)
+    splits = open_dataset(saved(tmp_path, train=part, validation=part, test=part))
+    assert any(note.startswith("its splits train and validation, without test") for note in splits.notes)

@@ -49,6 +49,18 @@ def test_duplicates_and_contradictions_in_training_are_reported_but_not_unhealth
     assert inspection.healthy
 
 
+def test_of_copies_in_both_splits_one_of_validation_stays(make_folder):
+    root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "val/b": 2})
+    for copy in ("again", "once-more"):
+        (root / f"val/a/{copy}.png").write_bytes((root / "train/a/0.png").read_bytes())
+    inspection = inspect(root)
+    assert len(inspection.leaks) == 2
+    places = {
+        getattr(inspection.splits, split).describe(index): why for (split, index), why in inspection.left_out.items()
+    }
+    assert places == {"train/a/0.png": "in validation too", "val/a/once-more.png": "a copy"}
+
+
 def test_links_out_of_the_data_are_told_and_others_are_not(make_folder, tmp_path):
     root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "outside/b": 2, "elsewhere": 1})
     for name in ("outside", "elsewhere"):

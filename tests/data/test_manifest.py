@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coatnet.data.open import open_dataset
+from coatnet.data.splits import SplitRule
 from coatnet.errors import UserError
 
 
@@ -74,6 +75,14 @@ def test_a_rare_label_among_several_is_never_held_out(write):
     assert len(splits.classes) == 9
     assert splits.training.labels.any(axis=0).all()
     assert len(splits.validation) > 0
+
+
+def test_a_rare_label_is_not_held_out_by_a_rule_for_the_split_either(write):
+    rows = [(f"{number}.png", f"all;only{number}") for number in range(8)] + [("8.png", "all"), ("9.png", "all")]
+    path = write(table(rows, "path,label"))
+    for rule in (SplitRule(0.5, test_fraction=0.3), SplitRule(0.5, kept_together=(("0.png", "1.png"),))):
+        splits = open_dataset(path, rule=rule)
+        assert splits.training.labels.any(axis=0).all()
 
 
 @pytest.mark.parametrize("name", ["some.tsv", "some.TSV"])
@@ -297,3 +306,6 @@ def test_rows_of_one_class_one_image_or_one_split_can_be_evaluated(write):
         splits = open_dataset(write(table(rows, header)), evaluation=True)
         assert (len(splits.training), len(splits.validation)) == sizes
         assert splits.describe()
+    rule = SplitRule(test_fraction=0.2)  # of the training of the bundle that is evaluated
+    path = write(table([("0.png", "cat"), ("1.png", "dog")], "path,label"))
+    assert len(open_dataset(path, rule=rule, evaluation=True).validation) == 2

@@ -73,7 +73,9 @@ def test_paths_and_scaled_pixels_are_the_same_images(fitted: CoAtNetClassifier, 
     assert (fitted.predict_proba(list(images)) == expected).all()
     unit = CoAtNetFeatures(str(fitted.bundle_.save(tmp_path / "bundle")))
     whole = garments[0] / 255.0
-    assert np.allclose(unit.fit(whole).transform(whole[:6]), unit.fit(images).transform(images), atol=1e-5)
+    expected = unit.fit(images).transform(images)
+    for scaled in (whole, list(whole)):
+        assert np.allclose(unit.fit(scaled).transform(scaled[:6]), expected, atol=1e-5)
 
 
 def test_features_feed_any_estimator(fitted: CoAtNetClassifier, garments: Any, tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_grid_search_over_a_field(garments: Any) -> None:
         (np.zeros((0, 5, 5)), [], "0 samples"),
         (np.zeros((4, 5, 5), np.uint8), ["", "c", "", "c"], "the label ''"),
         ("image.png", [1], "give a list of paths"),
+        (np.zeros((2, 5, 5)), [0, 1], "no class of y has two images"),
     ],
 )
 def test_what_cannot_be_fitted_is_one_error(X: Any, y: Any, message: str) -> None:

@@ -114,7 +114,10 @@ def open_idx_folder(
         validation, validation_labels = _read_pair(folder, "t10k")
     highest = max(int(labels.max(initial=0)) for labels in (training_labels, validation_labels))
     if classes is None and (folder / CLASS_NAMES_FILE).is_file():
-        lines = read_regular(folder / CLASS_NAMES_FILE).decode().splitlines()
+        try:
+            lines = read_regular(folder / CLASS_NAMES_FILE).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / CLASS_NAMES_FILE} is not text in UTF-8 ({error.reason})") from None
         classes = tuple(line.strip() for line in lines if line.strip())
     elif classes is None:
         classes = tuple(str(number) for number in range(highest + 1))

@@ -94,7 +94,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: np.rot90(stored),
 }
-_oneabove_pillows_limit = threading.Lock()
+_pillow_limit_lock = threading.Lock()
 
 
 class BadImage(UserError):
@@ -373,7 +373,7 @@ def _decode_with_pillow(data: bytes, kind: ImageFormat, limits: Limits) -> Pixel
 @contextmanager
 def above_pillows_limit() -> Iterator[None]:
     """Images of any size can be opened in the block, by one thread at a time."""
-    with _oneabove_pillows_limit:
+    with _pillow_limit_lock:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield

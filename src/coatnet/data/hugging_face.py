@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +65,10 @@ class HuggingFaceDataset(TableDataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def identity(self) -> Iterator[bytes]:
+        yield str(getattr(self._table, "_fingerprint", "")).encode()  # of the rows' content
+        yield from super().identity()
 
     def read(self, index: int) -> tuple[bytes, NDArray]:
         cell = self._table[int(self.rows[index])][self._column]
@@ -141,6 +145,8 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
     elif len(splits) == 2:
         rows = [np.arange(len(part)) for part in labels]
         note = f"its splits {splits[0]} and {splits[1]}"
+        if others := [each for each in tables if each not in splits]:
+            note += f", without {', '.join(others)}"
     else:
         held_out = choose_validation(
             [f"{name}[{row}]" for row in range(len(labels[0]))], labels[0], validation_fraction

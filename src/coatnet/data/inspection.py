@@ -178,12 +178,13 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     warnings: dict[str, str] = {}
     left_out: dict[Place, str] = {}
     first_seen: dict[bytes, Place] = {}
+    first_of_split: dict[tuple[str, bytes], Place] = {}
     leaks, contradictions, conflicting = [], [], set()
     num_repeated = 0
     learned: set[int] = set()  # classes of the training images that can be used
     measured: list[Place] = []  # the images that can be used, and what was measured of them
     properties, sizes, gray = [], [], True
-    distinct: list[tuple[Place, Fingerprint]] = []
+    distinct: list[tuple[Place, bytes, Fingerprint]] = []  # of each split
     for split in SPLIT_NAMES:
         dataset = getattr(splits, split)
         for index, found in _measure(dataset, bad, warnings, strict):
@@ -199,22 +200,26 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
             sizes.append(found.size)
             gray &= found.gray
             first = first_seen.setdefault(found.digest, place)
+            first_there = first_of_split.setdefault((split, found.digest), place)
+            if first_there == place:
+                distinct.append((place, found.digest, found.fingerprint))
             if first == place:
-                distinct.append((place, found.fingerprint))
                 continue
             pair = getattr(splits, first[0]).describe(first[1]), dataset.describe(index)
             num_repeated += split == "training"
             if first[0] != split:
                 leaks.append(pair)
                 left_out[first] = "in validation too"
-            else:
+            if first_there != place:
                 left_out[place] = "a copy"
             if not _same_label(splits, first, place):
                 contradictions.append(pair)
                 conflicting |= {first, place}
     left_out |= dict.fromkeys(conflicting, "a copy under another label")
     near = tuple(
-        (distinct[one][0], distinct[other][0]) for one, other in near_pairs([each for _, each in distinct]).tolist()
+        (distinct[one][0], distinct[other][0])
+        for one, other in near_pairs([each for *_, each in distinct]).tolist()
+        if distinct[one][1] != distinct[other][1]
     )
     left_out |= {one: "nearly in validation too" for one, other in near if one[0] != other[0] and one not in left_out}
     shortcuts: list[Shortcut] = []

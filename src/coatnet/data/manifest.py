@@ -27,7 +27,6 @@ from coatnet.system.files import (
     open_regular,
     output_path,
     translate_write_errors,
-    user_path,
 )
 
 REQUIRED = ("path", "label")
@@ -128,7 +127,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
         notes.append(f"{counted(len(measured), 'row')} of the test split measured once, at the end of a training")
         if unknown := len(every) - len(rows) - len(measured):
             notes.append(f"{counted(unknown, 'row')} of the test split left out: their labels are in no other row")
-    by_name = not any(row.split for row in rows) and bool(held_out.any())
+    by_name = not any(row.split for row in rows) and bool(held_out.any()) and not held_out.all()
     return Splits(path.stem, datasets[0], datasets[1], tuple(notes), by_name, test)
 
 
@@ -162,18 +161,20 @@ def write_manifest(
         UserError: an image is not below the folder, or a name or class is one that a table does not give back; or the
             file cannot be written.
     """
-    target = user_path(output_path(path)).absolute()
+    target = output_path(path).absolute()
     if target.suffix.lower() != ".csv":
         raise UserError(f"{path}: tables of images are written to a .csv")
     root, table = target.parent.resolve(), []
+    places = [os.path.abspath(target.parent), str(root)]  # by the links of the path, and without them
     for image, *cells in rows:
         file = os.path.abspath(image)
-        if not is_below(file, [str(root), *trusted_roots()]):
+        if not is_below(file, [*places, *trusted_roots()]):
             above = os.path.commonpath([os.path.abspath(each) for each, *_ in rows])
             raise UserError(
                 f"{path}: a table names images below its own folder, and these lie in {above}: write it there or above"
             )
-        table.append((os.path.relpath(file, root), *cells))
+        start = next((place for place in places if is_below(file, [place])), root)
+        table.append((os.path.relpath(file, start), *cells))
     with translate_write_errors(path), atomic_files(target) as (staged,):
         try:
             with staged.open("w", encoding="utf-8", newline="") as stream:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -94,6 +95,12 @@ class Splits:
     notes: tuple[str, ...] = ()
     by_name: bool = False
     test: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError if two classes have one name: a bundle refuses them after the training."""
+        for name, count in Counter(self.classes).items():
+            if count > 1:
+                raise UserError(f"{self.name}: class {name!r} is named twice")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -284,6 +291,18 @@ def choose_few(splits: Splits, n: int, seed: int) -> NDArray[np.bool_]:
     return chosen
 
 
+def _keep_rare_labels(
+    labels: NDArray, heads: NDArray[np.int64], test: NDArray[np.bool_], held_out: NDArray[np.bool_]
+) -> None:
+    """Give back to training, in place, the first image of each label that has no other there, with its copies."""
+    known = labels[~(test | held_out)].any(axis=0)
+    for row in np.flatnonzero(test | held_out):
+        if (labels[row].astype(bool) & ~known).any():
+            copies = heads == heads[row]
+            test[copies] = held_out[copies] = False
+            known |= labels[copies].any(axis=0)
+
+
 def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
     if not (rule.test_fraction or rule.fold or rule.kept_together):
         return splits
@@ -322,6 +341,8 @@ def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
         held_out[units] = choose_validation(keys[units].tolist(), labels[units], rule.validation_fraction)
         notes = [note for note in splits.notes if note.startswith("held out")]
     test, held_out = test[heads], held_out[heads]
+    if labels.ndim == 2 and not rule.fold:
+        _keep_rare_labels(labels, heads, test, held_out)
     if rule.kept_together:
         notes.append(f"copies and near copies on one side of the split: {counted(len(rule.kept_together), 'group')}")
     return replace(

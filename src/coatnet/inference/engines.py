@@ -198,6 +198,8 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
         engine = "torch"
     if engine == "auto":
         for name in (name for name, entry in REGISTRY.items() if entry.is_installed):  # torch needs no graph
+            if name == "onnxruntime" and precision == "bf16":  # it computes in fp32
+                continue
             try:
                 return open_engine(bundle, name, precision, device)
             except (CacheUnusable, ImportError) as error:

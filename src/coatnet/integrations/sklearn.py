@@ -54,8 +54,13 @@ class _ImageEstimator(BaseEstimator):
     def _learn_range(self, X: Any) -> None:
         """Note the lowest and the highest value of pixels that are not uint8: these become 0 and 255."""
         self.value_range_ = (0.0, 255.0)
-        if isinstance(X, np.ndarray) and X.dtype.kind in "iufb" and X.dtype != np.uint8 and X.size:
-            self.value_range_ = (float(X.min()), float(X.max()))
+        if isinstance(X, str | os.PathLike | bytes) or not hasattr(X, "__len__"):
+            return  # `_images` refuses it
+        whole = isinstance(X, np.ndarray) and X.dtype.kind in "iufb"
+        arrays = [X] if whole else [np.asarray(each) for each in X if not isinstance(each, str | os.PathLike)]
+        arrays = [each for each in arrays if each.dtype.kind in "iufb" and each.dtype != np.uint8 and each.size]
+        if arrays:
+            self.value_range_ = (float(min(each.min() for each in arrays)), float(max(each.max() for each in arrays)))
 
     def _images(self, X: Any, bundle: Bundle | None = None) -> list[_Image]:
         """Each image as a path or as pixels: uint8 (H, W) or (H, W, 3), or values for a model with a scale."""
@@ -170,6 +175,8 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
         }
         asked = {name: value for name, value in fields.items() if value is not None}
         held_out = choose_validation([f"X[{row}]" for row in range(len(images))], indices, self.validation_fraction)
+        if not held_out.any():
+            raise ValueError("no class of y has two images, so that one could be held out")
         training, validation = (
             self._dataset(images, indices, np.flatnonzero(chosen)) for chosen in (~held_out, held_out)
         )

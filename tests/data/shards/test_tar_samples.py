@@ -56,6 +56,12 @@ def test_folders_and_links_are_skipped(tmp_path):
     assert read(path) == []
 
 
+def test_hidden_files_of_macos_are_skipped(tmp_path):
+    hidden = [("._00000.png", b"no image"), ("._00000.cls", b"0")]
+    path = write_tar(tmp_path / "some.tar", [*hidden, *samples(0, 3)])
+    assert [sample.key for sample in read(path)] == ["00000", "00001", "00002"]
+
+
 def test_truncation_anywhere_is_found(tmp_path):
     path = write_tar(tmp_path / "some.tar", samples(0, 3))
     whole = path.read_bytes()

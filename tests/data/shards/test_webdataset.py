@@ -106,6 +106,21 @@ def test_without_a_validation_split_whole_tars_are_held_out(root):
     assert any("held out: " in note for note in splits.notes)
 
 
+def test_test_tars_are_left_out_where_there_are_others_for_validation(root):
+    for number, name in enumerate(("train", "val", "test")):
+        write_tar(root / f"{name}.tar", samples(number * 6, 6))
+    splits = open_dataset(root)
+    assert (len(splits.training), len(splits.validation)) == (6, 6)
+    assert splits.validation.read(0)[0] == image(6)
+
+
+def test_images_beside_a_tar_are_a_folder_of_images(root):
+    write_tar(root / "all.tar", samples(0, 6))
+    assert is_shard_folder(root)
+    (root / "1.png").write_bytes(image(1))
+    assert not is_shard_folder(root)
+
+
 def test_the_tars_are_read_once(root, cache):
     write_tar(root / "train.tar", samples(0, 6))
     write_tar(root / "val.tar", samples(6, 3))

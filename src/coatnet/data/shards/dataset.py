@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from coatnet.data.datasets import Dataset, printable
-from coatnet.data.decode import BadImage
+from coatnet.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, BadImage
 from coatnet.data.folder import is_folder
 from coatnet.data.sampler import EpochSampler, Indices, Samples, hash_words
 from coatnet.data.shards.index import (
@@ -253,13 +253,15 @@ WORK = ".packing"  # a folder inside that `coatnet pack` removes when it is fini
 
 
 def is_shard_folder(folder: Path) -> bool:
-    """Whether a folder has an index of shards, or tar files and no folders of classes beside them."""
+    """Whether a folder has an index of shards, or tar files and no images or folders of classes beside them."""
     if (folder / HEAD).exists() or (folder / WORK).exists():
         return True
     places = [folder]
     found = False
     while places:
         for entry in list(os.scandir(places.pop())):
+            if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES.difference(ARRAY_SUFFIXES):
+                return False  # loose images; the index is NumPy files
             found = found or entry.name.endswith(".tar")
             if is_folder(entry):
                 if os.path.dirname(entry.path) != str(folder) or split_of(entry.name) is None:
@@ -293,7 +295,8 @@ def _open(files: Storage, validation_fraction: float, evaluation: bool) -> Split
         index_files = index_foreign(files, validation_fraction, evaluation)
         data = read_whole(index_files, HEAD)
         assert data is not None
-    files.version = digest(data)[:16]
+    # Tars of another program have no checksum in their index: others may have the same names, sizes and labels.
+    files.version = digest(data if index_files is files else data + str(files).encode())[:16]
     head = parse_head(data, f"{index_files}/{HEAD}", evaluation=index_files is not files and evaluation)
     training, validation = (_open_split(head, name, files, index_files) for name in (TRAINING, VALIDATION))
     if files.is_local and index_files is files:

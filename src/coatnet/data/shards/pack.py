@@ -63,7 +63,6 @@ from coatnet.system.files import (
     read_regular,
     remove_leftovers,
     translate_write_errors,
-    user_path,
 )
 from coatnet.system.hardware import num_cores
 from coatnet.system.json_reader import parse_json
@@ -285,13 +284,15 @@ def pack(
     """
     if shard_bytes < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"shard_bytes and num_workers must be at least 1, got {shard_bytes} and {num_workers}")
-    target = user_path(output_path(out)).absolute()
+    target = output_path(out).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{out} exists already; give a new folder")
     if isinstance(source, Splits):
         splits = source
     else:
         splits, _ = keep_copies_together(open_dataset(source), SplitRule(), warn)
+    if splits.test is not None:
+        warn(f"{counted(len(splits.test), 'image')} of the test split are not packed")
     datasets = {TRAINING: splits.training, VALIDATION: splits.validation}
     if outside := [link for dataset in datasets.values() for link in links_outside(dataset)]:
         name, file = outside[0]
@@ -383,7 +384,10 @@ def _finish(staged: Path, target: Path, splits: Splits, results: list[tuple[Piec
             shutil.rmtree(staged, ignore_errors=True)  # there is nothing to continue with
             raise
     left_out = {name: reason for _, result in results for name, reason in result.left_out.items()}
-    notes = [f"packed from {splits.name} in {counted(len(results), 'shard')}", *splits.notes]
+    notes = [f"packed from {splits.name} in {counted(len(results), 'shard')}"]
+    notes += [note for note in splits.notes if splits.test is None or "measured once" not in note]
+    if splits.test is not None:
+        notes.append(f"{counted(len(splits.test), 'image')} of the test split not packed")
     if left_out:
         lines = [json.dumps({"picture": name, "reason": reason}) + "\n" for name, reason in left_out.items()]
         atomic_write(staged / BAD_IMAGES_FILE, "".join(lines).encode())

@@ -9,7 +9,7 @@ file name, the key, are one sample; the rest of the name says what a member is.
 
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -89,10 +89,13 @@ def index_foreign(files: Storage, validation_fraction: float, evaluation: bool =
 
 def split_of(name: str) -> str | None:
     """The split that is part of a name such as `imagenet-train-0003.tar`; None if there is none."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    if words.intersection(TRAINING_NAMES):
+    if _has_word(name, TRAINING_NAMES):
         return TRAINING
-    return VALIDATION if words.intersection((*VALIDATION_NAMES, *TEST_NAMES)) else None
+    return VALIDATION if _has_word(name, (*VALIDATION_NAMES, *TEST_NAMES)) else None
+
+
+def _has_word(name: str, words: Collection[str]) -> bool:
+    return not set(re.split(r"[^a-z]+", name.lower())).isdisjoint(words)
 
 
 def _split(files: Storage, fraction: float, evaluation: bool) -> dict[str, list[str]]:
@@ -102,6 +105,9 @@ def _split(files: Storage, fraction: float, evaluation: bool) -> dict[str, list[
     if not names:
         raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")
     parts: dict[str, list[str]] = {TRAINING: [], VALIDATION: []}
+    if all(any(_has_word(name, words) for name in names) for words in (TRAINING_NAMES, VALIDATION_NAMES)):
+        # As of folders, those for a test are not read then.
+        names = [name for name in names if _has_word(name, (*TRAINING_NAMES, *VALIDATION_NAMES)) or not split_of(name)]
     for name in names:
         parts[split_of(name) or TRAINING].append(name)
     if not parts[VALIDATION]:
@@ -226,6 +232,8 @@ def read_samples(file: BinaryIO, where: str) -> Iterator[Sample]:
     current: _Members | None = None
     for member in _members(file, where):
         folder, _, name = member.name.rpartition("/")
+        if name.startswith("."):  # such as ._000.jpg, which tar of macOS adds
+            continue
         stem, _, kind = name.partition(".")
         key = printable(f"{folder}/{stem}" if folder else stem)
         if len(key.encode()) > _MAX_KEY_BYTES:

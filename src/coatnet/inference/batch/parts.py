@@ -20,7 +20,6 @@ from coatnet.system.files import (
     output_path,
     read_regular,
     sha256_of,
-    user_path,
 )
 from coatnet.system.json_reader import parse_json, require_object
 
@@ -125,7 +124,7 @@ def require_table(out: str | Path) -> Path:
     if Path(out).suffix.lower() not in (".parquet", ".csv"):
         raise UserError(f"{out}: predictions are written to a .parquet or a .csv")
     import_extra("pyarrow.parquet", "parquet", f"{out}: Parquet, of which the parts of a .csv are too,")
-    return user_path(output_path(out)).absolute()
+    return output_path(out).absolute()
 
 
 def schema(metadata: dict[bytes, str] | None = None) -> Any:

@@ -4,7 +4,6 @@ Shapes: V views, C channels, R resolution.
 """
 
 import hashlib
-import os
 import threading
 from array import array
 from collections import Counter, deque
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.data.builtin import is_idx_folder
-from coatnet.data.datasets import Dataset, Encoded, FileDataset, below_one_folder
+from coatnet.data.datasets import Dataset, Encoded, FileDataset
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import MANIFEST_SUFFIXES, open_images
 from coatnet.data.hugging_face import is_saved_folder
@@ -195,7 +194,5 @@ def _open_manifest(path: Path) -> FileDataset:
         labels.append(numbers.setdefault(label, len(numbers) - 1))
     if not paths:
         raise UserError(f"{path} has no rows; it needs the column path and one row an image")
-    root, names = path.parent, paths
-    if any(map(os.path.isabs, paths)):
-        root, names = below_one_folder([str(root / each) for each in paths])
-    return FileDataset(path.stem, tuple(numbers)[1:], root, names, np.array(labels))
+    root = (path.resolve() if path.is_symlink() else path).parent  # from which a table names images
+    return FileDataset(path.stem, tuple(numbers)[1:], root, paths, np.array(labels))

@@ -111,6 +111,7 @@ def test_an_old_folder_is_put_back_if_the_new_one_cannot_be_renamed(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr("coatnet.system.files._exchange", lambda one, other: False)  # as on NFS
     with (
         pytest.raises(UserError, match=r"out could not be written: No space left on device; free some$"),
         translate_write_errors(tmp_path / "out", "free some"),
@@ -244,6 +245,25 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_living_one
     with atomic_files(tmp_path / "x.parquet") as (staged,):
         staged.write_text("")
     assert names(tmp_path) == sorted([living.name, elsewhere.name, others.name, "x.parquet"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2")
+def test_a_folder_that_is_replaced_is_there_at_any_moment(tmp_path: Path) -> None:
+    replace = (
+        "import sys; from pathlib import Path; from coatnet.system.files import atomic_folder\n"
+        "for number in range(300):\n"
+        "    with atomic_folder(sys.argv[1], replace=True) as staged:\n"
+        "        (staged / 'number').write_text(str(number))"
+    )
+    target = tmp_path / "model"
+    target.mkdir()
+    looks, process = 0, subprocess.Popen([sys.executable, "-c", replace, str(target)])
+    while process.poll() is None:
+        for _ in range(1000):
+            assert target.exists()
+            looks += 1
+    assert process.returncode == 0 and looks > 10_000 and (target / "number").read_text() == "299"
+    assert names(tmp_path) == ["model"]
 
 
 def test_names_as_long_as_the_system_allows_are_written(tmp_path: Path) -> None:

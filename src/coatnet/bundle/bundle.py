@@ -92,7 +92,7 @@ class Bundle:
             UserError: the folder holds something else than a bundle, or cannot be written.
         """
         shared, target = replace(self, record=without_places(self.record)), require_bundle_place(folder)
-        with translate_write_errors(folder), atomic_folder(folder, replace=True) as staged:
+        with translate_write_errors(folder), atomic_folder(target, replace=True) as staged:
             write_tensors(self.model.state_dict(), staged / WEIGHTS)
             if self.calibration is not None:
                 write_tensors(self.calibration.tensors(), staged / CALIBRATION)

@@ -143,7 +143,7 @@ def probe(
         raise UserError(f"{out} exists already: give a new folder for the model and its report")
     if isinstance(data, str | Path) and str(data) not in NAMES:
         require_outside(target, str(user_path(data).absolute()))
-    with translate_write_errors(out), atomic_folder(out) as staged:
+    with translate_write_errors(out), atomic_folder(target) as staged:
         source, bundle, splits = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         with ProgressBar("evaluating") as bar:

@@ -5,6 +5,7 @@ never meets half of it, and a failure leaves nothing. A process that is killed m
 hold its machine and number, and the next one that writes into the folder removes those of the dead.
 """
 
+import ctypes
 import errno
 import functools
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -170,10 +172,18 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def commit_folder(staged: Path, target: Path, *, replace: bool = False) -> None:
-    """Rename a folder whose files are already on the disk to `target`, durably. Raises as `atomic_folder`."""
+    """Rename a folder whose files are already on the disk to `target`, durably. Raises as `atomic_folder`.
+
+    An older folder is replaced in one step on Linux. Where a file system cannot do that, such as NFS, `target` is
+    missing for a moment.
+    """
     fsync_path(staged)
     trash = trash_path(target)
     if replace and target.exists():
+        if target.is_dir() and _exchange(staged, target):
+            fsync_path(target.parent)
+            shutil.rmtree(staged, ignore_errors=True)
+            return
         target.rename(trash)
     try:
         staged.rename(target)
@@ -185,6 +195,13 @@ def commit_folder(staged: Path, target: Path, *, replace: bool = False) -> None:
         raise
     fsync_path(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two folders each other's name in one step; False where that cannot be done."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def remove_folder(path: Path) -> None:
@@ -377,7 +394,7 @@ def output_path(path: str | Path) -> Path:
     """The path of what is to be written. Raises UserError for a URL, which would become folders here, or a NUL."""
     if _URL.match(os.fspath(path)):
         raise UserError(f"{without_credentials(str(path))} is a URL; results are written to this machine: give a path")
-    return checked_path(path)
+    return user_path(path)
 
 
 def require_outside(path: Path, data: str) -> None:

@@ -23,7 +23,7 @@ from coatnet.cli.main import main
 from coatnet.errors import UserError
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Run, Study
-from coatnet.study.run import Part, _Progress, recipe_of
+from coatnet.study.run import Part, Worker, _Progress, measure_steps, recipe_of
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.run_folder import RunFolder
@@ -240,7 +240,7 @@ def test_jobs_beyond_the_runs_add_no_steps_and_no_measuring(tmp_path: Path) -> N
 
 
 def test_a_single_round_lasts_as_long_as_its_slowest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda probes, at_once, threads: [0.05, 0.15, 1.0])
+    monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda probes, at_once, threads, devices: [0.05, 0.15, 1.0])
     at_once = plan(tmp_path, minutes=3, jobs=2)
     assert 150 <= max(run.seconds for run in at_once.runs) <= 180
     assert "2 runs to go, 2 at once: about 3 minutes" in describe_plan(at_once, 2)
@@ -479,6 +479,18 @@ def test_a_study_without_a_folder_is_named_after_its_question(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["study", "bias", *COMMAND]) == 0
     assert len(Study.read(tmp_path / "studies" / "bias").finished()) == 2
+
+
+def test_steps_are_measured_on_all_devices(monkeypatch):
+    started = []
+
+    def start(function, recipes, threads):
+        started.append([recipe["device"] for recipe in recipes])
+        return SimpleNamespace(finish=lambda: ("done", [1.0, 2.0]))
+
+    monkeypatch.setattr(Worker, "start", start)
+    assert measure_steps([{"device": "auto"}], 3, 1, ["cuda:0", "cuda:1"]) == [1.0, 2.0]
+    assert started == [["cuda:0"], ["cuda:1"], ["cuda:0"]]
 
 
 def test_the_last_run_has_nothing_beside_it_and_takes_its_whole_time():

@@ -100,6 +100,19 @@ def test_retention_keeps_the_last_two_and_the_best_and_removes_leftovers(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000000002", "step-000000010"]
 
 
+def test_a_run_that_began_again_before_damaged_checkpoints_keeps_its_own(tmp_path):
+    for step in (200, 300):
+        (save(tmp_path, step) / "state.json").write_text("damaged")
+    for step in (50, 100, 150):
+        save(tmp_path, step)
+        remove_old_checkpoints(tmp_path, keep=2, step=step)
+    kept = ["step-000000100", "step-000000150", "step-000000200", "step-000000300"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    save(tmp_path, 350)
+    remove_old_checkpoints(tmp_path, keep=2, step=350)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000300", "step-000000350"]
+
+
 @pytest.mark.parametrize("call", ["save_file", "_fingerprint", "fsync_path", "os.rename"])
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(call, tmp_path, monkeypatch):
     save(tmp_path, 1)

@@ -1,6 +1,7 @@
 """Cross-validation measures every image once; splits of a run are recorded, and those of old runs stay."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ def test_folds_are_trained_and_measured_together_before_the_model(folder: Path, 
     assert "2-fold cross-validation" in shown and "2-fold cross-validation" in (run / "report.md").read_text()
     assert (run / "bundle").is_dir() and len(copies & held_out(run, folder)) in (0, 9)
     assert "| light | 30 |" in (run / "folds/report.md").read_text()
+    assert main(arguments) == 0  # the same command, once all of it is done
+    assert "is finished" in capsys.readouterr().err
 
 
 def test_the_recipe_names_what_was_kept_together_and_old_runs_keep_their_split(folder: Path, tmp_path: Path) -> None:
@@ -112,4 +115,16 @@ def test_what_cannot_be_cross_validated_is_refused_before_any_training(folder: P
     ):
         with pytest.raises(UserError, match=message):
             cross_validate(Recipe(data=data, **RECIPE), tmp_path / "run", folds, console=RecordingConsole())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_split_that_cannot_be_read_is_told_before_the_training(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label in ("dark", "light"):
+            shutil.copytree(folder / label, tmp_path / "split" / split / label)
+    for label in ("dark", "light"):
+        (tmp_path / "split/test" / label).mkdir(parents=True)
+        (tmp_path / "split/test" / label / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the images for the test can be used"):
+        train(Recipe(data=str(tmp_path / "split"), **RECIPE), tmp_path / "run", console=RecordingConsole())
     assert not (tmp_path / "run").exists()

@@ -251,6 +251,16 @@ def test_in_the_head_first_phase_only_the_classifier_changes_and_then_everything
     assert states == {f"optimizer.exp_avg.{name}" for name, _ in trainer.model.named_parameters()}
 
 
+def test_muon_waits_while_only_the_classifier_learns():
+    recipe = finetune("x", head_first_epochs=HEAD_FIRST, optimizer={"algorithm": "muon"})
+    trainer = trainer_for(recipe, init=learned(resolution=8))
+    before = copy.deepcopy(trainer.model.state_dict())
+    for step in range(BORDER + 1):
+        trainer.step(torch.randn(32, 1, 8, 8), torch.arange(32) % 10)
+        moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+        assert (moved == {"head.classifier.weight", "head.classifier.bias"}) == (step < BORDER)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(letters, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"

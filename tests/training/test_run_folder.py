@@ -14,7 +14,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.plots import draw_curves
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
 from coatnet.training.defaults import resolve_for
-from coatnet.training.run_folder import RunFolder
+from coatnet.training.run_folder import RunFolder, fill_from
 
 CLASSES = ("ant", "bee")
 # Where nothing was asked for, earlier releases wrote null; they had no device.
@@ -166,3 +166,10 @@ def test_damaged_classes_of_a_run_are_one_line(tmp_path, text):
     (stored_by_an_earlier_release(tmp_path, **ASKED) / "classes.json").write_text(text)
     with pytest.raises(UserError, match=r"classes\.json"):
         resumed(tmp_path)
+
+
+def test_a_model_that_contradicts_the_bundle_of_a_run_is_not_left_out():
+    stored = Recipe(name="finetune", data="digits", init="x", model="coatnet-femto-16")
+    given = Recipe(name="finetune", data="digits", init="x")
+    assert fill_from(stored, given).model == "coatnet-femto-16"
+    assert fill_from(stored, replace(given, model="coatnet-0")).model == "coatnet-0"  # is refused then

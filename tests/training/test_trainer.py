@@ -23,7 +23,7 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
-from coatnet.training.trainer import train
+from coatnet.training.trainer import Trainer, train
 
 # Everything that could make a difference between two runs is switched on.
 EVERYTHING = Recipe(
@@ -136,6 +136,30 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
     assert "is finished" in console.text
     train(replace(BRIEF, epochs=0.2), tmp_path / "run", console=RecordingConsole())
     assert log(tmp_path / "run")[-1]["step"] == 11
+
+
+def test_an_extension_that_was_interrupted_is_resumed(tmp_path):
+    train(BRIEF, tmp_path / "run", console=RecordingConsole())
+    longer = replace(BRIEF, epochs=0.2, evaluate_every=0.02)
+    with pytest.raises(Interrupted):
+        train(longer, tmp_path / "run", console=RecordingConsole(signal.SIGINT))
+    assert log(tmp_path / "run")[-1]["step"] < 11
+    train(longer, tmp_path / "run", console=RecordingConsole())
+    assert log(tmp_path / "run")[-1]["step"] == 11
+
+
+def test_a_disk_that_refuses_the_best_weights_ends_no_training(tmp_path, monkeypatch):
+    start_saving = Trainer.start_saving
+
+    def refuse(trainer, name):
+        if name == "best":
+            raise UserError("No space left on device")
+        start_saving(trainer, name)
+
+    monkeypatch.setattr(Trainer, "start_saving", refuse)
+    console = RecordingConsole()
+    train(replace(BRIEF, evaluate_every=0.05, patience=100), tmp_path / "run", console=console)
+    assert "warning: No space left on device; training goes on" in console.text and (tmp_path / "run/bundle").is_dir()
 
 
 def test_a_run_killed_after_its_last_step_is_finished_and_leaves_nothing_behind(tmp_path):

@@ -58,6 +58,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (the cores, or the GPUs)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of matrix products (auto)")
     parser.add_device()
+    parser.add_max_megapixels()
     parser.add_argument("--keep_weights", action="store_true", help="keep the models, and not their figures only")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and train nothing")
     parser.add_argument("--report", metavar="STUDY", help="draw the pages of a study again, and train nothing")

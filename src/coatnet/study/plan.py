@@ -304,7 +304,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
             raise UserError(f"member {member.name} is impossible: {error}") from None
     at_once = min(jobs, len(members) * len(rates) * max(seeds * len(sizes) for sizes, seeds in choices))
     say(f"measuring a few steps of each, {counted(at_once, 'run')} at once")
-    measured = measure_steps([probe.changed({"device": devices[0]}).to_dict() for probe in probes], at_once, threads)
+    measured = measure_steps([probe.to_dict() for probe in probes], at_once, threads, devices)
     *seconds, opening = measured
     pace = _Pace(dict(zip((each.name for each in members), seconds, strict=True)), opening, jobs)
     return _with_runs(study, options, pace, choices)

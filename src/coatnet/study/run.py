@@ -76,7 +76,10 @@ def train_run(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> No
     def finish(trainer: Trainer, bundle: Bundle) -> None:
         trained, images = time.monotonic(), trainer.images
         held_out = measure(bundle, images.validation)
-        training = measure(bundle, _some(images.training, trainer.config.seed))
+        learned = images.training  # kept decoded, perhaps
+        if len(learned) > MAX_TRAINING_IMAGES:
+            learned = _some(trainer.splits.training, trainer.config.seed)
+        training = measure(bundle, learned)
         trainer.log({"top1": held_out["top1"], "nll": held_out["nll"]})
         figures = Figures(
             top1=held_out["top1"],
@@ -103,7 +106,7 @@ def train_run(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> No
 
 def _some(dataset: Dataset, seed: int) -> Dataset:
     """At most 10,000 images of a dataset, as many of each class."""
-    if len(dataset) <= MAX_TRAINING_IMAGES or not isinstance(dataset, ArrayDataset | FileDataset):
+    if not isinstance(dataset, ArrayDataset | FileDataset):
         return dataset
     chosen = np.zeros(len(dataset), bool)
     chosen[choose_training(dataset.labels, seed)[:MAX_TRAINING_IMAGES]] = True
@@ -222,13 +225,15 @@ def _call(connection: Connection, threads: int, function: Callable[..., Any], ar
     connection.send(outcome)
 
 
-def measure_steps(recipes: Sequence[Mapping[str, Any]], jobs: int, threads: int) -> list[float]:
-    """As `time_members`, measured by as many processes at once as there will be; the mean over these.
+def measure_steps(recipes: Sequence[Mapping[str, Any]], jobs: int, threads: int, devices: Sequence[str]) -> list[float]:
+    """As `time_members`, measured by as many processes at once as there will be, on the devices in turn; the mean over
+    these.
 
     Raises:
         UserError: a member cannot be trained.
     """
-    workers = [Worker.start(time_members, recipes, threads=threads) for _ in range(jobs)]
+    of_device = [[{**recipe, "device": device} for recipe in recipes] for device in devices]
+    workers = [Worker.start(time_members, of_device[number % len(devices)], threads=threads) for number in range(jobs)]
     outcomes = [worker.finish() for worker in workers]
     for status, value in outcomes:
         if status != "done":

@@ -123,7 +123,8 @@ class CheckpointWriter:
             if error is None:
                 publish(current.staged, current.target, parts, current.state)
                 with suppress(OSError):  # what cannot be removed now is tried again next time
-                    remove_old_checkpoints(self.folder, self.keep, self.keep_every_hours)
+                    step = current.state.get("position", {}).get("step")
+                    remove_old_checkpoints(self.folder, self.keep, self.keep_every_hours, step=step)
         except OSError as raised:
             error = str(raised)
         finally:

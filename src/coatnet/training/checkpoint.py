@@ -216,15 +216,25 @@ def latest_checkpoint(
     return None
 
 
+def step_name(step: int) -> str:
+    """Name of the checkpoint after so many optimizer steps."""
+    return f"step-{step:09d}"
+
+
 def published(folder: Path) -> list[Path]:
     """The checkpoints `step-*` of a folder, oldest first, complete or not."""
     return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir())
 
 
-def remove_old_checkpoints(folder: Path, keep: int, keep_every_hours: float = 0.0) -> None:
+def remove_old_checkpoints(folder: Path, keep: int, keep_every_hours: float = 0.0, *, step: int | None = None) -> None:
     """Remove all but the last `keep` checkpoints and the first of every so many hours of training (0: none), and what
-    interrupted saves have left."""
-    steps = published(folder)
+    interrupted saves have left.
+
+    Args:
+        step: where the run is. Later checkpoints are damaged, as it has not resumed from them: they are not counted,
+            and stay until the run has passed them.
+    """
+    steps = [path for path in published(folder) if step is None or path.name <= step_name(step)]
     lasting = milestones(steps, keep_every_hours) if keep_every_hours else set()
     for path in steps[:-keep]:
         if path not in lasting:

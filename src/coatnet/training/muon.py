@@ -49,6 +49,8 @@ class Muon(torch.optim.Optimizer):
         """Update all weights that have a gradient; the gradients are overwritten."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:  # only the classifier learns at first
+                continue
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)

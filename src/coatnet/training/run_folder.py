@@ -26,6 +26,7 @@ from coatnet.system.files import (
 )
 from coatnet.system.json_reader import read_json
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
+from coatnet.training.recipes import find_recipe
 
 FOLDS = "folds"  # folder of the runs of a cross-validation
 LOCK = ".lock"  # in the folder while a process trains in it
@@ -176,6 +177,7 @@ class RunFolder:
                     f"another process has begun a run in {self.path} meanwhile: give another folder for out"
                 )
             remove_leftovers(self.path, only_hidden=True)
+            (self.path / "report.json").unlink(missing_ok=True)  # it marks an end, and an extended run has another
             atomic_write(self._recipe_file, relative_to(self.config, self.path).to_yaml())
             atomic_write(self._classes_file, json.dumps(self._classes, ensure_ascii=False))
             if self._images:
@@ -281,7 +283,8 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     filled = Recipe.from_dict(kept).changed(asked)
     if given.cache == "auto":
         filled = replace(filled, cache=kept["cache"])
-    return replace(filled, model=stored.model) if given.model in (None, "auto") or stored.init else filled
+    open_models = (None, "auto", *([find_recipe(given.name).recipe.model] if stored.init else []))
+    return replace(filled, model=stored.model) if given.model in open_models else filled
 
 
 def configuration_before(stored: Recipe, config: TrainingConfig) -> TrainingConfig:

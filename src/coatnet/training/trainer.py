@@ -53,6 +53,7 @@ from coatnet.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     open_checkpoint,
+    step_name,
 )
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import head_first_steps, open_splits, resolve
@@ -172,7 +173,6 @@ class Trainer:
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
         self.loggers = Loggers({}, self.progress.say)
         self._init_description = describe_init(config, splits.training, init)
-        self._log_steps = max(1, self.duration.recipe_steps // LOGS_PER_RUN)
         self._saved_at = self._logged_at = time.monotonic()
         self._bad_images_to_warn = 1
 
@@ -471,8 +471,11 @@ class Trainer:
         self.progress.evaluated(state.step, self.epoch, figures)
         if improved and self.config.patience:
             self.writer.finish_or_warn(self.progress.say)
-            self.start_saving(BEST)
-            self.writer.finish()
+            try:
+                self.start_saving(BEST)
+                self.writer.finish()
+            except UserError as error:  # such as a full disk
+                self.progress.say(f"warning: {error}; training goes on")
 
     def validation_metrics(self, sync: Synchronization) -> Metrics | None:
         """Metrics over all validation images, which the processes share; None if a stop signal came before the end."""
@@ -537,7 +540,7 @@ class Trainer:
     @property
     def checkpoint_name(self) -> str:
         """Name of a checkpoint of this step."""
-        return f"step-{self.state.step:09d}"
+        return step_name(self.state.step)
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
@@ -633,7 +636,8 @@ class Trainer:
         """Show the step, and log means over the steps since the last log line at every interval."""
         state, duration = self.state, self.duration
         self.progress.moved(state.step, duration.total_steps, duration.seconds_left(state.step, state.seconds))
-        if not state.since_log or (state.step % self._log_steps and state.step < duration.total_steps):
+        every = max(1, duration.total_steps // LOGS_PER_RUN)
+        if not state.since_log or (state.step % every and state.step < duration.total_steps):
             return
         now = time.monotonic()
         speed = state.since_log * self.config.batch_size / max(now - self._logged_at, 1e-9)
@@ -682,13 +686,16 @@ class Trainer:
         workers = None if num_workers == "auto" else num_workers
         held_out = Measured(bundle, self.splits, num_workers=workers, keep=True)
         bundle, report = calibrate_and_evaluate(bundle, held_out)
-        notes = (*([SELECTED_BY_SEARCH] if folder.tuned else []), *cross_validated(folder), *self._measure_test(bundle))
+        notes = notes_on(folder)
         report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
         if report.bad_images:
             count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
             self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
         self.log({**report.network_figures(), "bad_images": len(report.bad_images)})  # as all those before
         replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
+        if self.splits.test is not None:
+            report = replace(report, notes=(*notes, self._measure_test(bundle)))
+            replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
         try:
             with atomic_files(folder.path / "curves.png") as (staged,):
                 draw_curves(folder.metrics, staged)
@@ -703,14 +710,17 @@ class Trainer:
             ) from None
         return report
 
-    def _measure_test(self, bundle: Bundle) -> list[str]:
-        """Measure the test split, if there is one, write its report, and return its figure in a line."""
-        if self.splits.test is None:
-            return []
+    def _measure_test(self, bundle: Bundle) -> str:
+        """Measure the test split, write its report, and return its figure in a line."""
         tested = evaluate(bundle, self.splits, split="test")
         with translate_write_errors(self.folder.path / "test"):
             write_report(tested, self.folder.path / "test")
-        return [f"Test split, measured once: {tested.headline()}; test/report.md has the rest."]
+        return f"Test split, measured once: {tested.headline()}; test/report.md has the rest."
+
+
+def notes_on(folder: RunFolder) -> tuple[str, ...]:
+    """What a reader of the report of a run should know besides: a search, a cross-validation."""
+    return (*([SELECTED_BY_SEARCH] if folder.tuned else []), *cross_validated(folder))
 
 
 def train(recipe: Recipe, out: str | Path, *, splits: Splits | None = None, console: Console | None = None) -> Report:
@@ -770,13 +780,17 @@ def run_training(
             splits = splits.with_scale(config.preprocessing.scale)
             check_loggers(config.loggers)
             require_readable(splits.validation, "validation")
+            if splits.test is not None:
+                require_readable(splits.test, "the test")
         config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
         for note in folder.notes:
             progress.say(note)
         if folder.finished:
             folder.release()
             progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")
-            return processes.run_on_main(lambda: evaluate(load(folder.bundle), splits))
+            return processes.run_on_main(
+                lambda: replace(evaluate(folder.bundle, splits, device=config.device), notes=notes_on(folder))
+            )
 
         with deterministic_on_cpu(config.device):
             with processes.collective():
@@ -846,7 +860,15 @@ def resolve_within_limit(
         f"about {epochs:.{0 if epochs >= 10 else 1}f} of {config.epochs:g} epochs fit into {config.max_minutes:g} "
         f"minutes, and augmentation, mixing, warm-up and averaging are chosen for these; all would take {enough:,.0f}"
     )
-    return resolve(recipe, splits, init, epochs_that_fit=epochs)
+    shorter = resolve(recipe, splits, init, epochs_that_fit=epochs)
+    before, after = config.preprocessing, shorter.preprocessing
+    if after.size != before.size:
+        more = epochs * before.side**2 / after.side**2
+        progress.say(
+            f"images are seen at {after.side} pixels instead of {before.side}, of which about {more:.1f} epochs fit; "
+            f"--resolution {before.side} keeps that size"
+        )
+    return shorter
 
 
 def step_seconds(
@@ -859,7 +881,7 @@ def step_seconds(
 ) -> float:
     """Median duration of a step at full size, without reading its images, which is done beside it; found in a small
     part of the time that all steps have."""
-    config = replace(config, num_workers=0, progressive_resizing=ProgressiveResizing())
+    config = replace(config, num_workers=0, head_first_epochs=0.0, progressive_resizing=ProgressiveResizing())
     trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
     durations: list[float] = []
     with closing(trainer.batches()) as batches:

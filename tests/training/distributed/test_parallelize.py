@@ -20,6 +20,7 @@ from coatnet.training.distributed.parallelize import (
     materialize,
     own_tensors,
     untrained,
+    use_sync_batch_norm,
 )
 from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
 from coatnet.training.distributed.wrappers import Sharded
@@ -144,3 +145,11 @@ def test_a_torch_that_cannot_shard_on_cpus_is_an_error_that_names_the_version_ne
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
     with pytest.raises(UserError, match=r"^shards on CPUs, or plans of them, need torch 2.7 or newer, this is \d"):
         Sharded(network(), SINGLE_PROCESS, SimpleNamespace(device_type="cpu"), bf16=False)
+
+
+@pytest.mark.parametrize(("batch_size", "synchronized"), [(32, True), (31, False)])
+def test_statistics_are_synchronized_only_if_all_gpus_take_equally_many_passes(batch_size, synchronized):
+    model = network()
+    config = config_of(batch_size=batch_size, micro_batch_size=5)
+    use_sync_batch_norm(model, config, Processes(0, 2), torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) == synchronized

@@ -177,11 +177,14 @@ def check_batch_size(config: TrainingConfig, processes: Processes, parallelism: 
 def use_sync_batch_norm(model: CoAtNet, config: TrainingConfig, processes: Processes, device: torch.device) -> None:
     """Take BatchNorm's statistics over the images of all GPUs, where each has few.
 
-    A network with frozen parts keeps the ordinary class, whose statistics it freezes with the weights.
+    A network with frozen parts keeps the ordinary class, whose statistics it freezes with the weights. So does one
+    whose shares of a batch take different numbers of passes: a GPU would wait for statistics that no other computes.
     """
-    images_per_pass = min(config.micro_batch_size, config.batch_size // processes.world_size)
+    smallest, largest = config.batch_size // processes.world_size, -(-config.batch_size // processes.world_size)
+    images_per_pass = min(config.micro_batch_size, smallest)
+    same_passes = -(-smallest // images_per_pass) == -(-largest // images_per_pass)
     freezes = bool(config.freeze or config.head_first_epochs)
-    if device.type == "cuda" and images_per_pass < MIN_IMAGES_FOR_LOCAL_STATISTICS and not freezes:
+    if device.type == "cuda" and images_per_pass < MIN_IMAGES_FOR_LOCAL_STATISTICS and same_passes and not freezes:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -4,6 +4,7 @@
 every collective is the identity and costs nothing.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ Value = TypeVar("Value")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # for a process that neither answers nor ends
 WAITING_SECONDS = 20  # chosen: machines of a cluster start within seconds of each other
 MAIN_ONLY_TIMEOUT = timedelta(days=2)  # for what rank 0 does while the others wait, at the end of a run
+_connections = itertools.count()  # of this process: a program may train more than once
 _LOST_PROCESS_MESSAGES = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
@@ -223,6 +225,7 @@ def connect(environment: Mapping[str, str], launched: Launched) -> None:
         # After a restart torchrun reuses the store, with the addresses of the dead processes still in it. On several
         # machines their counts of restarts differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the remedy.
         store = dist.PrefixStore(f"restart-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"connection-{next(_connections)}", store)  # the addresses of those before are still in it
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
 

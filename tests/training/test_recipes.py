@@ -1,5 +1,6 @@
 """Named recipes and changes of them; `resolve` fills in what they leave open and keeps what is given."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,20 @@ def test_changes_reach_into_the_parts_of_a_named_recipe():
     assert recipe.mixing == {"mixup_alpha": 0.2, "cutmix_alpha": 0.0, "label_smoothing": 0.1}
 
 
+def test_photographs_are_seen_smaller_where_very_few_epochs_fit():
+    facts = DataFacts(num_images=2_000, side=300, shorter_side=200, largest_side=400)
+    few = resolve_for(Recipe(data="x"), facts, epochs_that_fit=5)
+    assert few.preprocessing.resolution == 96
+    assert few.schedule.warmup_steps == num_steps(5 * (128 / 96) ** 2, 2_000, few.batch_size) // 20
+    for asked in ({"resolution": 128}, {"epochs": 5.0}):  # epochs that are asked for take as long as they take
+        fit = 5 if "resolution" in asked else math.inf
+        assert resolve_for(Recipe(data="x", **asked), facts, epochs_that_fit=fit).preprocessing.resolution == 128
+    small = DataFacts(num_images=2_000, side=28, shorter_side=28, largest_side=28)
+    large = DataFacts(num_images=50_000, side=500, shorter_side=400, largest_side=500)
+    sides = [resolve_for(Recipe(data="x"), each, epochs_that_fit=1).preprocessing.resolution for each in (small, large)]
+    assert sides == [28, 224]
+
+
 @pytest.mark.parametrize(
     ("epochs", "layers", "mixup", "least", "depth"), [(13, 0, 0.0, 0.6, 0.0), (60, 2, 0.2, 0.35, 0.1)]
 )
@@ -186,6 +201,7 @@ def test_photographs_vary_less_where_few_epochs_fit(epochs, layers, mixup, least
         assert config.augmentation.rand_augment_layers == layers and config.mixing.mixup_alpha == mixup
         assert config.augmentation.crop_scale == (least, 1.0) and config.stochastic_depth == depth
         assert config.schedule.warmup_steps == num_steps(epochs, 2_000, config.batch_size) // 20
+    assert resolve_for(Recipe(data="x"), facts, epochs_that_fit=epochs).preprocessing.resolution == 128
     asked = Recipe(data="x", epochs=13, augmentation={"rand_augment_layers": 1}, mixing={"mixup_alpha": 0.3})
     kept = resolve_for(asked, facts)
     assert kept.augmentation.rand_augment_layers == 1 and kept.mixing.mixup_alpha == 0.3

@@ -129,6 +129,15 @@ def test_one_common_image_has_no_interval(tmp_path: Path) -> None:
     assert difference["nll_interval"] is None and "Negative log-likelihood" in describe(found.differences[0])
 
 
+def test_four_images_that_differ_in_one_direction_are_no_better(tmp_path: Path) -> None:
+    truth = "a" * 20
+    runs = [
+        write_run(tmp_path / name, given, truth=truth) for name, given in (("one", "b" * 4 + "a" * 16), ("two", truth))
+    ]
+    found = compare([open_run(path, never) for path in runs])
+    assert found.differences[0].interval[0] > 0 and "not distinguishable" in describe(found.differences[0])
+
+
 def test_only_images_that_all_runs_held_out_count(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", "aabbccaabb")
     later = write_run(tmp_path / "later", "bbbbbbbbbb", start=4, truth="ccaabbbbbb")

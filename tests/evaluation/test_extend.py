@@ -138,6 +138,7 @@ def test_the_command_writes_a_bundle_for_every_other_command(
     assert json.loads(capsys.readouterr().out)["added"] == ["Bag", "Sneaker"]
     call = ["rename", str(tmp_path / "ten"), "Bag=Handbag", "--out", str(tmp_path / "renamed")]
     assert main(call) == 0
+    assert main([*call[:-1], str(tmp_path / "ten")]) == 2  # the model that is read stays
     assert main(["predict", str(tmp_path / "renamed"), str(tmp_path / "new/Bag")]) == 0
     assert "Handbag" in capsys.readouterr().out
     call = [

@@ -137,6 +137,9 @@ def test_stage_maps_have_the_grids_and_widths_of_the_variant():
     for unknown in ({"norm": True}, {"output_fmt": "NLC"}):
         with pytest.raises(UserError, match="only unnormalized NCHW feature maps"):
             model.forward_intermediates(images, **unknown)
+    for missing in ([5], [-6], 6, 0, []):
+        with pytest.raises(UserError, match="this network has 5 feature maps, 0 to 4"):
+            model.forward_intermediates(images, missing)
 
 
 def test_channels_last_and_contiguous_images_give_the_same_and_every_map_is_channels_last():

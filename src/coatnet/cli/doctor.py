@@ -20,7 +20,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "Read every image and report what is there: classes and sizes, unreadable files with the reason, copies and\n"
         "near copies, those with conflicting labels or in both training and validation, and classes that size,\n"
         "brightness or color give away. With --labels also wrong labels, outliers and classes that look the same.\n"
-        "Exit code 1 if an image is unreadable or in both training and validation.",
+        "Exit code 1 if an image is unreadable or in both training and validation; with --strict also if one decodes\n"
+        "only with a warning.",
         "examples:\n"
         "  coatnet doctor path/to/folder\n"
         "  coatnet doctor labels.csv --strict --json\n"

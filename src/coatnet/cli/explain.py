@@ -76,6 +76,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     """Write a PNG and print a line for each image."""
     from coatnet.data.folder import expand_paths
     from coatnet.inference.explanation import Explanation, check_method
+    from coatnet.system.files import atomic_files
 
     method = given.method or "layercam"
     check_method(predictor.bundle.model, method, given.stage)  # before the folder is made
@@ -96,7 +97,8 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
                 continue
             file = new_name(folder, path.stem, explanation.target, taken, how)
             shown = open_upright(path, predictor.bundle.preprocessing.scale)
-            side_by_side(shown, explanation.overlay(shown)).save(file)
+            with atomic_files(file) as (staged,):
+                side_by_side(shown, explanation.overlay(shown)).save(staged)
             percent = f"{100 * explanation.probability:.1f} %"
             echo(one_line(f"{path}: {cut(explanation.target)} {percent}: {file}"))
     return FAILED if num_unreadable else 0
@@ -146,6 +148,7 @@ def write_biases(bundle: "Bundle", folder: Path) -> int:
     from matplotlib.figure import Figure
 
     from coatnet.errors import UserError
+    from coatnet.system.files import atomic_files
 
     layers = list(relative_biases(bundle))
     if not layers:
@@ -165,7 +168,8 @@ def write_biases(bundle: "Bundle", folder: Path) -> int:
             shown = panel.imshow(table[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent)
             panel.set_title(f"head {head + 1}", fontsize=8)
         figure.colorbar(shown, ax=panels.tolist(), shrink=0.8).ax.tick_params(labelsize=7)
-        figure.savefig(folder / f"biases-{name}.png", dpi=90)
+        with atomic_files(folder / f"biases-{name}.png") as (staged,):
+            figure.savefig(staged, dpi=90)
         echo_summary(one_line(f"{folder / f'biases-{name}.png'}: {heads} heads, offsets up to {height} cells"))
     return 0
 

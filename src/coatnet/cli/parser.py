@@ -78,7 +78,6 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument(
             "--set-method",
-            default="lac",
             metavar="M",
             help="lac: the smallest sets; aps, raps: sets that grow with the doubt about an image (lac)",
         )
@@ -131,8 +130,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def calibrated_options(given: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_calibrated` as arguments of `Predictor`."""
-    return {name: getattr(given, name) for name in ("reject", "coverage", "set_method", "raw")}
+    """The options of `add_calibrated` as arguments of `Predictor`. Raises UserError for a method without sets."""
+    if given.set_method is not None and given.coverage is None:
+        raise UserError("--set-method says how the sets of --set are made: give --set as well, such as --set 0.9")
+    options = {name: getattr(given, name) for name in ("reject", "coverage", "raw")}
+    return options | {"set_method": given.set_method or "lac"}
 
 
 def _megapixels(text: str) -> str:

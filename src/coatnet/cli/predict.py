@@ -109,7 +109,8 @@ def predict_tiles(given: argparse.Namespace) -> int:
     predictor, num_unreadable, taken = open_predictor(given, given.engine), 0, set[str]()
     side = None if given.tiles == "auto" else int(given.tiles)
     overlap = OVERLAP if given.tile_overlap is None else given.tile_overlap
-    for path, error in expand_paths(given.paths):
+    left_out: Counter[str] = Counter()
+    for path, error in expand_paths(given.paths, left_out):
         try:
             if error is not None:
                 raise BadImage(str(path), error)
@@ -130,6 +131,7 @@ def predict_tiles(given: argparse.Namespace) -> int:
                 file = new_name(folder, path.stem, found.prediction.classes[0], taken)
                 with atomic_files(file) as (staged,):
                     found.map().save(staged, "PNG")
+    print_left_out(left_out)
     return FAILED if num_unreadable else 0
 
 

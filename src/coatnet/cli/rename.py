@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.bundle.bundle import require_bundle_place
     from coatnet.bundle.classes import rename_classes
 
-    target = require_bundle_place(given.out)
+    target = require_bundle_place(given.out, sources=[given.bundle])
     rename_classes(load(given.bundle), names).save(target)
     echo_summary(f"The renamed model is {given.out}.")
     return 0

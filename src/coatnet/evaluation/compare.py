@@ -292,15 +292,17 @@ def describe(each: Difference, right: str = "right") -> str:
     low, high = (100 * bound for bound in each.interval)
     return (
         f"{each.run} against {each.reference}: {100 * each.difference:+.2f} points {right} (95 % interval "
-        f"{low:+.2f} to {high:+.2f}), {_verdict(each.interval)}. Only it is right for {counted(each.gained, 'image')}, "
-        f"only the other for {each.lost:,} (McNemar's exact test: p = {each.p:.2g}). Negative log-likelihood "
-        f"{each.nll_difference:+.4f}"
+        f"{low:+.2f} to {high:+.2f}), {_verdict(each.interval, each.p)}. Only it is right for "
+        f"{counted(each.gained, 'image')}, only the other for {each.lost:,} (McNemar's exact test: p = {each.p:.2g}). "
+        f"Negative log-likelihood {each.nll_difference:+.4f}"
         + (" ({:+.4f} to {:+.4f}).".format(*each.nll_interval) if each.nll_interval else ".")
         + _describe_precision(each)
     )
 
 
-def _verdict(interval: Interval) -> str:
+def _verdict(interval: Interval, p: float = 0.0) -> str:
+    if p >= 0.05:  # the interval is approximate, and too narrow where few images differ
+        return "not distinguishable from it"
     return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "not distinguishable from it"
 
 

@@ -154,7 +154,7 @@ def check_labels(
             for row in worst
         ),
         outliers=tuple(
-            (*names[row], round(float(distances[row] / np.median(distances)), 3))
+            (*names[row], round(float(distances[row] / max(np.median(distances), 1e-6)), 3))
             for row in far[np.argsort(-distances[far], kind="stable")].tolist()
         ),
         alike=tuple(_alike(probabilities, labels, splits.classes)),

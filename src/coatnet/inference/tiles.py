@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from coatnet.data.channels import to_shown
 from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
-from coatnet.errors import UserError
+from coatnet.errors import UserError, nearest
 from coatnet.inference.explanation import heat_colors
 from coatnet.inference.predictor import Prediction, Predictor, most_probable
 
@@ -63,6 +63,8 @@ class TiledPrediction:
 
         By default of the most probable class of the image.
         """
+        if target is not None and target not in self.classes:
+            raise UserError(f"no class is called {target!r}{nearest(target, self.classes)}")
         index = self.classes.index(target or self.prediction.classes[0])
         total, count = np.zeros((2, *self.thumbnail.shape[:2]), np.float32)
         for box, probability in zip(self.boxes, self.probabilities[:, index], strict=True):
@@ -117,7 +119,7 @@ def classify_tiles(
         )
         if len(tops) * len(lefts) > MAX_TILES:
             raise BadImage(
-                str(path), f"large: {len(tops) * len(lefts):,} tiles, {MAX_TILES:,} are computed: give larger"
+                str(path), f"large: {len(tops) * len(lefts):,} tiles, {MAX_TILES:,} are computed: give larger ones"
             )
         height, width = (min(pair) for pair in zip(windows.size, tile, strict=True))
         scale = min(1.0, THUMBNAIL_SIDE / max(windows.size))

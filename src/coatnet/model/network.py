@@ -97,7 +97,7 @@ class CoAtNet(nn.Module):
             intermediates_only: return only the list.
 
         Raises:
-            UserError: `norm` or `output_fmt` is not supported.
+            UserError: `norm` or `output_fmt` is not supported, or there is no such map.
         """
         if norm or output_fmt != "NCHW":
             raise UserError(
@@ -107,7 +107,10 @@ class CoAtNet(nn.Module):
         num_maps = len(self.stages) + 1
         if indices is None:
             indices = num_maps
-        listed = range(num_maps - indices, num_maps) if isinstance(indices, int) else [i % num_maps for i in indices]
+        chosen = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+        if not chosen or not all(-num_maps <= index < num_maps for index in chosen):
+            raise UserError(f"indices={indices!r}: this network has {num_maps} feature maps, 0 to {num_maps - 1}")
+        listed = [index % num_maps for index in chosen]
         maps = [self.stem(images.contiguous(memory_format=torch.channels_last))]
         for blocks in self.stages[: max(listed) if stop_early else None]:
             maps.append(self.forward_stage(blocks, maps[-1]))

@@ -21,6 +21,7 @@ import coatnet
 from coatnet.bundle import Bundle
 from coatnet.cli import parser
 from coatnet.cli.main import COMMANDS, main
+from coatnet.data.decode import MAX_PIXELS, MAX_SIDE
 from coatnet.data.transforms import Preprocessing
 from coatnet.export import FORMATS
 from coatnet.training.recipes import RECIPES
@@ -258,6 +259,11 @@ def test_what_may_differ_on_resume_is_what_the_code_allows() -> None:
     text = prose(ROOT / "docs/guides/training.md")
     sentence = re.search(r"When you resume, these may differ from before: (.*?)\. Any other", text, re.DOTALL)
     assert sentence and tuple(re.findall(r"`(\w+)`", sentence[1])) == MAY_CHANGE
+
+
+def test_the_bounds_of_images_are_those_of_the_decoder() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert f"refused above {MAX_PIXELS // 10**6} million pixels or {MAX_SIDE:,} a side" in text
 
 
 def test_exit_codes_are_those_of_the_program() -> None:

@@ -157,6 +157,8 @@ def running(
 ) -> Iterator[Address]:
     """A server of these models, "one" for a single one, as long as the block lasts."""
     settings = settings or Settings()
+    if "absl.logging" in sys.modules:  # of tensorboard: uvicorn closes all handlers, and this one pytest's capture
+        sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
     models = {"one": predictors} if isinstance(predictors, Predictor) else predictors
     app, service = create_app(models, settings, token, allowed_hosts, own_names)
     config = uvicorn_config(app, settings)

@@ -212,3 +212,17 @@ def test_copies_are_packed_into_one_split(make_folder, tmp_path):
     pixels = plain.training.read(0)[0]
     found = [sum(part.read(n)[0] == pixels for n in range(len(part))) for part in (packed.training, packed.validation)]
     assert sorted(found) == [0, 21], plain.training.describe(0)
+
+
+def test_a_test_split_that_is_left_out_and_an_empty_split_are_told(make_folder, tmp_path, capsys):
+    root = make_folder({f"{split}/{label}": 2 for split in ("train", "val", "test") for label in "ab"})
+    pack(root, tmp_path / "shards")
+    assert "4 images of the test split are not packed" in capsys.readouterr().err
+    notes = open_dataset(tmp_path / "shards").notes
+    assert any("4 images of the test split not packed" in note for note in notes)
+    assert not any("measured once" in note for note in notes)
+    some = ArrayDataset("some", ("a", "b"), np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1]))
+    none = ArrayDataset("some", ("a", "b"), np.zeros((0, 8, 8), np.uint8), np.zeros(0, np.int64))
+    with pytest.raises(UserError, match="some has no images in its validation split"):
+        pack(Splits("some", some, none), tmp_path / "none")
+    assert not (tmp_path / "none").exists()

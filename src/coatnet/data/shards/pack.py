@@ -294,8 +294,9 @@ def pack(
     if splits.test is not None:
         warn(f"{counted(len(splits.test), 'image')} of the test split are not packed")
     datasets = {TRAINING: splits.training, VALIDATION: splits.validation}
-    if empty := [split for split, dataset in datasets.items() if not len(dataset)]:
-        raise UserError(f"{splits.name} has no images in its {empty[0]} split, and shards need both")
+    for purpose, dataset in (("training", splits.training), ("validation", splits.validation)):
+        if not len(dataset):
+            raise UserError(f"{splits.name} has no images in its {purpose} split, and shards need both")
     if outside := [link for dataset in datasets.values() for link in links_outside(dataset)]:
         name, file = outside[0]
         raise UserError(

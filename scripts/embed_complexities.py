@@ -4,12 +4,12 @@ import json
 from dataclasses import astuple
 from pathlib import Path
 
+from coatnet.cli.models import RESOLUTIONS
 from coatnet.model.complexity import complexity
 from coatnet.model.config import Variant
 from coatnet.model.registry import find_variant, list_variants
 
 FILE = Path(__file__).resolve().parents[1] / "src" / "coatnet" / "model" / "complexities.json"
-RESOLUTIONS = (224, 384, 512)  # of the paper
 
 
 def main() -> None:

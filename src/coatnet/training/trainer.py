@@ -693,7 +693,7 @@ class Trainer:
             self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
         self.log({**report.network_figures(), "bad_images": len(report.bad_images)})  # as all those before
         replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
-        if self.splits.test is not None:
+        if self.splits.test is not None:  # measured once the model is safe, which then names the figure
             report = replace(report, notes=(*notes, self._measure_test(bundle)))
             replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
         try:

@@ -55,6 +55,15 @@ def test_digits_hold_1797_images_as_scikit_learn_has_them():
     assert len(splits.validation) == pytest.approx(180, abs=30)
 
 
+def test_a_folder_of_the_same_name_is_told_and_read_by_its_path(make_folder, monkeypatch):
+    monkeypatch.chdir(make_folder({"digits/a": 3, "digits/b": 3}))
+    splits = open_dataset("digits")
+    assert len(splits.classes) == 10 and "digits is the data set of that name; what lies here is ./digits" in str(
+        splits
+    )
+    assert open_dataset("./digits").classes == ("a", "b")
+
+
 def test_embedded_images_weigh_at_most_6_megabytes_and_name_their_licences():
     folder = files("coatnet.data") / "embedded"
     assert sum(len(entry.read_bytes()) for entry in folder.iterdir()) < 6e6

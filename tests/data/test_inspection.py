@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from coatnet.cli.main import main
 from coatnet.data.inspection import inspect
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
@@ -59,6 +60,29 @@ def test_of_copies_in_both_splits_one_of_validation_stays(make_folder):
         getattr(inspection.splits, split).describe(index): why for (split, index), why in inspection.left_out.items()
     }
     assert places == {"train/a/0.png": "in validation too", "val/a/once-more.png": "a copy"}
+
+
+def test_the_images_of_a_test_split_are_inspected_too(make_folder, tmp_path):
+    root = make_folder({f"{split}/{name}": 2 for split in ("train", "val", "test") for name in "ab"})
+    for copy, of in (("val/b/x", "test/b/0"), ("train/a/x", "test/a/1"), ("train/b/y", "val/b/x")):
+        (root / f"{copy}.png").write_bytes((root / f"{of}.png").read_bytes())
+    (root / "test/a/0.png").write_bytes(b"")
+    inspection = inspect(root)
+    assert not inspection.healthy and list(inspection.bad) == ["test/a/0.png"]
+    assert sorted(inspection.leaks) == [
+        ("train/a/x.png", "test/a/1.png"),
+        ("train/b/y.png", "test/b/0.png"),
+        ("train/b/y.png", "val/b/x.png"),
+        ("val/b/x.png", "test/b/0.png"),
+    ]
+    said = inspection.describe()
+    assert "2 images of test found in training too\n  train/a/x.png = test/a/1.png" in said
+    assert "1 image of test found in validation too\n  val/b/x.png = test/b/0.png" in said
+    table = tmp_path / "clean.csv"
+    assert main(["doctor", str(root), "--write", str(table)]) == 1
+    clean = open_dataset(table)
+    assert inspect(clean).healthy
+    assert [len(part) for part in clean.parts.values()] == [4, 4, 3]
 
 
 def test_links_out_of_the_data_are_told_and_others_are_not(make_folder, tmp_path):
@@ -126,6 +150,7 @@ def test_sizes_are_those_of_images_that_decode_and_the_consequence_is_told(make_
         open_dataset(root).describe()
 
 
+@pytest.mark.slow
 def test_the_embedded_sets_are_healthy():
     assert inspect("digits").healthy
     assert inspect("fashion-mnist-small").healthy

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.training.test_finetuning import learned
 
 from coatnet import Recipe, UserError
 from coatnet.cli.main import main
 from coatnet.planning.dry_run import DryRun, dry_run
 from coatnet.planning.lr_range import MARGIN, LearningRateRange, falling_range, smoothed
 from coatnet.training.config import TrainingConfig
+from coatnet.training.trainer import Trainer
 
 
 def test_the_range_is_where_the_loss_falls() -> None:
@@ -29,7 +31,7 @@ def test_the_mean_of_equal_losses_is_that_loss_from_the_first_on() -> None:
     assert smoothed([2.3] * 20) == pytest.approx([2.3] * 20)
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["adamw", pytest.param("muon", marks=pytest.mark.nightly)])
 def test_a_dry_run_tests_learning_rates_and_keeps_nothing(algorithm, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     optimizer = {"algorithm": algorithm}
@@ -40,6 +42,24 @@ def test_a_dry_run_tests_learning_rates_and_keeps_nothing(algorithm, tmp_path, m
     assert found.chosen == result.config.optimizer.learning_rate
     assert found.chosen * 1e-3 < found.lowest < found.highest < found.chosen * 100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_steps_that_are_timed_are_those_of_the_whole_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning = []
+
+    class Watched(Trainer):
+        def step(self, *batch):
+            loss = super().step(*batch)
+            learning.append(all(parameter.requires_grad for parameter in self.model.parameters()))
+            return loss
+
+    monkeypatch.setattr("coatnet.planning.dry_run.Trainer", Watched)
+    bundle = learned(tuple("0123456789")).save(tmp_path / "bundle")
+    recipe = Recipe(data="digits", init=str(bundle), batch_size=8, epochs=0.2, head_first_epochs=0.1, num_workers=0)
+    assert "steps only the classifier learns" in dry_run(recipe).description
+    assert learning and all(learning)
 
 
 def test_a_dry_run_says_where_the_chosen_rate_lies_and_what_the_run_costs(digits_config: TrainingConfig) -> None:

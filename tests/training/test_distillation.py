@@ -233,6 +233,14 @@ def test_another_teacher_is_noted_when_a_run_is_resumed(tmp_path):
     assert len(list((tmp_path / "run").glob("teacher-*.npy"))) == 2  # the new one has answered anew
 
 
+def test_a_teacher_of_another_width_is_refused_where_features_have_been_followed(tmp_path):
+    learned(DIGITS).save(tmp_path / "t")
+    stop(following(tmp_path / "t", feature_weight=0.5), tmp_path / "run", after=2)
+    learned(DIGITS, variant="coatnet-nano-64").save(tmp_path / "t")
+    with pytest.raises(UserError, match=r"began with a teacher of 128 features, .* this one has 256: give the one"):
+        train(following(tmp_path / "t", feature_weight=0.5), tmp_path / "run")
+
+
 def test_the_answers_are_those_of_the_teachers_own_evaluation(home, tmp_path):
     teacher, splits = coatnet.load(home), splits_of(noise(150, 8, 8))
     trainer = trainer_for(following(home, views="fixed"), splits)

@@ -41,7 +41,8 @@ def model_card(
         "## How to use it\n\n```sh\ncoatnet predict path/to/this/folder image.jpg\n```\n\n"
         '```python\nimport coatnet\n\nbundle = coatnet.load("path/to/this/folder")\n'
         "bundle.model, bundle.classes, bundle.preprocessing\n```",
-        f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.size[0]} x {seen.size[1]} pixels, "
+        f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.size[0]} x {seen.size[1]} pixels"
+        f"{' (height x width)' * (seen.size[0] != seen.size[1])}, "
         f"{seen.channels} channel{'s' * (seen.channels != 1)}, {seen.interpolation} interpolation, "
         f"crop fraction {seen.crop_fraction:g}, "
         f"mean {list(seen.mean)}, standard deviation {list(seen.std)} "

@@ -16,6 +16,12 @@ from coatnet.bundle.bundle import Bundle
 from coatnet.errors import UserError, nearest
 
 DRAWN_FEATURES = 20_000
+# Of a report, as `Report.to_dict` gives it: the columns that name classes.
+_TABLES_WITH_CLASSES = {
+    "per_class": ("class",),
+    "mistakes": ("truth", "predicted"),
+    "suspects": ("label", "suggested"),
+}
 
 
 class Merged(NamedTuple):
@@ -143,9 +149,9 @@ def _renamed(record: Any, names: Mapping[str, str]) -> Any:
         changed["classes"] = [new(name) for name in classes]
     if isinstance(pairs := report.get("confused_pairs"), list | tuple):
         changed["confused_pairs"] = [[new(value) for value in pair] for pair in pairs]
-    if isinstance(mistakes := report.get("mistakes"), list | tuple):
-        changed["mistakes"] = [
-            {key: new(value) if key in ("truth", "predicted") else value for key, value in each.items()}
-            for each in mistakes
-        ]
+    for table, columns in _TABLES_WITH_CLASSES.items():
+        if isinstance(rows := report.get(table), list | tuple):
+            changed[table] = [
+                {key: new(value) if key in columns else value for key, value in row.items()} for row in rows
+            ]
     return {**record, "report": changed}

@@ -18,9 +18,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "doctor",
         "Read every image and report what is there: classes and sizes, unreadable files with the reason, copies and\n"
-        "near copies, those with conflicting labels or in both training and validation, and classes that size,\n"
+        "near copies, those with conflicting labels or in two of training, validation and test, classes that size,\n"
         "brightness or color give away. With --labels also wrong labels, outliers and classes that look the same.\n"
-        "Exit code 1 if an image is unreadable or in both training and validation; with --strict also if one decodes\n"
+        "Exit code 1 if an image is unreadable or in two of the splits; with --strict also if one decodes\n"
         "only with a warning.",
         "examples:\n"
         "  coatnet doctor path/to/folder\n"
@@ -97,12 +97,12 @@ def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None")
     splits, rows = inspection.splits, []
     suggested = {(each.split, each.name): each.suggested for each in check.suspects} if check else {}
     for split, index in inspection.rows():
-        dataset = getattr(splits, split)
+        dataset = splits.parts[split]
         if not isinstance(dataset, FileDataset):
             raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
         key = split, dataset.describe(index)
         judged = (suggested.get(key, ""), round(check.scores.get(key, 1.0), 6)) if check else ()
-        side = "train" if split == "training" else "val"
+        side = {"training": "train", "validation": "val"}.get(split, split)
         rows.append((dataset.path(index), dataset.label_name(index), *judged, side))
     if check:
         rows.sort(key=lambda row: (not row[2], row[3]))  # the suspects first
@@ -124,14 +124,14 @@ def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") 
         places = {(place[0], inspection.name(place)): place for place in every}
 
     def entry(shown: Sequence["Place"], *lines: str) -> "Entry":
-        pixels = (read_image(getattr(splits, split), index)[0] for split, index in shown)
+        pixels = (read_image(splits.parts[split], index)[0] for split, index in shown)
         images = [thumbnail(each, image_page.THUMBNAIL_PIXELS) for each in pixels]
         return Entry(images, lines)
 
     def pairs(found: Sequence[tuple["Place", "Place"]]) -> Iterator["Entry"]:
         for one, other in found:
             names = [
-                f"{inspection.name(each)} ({each[0]}: {getattr(splits, each[0]).label_name(each[1])})"
+                f"{inspection.name(each)} ({each[0]}: {splits.parts[each[0]].label_name(each[1])})"
                 for each in (one, other)
             ]
             yield entry((one, other), *names)

@@ -126,7 +126,7 @@ def _report(folder: Path) -> int:
     from coatnet.study.report import write_report
 
     study = Study.read(folder)
-    left = [run for run in study.runs if run.status in ("planned", "running")]
+    left = [run for run in study.runs if run.status == "planned"]
     failed = [run for run in study.runs if run.status == "failed"]
     for each in failed:
         echo(f"coatnet: error: {each.folder}: {each.reason}", error=True)

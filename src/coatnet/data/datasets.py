@@ -103,8 +103,10 @@ class Dataset(Protocol):
 
     def content(self) -> Iterator[bytes]:
         """Bytes to hash that are equal for the same images at another place: their names within the data, labels."""
+        of_rows = f"{self.name}["  # a file may lie in a folder of the data's name, which belongs to its own
         for index in range(len(self)):
-            yield f"{self.describe(index).removeprefix(self.name)}\n".encode()
+            name = self.describe(index)
+            yield f"{name.removeprefix(self.name) if name.startswith(of_rows) else name}\n".encode()
         yield np.ascontiguousarray(self.labels).tobytes()
 
     def identity(self) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Check every image of a source before training: unreadable ones, copies, sizes, and what gives a class away."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ from coatnet.errors import counted, cut, one_line, shorten
 from coatnet.system.terminal import report_wait
 
 MAX_LISTED = 20
-SPLIT_NAMES = ("training", "validation")
-Place = tuple[str, int]  # training or validation, and the number of the image in it
+Place = tuple[str, int]  # training, validation or test, and the number of the image in it
+Pairs = Sequence[tuple[Place, Place]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Inspection:
         splits: the images that were inspected.
         bad: the reason for each image that cannot be used.
         warnings: the warning of the JPEG library for each image that has one (with `strict`).
-        leaks: pairs of images with the same pixels, one in training and one in validation.
+        leaking: pairs of images with the same pixels in two splits, the one nearer to training first.
         contradictions: pairs of images with the same pixels and different labels.
         num_repeated: training images with the pixels of an earlier one.
         empty_classes: classes of which no training image can be used.
@@ -49,7 +50,7 @@ class Inspection:
     splits: Splits
     bad: Mapping[str, str]
     warnings: Mapping[str, str]
-    leaks: tuple[tuple[str, str], ...]
+    leaking: tuple[tuple[Place, Place], ...]
     contradictions: tuple[tuple[str, str], ...]
     num_repeated: int
     empty_classes: tuple[str, ...] = ()
@@ -63,32 +64,41 @@ class Inspection:
     @property
     def healthy(self) -> bool:
         """Whether there is no bad image, no warning and no leak."""
-        return not (self.bad or self.warnings or self.leaks)
+        return not (self.bad or self.warnings or self.leaking)
 
     def __str__(self) -> str:
         return self.describe()
 
     def name(self, place: Place) -> str:
         """The name of an image."""
-        return getattr(self.splits, place[0]).describe(place[1])
+        return self.splits.parts[place[0]].describe(place[1])
 
     def rows(self) -> list[Place]:
-        """The images for a clean table, in order: all that can be used but copies, training images that validation has
-        too or nearly, and copies under different labels."""
-        places = [(split, index) for split in SPLIT_NAMES for index in range(len(getattr(self.splits, split)))]
+        """The images for a clean table, in order: all that can be used but copies, images that a split further from
+        training has too or nearly, and copies under different labels."""
+        places = [(split, index) for split, part in self.splits.parts.items() for index in range(len(part))]
         return [place for place in places if place not in self.left_out]
 
     @property
+    def leaks(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of images with the same pixels in two splits, the one nearer to training first."""
+        return self._named(self.leaking)
+
+    @property
     def near_leaks(self) -> tuple[tuple[str, str], ...]:
-        """Pairs that are nearly the same, one in training and one in validation."""
-        return self._named([pair for pair in self.near if pair[0][0] != pair[1][0]])
+        """Pairs that are nearly the same, in two splits, the one nearer to training first."""
+        return self._named(self._near_leaking)
+
+    @property
+    def _near_leaking(self) -> Pairs:
+        return [pair for pair in self.near if pair[0][0] != pair[1][0]]
 
     @property
     def near_contradictions(self) -> tuple[tuple[str, str], ...]:
         """Pairs that are nearly the same and have different labels."""
         return self._named([pair for pair in self.near if not _same_label(self.splits, *pair)])
 
-    def _named(self, pairs: Sequence[tuple[Place, Place]]) -> tuple[tuple[str, str], ...]:
+    def _named(self, pairs: Pairs) -> tuple[tuple[str, str], ...]:
         return tuple((self.name(one), self.name(other)) for one, other in pairs)
 
     def describe(self) -> str:
@@ -99,14 +109,16 @@ class Inspection:
         if self.bad:
             lines.append(self._consequence())
         lines += _section("decoded with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
-        lines += _section("of validation found in training too", _equations(self.leaks))
-        lines += _section("of validation nearly the same as one of training", _equations(self.near_leaks))
-        if self.leaks or self.near_leaks:
+        for pairs, what in ((self.leaking, "found in {} too"), (self._near_leaking, "nearly the same as one of {}")):
+            for split, other in itertools.combinations(self.splits.parts, 2):
+                those = self._named([pair for pair in pairs if (pair[0][0], pair[1][0]) == (split, other)])
+                lines += _section(f"of {other} {what.format(split)}", _equations(those))
+        if self.leaking or self.near_leaks:
             lines.append(
                 "  a new training keeps copies with one label on one side, among up to 20,000 images"
                 if self.splits.by_name
-                else "  training uses them as they are, and the figures on validation are then too high; --write FILE "
-                "leaves them out of training"
+                else "  training uses them as they are, and the figures on held-out images are then too high; --write "
+                "FILE leaves each in one split, the test if that has it, else validation"
             )
         lines += _section("with a duplicate of another label", _equations(self.contradictions))
         lines += _section("nearly the same as one of another label", _equations(self.near_contradictions))
@@ -132,7 +144,7 @@ class Inspection:
         return {
             "data": self.splits.name,
             "healthy": self.healthy,
-            "images": {split: len(getattr(self.splits, split)) for split in SPLIT_NAMES},
+            "images": {split: len(part) for split, part in self.splits.parts.items()},
             "classes": list(self.splits.classes),
             "training_images": dict(zip(self.splits.classes, map(int, self.splits.training.class_counts), strict=True)),
             "notes": list(self.splits.notes),
@@ -161,7 +173,7 @@ class Inspection:
 
 @report_wait("reading every image")
 def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
-    """Decode every image of both splits and compare their pixels.
+    """Decode every image of all splits and compare their pixels.
 
     Args:
         source: a source as `open_dataset` takes it, or splits.
@@ -179,14 +191,13 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     left_out: dict[Place, str] = {}
     first_seen: dict[bytes, Place] = {}
     first_of_split: dict[tuple[str, bytes], Place] = {}
-    leaks, contradictions, conflicting = [], [], set()
+    leaking, contradictions, conflicting = [], [], set()
     num_repeated = 0
     learned: set[int] = set()  # classes of the training images that can be used
     measured: list[Place] = []  # the images that can be used, and what was measured of them
     properties, sizes, gray = [], [], True
     distinct: list[tuple[Place, bytes, Fingerprint]] = []  # of each split
-    for split in SPLIT_NAMES:
-        dataset = getattr(splits, split)
+    for split, dataset in splits.parts.items():
         for index, found in _measure(dataset, bad, warnings, strict):
             place = split, index
             if found is None:
@@ -205,15 +216,15 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
                 distinct.append((place, found.digest, found.fingerprint))
             if first == place:
                 continue
-            pair = getattr(splits, first[0]).describe(first[1]), dataset.describe(index)
             num_repeated += split == "training"
-            if first[0] != split:
-                leaks.append(pair)
-                left_out[first] = "in validation too"
+            for other in splits.parts:
+                if other != split and (there := first_of_split.get((other, found.digest))):
+                    leaking.append((there, place))
+                    left_out[there] = f"in {split} too"
             if first_there != place:
                 left_out[place] = "a copy"
             if not _same_label(splits, first, place):
-                contradictions.append(pair)
+                contradictions.append((splits.parts[first[0]].describe(first[1]), dataset.describe(index)))
                 conflicting |= {first, place}
     left_out |= dict.fromkeys(conflicting, "a copy under another label")
     near = tuple(
@@ -221,21 +232,21 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
         for one, other in near_pairs([each for *_, each in distinct]).tolist()
         if distinct[one][1] != distinct[other][1]
     )
-    left_out |= {one: "nearly in validation too" for one, other in near if one[0] != other[0] and one not in left_out}
+    left_out |= {one: f"nearly in {other[0]} too" for one, other in near if one[0] != other[0] and one not in left_out}
     shortcuts: list[Shortcut] = []
     if measured and not splits.multilabel:
-        labels = np.array([int(getattr(splits, split).label(index)) for split, index in measured])
+        labels = np.array([int(splits.parts[split].label(index)) for split, index in measured])
         shortcuts = find_shortcuts(np.stack(properties), labels, splits.classes)
     return Inspection(
         splits,
         bad,
         warnings,
-        tuple(leaks),
+        tuple(leaking),
         tuple(contradictions),
         num_repeated,
         empty_classes=tuple(name for index, name in enumerate(splits.classes) if index not in learned),
         num_measured=sum(split == "validation" for split, _ in measured),
-        links_outside=tuple(link for split in SPLIT_NAMES for link in links_outside(getattr(splits, split))),
+        links_outside=tuple(link for part in splits.parts.values() for link in links_outside(part)),
         summary=summary_of(sizes, gray=gray, complete=True) if sizes else None,
         near=near,
         shortcuts=tuple(shortcuts),
@@ -280,7 +291,7 @@ def pixel_digest(image: Image) -> bytes:
 
 
 def _same_label(splits: Splits, one: Place, other: Place) -> bool:
-    labels = [getattr(splits, split).label(index) for split, index in (one, other)]
+    labels = [splits.parts[split].label(index) for split, index in (one, other)]
     return np.array_equal(*labels)
 
 

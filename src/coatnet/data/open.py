@@ -1,5 +1,6 @@
 """Open a data set by name, path or URL."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from coatnet.data.builtin import (
@@ -61,6 +62,9 @@ def open_dataset(
             f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
         )
     splits = divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+    if str(source) in NAMES and Path(source).exists():
+        note = f"{source} is the data set of that name; what lies here is ./{source}"
+        splits = replace(splits, notes=(*splits.notes, note))
     if "://" in str(source):  # no image is fetched to open a data set
         return splits
     return splits.with_scale(find_scale(splits.training if len(splits.training) else splits.validation))

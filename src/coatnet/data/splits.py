@@ -108,6 +108,12 @@ class Splits:
         return self.training.classes
 
     @property
+    def parts(self) -> dict[str, Dataset]:
+        """The datasets by name, `training` and `validation`, and `test` where there is one."""
+        parts = {"training": self.training, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
     def multilabel(self) -> bool:
         """Whether an image may have several labels."""
         return self.training.multilabel
@@ -130,11 +136,7 @@ class Splits:
 
     def with_scale(self, scale: Scale | None) -> "Splits":
         """The same images, read as levels of a scale, or as 8-bit RGB without one."""
-        parts = {
-            name: with_scale(part, scale)
-            for name in ("training", "validation", "test")
-            if (part := getattr(self, name)) is not None
-        }
+        parts = {name: with_scale(part, scale) for name, part in self.parts.items()}
         return self if all(getattr(self, name) is part for name, part in parts.items()) else replace(self, **parts)
 
     @property

@@ -103,6 +103,8 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     splits = splits.with_scale(config.preprocessing.scale)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
+        description = f"{splits.describe()}\n{trainer.describe()}"
+        trainer.head_first.steps = 0  # steps of the classifier alone would stand for the longer ones
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(trainer.cores.threads)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
@@ -137,7 +139,7 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return DryRun(
         config,
-        f"{splits.describe()}\n{trainer.describe()}",
+        description,
         config.batch_size * len(counted_steps) / sum(counted_steps),
         duration.total_steps,
         min(config.epochs, duration.total_steps * config.batch_size / len(splits.training)),

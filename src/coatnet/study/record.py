@@ -95,7 +95,7 @@ class Figures:
     """Number of training images that `train_top1` and `train_loss` were measured on."""
 
 
-Status = Literal["planned", "running", "finished", "failed"]
+Status = Literal["planned", "finished", "failed"]
 
 
 @validated

@@ -361,7 +361,7 @@ def _missing(results: Results) -> Iterator[str | Table]:
         ]
         yield f"{counted(len(failed), 'run')} failed; differences are those of the seeds that both networks finished."
         yield Table(("network", "images", "seed", "rate", "reason"), rows, (1, 2, 3))
-    waiting = [run for run in study.runs if run.status in ("planned", "running")]
+    waiting = [run for run in study.runs if run.status == "planned"]
     if waiting:
         counts = Counter((run.size, run.member) for run in waiting)
         rows = [(f"{size:,}", member, str(counts[size, member])) for size in study.sizes for member in results.members

@@ -279,6 +279,16 @@ class Teacher:
             dist.all_reduce(gradient)
             gradient /= processes.world_size
 
+    def check_projection(self, stored: Mapping[str, Tensor]) -> None:
+        """Raise UserError if the projection of a checkpoint leads to features of another width than this teacher's."""
+        if self._projection is not None and PROJECTION in stored:
+            (began, _), (now, _) = stored[PROJECTION].shape, self._projection.shape
+            if began != now:
+                raise UserError(
+                    f"the run began with a teacher of {began} features, which it learns to follow, and this one has "
+                    f"{now}: give the one that it began with, or begin a new run"
+                )
+
     def tensors(self) -> Mapping[str, Tensor]:
         """What a step changes here, by name."""
         return {} if self._projection is None else {PROJECTION: self._projection}

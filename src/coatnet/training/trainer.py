@@ -594,6 +594,8 @@ class Trainer:
         path = self.processes.broadcast(checkpoint.path if checkpoint else None)
         if path is not None:
             checkpoint = checkpoint or open_checkpoint(path)
+            if self.teacher is not None:
+                self.teacher.check_projection(checkpoint.tensors)
             self.restore(checkpoint)
             position = checkpoint.state["position"]
             self.state = TrainState(

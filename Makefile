@@ -20,12 +20,13 @@ OLDEST_PYTHON ?= python3.11
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-docs test-slow test-faults test-gpu fuzz test-oldest check format bench docs release-check clean
+.PHONY: help install demo test test-slow test-docs test-nightly test-faults test-gpu fuzz test-oldest check format bench docs release-check clean
 
 help:
 	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
-	@echo 'make test           the tests (make test-docs: the programs of the documentation and the examples;'
-	@echo '                    make test-slow: those that train for minutes;'
+	@echo 'make test           the tests (make test-slow: those of more than some ten seconds;'
+	@echo '                    make test-docs: the programs of the documentation and the examples;'
+	@echo '                    make test-nightly: those of minutes, and of large optional packages;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
 	@echo 'make test-gpu       what a GPU computes beside a CPU, on a machine that has one'
@@ -74,13 +75,16 @@ demo: $(INSTALLED)
 	@echo '  rm -r $(DEMO) && make demo                                   the demo from nothing'
 
 test: $(INSTALLED)
-	@$(PYTEST) -m 'not slow and not docs' $(PYTEST_ARGS)
-
-test-docs: $(INSTALLED)
-	@$(PYTEST) -m 'docs and not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow and not nightly and not docs and not faults' $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	@$(PYTEST) -m 'slow and not faults' --timeout=7200
+	@$(PYTEST) -m 'slow and not nightly' $(PYTEST_ARGS)
+
+test-docs: $(INSTALLED)
+	@$(PYTEST) -m 'docs and not nightly' $(PYTEST_ARGS)
+
+test-nightly: $(INSTALLED)
+	@$(PYTEST) -m nightly --timeout=7200
 
 # One after the other: they take times, and each uses two processes or the whole disk.
 test-faults: $(INSTALLED)
@@ -97,7 +101,7 @@ test-gpu: $(if $(filter $(PYTHON),$(GPU_PYTHON)),$(INSTALLED))
 
 # Warnings of the dependencies about each other and about Python are no errors here: they would not be mended any more.
 test-oldest: .venv-oldest/.installed
-	@OMP_NUM_THREADS=1 $(OLDEST) -m pytest -o filterwarnings=default -m 'not slow and not faults' $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(OLDEST) -m pytest -o filterwarnings=default -m 'not nightly and not faults' $(PYTEST_ARGS)
 
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	@$(OLDEST_PYTHON) -m venv --clear .venv-oldest

@@ -18,7 +18,7 @@ class Block:
 
     The `python` blocks of a page run one after the other; of `sh` blocks only the options are parsed. `python no-run`
     needs a network, a server or hours: it is compiled. `sh run` really runs, in its place among the Python blocks.
-    `slow` leaves either to `make test-slow`.
+    `nightly` leaves either to `make test-nightly`.
     """
 
     language: str

@@ -48,11 +48,11 @@ PRINTED = {
 # Their blocks are those of another page, which a test compares and another runs.
 SAME_AS = {"README.zh.md": "README.md", "docs/tutorial.md": "examples/tutorial.ipynb"}
 RUNNABLE = [
-    pytest.param(page, slow, id=page_name(page) + " slow" * slow, marks=[pytest.mark.slow] * slow)
+    pytest.param(page, nightly, id=page_name(page) + " nightly" * nightly, marks=[pytest.mark.nightly] * nightly)
     for page in PAGES
-    for slow in (False, True)
+    for nightly in (False, True)
     if page_name(page) not in SAME_AS
-    and any(block.runs and ("slow" in block.words) == slow for block in blocks(page, "python", "sh"))
+    and any(block.runs and ("nightly" in block.words) == nightly for block in blocks(page, "python", "sh"))
 ]
 CALLS = [
     pytest.param(program, arguments, id=f"{page_name(page)}:{block.line} {' '.join(arguments)}")
@@ -121,9 +121,9 @@ def given(page: str, desk: Path, clothes: Path, two_classes: Path) -> Iterator[C
 
 @pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # of the programs that open an export
-@pytest.mark.parametrize(("page", "slow"), RUNNABLE)
+@pytest.mark.parametrize(("page", "nightly"), RUNNABLE)
 def test_the_python_of_a_page_runs_from_top_to_bottom(
-    page: Path, slow: bool, desk: Path, clothes_bundle: Path, folder_bundle: Path, capsys: pytest.CaptureFixture[str]
+    page: Path, nightly: bool, desk: Path, clothes_bundle: Path, folder_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     with given(page_name(page), desk, clothes_bundle, folder_bundle) as adapted:
@@ -131,10 +131,10 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
             place = f"{page_name(page)}, line {block.line}"
             if block.language == "python":
                 code = compile("\n" * block.line + adapted(block.text), page_name(page), "exec")
-                if block.runs and (slow or "slow" not in block.words):
+                if block.runs and (nightly or "nightly" not in block.words):
                     exec(code, names)
                     check_export(names)
-            elif block.runs and (slow or "slow" not in block.words):
+            elif block.runs and (nightly or "nightly" not in block.words):
                 for arguments in programs(block.text, "coatnet"):
                     assert main(arguments) == 0, place
     printed = capsys.readouterr().out

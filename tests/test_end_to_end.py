@@ -12,6 +12,7 @@ import coatnet
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_digits_are_learned_measured_and_kept(tmp_path: Path) -> None:
     run = tmp_path / "run"
     report = coatnet.train(coatnet.Recipe(data="digits", epochs=6, batch_size=32), run)
@@ -25,7 +26,7 @@ def test_digits_are_learned_measured_and_kept(tmp_path: Path) -> None:
     assert {"recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "bundle"} <= left
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_reaches_88_percent_and_knows_three_images(tmp_path: Path) -> None:
     everyones = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = ["make", "demo", f"DEMO={tmp_path / 'run'}"]

@@ -48,7 +48,7 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.docs
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "in_the_browser.py")) for name in PRINTED]
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "in_the_browser.py")) for name in PRINTED]
 )
 def test_the_example_runs(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     if name in NEEDED:
@@ -71,7 +71,7 @@ def test_the_notebook_has_the_code_of_the_tutorial() -> None:
 
 @pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # the notebook leaves connections to be closed at its end
-@pytest.mark.parametrize(("epochs", "images"), [(1, 40), pytest.param(5, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("epochs", "images"), [(1, 40), pytest.param(5, 200, marks=pytest.mark.nightly)])
 def test_the_notebook_runs(
     epochs: int, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,7 @@ ELSEWHERE = {"serve", "push"}  # below
 WITHOUT_BUNDLE = {"models", "plan", "pack", "study"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_command_that_takes_a_bundle_takes_an_extended_one(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,7 +107,7 @@ def test_every_command_that_takes_a_bundle_takes_an_extended_one(
     assert coatnet.load("averaged").classes == classes and coatnet.load("calibrated").calibration is not None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_is_served_and_published(place: Path, tmp_path: Path) -> None:
     image = place / "one.png"
     (expected,) = coatnet.Predictor(place / "ten", "torch", "fp32")(image, top_k=5)
@@ -138,7 +138,7 @@ def test_it_is_served_and_published(place: Path, tmp_path: Path) -> None:
     assert tuple(json.loads(done.stdout)["probabilities"]) == expected.classes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1200)  # AOTInductor compiles for minutes
 @pytest.mark.parametrize("name", ["ten", "few"])
 @pytest.mark.parametrize("kind", FORMATS)

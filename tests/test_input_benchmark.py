@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_input_runs_beside_its_peers() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "input.py"), "--smoke"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

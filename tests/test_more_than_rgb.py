@@ -80,6 +80,7 @@ def test_all_ways_to_ask_give_one_answer(run: Path, folder: Path, capsys: pytest
     assert "12 channels, values from 0 to 4095" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_onnx_export_takes_the_values_of_the_files(run: Path, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -178,7 +179,7 @@ def test_images_that_are_not_square_are_seen_as_they_are(tmp_path: Path, capsys:
     assert main([*arguments, *options, "--augmentation.placement", "crop"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_twelve_bands_are_learned_and_their_colors_are_not(tmp_path: Path) -> None:
     example.make_folders(tmp_path)
     figures = {}
@@ -198,7 +199,7 @@ OTHERS = ("torch-export", "onnx", "openvino", "triton", "web", "executorch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", [*CHEAP, *(pytest.param(form, marks=pytest.mark.slow) for form in OTHERS)])
+@pytest.mark.parametrize("form", [*CHEAP, *(pytest.param(form, marks=pytest.mark.nightly) for form in OTHERS)])
 def test_every_format_gives_the_answers_of_such_a_model(
     form: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,7 @@ def test_part_of_the_garments_keeps_all_that_are_held_out_unless_fewer_are_asked
     assert np.array_equal(splits.validation.read(7)[0], whole.validation.read(7)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_runs_and_repeats_nothing(drawings: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), "--data", str(drawings), "--minutes", "0.3", "--seeds", "0"]

@@ -57,6 +57,7 @@ def images(folder: Path, classes: tuple[str, ...] = ("dark", "light"), number: i
     return folder
 
 
+@pytest.mark.slow
 def test_predict_by_hub_id_gives_the_top_class_of_timm_in_words(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     theirs = publish(hub, ID, tmp_path / "nano")
     image = next(images(tmp_path / "pictures").rglob("*.jpg"))
@@ -77,6 +78,7 @@ def test_predict_by_hub_id_gives_the_top_class_of_timm_in_words(hub: Hub, coatne
     assert json.loads(again.stdout)["probabilities"] == found
 
 
+@pytest.mark.slow
 def test_finetuning_from_a_hub_id_learns_a_folder_of_images(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     publish(hub, SMALL_ID, tmp_path / "small", num_classes=5, img_size=64)
     folder, run = images(tmp_path / "pictures"), tmp_path / "run"
@@ -94,6 +96,7 @@ def test_a_wrong_hub_id_suggests_the_nearest(coatnet: Run, tmp_path: Path) -> No
     assert "did you mean 'timm/coatnet_0_rw_224.sw_in1k'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("test_coatnet", num_classes=2, resolution=64).eval()
@@ -117,6 +120,7 @@ sys.modules["coatnet.evaluation.probe"].L2_STRENGTHS = (1e-1,)  # the search tak
 """
 
 
+@pytest.mark.slow
 def test_auto_takes_one_network_and_keeps_it_without_a_network(hub: Hub, tmp_path: Path) -> None:
     """The nano's id, with a smaller network behind it; the commands of a situation share a process."""
     publish(hub, SMALL_ID, tmp_path / "small", img_size=64)

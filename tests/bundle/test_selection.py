@@ -125,6 +125,7 @@ def folder_of_images(folder, side):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_says_so_at_its_beginning_and_not_when_it_is_resumed(tmp_path):
     data = folder_of_images(tmp_path / "images", 80)
     given = {"data": str(data), "model": "coatnet-femto-16", "resolution": 16, "batch_size": 4, "num_workers": 0}

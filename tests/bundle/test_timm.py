@@ -63,7 +63,7 @@ def test_small_networks_give_the_logits_of_timm(name: str) -> None:
     assert difference(model, ours(name, model, num_classes=37), torch.randn(2, 3, side, side)) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", TIMM_VARIANTS)
 def test_every_network_gives_the_logits_of_timm_on_64_images_and_converts_back(name: str, tmp_path, capsys) -> None:

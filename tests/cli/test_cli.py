@@ -163,6 +163,7 @@ def printed_recipe(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_what_a_training_would_take_and_writes_nothing(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--data", str(images), *QUICK, "--epochs", "1000", "--max_minutes", "0.2"]
@@ -279,6 +280,7 @@ def test_predictions_as_json_are_one_object_per_line(
     assert lines[-1]["path"] == "missing.png" and lines[-1]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file names that are not UTF-8")
 def test_a_file_name_that_is_not_utf8_is_printed(bundle: Path, images: Path, tmp_path: Path) -> None:
     shutil.copy(images / "dark" / "1.png", os.fsencode(tmp_path) + b"/\xff.png")
@@ -380,6 +382,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert run.returncode == 141 and run.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_interrupted_training_saves_and_the_same_command_resumes(images: Path, tmp_path: Path) -> None:
     command = [

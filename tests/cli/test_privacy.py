@@ -54,6 +54,7 @@ def run(capsys, code, *arguments):
     return "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_no_output_names_the_folders_of_its_user(home, tmp_path, monkeypatch, capsys):
     out, data = tmp_path / "out", home / PROJECT.decode() / "images"
     printed = run(capsys, 0, "train", "--data", data, "--out", out / "run", "--epochs=1", *TINY)
@@ -115,6 +116,7 @@ class Guarded(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_credentials_of_a_url_are_used_and_shown_nowhere(home, tmp_path, capsys):
     pytest.importorskip("aiohttp")
     pack(home / PROJECT.decode() / "images", tmp_path / "packed", num_workers=1)

@@ -201,6 +201,7 @@ def test_a_rgb_model_says_what_twelve_channels_need() -> None:
         read_pixels(tiff(BANDS, planarconfig="contig"), "a.tif")
 
 
+@pytest.mark.slow
 def test_files_that_claim_more_than_they_hold_take_no_memory() -> None:
     header = npy(np.zeros((4, 4), np.uint8))[:128].replace(b"(4, 4)", b"(9999999, 9)")
     with pytest.raises(BadImage, match=r"large: .* a side may have"):

@@ -140,6 +140,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(files):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_runs_once(files, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""
@@ -266,6 +267,7 @@ def test_the_garbage_collector_may_close_abandoned_batches_in_their_own_thread(f
     assert not failures
 
 
+@pytest.mark.slow
 def test_a_read_that_hangs_does_not_keep_an_interrupted_program(files):
     script = f"""
 import os, signal, threading, time

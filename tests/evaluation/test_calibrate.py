@@ -112,6 +112,7 @@ def test_scores_of_sets_by_hand() -> None:
     assert set_scores(many, "raps")[0].tolist() == pytest.approx([(k + 1) / 8 + 0.01 * max(0, k - 4) for k in range(8)])
 
 
+@pytest.mark.slow
 def test_calibrated_logits_are_the_networks_over_the_temperature(
     trained: Bundle, calibrated: Bundle, digits: Splits
 ) -> None:
@@ -213,6 +214,7 @@ def test_more_images_than_are_kept_are_computed_again(
     assert report == evaluate(bundle, digits) and report.figures["n"] == len(digits.validation)
 
 
+@pytest.mark.slow
 def test_classes_that_arrive_and_averages_take_one_pass_over_the_held_out_images(
     trained: Bundle, digits: Splits
 ) -> None:

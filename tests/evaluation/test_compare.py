@@ -75,6 +75,7 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert {"image": "folder/5.png", "truth": "c", "predicted": ["c", "a"]} in plain["disagreements"]
 
 
+@pytest.mark.slow
 def test_runs_of_several_labels_and_large_photographs_are_compared(tmp_path: Path, capsys) -> None:
     """Real runs: what is counted is said, no labels are called nothing, and a run without answers is measured again."""
     random = np.random.default_rng(0)

@@ -160,6 +160,7 @@ def test_data_without_a_readable_image_is_refused(bundle: Bundle, tmp_path: Path
         evaluate(bundle, tmp_path, split="all")
 
 
+@pytest.mark.slow
 def test_a_loaded_bundle_has_the_same_report(bundle: Bundle, tmp_path: Path) -> None:
     splits = open_dataset("digits")
     digits = bundle_of(splits.classes)

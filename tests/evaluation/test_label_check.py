@@ -150,6 +150,7 @@ def test_wrong_labels_of_both_splits_are_named(bundle: Bundle) -> None:
     assert "stripes[44]: light, rather dark" in found.describe()
 
 
+@pytest.mark.slow
 def test_classes_that_look_the_same_are_told(bundle: Bundle) -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(120) % 3  # of the classes 0 and 1 both are gray noise

@@ -178,6 +178,7 @@ def digits() -> Splits:
     )
 
 
+@pytest.mark.slow
 def test_a_probe_equals_its_parts_and_is_deterministic(bundle: Bundle, digits: Splits) -> None:
     report = probe(bundle, digits, k=7)
     features, labels, _ = extract_features(bundle, digits, split="training").gather()
@@ -311,6 +312,7 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     assert f"coatnet predict {tmp_path / 'out'} IMAGE" in report.to_text()
 
 
+@pytest.mark.slow
 def test_the_model_of_a_probe_is_measured_on_its_held_out_images_and_a_start(bundle, one_strength, tmp_path) -> None:
     """The model that it starts from may have held out another fraction than the usual one."""
     first = replace(bundle, record={"recipe": {"validation_fraction": 0.5}})

@@ -165,6 +165,7 @@ def test_the_report_is_accessible_and_fits_a_phone(visit: Open, hostile: Path, s
     assert (seen.page.evaluate(brightness) > 600) == (scheme == "light")
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_ten_megabytes(visit: Open, tmp_path: Path) -> None:
     names = tuple(f"{number} {'n' * 60}" for number in range(1_000))
     random = np.random.default_rng(0)

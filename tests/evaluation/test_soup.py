@@ -62,6 +62,7 @@ def weights(path):
     return coatnet.load(path).model.state_dict()
 
 
+@pytest.mark.slow
 def test_the_average_is_at_least_as_good_as_the_best_and_a_broken_model_is_left_out(folders, digits, tmp_path):
     offered = [folders[name] for name in ("broken", "one", "two")]
     made = coatnet.soup(offered, digits)
@@ -140,6 +141,7 @@ def replace_images(dataset, count):
     return type(dataset)(dataset.name, dataset.classes, dataset.images[:count], dataset.labels[:count])
 
 
+@pytest.mark.slow
 def test_models_of_other_starts_are_said_to_be_so_and_the_best_one_stays_alone(folders, digits, tmp_path, capsys):
     command = ["soup", str(folders["one"]), str(folders["other"]), "--data", "digits", "--out", str(tmp_path / "made")]
     assert main(command) == 0

@@ -15,7 +15,7 @@ from coatnet.export.executorch import reopen
 from coatnet.export.export import export_bundle
 from coatnet.export.signature import Signature
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
 
 def test_a_program_has_the_logits_of_the_bundle(clothes_bundle: Path, tmp_path: Path) -> None:

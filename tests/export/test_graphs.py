@@ -18,9 +18,10 @@ from coatnet.data.transforms import EvaluationTransform, Preprocessing, match_ch
 
 Images = dict[str, torch.Tensor]
 Opened = tuple[Callable[[NDArray], NDArray], dict[str, str]]
-SLOW = pytest.mark.slow
-GRAPHS = ["onnx", "openvino", "torch-export", pytest.param("aoti", marks=SLOW)]
-FEW = ["torch-export", *(pytest.param(name, marks=SLOW) for name in ("onnx", "openvino", "aoti"))]
+pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly
+GRAPHS = ["onnx", "openvino", "torch-export", pytest.param("aoti", marks=NIGHTLY)]
+FEW = ["torch-export", *(pytest.param(name, marks=NIGHTLY) for name in ("onnx", "openvino", "aoti"))]
 
 
 def open_export(folder: Path, format: str, given: str, made: str) -> Opened:
@@ -99,7 +100,7 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("format", ["torch-export", "onnx", "openvino"])
 def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
     colorful: Path, images: Images, tmp_path: Path, format: str
@@ -130,7 +131,7 @@ def test_with_logits_it_is_the_bare_network(colorful: Path, tmp_path: Path, form
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=SLOW)], ids=["pictures", "images"])
+@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=NIGHTLY)], ids=["pictures", "images"])
 @pytest.mark.parametrize("format", FEW)
 def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
     clothes_bundle: Path, images: Images, tmp_path: Path, format: str, logits: bool

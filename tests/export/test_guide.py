@@ -63,6 +63,7 @@ def files_of_every_kind(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_code_of_an_export_without_coatnet_answers_as_predict_does(
     desk: Path, capsys: pytest.CaptureFixture[str]
@@ -101,7 +102,7 @@ def test_the_code_of_an_export_without_coatnet_answers_as_predict_does(
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    "format", ["safetensors", *(pytest.param(name, marks=pytest.mark.slow) for name in ("timm", "onnx", "openvino"))]
+    "format", ["safetensors", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("timm", "onnx", "openvino"))]
 )
 def test_what_the_command_prints_names_the_classes_of_its_example(
     desk: Path, format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -128,7 +129,7 @@ def timm_bundle(folder: Path) -> Path:
     return Bundle(model.eval(), ("a", "b", "c"), Preprocessing(resolution=64), multilabel=False).save(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_repository_of_the_guide_to_triton_is_written(desk: Path) -> None:
     (arguments,) = programs(blocks(TRITON, "sh")[0].text, "coatnet")
     assert main(arguments) == 0

@@ -65,6 +65,7 @@ def test_logits_that_are_shifted_are_found_though_their_softmax_is_the_same(clot
         require_parity(parity)
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_refused_and_nothing_is_left(
     clothes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

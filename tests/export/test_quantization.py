@@ -14,7 +14,7 @@ from coatnet.cli.main import main
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.evaluation.evaluate import evaluate
 
-pytestmark = pytest.mark.slow  # a minute: NNCF, and several conversions
+pytestmark = pytest.mark.nightly  # a minute: NNCF, and several conversions
 
 INT8 = ["--format", "openvino", "--int8", "--calibration", "fashion-mnist-small"]
 

@@ -55,7 +55,7 @@ def ask_space(space: Path, image: Path) -> tuple[dict, str]:
         app.wait(30)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_gradio_gives_the_answers_of_the_bundle(clothes_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install gradio")
@@ -67,7 +67,7 @@ def test_gradio_gives_the_answers_of_the_bundle(clothes_bundle: Path, tmp_path: 
     assert bool(note) == expected.unknown
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_gradio_takes_the_files_of_a_model_for_other_values_than_rgb(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install gradio")
@@ -85,7 +85,7 @@ def test_gradio_takes_the_files_of_a_model_for_other_values_than_rgb(tmp_path: P
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_opens_a_network_of_timm_without_remote_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

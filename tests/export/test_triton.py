@@ -12,7 +12,7 @@ from coatnet.cli.main import main
 from coatnet.data.transforms import EvaluationTransform
 
 
-@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pictures", "images"])
+@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["pictures", "images"])
 def test_the_repository_is_one_of_tritons(clothes_bundle: Path, tmp_path: Path, logits: bool, capsys) -> None:
     model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
@@ -38,7 +38,7 @@ def test_the_repository_is_one_of_tritons(clothes_bundle: Path, tmp_path: Path, 
     assert (model / "labels.txt").read_text(encoding="utf-8").splitlines() == list(bundle.classes)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_model_in_it_answers_as_the_bundle_does(clothes_bundle: Path, tmp_path: Path, images) -> None:
     out = tmp_path / "repository"
     assert main(["export", str(clothes_bundle), "--format", "triton", "--out", str(out)]) == 0

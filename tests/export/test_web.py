@@ -126,6 +126,7 @@ def shown(tab: "Page", file: Path) -> tuple[str, list[str]]:
     return tab.inner_text("#headline"), tab.locator("#predictions .class").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_the_page_answers_as_the_bundle_does_and_also_when_the_server_is_gone(
     clothes_bundle: Path, page: Path, files: list[Path], visit: "Visit"
 ) -> None:
@@ -188,7 +189,7 @@ def test_the_folder_names_all_its_files_for_offline_use_and_has_the_licenses(pag
             assert "://" not in (page / name).read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_of_16_bits_are_half_the_size_and_answer_alike(
     clothes_bundle: Path,
     page: Path,

@@ -11,7 +11,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            item.add_marker(pytest.mark.slow)  # deselected together with the slow tests
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,7 +8,17 @@ from tests.training import launching
 
 
 def passes(*chosen: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not faults", *chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not nightly and not faults",
+        *chosen,
+    ]
     ended = subprocess.run(command, cwd=launching.ROOT, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stdout[-3000:]
 

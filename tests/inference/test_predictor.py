@@ -136,6 +136,7 @@ def test_grayscale_and_color_images_are_converted_for_the_model(pixels: np.ndarr
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "torch-compiled"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_engines_compute_the_same_probabilities(engine: str, channels: int, pixels: np.ndarray) -> None:
@@ -152,6 +153,7 @@ def test_engines_compute_the_same_probabilities(engine: str, channels: int, pixe
             assert prediction.probabilities == pytest.approx(wanted.tolist(), abs=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_bf16_is_close_to_fp32_and_not_equal(engine: str, pixels: np.ndarray) -> None:
     bundle = make_bundle()
@@ -165,7 +167,7 @@ def test_bf16_is_close_to_fp32_and_not_equal(engine: str, pixels: np.ndarray) ->
         assert found.dtype == np.float32 and not np.array_equal(found, expected(bundle, pixels).numpy())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_engine_equals_eager_engine(pixels: np.ndarray) -> None:
     bundle = make_bundle()
     eager, compiled = (Predictor(bundle, engine, "fp32") for engine in ("torch", "torch-compiled"))
@@ -272,6 +274,7 @@ def graphs(cache: Path) -> list[Path]:
     return [path for path in (cache / "graphs").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_cached_graph_is_used_for_equal_weights_only(own_cache: Path, pixels: np.ndarray) -> None:
     pytest.importorskip("openvino")
     bundle = make_bundle()
@@ -288,7 +291,7 @@ def test_a_cached_graph_is_used_for_equal_weights_only(own_cache: Path, pixels: 
     assert changed[0].probabilities == pytest.approx(sorted(expected(bundle, pixels).tolist())[::-1], abs=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cached_graph_may_have_its_weights_in_another_file(
     own_cache: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

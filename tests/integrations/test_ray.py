@@ -9,7 +9,7 @@ from tests.integrations.predictions import expected_rows, image_folder, same_ans
 from coatnet.errors import UserError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'coatnet[ray]'")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", autouse=True)

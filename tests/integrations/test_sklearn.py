@@ -37,6 +37,7 @@ def fitted(garments: tuple[NDArray[np.uint8], NDArray[np.str_]]) -> CoAtNetClass
     return CoAtNetClassifier(epochs=6, **TINY).fit(*garments)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_gives_probabilities(fitted: CoAtNetClassifier, garments: Any) -> None:
     images, labels = garments
     assert fitted.score(images, labels) > 0.9
@@ -47,7 +48,7 @@ def test_a_classifier_learns_and_gives_probabilities(fitted: CoAtNetClassifier, 
     assert fitted.report_.figures["n"] >= 8
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_seed_gives_the_same_model(garments: Any) -> None:
     images, labels = garments
     one, other = (CoAtNetClassifier(epochs=1, **TINY).fit(images, labels).predict_proba(images[:4]) for _ in range(2))
@@ -88,7 +89,7 @@ def test_features_feed_any_estimator(fitted: CoAtNetClassifier, garments: Any, t
     assert table.shape == (3, len(features.get_feature_names_out())) and table.dtype == np.float32
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_grid_search_over_a_field(garments: Any) -> None:
     search = GridSearchCV(CoAtNetClassifier(**TINY), {"epochs": [0.1, 4]}, cv=2)
     search.fit(*garments)
@@ -152,7 +153,7 @@ class RowClassifier(RowsAsImages, CoAtNetClassifier):
     """The classifier for rows."""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_the_checks_of_scikit_learn() -> None:
     estimator = RowClassifier("coatnet-femto-16", resolution=16, epochs=0.5, recipe={"num_workers": 0})

@@ -11,7 +11,7 @@ from tests.integrations.predictions import expected_rows, image_folder, same_ans
 
 pytest.importorskip("pyspark", reason="Spark is not installed: pip install 'coatnet[spark]'")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java: apt-get install default-jre-headless"),
 ]

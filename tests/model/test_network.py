@@ -88,6 +88,7 @@ def test_every_variation_learns_a_batch_and_compiles_to_the_same_without_a_graph
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variations", [{}, {"attention": "local", "window": 3}], ids=named)
 def test_a_compiled_training_step_has_no_graph_break_and_gives_the_eager_gradients(variations):
     torch.compiler.reset()
@@ -101,7 +102,7 @@ def test_a_compiled_training_step_has_no_graph_break_and_gives_the_eager_gradien
         torch.testing.assert_close(parameter.grad, eager[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("variations", VARIATIONS, ids=named)
 def test_inductor_gives_what_eager_gives(variations):

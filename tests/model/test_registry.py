@@ -54,7 +54,7 @@ def test_the_embedded_costs_are_of_every_variant_and_have_its_parameters():
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in COUNTED_QUICKLY else pytest.param(name, marks=pytest.mark.slow)  # all take half a minute
+        name if name in COUNTED_QUICKLY else pytest.param(name, marks=pytest.mark.nightly)  # all take half a minute
         for name in list_variants()
     ],
 )

@@ -12,6 +12,7 @@ from coatnet.errors import UserError
 from coatnet.planning.cluster_plan import plan_training, recipe_for
 
 
+@pytest.mark.slow
 @needs_shards_on_cpus
 def test_coatnet_7_fits_on_256_gpus_of_80_gb():
     plan = plan_training("coatnet-7", gpus=256, gpu_memory=80, num_images=3_000_000_000, resolution=512)
@@ -31,6 +32,7 @@ def test_coatnet_7_fits_on_256_gpus_of_80_gb():
     assert "the paper is silent" in plan.describe()
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_the_paper_is_given_for_its_own_recipe_only():
     given = {"gpus": 8, "gpu_memory": 80}
     assert "the paper reports 81.60% top-1" in plan_training("coatnet-0", **given).describe()
@@ -38,14 +40,14 @@ def test_the_accuracy_of_the_paper_is_given_for_its_own_recipe_only():
         assert "the paper" not in plan_training("coatnet-0", **given, **change).describe()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_networks_of_the_jft_results_are_distinguished():
     given = {"gpus": 8, "gpu_memory": 80, "recipe": "jft-to-1k-384"}
     assert "--variations.downsample depthwise" in plan_training("coatnet-3", **given).describe()
     assert "depthwise" not in plan_training("coatnet-4", **given).describe()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_shards_on_cpus
 def test_a_batch_size_that_cannot_be_sharded_comes_with_one_that_can():
     given = {"gpus": 3, "gpus_per_node": 3, "gpu_memory": 200, "resolution": 64, "recipe": "jft-3b"}
@@ -65,6 +67,7 @@ def test_days_are_the_operations_divided_by_their_rate():
     assert plan.days == pytest.approx(operations / (8 * 0.4 * 989e12) / 86_400, rel=0.02)
 
 
+@pytest.mark.slow
 def test_with_less_memory_there_are_more_passes_then_recomputation():
     given = {"gpus": 1, "batch_size": 16, "resolution": 128}
     whole = plan_training("coatnet-femto", gpu_memory=16, **given).layout
@@ -118,7 +121,7 @@ def test_the_printed_plan_ends_with_the_command(launcher, capsys):
         ({"gpu": "H10"}, "did you mean 'H100'"),
         ({"mfu": 30}, "mfu is a share between 0 and 1"),
         ({"batch_size": 4}, "batch-size 4 is below the number of GPUs"),
-        ({"gpu_memory": 0.02, "gpus": 1, "batch_size": 2}, "GB of each GPU"),
+        pytest.param({"gpu_memory": 0.02, "gpus": 1, "batch_size": 2}, "GB of each GPU", marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value),
 )

@@ -24,6 +24,7 @@ def recipe_of(model: str, resolution: int, batch_size: int, **changes) -> Traini
     return plan_memory.recipe_of(model, resolution, batch_size, **{"parallelism": "ddp", **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", plan_memory.RECIPES, ids=lambda recipe: recipe.model)
 def test_simulated_memory_equals_that_of_a_real_step(recipe):
     (found,) = plan_memory.compare([recipe])
@@ -34,7 +35,7 @@ def test_simulated_memory_equals_that_of_a_real_step(recipe):
 
 
 @needs_shards_on_cpus
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_simulated_memory_of_shards_equals_that_of_a_real_process_of_two():
     program = [str(Path(plan_memory.__file__)), "coatnet-femto-64", "coatnet-femto"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -64,6 +65,7 @@ def test_muon_holds_one_number_for_a_weight_of_a_matrix():
     assert cost.memory.optimizer == pytest.approx(4 * numbers, rel=0.01)
 
 
+@pytest.mark.slow
 @needs_shards_on_cpus
 @pytest.mark.parametrize(("parallelism", "shards"), [("fsdp", 16), ("hsdp", 8)])
 def test_a_shard_holds_its_part_of_the_state(parallelism, shards):
@@ -79,6 +81,7 @@ def test_a_step_has_three_times_the_macs_of_the_forward_pass():
     assert cost.macs / 4 == pytest.approx(3 * complexity("coatnet-0", 224).macs, rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputation_takes_less_memory_and_more_macs():
     none, some, everything = (
         simulate_step(
@@ -93,6 +96,7 @@ def test_recomputation_takes_less_memory_and_more_macs():
     assert none.macs < some.macs < everything.macs <= 4 / 3 * none.macs
 
 
+@pytest.mark.slow
 def test_micro_batches_take_less_memory_and_the_same_macs():
     whole = simulate_step(recipe_of("coatnet-femto", 96, 8), num_classes=10, images_per_gpu=8, processes=ONE)
     parts = simulate_step(

@@ -62,6 +62,7 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
     assert twice.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_time_that_is_too_short_and_a_run_without_a_search_are_refused(tmp_path: Path) -> None:
     recipe = Recipe(data="digits", **SMALL)
     with pytest.raises(UserError, match=r"too short: .* give at least"):
@@ -151,7 +153,7 @@ def test_a_time_that_is_too_short_and_a_run_without_a_search_are_refused(tmp_pat
         tune(recipe, tmp_path / "run", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_that_was_killed_goes_on_and_the_run_takes_its_values(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = [f"--{name}={value}" for name, value in SMALL.items()]

@@ -41,7 +41,7 @@ def test_no_input_of_the_api_breaks_the_server(server: Address) -> None:
     fuzz(server, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_input_of_the_api_breaks_the_server_in_many_tries(server: Address) -> None:
     fuzz(server, 500)
 
@@ -80,7 +80,7 @@ def mutated(source: random.Random, request: bytes) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_no_bytes_on_a_socket_break_the_server(server: Address, count: int) -> None:
     source = random.Random(0)
     for number in range(count):

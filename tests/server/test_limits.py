@@ -253,7 +253,7 @@ def test_memory_threads_and_files_stay_flat_over_many_requests() -> None:
     soak(warm=200, requests=400)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_threads_and_files_stay_flat_over_ten_thousand_requests() -> None:
     soak(warm=10_000, requests=10_000)  # the allocator's arenas grow for some 10,000 requests, then not any more
 

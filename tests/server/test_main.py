@@ -19,6 +19,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle().save(tmp_path_factory.mktemp("run") / "animals" / "bundle")
 
 
+@pytest.mark.slow
 def test_told_to_stop_under_load_it_answers_what_is_under_way_and_ends_well(bundle: Path) -> None:
     with program(str(bundle)) as (process, address), ThreadPoolExecutor(8) as clients:
         assert address.ask("GET", "/models").json[0]["name"] == "animals"
@@ -47,6 +48,7 @@ def test_told_to_stop_under_load_it_answers_what_is_under_way_and_ends_well(bund
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_interrupted_while_idle_it_ends_soon_and_well_and_keeps_its_token(bundle: Path) -> None:
     with program(f"mine={bundle}", COATNET_TOKEN="from-the-shell") as (process, address):
         assert address.ask("GET", "/models").status == 401
@@ -57,6 +59,7 @@ def test_interrupted_while_idle_it_ends_soon_and_well_and_keeps_its_token(bundle
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_told_to_stop_twice_it_ends_at_once_with_1_if_a_request_is_left(bundle: Path) -> None:
     with program(str(bundle)) as (process, address), address.socket() as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf")

@@ -20,12 +20,10 @@ def spread(counts: Sequence[int]) -> float:
     return max(counts) / min(counts) - 1
 
 
-QUICK = ("layouts", "bias", "norms", "heads")
+MARKS = {"bias": (), "norms": (), "heads": (), "layouts": pytest.mark.slow}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in QUESTIONS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name in QUESTIONS])
 def test_the_networks_of_a_question_cost_the_same(name: str) -> None:
     row = base_row(DIGITS.resolution, None, 1.0)
     question = find_question(name, row)

@@ -246,6 +246,7 @@ def test_plots_have_a_color_for_each_member_and_bands_for_several_seeds(tmp_path
     assert min(lines) > 30 and band < 50
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_in_itself_whatever_a_member_is_called(chromium: Browser, tmp_path: Path) -> None:
     study = study_of(sizes=(600,))
     hostile = dict(zip(LAYOUTS, HOSTILE, strict=False))

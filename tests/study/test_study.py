@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
     yield folder, code
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_rest_goes_on(made: tuple[Path, int]) -> None:
     folder, code = made
     study = Study.read(folder)
@@ -205,6 +206,7 @@ def plan(tmp_path: Path, question: str = "bias", *, said: list[str] | None = Non
     return open_study(Options(question, **given), tmp_path / "study", say, dry_run=True)
 
 
+@pytest.mark.slow
 def test_variations_of_the_recipe_are_those_of_all_members(tmp_path: Path) -> None:
     recipe = "recipe: {variations: {head_dim: 4, attention: post}, validation_fraction: 0.2}"
     study = plan(tmp_path, f"{{members: {{a: {{}}, b: {{variations: {{attention: pre}}}}}}, {recipe}}}", steps=1)
@@ -359,6 +361,7 @@ def test_a_damaged_study_json_is_one_line_with_the_way_out(
     assert message in error and "move it out of the folder" in error
 
 
+@pytest.mark.slow
 def test_runs_without_a_study_json_become_a_study_again(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = figures_of(copied)
     written = {path: path.stat().st_mtime_ns for path in copied.glob("runs/*/figures.json")}
@@ -380,6 +383,7 @@ def test_runs_without_a_study_json_become_a_study_again(copied: Path, capsys: py
     assert "is not the folder of a study" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_whose_figures_are_damaged_are_trained_again(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = figures_of(copied)
     first, second = sorted(copied.glob("runs/*/figures.json"))
@@ -405,6 +409,7 @@ def test_a_run_with_weights_and_damaged_figures_is_named_and_the_rest_goes_on(
     assert [run.status for run in Study.read(copied).runs] == ["failed", "finished"]
 
 
+@pytest.mark.slow
 def test_the_command_of_an_extended_study_makes_the_whole(copied: Path) -> None:
     first = Options("own.yaml", "digits", steps=3, jobs=1)
     study = open_study(replace(first, sizes=("60",), seeds=2, learning_rates=(1e-3,)), copied, print)
@@ -475,6 +480,7 @@ def test_a_refused_command_leaves_no_folder_and_weights_of_finished_runs_are_sai
     assert "2 finished runs" in warning and "new folder" in warning
 
 
+@pytest.mark.slow
 def test_a_study_without_a_folder_is_named_after_its_question(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["study", "bias", *COMMAND]) == 0

@@ -44,6 +44,7 @@ def held_out(run: Path, data: Path) -> set[str]:
     return {splits.validation.describe(index) for index in range(len(splits.validation))}
 
 
+@pytest.mark.slow
 def test_folds_are_trained_and_measured_together_before_the_model(folder: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     options = [part for name, value in RECIPE.items() for part in (f"--{name}", str(value))]
@@ -68,6 +69,7 @@ def test_folds_are_trained_and_measured_together_before_the_model(folder: Path, 
     assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_recipe_names_what_was_kept_together_and_old_runs_keep_their_split(folder: Path, tmp_path: Path) -> None:
     console = RecordingConsole()
     train(Recipe(data=str(folder), validation_fraction=0.3, **RECIPE), tmp_path / "new", console=console)

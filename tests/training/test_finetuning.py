@@ -167,6 +167,7 @@ def test_at_a_higher_resolution_the_biases_are_resampled_and_the_logits_equal_th
         torch.testing.assert_close(trainer.average.model(images), expected)
 
 
+@pytest.mark.slow
 def test_at_a_constant_rate_every_step_has_the_rate_of_the_recipe(letters, tmp_path, capsys):
     arguments = ["--init", str(letters), "--data", "digits", "--out", str(tmp_path / "run"), "--resolution", "12"]
     arguments += ["--epochs", "0.1", "--batch_size", "32", "--schedule.decay", "constant"]
@@ -272,6 +273,7 @@ def head_first(letters):
     return finetune(letters, head_first_epochs=HEAD_FIRST, freeze=["stem"], stochastic_depth=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [BORDER - 1, BORDER, BORDER + 1])
 def test_a_run_interrupted_around_the_end_of_head_first_equals_the_uninterrupted_one(
     step, uninterrupted, letters, tmp_path

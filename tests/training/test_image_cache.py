@@ -58,6 +58,7 @@ def weights(out):
     return load_file(out / "bundle" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_pixels_wherever_they_are_kept(recipe, tmp_path, monkeypatch):
     console = RecordingConsole()
     report = train(recipe, tmp_path / "whole", console=console)

@@ -72,6 +72,7 @@ def test_a_run_is_not_resumed_on_other_classes(change, message, folder, tmp_path
     assert content_of(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_images_at_another_place_and_not_with_others(folder, tmp_path):
     link, said = tmp_path / "scratch", io.StringIO()
     link.symlink_to(folder)

@@ -10,6 +10,7 @@ import sys
 import termios
 from fcntl import ioctl
 
+import pytest
 from rich.console import Console
 
 from coatnet.training import progress
@@ -38,6 +39,7 @@ def shown_on_a_terminal(command, columns=100):
     return process.wait(60), re.split(r"[\r\n]+", plain)
 
 
+@pytest.mark.slow
 def test_a_bar_shows_step_loss_rate_speed_and_time_left(tmp_path):
     code, lines = shown_on_a_terminal([*COMMAND, "--out", str(tmp_path / "run")])
     assert code == 0, "\n".join(lines)
@@ -50,6 +52,7 @@ def test_a_bar_shows_step_loss_rate_speed_and_time_left(tmp_path):
     assert max(map(len, bars)) <= 100
 
 
+@pytest.mark.slow
 def test_without_a_terminal_lines_show_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(file=io.StringIO(), force_terminal=False, soft_wrap=True)

@@ -85,6 +85,7 @@ class Recorded:
         monkeypatch.setattr(Trainer, "step", recording)
 
 
+@pytest.mark.slow
 def test_a_run_grows_and_its_weights_are_those_of_full_size(tmp_path, monkeypatch):
     recorded = Recorded(monkeypatch)
     report = train(recipe(), tmp_path / "run")
@@ -94,6 +95,7 @@ def test_a_run_grows_and_its_weights_are_those_of_full_size(tmp_path, monkeypatc
     assert json.loads((tmp_path / "run/report.json").read_text())["figures"]["top1"] == report.figures["top1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_among_small_images_goes_on_alike(tmp_path, monkeypatch):
     train(recipe(), tmp_path / "whole")
     recorded, step = Recorded(monkeypatch), Trainer.step

@@ -62,6 +62,7 @@ def whole(tmp_path_factory):
     return out, train(EVERYTHING, out, console=RecordingConsole())
 
 
+@pytest.mark.slow
 def test_the_last_held_out_loss_in_the_log_is_that_of_the_network_as_all_before(whole):
     out, report = whole
     last, own = log(out)[-1], coatnet.evaluate(coatnet.load(out / "bundle").uncalibrated(), "digits").figures
@@ -83,6 +84,7 @@ def test_resumed_run_equals_uninterrupted_run(number, whole, tmp_path, monkeypat
     assert_same_run(out, tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_between_two_log_lines_writes_the_same_log(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "LOGS_PER_RUN", 2)
     train(EVERYTHING, tmp_path / "whole", console=RecordingConsole())
@@ -92,12 +94,14 @@ def test_a_run_interrupted_between_two_log_lines_writes_the_same_log(tmp_path, m
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_run_repeats_it(whole, tmp_path):
     out, report = whole
     assert train(Recipe.from_yaml(out / "recipe.yaml"), tmp_path / "again", console=RecordingConsole()) == report
     assert_same_run(out, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_result(whole, tmp_path):
     """`kill -9` twice, with a checkpoint after every step, so that many kills fall into a save."""
     out, _ = whole
@@ -129,6 +133,7 @@ def log_lines(out):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
     report = train(BRIEF, tmp_path / "run", console=RecordingConsole())
     console = RecordingConsole()
@@ -138,6 +143,7 @@ def test_a_finished_run_says_so_and_more_epochs_extend_it(tmp_path):
     assert log(tmp_path / "run")[-1]["step"] == 11
 
 
+@pytest.mark.slow
 def test_an_extension_that_was_interrupted_is_resumed(tmp_path):
     train(BRIEF, tmp_path / "run", console=RecordingConsole())
     longer = replace(BRIEF, epochs=0.2, evaluate_every=0.02)
@@ -162,6 +168,7 @@ def test_a_disk_that_refuses_the_best_weights_ends_no_training(tmp_path, monkeyp
     assert "warning: No space left on device; training goes on" in console.text and (tmp_path / "run/bundle").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_finished_and_leaves_nothing_behind(tmp_path):
     train(BRIEF, tmp_path / "run", console=RecordingConsole())
     shutil.rmtree(tmp_path / "run" / "bundle")  # as where death came before it
@@ -223,6 +230,7 @@ def test_a_user_error_leaves_no_folder(changes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_folder_holds_the_documented_files(whole):
     out, report = whole
     for name in ("recipe.yaml", "metrics.jsonl", "curves.png", "confusion.png", "report.md", "report.json"):
@@ -264,6 +272,7 @@ def test_by_default_bad_images_are_told_and_end_no_run(tmp_path):
     assert "of 18 images cannot be used so far, such as " in console.text
 
 
+@pytest.mark.slow
 def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
     console = RecordingConsole()
     report = train(Recipe(data="digits", max_minutes=0.2), tmp_path / "run", console=console)
@@ -282,6 +291,7 @@ def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
     assert " epochs in 0." in console.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_values_that_were_chosen_for_its_limit(tmp_path):
     recipe = Recipe(data="digits", model="coatnet-femto-16", max_minutes=0.1)
     train(recipe, tmp_path / "run")
@@ -299,6 +309,7 @@ def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path)
     assert evaluations[-1]["step"] < 100
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(whole, tmp_path):
     out, _ = whole
     recipe = Recipe(name="finetune", data="digits", init=str(out / "bundle"), epochs=0.05)
@@ -316,6 +327,7 @@ def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(wh
         assert torch.equal(value, start.model.state_dict()[name]), name  # the same classes keep their classifier
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path, monkeypatch):
     from coatnet.training import checkpoint
 

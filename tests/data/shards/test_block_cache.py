@@ -129,12 +129,14 @@ def readers(tmp_path: Path, limit: int, rounds: int, count: int = 3) -> list[sub
     ]
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache_fetch_each_block_once(tmp_path):
     processes = readers(tmp_path, limit=1_000_000, rounds=3)
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     assert sorted((tmp_path / "log").read_text().split()) == [f"block{number:03d}" for number in range(30)]
 
 
+@pytest.mark.slow
 def test_a_small_cache_of_several_processes_stays_within_its_limit(tmp_path):
     processes = readers(tmp_path, limit=80_000, rounds=10)
     seen = []

@@ -62,6 +62,7 @@ def is_running(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_killed_packing_is_not_opened_and_continues_to_the_same_bytes(slow_folder, tmp_path):
     out, staged = tmp_path / "packed", tmp_path / ".packed.packing"
@@ -110,6 +111,7 @@ def test_two_packings_into_one_folder_do_not_mix(make_folder, tmp_path):
         pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "packed", num_workers=1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_same_command_continues(slow_folder, tmp_path):
     out = tmp_path / "packed"
 

@@ -129,12 +129,14 @@ def read_in_processes(dataset, seeds) -> None:
     assert [reader.wait(60) for reader in readers] == [0] * len(readers)
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_a_cache_fetch_each_block_once(server):
     read_in_processes(open_dataset(server.url).training, (1, 2))
     ranges = server.ranges(".tar")
     assert len(ranges) == len(set(ranges)) > 20
 
 
+@pytest.mark.slow
 def test_a_small_cache_stays_within_its_limit_and_reads_are_right(server, surroundings, monkeypatch):
     monkeypatch.setenv("COATNET_CACHE_SIZE", "40KB")
     read_in_processes(open_dataset(server.url).training, (1, 2))

@@ -221,6 +221,7 @@ def test_labels_of_more_classes_than_there_may_be_are_one_line(root, label):
     assert "label" in one_line(root) or "it must be from 1 to 999,999" in one_line(root)
 
 
+@pytest.mark.slow
 def test_several_of_many_labels_take_one_bit_each(root):
     for name in ("train", "val"):
         write_tar(root / f"{name}-0.tar", [(f"{name}.png", image(0)), (f"{name}.json", b"[3, 999999, 3]")])

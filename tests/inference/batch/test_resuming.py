@@ -26,7 +26,7 @@ def run_killed(bundle: Path, images: Path, folder: Path, *how: str) -> dict:
     return json.loads(run.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_resumes_after_a_kill_before_any_write(bundle: Path, images: Path, tmp_path: Path) -> None:
     found = run_killed(bundle, images, tmp_path, "every")
@@ -34,8 +34,9 @@ def test_resumes_after_a_kill_before_any_write(bundle: Path, images: Path, tmp_p
     assert found["killed"] == found["files"] - 1 >= 15  # plan, three parts and the file: three steps each
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("kills", [8, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(150, marks=pytest.mark.nightly)])
 def test_resumes_after_random_kills_with_any_number_of_processes(
     bundle: Path, images: Path, tmp_path: Path, kills: int
 ) -> None:
@@ -60,6 +61,7 @@ def many(images: Path, tmp_path: Path) -> Callable[[int], Path]:
     return many
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_parts_among_processes(bundle: Path, many: Callable[[int], Path], tmp_path: Path) -> None:
     both, alone, source = tmp_path / "both.parquet", tmp_path / "alone.parquet", many(300)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatnet"]
@@ -72,6 +74,7 @@ def test_torchrun_shares_the_parts_among_processes(bundle: Path, many: Callable[
     assert parquet.read_table(both)["label"].to_pylist() == [str(number) for number in range(300)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_and_the_same_command_resumes(
@@ -117,7 +120,7 @@ def test_a_second_process_with_the_same_work_is_refused(
     assert "another process is predicting" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_images(bundle: Path, many: Callable[[int], Path], tmp_path: Path) -> None:
     measure = "import resource, sys; from coatnet.cli.main import main; code = main(sys.argv[1:])"
     measure += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"

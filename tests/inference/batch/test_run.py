@@ -121,6 +121,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_shards_are_read_in_order_from_disk_and_from_a_url(
     predictor: Predictor, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def inside(visit: Open, guarded: Server) -> Visit:
     return seen
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for_until_it_is_right(visit: Open, guarded: Server) -> None:
     seen = visit(guarded)
     seen.expected = ("status of 401",)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Route, expect
 from tests.server.page.serving import Server, draw
 from tests.server.page.visiting import Visit
@@ -51,6 +52,7 @@ def test_a_file_that_went_away_is_told_from_a_server_that_went_away(
     expect(seen.see("#banner")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_images_wait_for_a_server_that_is_gone(visit: Open, server: Server, images: list[Path]) -> None:
     best = server.answer(images[0])[0]["class"]
     seen = visit(server)

@@ -69,7 +69,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass():
     assert kept["none"] > kept["transformer"] > kept["all"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_blocks_learn_as_plain_ones():
     plain = network()
     compiled = copy.deepcopy(plain)

@@ -21,6 +21,7 @@ from coatnet.training.distributed.processes import Processes
 from coatnet.training.interruption import Interrupted
 from coatnet.training.trainer import train
 
+pytestmark = pytest.mark.slow
 TIMES = ("seconds", "images_per_second")
 
 

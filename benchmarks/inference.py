@@ -58,7 +58,7 @@ def main() -> None:
         if "int8" in arguments.precision:
             works["coatnet openvino int8"] = in_int8(bundle, images)
         logits = {name: work() for name, work in works.items()}
-        seconds = median_milliseconds(works, arguments.rounds)
+        seconds = seconds_of_rounds(works, arguments.rounds)
         rates = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
         rates["int8"] = rates["bf16"]
         table = Table(
@@ -164,7 +164,7 @@ def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Pr
     return works
 
 
-def median_milliseconds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+def seconds_of_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     """Seconds of each counted round of each contender, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for index in range(WARMING_ROUNDS + rounds):

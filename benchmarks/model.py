@@ -46,7 +46,7 @@ def main() -> None:
         ours, timms = contenders(arguments, mode)
         run = inference if task == "inference" else training
         works = [run(network, images, DTYPES[dtype]) for network in (ours, timms)]
-        seconds = median_milliseconds(works, arguments.rounds)
+        seconds = seconds_of_rounds(works, arguments.rounds)
         ratios = sorted(theirs / own for own, theirs in zip(*seconds, strict=True))
         own, theirs = (arguments.batch_size / statistics.median(each) for each in seconds)
         cost = TRAINING_COST if task == "training" else 1
@@ -114,7 +114,7 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def median_milliseconds(works: list[Callable[[], None]], rounds: int) -> list[list[float]]:
+def seconds_of_rounds(works: list[Callable[[], None]], rounds: int) -> list[list[float]]:
     """Seconds of each counted round of each contender, in turn."""
     seconds: list[list[float]] = [[] for _ in works]
     for index in range(WARMING_ROUNDS + rounds):

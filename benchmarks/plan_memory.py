@@ -22,6 +22,7 @@ from coatnet.data.datasets import ArrayDataset
 from coatnet.data.mixing import Mixing
 from coatnet.data.splits import Splits
 from coatnet.planning.memory import Memory, MemoryTracker, simulate_step
+from coatnet.system.launcher import is_main_process
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.defaults import DataFacts, resolve_for
 from coatnet.training.distributed.processes import Processes, distributed_processes
@@ -145,7 +146,7 @@ def main() -> None:
     given = parser.parse_args()
     recipes = [recipe for recipe in RECIPES if recipe.model in (given.models or [recipe.model])]
     found = compare(recipes, int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         for recipe, each in zip(recipes, found, strict=True):
             show(recipe, each, Console())
 

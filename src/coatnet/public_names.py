@@ -43,15 +43,14 @@ R = TypeVar("R")
 Decorator = Callable[[Callable[P, R]], Callable[P, R]]
 
 
-def warn_renamed(old: str, new: str, *, since: str, removed_in: str, stacklevel: int = 3) -> None:
-    """Warn that `old` is now `new`.
+def warn_renamed(old: str, new: str, *, since: str, removed_in: str) -> None:
+    """Warn the caller of the function that calls this one, such as the `__getattr__` of a module.
 
     Args:
         since: the release that has the new name first.
         removed_in: the release that no longer has the old one.
-        stacklevel: 3 for the caller of the function that calls this one, as in the `__getattr__` of a module.
     """
-    warnings.warn(renamed_message(old, new, since=since, removed_in=removed_in), FutureWarning, stacklevel=stacklevel)
+    warnings.warn(renamed_message(old, new, since=since, removed_in=removed_in), FutureWarning, stacklevel=3)
 
 
 def renamed_message(old: str, new: str, *, since: str, removed_in: str) -> str:

@@ -20,7 +20,7 @@ from coatnet.bundle.timm.catalog import PRETRAINED
 from coatnet.bundle.timm.folders import TimmModel, is_timm_folder, read_timm_file, read_timm_folder
 from coatnet.bundle.weights import read_tensors, write_tensors
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import UserError, cut, nearest, one_line, shorten
+from coatnet.errors import UserError, counted, cut, nearest, one_line, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.credentials import conceal
 from coatnet.system.files import atomic_folder, output_path, translate_write_errors, user_path
@@ -73,7 +73,7 @@ class Bundle:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         kind = "several per image" if self.multilabel else "one per image"
         seen = self.preprocessing
-        channels = f"{seen.channels} channel{'s' * (seen.channels != 1)}"
+        channels = counted(seen.channels, "channel")
         return (
             f"Bundle of {one_line(self.model.variant.name)}, {num_parameters:,} parameters\n"
             f"  classes: {len(self.classes):,}, {kind}: {cut(one_line(shorten(self.classes)))}\n"

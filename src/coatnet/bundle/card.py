@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from coatnet.data.transforms import Preprocessing
+from coatnet.errors import counted
 from coatnet.model.network import CoAtNet
 from coatnet.system.terminal import escape_lines, escape_markdown
 
@@ -43,7 +44,7 @@ def model_card(
         "bundle.model, bundle.classes, bundle.preprocessing\n```",
         f"## Preprocessing\n\n{crop[0].upper() + crop[1:]}, {seen.size[0]} x {seen.size[1]} pixels"
         f"{' (height x width)' * (seen.size[0] != seen.size[1])}, "
-        f"{seen.channels} channel{'s' * (seen.channels != 1)}, {seen.interpolation} interpolation, "
+        f"{counted(seen.channels, 'channel')}, {seen.interpolation} interpolation, "
         f"crop fraction {seen.crop_fraction:g}, "
         f"mean {list(seen.mean)}, standard deviation {list(seen.std)} "
         + (

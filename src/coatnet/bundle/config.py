@@ -19,7 +19,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, first_line
 from coatnet.model.complexity import inference_bytes
 from coatnet.model.network import CoAtNet, create_model
-from coatnet.system.json_reader import Texts, read_json, require_object, validate
+from coatnet.system.json_reader import Texts, read_json_object, validate
 
 FORMAT = 1
 _MAX_STAGES, _MAX_BLOCKS = 16, 256  # CoAtNet-7 has 58 blocks
@@ -124,11 +124,6 @@ class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()
     multilabel: bool
     pretrained_cfg: PretrainedCfg
     record: RecordJson
-
-
-def read_json_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file. Raises UserError if there is none or the file is too large."""
-    return require_object(read_json(path), path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Download models from the Hugging Face hub into its local cache, checked, and upload bundles to it."""
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coatnet.errors import UserError, first_line, import_extra
+from coatnet.system.files import sha256_of
 from coatnet.system.terminal import report_wait
 from coatnet.version import __version__
 
@@ -245,9 +245,7 @@ def _verify(repo_id: str, path: Path, digests: Mapping[str, str]) -> None:
         expected = digests.get(path.name, "")
     if not expected:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256_of(path)) != expected:
         raise UserError(
             f"{repo_id}: {path.name} is damaged: its SHA-256 is {found}, the hub's is {expected}; "
             f"delete {path.resolve()} and try again"

@@ -61,6 +61,18 @@ class Parser(argparse.ArgumentParser):
             "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
         )
 
+    def add_engine(self) -> None:
+        """Add the options `--engine` and `--precision`."""
+        self.add_argument(
+            "--engine",
+            default="auto",
+            metavar="E",
+            help="what computes: torch, torch-compiled, openvino, onnxruntime (auto: the fastest that is installed)",
+        )
+        self.add_argument(
+            "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
+        )
+
     def add_calibrated(self) -> None:
         """Add the options for answers of a calibrated model; `calibrated_options` passes them on."""
         self.add_argument(

@@ -46,15 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="most likely classes to give (5)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, for a program")
-    parser.add_argument(
-        "--engine",
-        default="auto",
-        metavar="E",
-        help="what computes: torch, torch-compiled, openvino, onnxruntime (auto: the fastest that is installed)",
-    )
-    parser.add_argument(
-        "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
-    )
+    parser.add_engine()
     parser.add_argument(
         "--views",
         default="one",
@@ -162,8 +154,7 @@ def print_left_out(files: "Counter[str]") -> None:
     from coatnet.data.folder import describe_left_out
 
     if files:
-        number = sum(files.values())
-        found = f"{number:,} file{'s' * (number > 1)} in the folders left out, hidden or not images by their names"
+        found = f"{counted(files.total(), 'file')} in the folders left out, hidden or not images by their names"
         echo(f"coatnet: {found}: {describe_left_out(files)}", error=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coatnet.cli.parser import Parser
-from coatnet.errors import UserError, first_line
+from coatnet.errors import UserError, counted, first_line
 from coatnet.system.terminal import echo
 
 MAX_DEPTH = 3  # chosen: runs/project/run
@@ -47,8 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     header = ("run", "model", "data", "figure", "95 % interval", "images", "epochs", "minutes", "state")
     table = Table(header, [_row(each) for each in found], (3, 4, 5, 6, 7))
-    count = f"{len(found)} run{'s' * (len(found) != 1)}"
-    show(Document(f"Runs in {given.folder}", count, [Section("", [table])]))
+    show(Document(f"Runs in {given.folder}", counted(len(found), "run"), [Section("", [table])]))
     return 0
 
 

@@ -42,15 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="a name by which clients address the server, for each one (localhost, addresses, H, this machine's name)",
     )
     parser.add_argument("--port", type=int, default=8080, metavar="P", help="port; 0 takes a free one (8080)")
-    parser.add_argument(
-        "--engine",
-        default="auto",
-        metavar="E",
-        help="what computes: torch, torch-compiled, openvino, onnxruntime (auto: the fastest that is installed)",
-    )
-    parser.add_argument(
-        "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
-    )
+    parser.add_engine()
     parser.add_calibrated()
     parser.add_argument("--batch-size", type=int, metavar="N", help="most images computed together (16)")
     parser.add_argument("--delay-ms", type=float, metavar="MS", help="how long a batch waits for more images (5)")

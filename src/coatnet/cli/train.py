@@ -1,13 +1,13 @@
 """`coatnet train`: train on images, evaluate, and write the trained model."""
 
 import argparse
-import os
 import typing
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from coatnet.cli.parser import DATA_HELP, Parser
 from coatnet.errors import UserError
+from coatnet.system.launcher import is_main_process
 from coatnet.system.terminal import echo, echo_summary
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def run(arguments: Sequence[str]) -> int:
 
         recipe = cross_validate(recipe, program.out, program.folds)
     report = train(recipe, program.out)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one prints
+    if is_main_process():  # of several processes, the first one prints
         echo_summary(report.headline())
         for note in report.notes:
             echo_summary(note)

@@ -1,7 +1,6 @@
 """What every source of images offers, and the two simplest sources: arrays in memory and files in a folder."""
 
 import os
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from coatnet.data.decode import BadImage, Scale
 from coatnet.data.sampler import EpochSampler
 from coatnet.errors import UserError, one_line
-from coatnet.system.files import read_regular
+from coatnet.system.files import is_url, read_regular
 
 Encoded = bytes | NDArray[np.uint8]
 IS_URL = "a URL, which is not opened: fetch the file first; shards behind a URL are data for train, and predict --out"
@@ -315,11 +314,6 @@ def read_image_file(path: str | Path, name: str) -> bytes:
     except OSError as error:
         reason = IS_URL if is_url(path) else error.strerror or error
         raise BadImage(name, f"unreadable: {reason}") from error
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether a path that leads to no file is a URL, of whose slashes a `Path` keeps one."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def links_outside(dataset: Dataset) -> list[tuple[str, str]]:

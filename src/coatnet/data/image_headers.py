@@ -7,6 +7,7 @@ import ast
 import math
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ _PNG_ESSENTIAL = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
 _ORIENTATION_TAG = 0x0112
 _TIFF_BITS = 258
 _MAX_NPY_HEADER = 10_000  # bytes, as NumPy has it
+# `ast` fails at times in several threads at once before Python 3.11.8 and 3.12.1
+# (https://github.com/python/cpython/issues/106905).
+AST_LOCK = threading.Lock()
 
 
 class JpegHeader(NamedTuple):
@@ -290,7 +294,8 @@ def read_npy_header(data: bytes) -> NpyHeader:
     if data[:6] != b"\x93NUMPY" or length > _MAX_NPY_HEADER or start + length > len(data):
         raise ValueError("its NumPy header cannot be read")
     try:
-        found = ast.literal_eval(data[start : start + length].decode("latin1").strip())
+        with AST_LOCK:
+            found = ast.literal_eval(data[start : start + length].decode("latin1").strip())
         shape, descr, fortran = found["shape"], found["descr"], found["fortran_order"]
         if not isinstance(descr, str) or not all(isinstance(side, int) and 0 <= side < 2**31 for side in shape):
             raise ValueError

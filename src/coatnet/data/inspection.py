@@ -1,6 +1,5 @@
 """Check every image of a source before training: unreadable ones, copies, sizes, and what gives a class away."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from coatnet.data.datasets import Dataset, links_outside
 from coatnet.data.decode import BadImage, jpeg_warning
 from coatnet.data.loader import read_image
-from coatnet.data.near_duplicates import Fingerprint, fingerprint, near_pairs
+from coatnet.data.near_duplicates import Fingerprint, fingerprint, near_pairs, pixel_digest
 from coatnet.data.open import open_dataset
 from coatnet.data.shortcuts import Shortcut, find_shortcuts, properties_of
 from coatnet.data.splits import Splits, Summary, is_gray, summary_of
-from coatnet.data.transforms import Image, as_images
+from coatnet.data.transforms import as_images
 from coatnet.errors import counted, cut, one_line, shorten
 from coatnet.system.terminal import report_wait
 
@@ -283,16 +281,9 @@ def _measure(
         yield index, _Measured(pixel_digest(image), size, gray, properties_of(pixels), fingerprint(pixels))
 
 
-def pixel_digest(image: Image) -> bytes:
-    """A digest that two images share if their pixels and shapes are equal: tensor (3, H, W) or array of uint8."""
-    pixels = image.numpy() if isinstance(image, torch.Tensor) else image
-    shape = str(pixels.shape).encode()
-    return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=shape).digest()
-
-
 def _same_label(splits: Splits, one: Place, other: Place) -> bool:
-    labels = [splits.parts[split].label(index) for split, index in (one, other)]
-    return np.array_equal(*labels)
+    first, second = (splits.parts[split].label(index) for split, index in (one, other))
+    return np.array_equal(first, second)
 
 
 def _equations(pairs: tuple[tuple[str, str], ...]) -> list[str]:

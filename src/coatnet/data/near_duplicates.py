@@ -5,6 +5,7 @@ at most 4 bits agree in one of 5 bands of bits, so only images of one band are c
 images then decide.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from coatnet.data.channels import to_shown
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.splits import SplitRule, Splits, divide
-from coatnet.data.transforms import as_images
+from coatnet.data.transforms import Image, as_images
 from coatnet.system.progress import track
 
 MAX_DISTANCE = 4  # bits of 64
@@ -38,6 +39,12 @@ class Fingerprint(NamedTuple):
 
     hash: int
     thumbnail: NDArray[np.uint8]
+
+
+def pixel_digest(image: Image) -> bytes:
+    """A digest that two images share if their pixels and shapes are equal: tensor (C, H, W) or array of uint8."""
+    pixels = image.numpy() if isinstance(image, Tensor) else image
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(pixels.shape).encode()).digest()
 
 
 def fingerprint(pixels: Tensor) -> Fingerprint:
@@ -79,10 +86,10 @@ def near_pairs(fingerprints: list[Fingerprint], *, between: int = 0) -> NDArray[
     return pairs[np.concatenate(same)]
 
 
-def close_hashes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -> NDArray[np.int64]:
-    """Pairs of hashes (N,) that differ in at most `max_distance` bits: places (P, 2), the earlier first, in order."""
+def close_hashes(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Pairs of hashes (N,) that differ in at most `MAX_DISTANCE` bits: places (P, 2), the earlier first, in order."""
     found, number = [np.empty(0, np.int64)], len(hashes)
-    for bits in np.array_split(np.arange(64, dtype=np.uint64), max_distance + 1):
+    for bits in np.array_split(np.arange(64, dtype=np.uint64), MAX_DISTANCE + 1):
         keys = hashes & np.bitwise_or.reduce(np.uint64(1) << bits)
         order = np.lexsort((hashes, keys))
         sorted_keys, sorted_hashes = keys[order], hashes[order]
@@ -93,7 +100,7 @@ def close_hashes(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) -
             if not len(left):
                 break
             distance = np.bitwise_count(sorted_hashes[left] ^ sorted_hashes[left + shift])
-            close = left[distance <= max_distance]
+            close = left[distance <= MAX_DISTANCE]
             one, other = order[close], order[close + shift]
             found.append(np.minimum(one, other) * number + np.maximum(one, other))
     return np.stack(np.divmod(np.unique(np.concatenate(found)), number), axis=1)
@@ -136,11 +143,11 @@ def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[t
             except BadImage:
                 continue
             places.append((part, index))
-            digests.append(hash((tuple(pixels.shape), pixels.numpy().tobytes())))
+            digests.append(pixel_digest(pixels))
             fingerprints.append(fingerprint(pixels))
     if len(places) < 2:
         return ()
-    first: dict[int, int] = {}
+    first: dict[bytes, int] = {}
     same = [(first.setdefault(digest, row), row) for row, digest in enumerate(digests)]
     pairs = np.concatenate([np.array(same), near_pairs(fingerprints)])
     labels = np.array([part.label(index) for part, index in places]).reshape(len(places), -1)

@@ -16,9 +16,8 @@ import numpy as np
 
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
-from coatnet.data.inspection import pixel_digest
 from coatnet.data.loader import LookAt, read_image
-from coatnet.data.near_duplicates import Fingerprint, fingerprint, fingerprints, near_pairs
+from coatnet.data.near_duplicates import Fingerprint, fingerprint, fingerprints, near_pairs, pixel_digest
 from coatnet.data.transforms import Image, as_images
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Interval, wilson_interval

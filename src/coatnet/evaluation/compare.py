@@ -12,11 +12,11 @@ import numpy as np
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
 from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_array
-from coatnet.evaluation.metrics import FIGURES, Interval, paired_difference, precision_difference
+from coatnet.evaluation.metrics import FIGURES, Interval, mean_interval, paired_difference, precision_difference
 from coatnet.evaluation.plots import read_series
 from coatnet.evaluation.report_html import Line, blocks, data_uri, line_chart, page, text
 from coatnet.system.document import Document, Section, Table
-from coatnet.system.json_reader import read_json, require_object
+from coatnet.system.json_reader import flatten, read_json_object
 
 MAIN_FIGURES = ("top1", "mean_average_precision")
 MAX_LISTED, MAX_SHOWN = 20, 48  # images on which runs disagree: as text, and on the page
@@ -228,9 +228,9 @@ def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[st
     if not (folder / "report.json").is_file():
         what = "is not finished" if (folder / "recipe.yaml").exists() else "holds no run and no report"
         raise UserError(f"{path} {what}: give folders of finished runs, or those of `coatnet evaluate --out`")
-    report, recipe = require_object(read_json(folder / "report.json"), folder / "report.json"), {}
+    report, recipe = read_json_object(folder / "report.json"), {}
     if (folder / "bundle" / "config.json").is_file():
-        config = require_object(read_json(folder / "bundle" / "config.json"), folder / "bundle" / "config.json")
+        config = read_json_object(folder / "bundle" / "config.json")
         record = config.get("record")
         recipe = record.get("recipe") or {} if isinstance(record, dict) else {}
     if (folder / "predictions.csv").is_file():
@@ -330,8 +330,6 @@ def _difference(
 ) -> Difference:
     ours, theirs, gaps = correct[number], correct[0], nll[number] - nll[0]
     gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    half = 1.959963984540054 * float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-    mean = float(gaps.mean())
     return Difference(
         run=runs[number].name,
         reference=runs[0].name,
@@ -340,8 +338,8 @@ def _difference(
         difference=(gained - lost) / len(ours),
         interval=paired_difference(ours, theirs),
         p=mcnemar(gained, lost),
-        nll_difference=mean,
-        nll_interval=None if half is None else (mean - half, mean + half),
+        nll_difference=float(gaps.mean()),
+        nll_interval=mean_interval(gaps, least=-math.inf),
         **_precision(runs[number], runs[0], rows[number], rows[0]),
     )
 
@@ -375,20 +373,13 @@ def _numbers(answers: Answers) -> dict[tuple[str, int], int]:
 
 def _settings(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """The values that differ among the recipes that are there; None for what a recipe lacks."""
-    flat = [_flatten(recipe) for recipe in recipes]
+    flat = [flatten(recipe) for recipe in recipes]
     found = {}
     for name in dict.fromkeys(name for recipe in flat for name in recipe):
         values = [recipe.get(name) for recipe in flat if recipe]
         if any(value != values[0] for value in values):
             found[name] = tuple(recipe.get(name) for recipe in flat)
     return found
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _main_figure(report: Mapping[str, Any]) -> tuple[str, str, str]:

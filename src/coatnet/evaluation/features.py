@@ -180,7 +180,7 @@ def write_features(features: Features, out: str | Path) -> int:
     Several labels of an image are separated by `;` as in a manifest; an image without a label has an empty one.
 
     Args:
-        features: from `extract`.
+        features: from `extract_features`.
         out: a new file. `.npy`: an array (N, D) of float32, and beside it a .csv with the columns path and label,
             whose rows are the same images: a manifest, in the folder of the data. `.parquet`: the columns path, label
             and features, a list of D float32.

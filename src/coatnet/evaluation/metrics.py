@@ -39,13 +39,13 @@ def wilson_interval(successes: int, total: int, z: float = _Z) -> Interval:
     return (max(0.0, min(fraction, center - half)), min(1.0, max(fraction, center + half)))
 
 
-def mean_interval(values: np.ndarray) -> Interval | None:
-    """The interval of the mean of independent values >= 0, (N,); None for a single value."""
+def mean_interval(values: np.ndarray, *, least: float = 0.0) -> Interval | None:
+    """The normal interval of the mean of independent values >= `least`, (N,); None for a single value."""
     if len(values) < 2:
         return None
     mean = float(values.mean())
     half = _Z * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return (max(0.0, mean - half), mean + half)
+    return (max(least, mean - half), mean + half)
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
@@ -176,6 +176,11 @@ class ClassFigures:
     average_precision: float | None = None
 
 
+def main_figure(multilabel: bool) -> str:
+    """The figure that headlines name and choices are made by: `top1`, or `mean_average_precision`."""
+    return "mean_average_precision" if multilabel else "top1"
+
+
 class Metrics:
     """Figures, intervals and tables of a classifier over any number of batches.
 
@@ -276,7 +281,9 @@ class _Counts:
         """Each of the numbers over all images, (N, ...)."""
         if not self.batches:
             raise ValueError("no images were counted")
-        return tuple(np.concatenate(column) for column in zip(*self.batches, strict=True))
+        if len(self.batches) > 1:
+            self.batches = [tuple(np.concatenate(column) for column in zip(*self.batches, strict=True))]
+        return self.batches[0]
 
 
 class _SingleLabelCounts(_Counts):
@@ -420,11 +427,12 @@ class _MultilabelCounts(_Counts):
         labels, probabilities, losses = self.columns()
         all_once = np.ones(len(labels), dtype=np.int64)
         predicted = probabilities >= 0.5
+        micro_f1, macro_f1 = _f1(labels, predicted, all_once)
         return {
             "n": len(labels),
             "mean_average_precision": _MeanAveragePrecision(labels, probabilities)(all_once),
-            "micro_f1": _f1(labels, predicted, all_once)[0],
-            "macro_f1": _f1(labels, predicted, all_once)[1],
+            "micro_f1": micro_f1,
+            "macro_f1": macro_f1,
             "exact_match": float((labels == predicted).all(axis=1).mean()),
             "nll": float(losses.mean()),
             "brier": float(((probabilities - labels) ** 2).mean()),

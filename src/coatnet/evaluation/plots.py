@@ -217,7 +217,7 @@ def draw_calibration(bins: Sequence[CalibrationBin], out_png: str | Path) -> Non
         below.set(xlabel="probability given", ylabel="how many", yticks=[])
 
 
-def short_name(name: str, length: int = 18) -> str:
-    """Shorten a name to one line; what is not Unicode is escaped."""
+def short_name(name: str) -> str:
+    """A name on one line of at most 18 characters; what is not Unicode is escaped."""
     line = " ".join(name.encode("utf-8", "backslashreplace").decode().split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return line if len(line) <= 18 else line[:17] + "…"

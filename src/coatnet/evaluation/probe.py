@@ -23,7 +23,7 @@ from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, choose_datasets, load_model, recorded_rule
 from coatnet.evaluation.features import extract_features
-from coatnet.evaluation.metrics import FIGURES, Interval, Metrics
+from coatnet.evaluation.metrics import FIGURES, Interval, Metrics, main_figure
 from coatnet.evaluation.report_markdown import write_report
 from coatnet.system.files import atomic_folder, output_path, require_outside, translate_write_errors, user_path
 from coatnet.system.progress import ProgressBar, track
@@ -201,7 +201,7 @@ def _measure(
     where = next(bundle.model.parameters()).device
     features, labels, validation_features = features.to(where), labels.to(where), validation_features.to(where)
 
-    figure = _figure(labels)
+    figure = main_figure(labels.ndim == 2)
     knn = _metrics(knn_scores(features, labels, validation_features, num_classes, k=k), validation_labels)
     probe = fit_linear(features, labels, num_classes)
     linear = _metrics(probe.scores(validation_features), validation_labels)
@@ -282,7 +282,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, l2: float 
     for l2 in track(L2_STRENGTHS, "linear probe", len(L2_STRENGTHS)):
         weight, bias = fit_logistic(fitted, fitted_labels, num_classes, l2=l2)
         scores = F.linear(features[held_out], weight, bias)
-        figures[l2] = _metrics(scores, labels[held_out]).compute()[_figure(labels)]
+        figures[l2] = _metrics(scores, labels[held_out]).compute()[main_figure(labels.ndim == 2)]
     best = max(figures, key=lambda l2: figures[l2])  # of equals the first, which is the strongest
     weight, bias = fit_logistic(features, labels, num_classes, l2=best)
     return LinearProbe(mean, spread, weight, bias, best)
@@ -373,10 +373,6 @@ def _hold_out(labels: Tensor) -> Tensor:
     if not held_out.any():
         raise UserError("no class has two training images, so none can be held out to choose the L2 strength")
     return held_out.to(labels.device)
-
-
-def _figure(labels: Tensor) -> str:
-    return "top1" if labels.ndim == 1 else "mean_average_precision"
 
 
 def _metrics(scores: Tensor, labels: Tensor) -> Metrics:

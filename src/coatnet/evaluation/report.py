@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
+from coatnet.errors import counted
 from coatnet.evaluation.answers import Answers, Duplicates, Slice, find_suspects
-from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics
+from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics, main_figure
 from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
 
@@ -34,7 +35,7 @@ class Report:
 
     Attributes:
         data: name of the data.
-        split: validation, training or all.
+        split: validation, training, test or all.
         model: name of the variant.
         resolution: of the input, in pixels; height and width, `192 x 320`, where they differ.
         num_parameters: of the model.
@@ -93,7 +94,7 @@ class Report:
 
     def headline(self) -> str:
         """The main figure in one line: `top-1 accuracy 94.1 % (95 % interval 93.6 to 94.5) on 10,000 images ...`."""
-        name = "mean_average_precision" if self.multilabel else "top1"
+        name = main_figure(self.multilabel)
         text = f"{FIGURES[name].title} {self.format_figure(name)}"
         if self.intervals[name] is not None:
             text += f" (95 % interval {self.format_interval(name)})"
@@ -114,8 +115,7 @@ class Report:
 
     def format_num_images(self) -> str:
         """`10,000 images`."""
-        n = int(self.figures["n"])
-        return f"{n:,} image" + "s" * (n != 1)
+        return counted(int(self.figures["n"]), "image")
 
     def baselines(self) -> dict[str, float]:
         """What the main figure would be without looking at the images, as a fraction.

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from coatnet.errors import one_line
-from coatnet.evaluation.metrics import FIGURES, CalibrationBin
+from coatnet.evaluation.metrics import FIGURES, CalibrationBin, main_figure
 from coatnet.evaluation.plots import read_series, smooth
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_sections import (
@@ -47,7 +47,7 @@ MAX_POINTS = 400  # of a curve
 
 def to_html(report: Report, metrics_path: Path | None = None) -> str:
     """The report as a page. The log of a run, metrics.jsonl, adds its curves where it can be read."""
-    name = "mean_average_precision" if report.multilabel else "top1"
+    name = main_figure(report.multilabel)
     headline = report.headline().partition(report.format_figure(name))
     notes = "".join(f"<p>{text(line)}</p>" for line in (*report.context(), *report.notes))
     top = f'<p class="figure">{text(headline[1])}</p><p>{text(headline[0])}{text(headline[2])}</p>{notes}' + table(
@@ -193,13 +193,13 @@ class Frame:
         return f'<svg viewBox="0 0 480 300" role="img" aria-label="{text(label)}">{"".join(self.parts)}</svg>'
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, y_range: tuple[float, float] | None = None) -> str:
+def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
     """Curves over each other, with a legend; nothing without points."""
     lines = [line for line in lines if len(line.points)]
     if not lines:
         return ""
     every = np.concatenate([line.points for line in lines if not line.thin] or [line.points for line in lines])
-    low, high = y_range or (float(every[:, 1].min()), float(every[:, 1].max()))
+    low, high = float(every[:, 1].min()), float(every[:, 1].max())
     right = max(float(line.points[:, 0].max()) for line in lines) or 1.0
     frame = Frame((0.0, right), (low, high if high > low else low + 1), x_label)
     for line in lines:
@@ -222,7 +222,7 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, y_range: tuple[f
 def _curves(report: Report, metrics_path: Path) -> str:
     """Loss and accuracy over the epochs; the training loss as the held-out one is measured, as far as that goes."""
     training, sentence = comparable_loss(read_series(metrics_path, "loss"), report)
-    figure = "mean_average_precision" if report.multilabel else "top1"
+    figure = main_figure(report.multilabel)
     values = read_series(metrics_path, figure) * (1, 100)
     smoothed = np.column_stack((training[:, 0], smooth(training[:, 1]))) if len(training) else training
     lines = [

@@ -24,7 +24,7 @@ from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, load_model
-from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.metrics import Metrics, main_figure
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
 from coatnet.model.network import CoAtNet, create_model
@@ -132,7 +132,7 @@ def soup(
         check_alike(bundles[0], names[0], bundle, name)
     recipes = [_recipe(bundle) for bundle in bundles]
     notes = _notes(recipes, names, uniform=uniform)
-    figure = "mean_average_precision" if bundles[0].multilabel else "top1"
+    figure = main_figure(bundles[0].multilabel)
     if isinstance(data, str | Path):
         data = open_dataset(data, rule=SplitRule.of(recipes[0]), evaluation=True)
 

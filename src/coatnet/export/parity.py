@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import logits_and_means
 from coatnet.data.channels import read_pixels, with_scale
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage, Scale, decode
 from coatnet.data.loader import read_image
 from coatnet.data.open import open_dataset
@@ -403,7 +403,7 @@ def spread_images(dataset: Dataset, preprocessing: Preprocessing, most: int) -> 
     Where the preprocessing has a scale, levels (C, H, W).
     """
     dataset = with_scale(dataset, preprocessing.scale)
-    for index in np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(np.int64)).tolist():
+    for index in evenly_spaced(len(dataset), most):
         try:
             image, _ = read_image(dataset, index)
         except BadImage:

@@ -20,7 +20,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalize
 from coatnet.errors import UserError, import_extra
-from coatnet.evaluation.metrics import Interval, Metrics
+from coatnet.evaluation.metrics import Interval, Metrics, main_figure
 from coatnet.evaluation.outputs import label_translation
 from coatnet.export import openvino as files
 from coatnet.export.classifier import Fit, ImageProbabilities
@@ -157,7 +157,7 @@ def quantize(
     labels = torch.cat(measuring.labels)
     before, before_interval = accuracy(found["fp32"], labels, bundle, signature)
     after, after_interval = accuracy(found["int8"], labels, bundle, signature)
-    figure = metric_name(bundle)
+    figure = main_figure(bundle.multilabel)
     if before - after > max_drop + 1e-9:  # 0.7 - 0.69 is above 0.01 in floating point
         raise UserError(
             f"int8 costs too much, and nothing was written: {figure} falls from {100 * before:.2f} to "
@@ -251,11 +251,6 @@ def chain(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model"
     return joined(second.get_results(), first.get_parameters(), first.get_friendly_name())
 
 
-def metric_name(bundle: Bundle) -> str:
-    """The metric that must not fall."""
-    return "mean_average_precision" if bundle.multilabel else "top1"
-
-
 def accuracy(
     outputs: torch.Tensor, labels: torch.Tensor, bundle: Bundle, signature: Signature
 ) -> tuple[float, Interval]:
@@ -265,7 +260,7 @@ def accuracy(
         outputs = outputs.logit() if bundle.multilabel else outputs.log()
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     metrics.update(outputs, labels)
-    figure = metric_name(bundle)
+    figure = main_figure(bundle.multilabel)
     value = metrics.compute()[figure]
     return value, metrics.intervals()[figure] or (value, value)
 

@@ -4,8 +4,7 @@ Shapes: B images, C channels, R resolution, K classes, H W cells of a feature ma
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from coatnet.bundle import Bundle
 from coatnet.errors import UserError
+from coatnet.inference.logits import in_evaluation
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import grid_of
 from coatnet.model.network import CoAtNet
@@ -234,17 +234,6 @@ def occlusion(bundle: Bundle, images: Tensor, targets: Tensor | None = None, pat
                 falls[:, rows, columns] += change[:, None, None]
                 hidden[rows, columns] += 1
     return over_pixels((falls / hidden).relu(), 1, images.shape[-2:])
-
-
-@contextmanager
-def in_evaluation(model: CoAtNet) -> Iterator[None]:
-    """The model in evaluation mode; afterwards its mode is what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def to_model(images: Tensor, model: CoAtNet) -> Tensor:

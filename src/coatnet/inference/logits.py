@@ -3,8 +3,8 @@
 Shapes: B images, C channels, R resolution, K classes, D features.
 """
 
-from collections.abc import Generator
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
@@ -82,15 +82,21 @@ def infer(
         pin_memory=device.type == "cuda",
         look=look,
     )
+    with in_evaluation(model), closing(batches):
+        for images, labels, indices, *looks in batches:
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
+            digests = _digests(images) if output == "features and means" else None
+            yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *looks)
+
+
+@contextmanager
+def in_evaluation(model: CoAtNet) -> Iterator[None]:
+    """The model in evaluation mode; afterwards its mode is what it was."""
     was_training = model.training
     model.eval()
     try:
-        with closing(batches):
-            for images, labels, indices, *looks in batches:
-                with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                    outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
-                digests = _digests(images) if output == "features and means" else None
-                yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *looks)
+        yield
     finally:
         model.train(was_training)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from coatnet.errors import UserError, nearest
+from coatnet.errors import UserError, counted, nearest
 from coatnet.model.registry import find_variant
 from coatnet.planning.launchers import LAUNCHERS, Launch
 from coatnet.planning.layout_search import Layout, LayoutSearch, describe_layout, why_not_sharded
@@ -134,7 +134,7 @@ class TrainingPlan:
             f"{config.model}, {self.layout.cost.num_parameters / 1e6:,.1f} M parameters, by recipe {config.name}: "
             f"{config.epochs:g} epochs of {self.num_images:,} images at {config.preprocessing.shown_size} pixels",
             "",
-            f"on {world} GPU{'s' * (world > 1)} of {self.gpu_memory:g} GB{machines}:",
+            f"on {counted(world, 'GPU')} of {self.gpu_memory:g} GB{machines}:",
             f"  {describe_layout(config, self.processes)}; {config.batch_size:,} images per step, {config.precision}",
             *([f"  {remedy}"] if (remedy := why_not_sharded(config, self.processes)) and self._is_large else []),
             "",

@@ -152,8 +152,8 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     )
 
 
-def time_steps(trainer: Trainer, limit_seconds: float = MEASURED_SECONDS) -> tuple[list[float], Tensor]:
-    """Take up to 30 steps within a time, at least two.
+def time_steps(trainer: Trainer) -> tuple[list[float], Tensor]:
+    """Take up to 30 steps within ten seconds, at least two.
 
     Returns:
         The seconds of each, without the first two if there are more, which wait for workers and allocate memory; and
@@ -167,6 +167,6 @@ def time_steps(trainer: Trainer, limit_seconds: float = MEASURED_SECONDS) -> tup
             now = time.monotonic()
             durations.append(now - before)
             before = now
-            if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > limit_seconds):
+            if len(durations) >= MAX_MEASURED_STEPS or (len(durations) > 1 and now - started > MEASURED_SECONDS):
                 break
     return durations[2:] or durations[-1:], batch[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from coatnet.errors import UserError
+from coatnet.errors import UserError, counted
 from coatnet.planning.memory import StepCost, build_on_meta, simulate_step
 from coatnet.training.config import Parallelism, Recomputed, TrainingConfig
 from coatnet.training.distributed.parallelize import MAX_REPLICATED_PARAMETERS
@@ -118,7 +118,7 @@ def why_not_sharded(config: TrainingConfig, processes: Processes) -> str:
 def describe_layout(config: TrainingConfig, processes: Processes) -> str:
     """Such as `sharded over 8 GPUs, 16 images per pass, transformer blocks recomputed`."""
     recomputed = {"none": "nothing", "transformer": "transformer blocks", "all": "all blocks"}
-    parts = [f"{config.micro_batch_size} image{'s' * (config.micro_batch_size != 1)} per pass"]
+    parts = [f"{counted(config.micro_batch_size, 'image')} per pass"]
     parts.append(f"{recomputed[config.activation_checkpointing]} recomputed")
     placement = {
         "ddp": "replicated on each GPU",

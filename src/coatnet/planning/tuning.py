@@ -23,9 +23,9 @@ from coatnet.bundle import Bundle
 from coatnet.data.loader import require_readable
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError, counted, import_extra
-from coatnet.evaluation.metrics import Interval, Metrics, paired_difference, wilson_interval
+from coatnet.evaluation.metrics import Interval, Metrics, main_figure, paired_difference, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
-from coatnet.system.json_reader import read_json, require_object
+from coatnet.system.json_reader import read_json_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
 from coatnet.training.defaults import num_steps, open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
@@ -108,7 +108,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
 
 def _with_values(recipe: Recipe, result: Path, progress: TrainingProgress) -> Recipe:
     """The recipe with the values of a tuning.json."""
-    found = require_object(read_json(result), result)
+    found = read_json_object(result)
     _require_same(found.get("asked"), _asked(recipe), result)
     values, summary = found.get("values"), found.get("summary")
     if not isinstance(values, Mapping) or not isinstance(summary, str):
@@ -342,7 +342,7 @@ class Search:
                     metrics = trainer.validation_metrics(sync)
                     if metrics is None:
                         break
-                    trial.report(_score(metrics), rungs[step])
+                    trial.report(metrics.compute()[main_figure(metrics.multilabel)], rungs[step])
                     trial.set_user_attr("steps", step)
                     if step == total:
                         trial.set_user_attr("correct", _packed(metrics))
@@ -482,12 +482,6 @@ class Search:
                 "",
             )
         )
-
-
-def _score(metrics: Metrics) -> float:
-    """What the search maximizes: top-1, or mean average precision for several labels an image."""
-    figures = metrics.compute()
-    return figures.get("top1", figures.get("mean_average_precision", 0.0))
 
 
 def _packed(metrics: Metrics) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from coatnet.errors import UserError
 from coatnet.system.files import atomic_write
-from coatnet.system.json_reader import read_json, require_object
+from coatnet.system.json_reader import read_json_object
 from coatnet.system.validated import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -181,7 +181,7 @@ class Study:
         if not path.exists():
             raise UserError(f"{path} cannot be read: there is no such file")
         try:
-            values = dict(require_object(read_json(path), path))
+            values = dict(read_json_object(path))
         except UserError as error:
             raise UserError(f"{error}; {_WAY_OUT}") from None
         if (found := values.get("format")) != FORMAT and isinstance(found, int):

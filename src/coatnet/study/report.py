@@ -3,9 +3,8 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from coatnet.errors import counted
 from coatnet.evaluation.report_html import blocks, page, text
@@ -25,6 +24,7 @@ from coatnet.study.results import (
 from coatnet.study.statistics import Estimate, estimate
 from coatnet.system.document import Document, Plot, Section, Table
 from coatnet.system.files import atomic_files, atomic_write
+from coatnet.system.json_reader import flatten
 
 CURVES = Plot("Training loss and held-out accuracy by steps, mean and 95 % band over seeds", CURVES_PLOT)
 GAPS = Plot("Generalization gap and held-out accuracy by number of training images", GAP_PLOT)
@@ -377,17 +377,13 @@ def _provenance(study: Study) -> Table:
         ("machine", study.machine),
         ("software", ", ".join(f"{name} {version}" for name, version in study.versions.items())),
         ("training", f"{counted(len(study.finished()), 'run')}, {_duration(taken)} together"),
-        *(("recipe: " + name, value) for name, value in _flat(study.recipe) if name != "data"),
+        *(
+            ("recipe: " + name, "none" if value is None else str(value))
+            for name, value in flatten(study.recipe).items()
+            if name != "data"
+        ),
     ]
     return Table(("", ""), rows)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", "none" if value is None else str(value)
 
 
 def _duration(seconds: float) -> str:

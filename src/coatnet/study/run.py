@@ -27,7 +27,7 @@ from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
 from coatnet.study.record import Curves, Figures, Run, Study
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, read_regular
-from coatnet.system.json_reader import read_json, require_object
+from coatnet.system.json_reader import read_json_object
 from coatnet.system.launcher import read_launcher
 from coatnet.system.parents import end_with_parent
 from coatnet.training.config import Recipe
@@ -363,7 +363,7 @@ def _result(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     path = folder / FIGURES
     if not path.exists():
         return None
-    found = require_object(read_json(path), path)
+    found = read_json_object(path)
     try:
         result = {
             "curves": Curves(**found["curves"]),

@@ -35,7 +35,6 @@ _LEFTOVER = re.compile(
 # chosen: whether a process of another machine lives, or one of this machine before its last start, cannot be found out;
 # what was not written to for a day is taken as abandoned.
 _ABANDONED_SECONDS = 86_400
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # a drive has one letter
 _LONGEST_NAME = 200  # bytes; file systems take 255, and a temporary name has 32 more than its target
 
 
@@ -392,9 +391,14 @@ def checked_path(path: str | Path) -> Path:
 
 def output_path(path: str | Path) -> Path:
     """The path of what is to be written. Raises UserError for a URL, which would become folders here, or a NUL."""
-    if _URL.match(os.fspath(path)):
+    if is_url(path):
         raise UserError(f"{without_credentials(str(path))} is a URL; results are written to this machine: give a path")
     return user_path(path)
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path that leads to no file is a URL, of whose slashes a `Path` keeps one; a drive has one letter."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def require_outside(path: Path, data: str) -> None:

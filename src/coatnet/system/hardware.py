@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coatnet.errors import UserError, cut, first_line, nearest
+from coatnet.errors import UserError, counted, cut, first_line, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def choose_device(device: str = "auto") -> "torch.device":
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"device {device!r} is unknown{nearest(device, DEVICES)}; it is auto, cpu, cuda or cuda:N")
     if device != "cpu" and int(device.partition(":")[2] or 0) >= num_gpus:
-        found = f"{num_gpus} GPU{'s' * (num_gpus > 1)}, the last is cuda:{num_gpus - 1}" if num_gpus else "no GPU"
+        found = f"{counted(num_gpus, 'GPU')}, the last is cuda:{num_gpus - 1}" if num_gpus else "no GPU"
         raise UserError(f"device {device} is not there: torch finds {found}; take --device auto or cpu")
     return torch.device(device)
 
@@ -129,7 +129,7 @@ def describe_device(device: "torch.device") -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.machine() or "CPU"
-    return f"{name}, {num_cores()} core{'s' * (num_cores() > 1)}"
+    return f"{name}, {counted(num_cores(), 'core')}"
 
 
 def gpu_bytes(device: str) -> int:

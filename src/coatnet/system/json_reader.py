@@ -77,11 +77,24 @@ def validate(model: type[Model], values: Any, where: object) -> Model:
             raise UserError(f"{where}: {keys[-1]} is {short(first['input'])}; {expected}")
 
 
+def read_json_object(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file. Raises UserError as `read_json`, or if it holds anything else."""
+    return require_object(read_json(path), path)
+
+
 def require_object(value: Any, where: object) -> Mapping[str, Any]:
     """The value, if it is an object. Raises UserError if it is anything else."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object but {short(value)}")
     return value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one: `{"optimizer": {"learning_rate": 1}}` as `{"optimizer.learning_rate": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

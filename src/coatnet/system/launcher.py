@@ -44,6 +44,11 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launched:
     return Launched(rank, world_size, local_rank, local_world_size)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a run that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def meeting_place(environment: Mapping[str, str]) -> str:
     """Where the processes of a run meet, `host:port`. Raises UserError if MASTER_ADDR and MASTER_PORT do not say it."""
     host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")

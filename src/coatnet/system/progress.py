@@ -61,9 +61,9 @@ class ProgressBar:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def track(items: Iterable[T], description: str, total: int, unit: str = "") -> Iterator[T]:
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield the items and advance a bar after each."""
-    with ProgressBar(description, total, unit) as bar:
+    with ProgressBar(description, total) as bar:
         for item in items:
             yield item
             bar.advance()

@@ -1,7 +1,6 @@
 """Cross-validation: as many trainings as folds, each measured on the images that the others have learned from."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from coatnet.evaluation.evaluate import combine_figures
 from coatnet.evaluation.metrics import FIGURES, ClassFigures, Metrics
 from coatnet.evaluation.report import Report
 from coatnet.system.files import atomic_write, translate_write_errors
+from coatnet.system.launcher import is_main_process
 from coatnet.system.terminal import escape_markdown
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits
@@ -55,7 +55,7 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
         reports.append(train(replace(recipe, fold=f"{number}/{num_folds}"), run, console=console))
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         with translate_write_errors(place):
             _write(place, reports)
     return replace(recipe, fold="")

@@ -12,7 +12,7 @@ import numpy as np
 
 from coatnet.bundle import Bundle
 from coatnet.data.channels import Measured, measure_if_deep
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.near_duplicates import keep_copies_together
@@ -97,7 +97,7 @@ class DataFacts:
 def brightness(dataset: Dataset) -> tuple[float, float]:
     """Mean and standard deviation of the pixels, in 0 to 1, of up to 256 images, evenly spread."""
     images = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, BRIGHTNESS_SAMPLE).astype(np.int64)).tolist():
+    for index in evenly_spaced(len(dataset), BRIGHTNESS_SAMPLE):
         try:
             images.append(np.asarray(read_image(dataset, index)[0]).ravel())
         except BadImage:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from coatnet.errors import UserError, nearest
+from coatnet.system.json_reader import flatten
 
 MAX_WAITING_RECORDS = 1_000  # for a logger; those beyond are dropped, so that a hung logger takes no memory
 CLOSE_TIMEOUT_SECONDS = 10.0  # for a logger to write its waiting records at the end of a run
@@ -41,7 +42,7 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in _flat(config).items())
+        rows = "\n".join(f"| {name} | {value} |" for name, value in flatten(config).items())
         self._writer.add_text("recipe", f"| value | |\n|---|---|\n{rows}", 0)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -207,11 +208,3 @@ def _stored_id(path: Path, make: Callable[[], str]) -> str:
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
     return path.read_text(encoding="utf-8")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optimizer": {"learning_rate": 1}}` as `{"optimizer.learning_rate": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat

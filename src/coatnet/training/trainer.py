@@ -32,7 +32,7 @@ from coatnet.data.transforms import EvaluationTransform
 from coatnet.errors import UserError, counted, is_memory_shortage
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, evaluate
-from coatnet.evaluation.metrics import Metrics, wilson_interval
+from coatnet.evaluation.metrics import Metrics, main_figure, wilson_interval
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
@@ -459,7 +459,7 @@ class Trainer:
             return
         figures = metrics.compute()
         seconds = self.processes.broadcast(time.monotonic() - started)
-        score = figures.get("top1", figures.get("mean_average_precision", 0.0))
+        score = figures[main_figure(metrics.multilabel)]
         improved = score > state.best
         state.seconds += seconds
         state.best = max(score, state.best)

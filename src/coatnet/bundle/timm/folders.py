@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from coatnet.bundle.config import (
     NumClasses,
     PreprocessingCfg,
-    read_json_object,
     read_preprocessing,
     require_memory,
 )
@@ -28,7 +27,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, nearest
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.model.timm.config import TIMM_VARIANTS, TimmVariant
-from coatnet.system.json_reader import validate
+from coatnet.system.json_reader import read_json_object, validate
 
 # Keys of timm's `model_args` that keep the architecture; any other would change it.
 _KNOWN_ARGUMENTS = {"img_size", "in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"}

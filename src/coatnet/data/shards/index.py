@@ -7,7 +7,6 @@ format 1.0; a billion samples are rows in many small files, never one object in 
 import io
 import json
 import mmap
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
+from coatnet.data.image_headers import AST_LOCK
 from coatnet.errors import UserError
 from coatnet.system.json_reader import MAX_INTEGER, Count, Counts, Texts, parse_json, require_object, validate
 
@@ -27,9 +27,6 @@ TRAINING, VALIDATION = "train", "val"
 _FORMAT, _VERSION = "coatnet shards", 1
 MAX_CLASSES = 1_000_000
 _MAX_HEADER_BYTES = 65_536  # of an .npy file of format 1.0
-# numpy parses a header by `ast`, which fails at times in several threads at once before Python 3.11.8 and 3.12.1
-# (https://github.com/python/cpython/issues/106905).
-_HEADER_LOCK = threading.Lock()
 _PARSER_ERRORS = (SyntaxError, TokenError, RecursionError, MemoryError)
 
 
@@ -189,7 +186,7 @@ def from_npy(data: bytes | mmap.mmap, columns: Mapping[str, Any], num_rows: int,
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version of .npy")
-        with _HEADER_LOCK:
+        with AST_LOCK:  # numpy parses a header by `ast`
             shape, _, kind = np.lib.format.read_array_header_1_0(file)
         if kind.names != tuple(columns) or shape != (num_rows,):
             raise ValueError(f"{shape} rows of {kind.names}")

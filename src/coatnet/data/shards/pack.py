@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -209,11 +210,8 @@ def _check(path: Path, checksum: str) -> None:
             raise UserError(f"{path}: the disk returned other bytes than were written; is it failing?")
 
 
-def _hash_of(file: BinaryIO) -> str:
-    hashed = sha256()
-    while chunk := file.read(1 << 22):
-        hashed.update(chunk)
-    return hashed.hexdigest()
+def _hash_of(file: BufferedReader) -> str:
+    return file_digest(file, "sha256").hexdigest()
 
 
 def _read_record(path: Path, record: Path) -> Written | None:

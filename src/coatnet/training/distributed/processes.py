@@ -183,20 +183,20 @@ def share_cores(
 
 
 @contextmanager
-def distributed_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+def distributed_processes() -> Iterator[Processes]:
     """The processes that a launcher has started; connects them for the block unless the program has connected them.
 
     Raises UserError if a machine has more processes than GPUs, the variables of the launcher do not fit together, or
     the other processes do not come.
     """
-    launched = read_launcher(environment)
+    launched = read_launcher()
     if launched.world_size == 1:
         yield Processes()
         return
     connected_here = not dist.is_initialized()
     if connected_here:
-        stop_with_launcher(environment)
-        connect(environment, launched)
+        stop_with_launcher(os.environ)
+        connect(os.environ, launched)
     slow_group = dist.new_group(backend="gloo", timeout=MAIN_ONLY_TIMEOUT)
     orderly = False
     try:

@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from coatnet.cli.explain import new_name
 from coatnet.cli.main import main
 from coatnet.inference import Predictor
 
@@ -92,3 +93,9 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(
     assert message in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_files_fit_whatever_the_script(tmp_path: Path) -> None:
+    path = new_name(tmp_path, "写真" * 60, "日本" * 40, set(), ".attention.stage-3")
+    assert path.name.startswith("写真") and ".日本" in path.name
+    path.touch()  # of more than 255 bytes it could not be

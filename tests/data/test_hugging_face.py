@@ -17,6 +17,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
 from coatnet.data.splits import SplitRule
 from coatnet.errors import UserError
+from coatnet.inference.batch import open_samples
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 
@@ -280,7 +281,9 @@ def test_other_images_in_the_same_rows_are_other_data(images, tmp_path):
     assert found[0] != found[1]
 
 
-def test_splits_that_are_left_out_are_named(images, tmp_path):
+def test_splits_that_are_left_out_are_named(images, tmp_path, capsys):
     part = table(images[:6], [0, 1, 2] * 2, ANIMALS)
     splits = open_dataset(saved(tmp_path, train=part, validation=part, test=part))
     assert any(note.startswith("its splits train and validation, without test") for note in splits.notes)
+    assert len(open_samples([str(tmp_path / "saved")])) == 12
+    assert "saved: its splits train and validation, without test" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from coatnet.data import pixel_cache
-from coatnet.data.datasets import FileDataset
+from coatnet.data.datasets import Dataset, FileDataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.pixel_cache import Reduction, attach, fingerprint, keep_images
@@ -35,6 +36,26 @@ def varied(tmp_path):
     (tmp_path / "varied" / "8.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     paths = [f"{number}.png" for number in range(9)]
     return FileDataset("varied", ("a", "b"), tmp_path / "varied", paths, np.arange(9) % 2)
+
+
+def test_gray_arrays_of_any_size_are_themselves_for_a_model_of_colors():
+    class Gray(Dataset):
+        name, classes, labels, multilabel, in_memory = "gray", ("a", "b"), np.arange(4) % 2, False, False
+
+        def __len__(self):
+            return 4
+
+        def read(self, index):
+            return np.full((40, 40 + index), 5 + 10 * index, np.uint8), self.labels[index]
+
+        def describe(self, index):
+            return str(index)
+
+    with closing(keep_images(Gray(), Reduction(COLOR), "memory")) as kept:
+        assert kept.kept.all()
+        for index in range(4):
+            pixels, _ = kept.read(index)
+            assert pixels.shape[-1] == 3 and np.unique(pixels).tolist() == [5 + 10 * index]
 
 
 def evaluate(dataset, preprocessing, num_workers=0):

@@ -26,6 +26,7 @@ from coatnet.bundle.hub import CALIBRATION
 from coatnet.bundle.weights import write_tensors
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
+from coatnet.data.decode import BadImage
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
@@ -302,6 +303,10 @@ def test_a_damaged_calibration_is_one_error(
         load(folder)
 
 
+def refuse(index: int) -> None:
+    raise BadImage(f"{index}", "corrupt: no image")
+
+
 def test_wrong_requests_are_one_error(trained: Bundle, calibrated: Bundle, digits: Splits) -> None:
     for options, message in (
         ({"reject": 0.05}, "needs a calibrated model"),
@@ -317,6 +322,10 @@ def test_wrong_requests_are_one_error(trained: Bundle, calibrated: Bundle, digit
     ):
         with pytest.raises(UserError, match=message):
             Predictor(calibrated, "torch", **options)  # pyrefly: ignore
+    odd = ArrayDataset("odd", digits.classes, *digits.training.read_batch(np.arange(8)))
+    odd.in_memory, odd.read = False, refuse  # pyrefly: ignore
+    found = calibrate(trained, Splits("digits", odd, digits.validation), num_workers=0)  # by halves, as without any
+    assert found.calibration is not None
     few = ArrayDataset("few", digits.classes, *digits.validation.read_batch(np.arange(8)))
     with pytest.raises(UserError, match="calibration needs 10"):
         calibrate(trained, few)

@@ -1,5 +1,6 @@
 """Runs on the same images: paired intervals, disagreements, runs of earlier releases, the list of runs."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from tests.evaluation.test_report import report_of
 from tests.training.trainers import RecordingConsole
 
@@ -20,6 +22,7 @@ from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_markdown import to_markdown, write_report
+from coatnet.system.document import Table, print_table
 from coatnet.training.config import Recipe
 from coatnet.training.trainer import train
 
@@ -184,9 +187,33 @@ def test_compare_and_runs_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
     assert main(["runs", str(tmp_path / "no")]) == 2 and main(["runs", str(unfinished / "..")]) == 0
 
 
+def test_runs_beside_a_folder_that_may_not_be_read_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "runs" / "first", "aabbccbbbb")
+    (tmp_path / "runs" / "another's").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder: Path) -> object:  # as root, permissions of the file system refuse nothing
+        if str(folder).endswith("another's"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr("coatnet.cli.runs.os.scandir", refusing)
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    assert [Path(each["run"]).name for each in json.loads(capsys.readouterr().out)] == ["first"]
+
+
+def test_headings_are_names_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_table(console, Table(("a[/b]", "exp[adam]", ":dog:"), [("[red]1", "2", "3")]))
+    printed = console.file.getvalue()
+    assert all(name in printed for name in ("a[/b]", "exp[adam]", ":dog:", "[red]1"))
+
+
 def test_a_table_of_answers_comes_back_whatever_the_names(tmp_path: Path) -> None:
-    names = ('a,"b"', "line\nbreak", "=1+1", "\u202eabc", "", "tab\t")
-    given = Answers(names, names[::-1], names, np.linspace(0, 1, 6), np.linspace(0, 9, 6))
+    names = ('a,"b"', "line\nbreak", "=1+1", "\u202eabc", "", "tab\t", "a\rb")
+    given = Answers(names, names[::-1], names, np.linspace(0, 1, 7), np.linspace(0, 9, 7))
     (tmp_path / "predictions.csv").write_text(given.to_csv(), encoding="utf-8", newline="")
     found = read_answers(tmp_path / "predictions.csv")
     assert (found.images, found.truth, found.predicted) == (names, names[::-1], names)

@@ -12,10 +12,10 @@ from PIL import Image
 from coatnet.bundle import Bundle, load
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import Splits
+from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.evaluate import evaluate, recorded_rule
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.model.network import create_model
@@ -28,6 +28,12 @@ def bundle_of(classes: tuple[str, ...] = CLASSES, *, multilabel: bool = False) -
     model = create_model("coatnet-femto", num_classes=len(classes), in_channels=1, resolution=32)
     torch.nn.init.normal_(model.get_classifier().weight)
     return Bundle(model, classes, Preprocessing(resolution=32, mean=(0.5,), std=(0.5,)), multilabel=multilabel)
+
+
+def test_a_model_of_images_without_a_rule_is_measured_by_the_usual_one() -> None:
+    bundle = replace(bundle_of(), record={"recipe": {"validation_fraction": 0.0, "test_fraction": 0.1}})
+    assert recorded_rule(bundle) == SplitRule(test_fraction=0.1)
+    assert recorded_rule(replace(bundle, record={"recipe": {"validation_fraction": 0.3}})) == SplitRule(0.3)
 
 
 def dataset_of(num_images: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:

@@ -137,6 +137,13 @@ def test_the_command_writes_a_bundle_for_every_other_command(
     call = ["extend", str(eight), "--data", str(tmp_path / "new"), "--out", str(tmp_path / "ten"), "--json"]
     assert main(call) == 0
     assert json.loads(capsys.readouterr().out)["added"] == ["Bag", "Sneaker"]
+    (tmp_path / "odd" / "Bag").mkdir(parents=True)
+    (tmp_path / "odd" / "Sneaker").symlink_to(tmp_path / "new" / "Sneaker")
+    for number in range(10):
+        (tmp_path / "odd" / "Bag" / f"{number}.png").write_bytes(b"no image")
+    call = ["extend", str(eight), "--data", str(tmp_path / "odd"), "--out", str(tmp_path / "none")]
+    assert main(call) == 2 and not (tmp_path / "none").exists()
+    assert "no training image of the new class 'Bag' can be read" in capsys.readouterr().err
     call = ["rename", str(tmp_path / "ten"), "Bag=Handbag", "--out", str(tmp_path / "renamed")]
     assert main(call) == 0
     assert main([*call[:-1], str(tmp_path / "ten")]) == 2  # the model that is read stays

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from coatnet import Predictor, UserError
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.decode import Scale
-from coatnet.integrations.sklearn import CoAtNetClassifier, CoAtNetFeatures
+from coatnet.integrations.sklearn import CoAtNetClassifier, CoAtNetFeatures, _Images
 
 TINY: dict[str, Any] = {"model": "coatnet-femto-16", "resolution": 16, "recipe": {"num_workers": 0}}
 
@@ -113,6 +113,12 @@ def test_grid_search_over_a_field(garments: Any) -> None:
 def test_what_cannot_be_fitted_is_one_error(X: Any, y: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoAtNetClassifier(**TINY).fit(X, y)
+
+
+def test_paths_that_are_no_unicode_are_images_like_others() -> None:
+    paths = [f"/images/{number}-\udcff.png" for number in range(4)]
+    images = _Images(("a", "b"), paths, np.arange(4) % 2, np.arange(4))
+    assert images.describe(0) == r"/images/0-\xff.png" and len(list(images.content())) == 5
 
 
 def test_unreadable_images_have_their_name_in_the_error(fitted: CoAtNetClassifier, tmp_path: Path) -> None:

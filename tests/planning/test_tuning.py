@@ -57,6 +57,10 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
     trivial = replace(before, augmentation=Augmentation(trivial_augment=True))
     values = [tuned_values(trivial, {**DEFAULT_FACTORS, "augmentation": strength}) for strength in (0.4, 0.6)]
     assert [each["augmentation"]["trivial_augment"] for each in values] == [False, True]
+    part = replace(before, augmentation=replace(augmentation, crop_scale=(0.2, 0.8)))
+    for strength, expected in ((0.0, (0.8, 0.8)), (0.1, (0.8, 0.8)), (1.0, (0.2, 0.8)), (2.0, (0.1, 0.8))):
+        found = tuned_config(part, {**DEFAULT_FACTORS, "augmentation": strength})
+        assert found.augmentation.crop_scale == pytest.approx(expected)
     twice = changed(augmentation=2.0, learning_rate=0.5)
     assert twice.augmentation.crop_scale == (0.175, 1.0) and twice.augmentation.rand_augment_magnitude == 18
     assert twice.optimizer.learning_rate == pytest.approx(before.optimizer.learning_rate / 2, rel=1e-3)

@@ -56,6 +56,7 @@ def test_folds_are_trained_and_measured_together_before_the_model(folder: Path, 
     assert not folds[0] & folds[1] and len(folds[0] | folds[1]) == 68
     copies = {"dark/0.png", *(f"dark/copy{number}.png" for number in range(8))}
     assert {len(copies & fold) for fold in folds} == {0, 9}
+    assert not list(run.glob("folds/*/test"))
     correct = sum(round(fold["figures"]["top1"] * fold["figures"]["n"]) for fold in found["folds"])
     assert found["figures"]["top1"] == pytest.approx(correct / 68)
     # Probabilities as the reports of the folds have them: calibrated without the image that they are of.

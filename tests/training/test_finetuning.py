@@ -316,6 +316,14 @@ def test_a_user_error_is_one_line_and_leaves_nothing(changes, named_in_it, lette
     assert not (tmp_path / "run").exists()
 
 
+def test_the_classifier_does_not_learn_alone_for_all_of_a_limit(letters):
+    recipe, start = finetune(letters, head_first_epochs=1.0, epochs=10), coatnet.load(letters)
+    splits = coatnet.open_dataset("digits")
+    resolve(recipe, splits, start, epochs_that_fit=2.0)
+    with pytest.raises(UserError, match=r"leaves nothing of 0\.8 epochs that fit into max_minutes for the rest"):
+        resolve(recipe, splits, start, epochs_that_fit=0.8)
+
+
 def test_a_run_cannot_use_the_folder_of_the_bundle_it_starts_from(letters):
     before = {path: path.read_bytes() for path in letters.iterdir()}
     with pytest.raises(UserError, match="is not the folder of a run"):

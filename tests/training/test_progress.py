@@ -15,6 +15,7 @@ from rich.console import Console
 
 from coatnet.training import progress
 from coatnet.training.config import Recipe
+from coatnet.training.progress import TrainingProgress
 from coatnet.training.trainer import train
 
 COMMAND = [sys.executable, "-m", "coatnet", "train", "--data", "digits", "--epochs", "0.5"]
@@ -62,3 +63,9 @@ def test_without_a_terminal_lines_show_the_same_figures(tmp_path, monkeypatch):
     assert re.fullmatch(r"step 1/13  epoch 0.04  loss \d\.\d{3}  learning rate \d\.\de-\d\d  [\d,]+ images/s", lines[0])
     assert re.fullmatch(r"step 13/13  epoch 0.52  loss .* images/s  \d:\d\d:\d\d left", lines[-1])
     assert "━" not in written and "\x1b" not in written
+
+
+def test_names_in_a_line_are_no_emoji_and_no_markup():
+    console = Console(file=io.StringIO(), width=80)
+    TrainingProgress(console).say("data a:dog:b [red]x[/red]")
+    assert console.file.getvalue() == "data a:dog:b [red]x[/red]\n"

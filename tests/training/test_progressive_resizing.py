@@ -31,6 +31,14 @@ def test_by_default_the_size_never_changes():
     assert resizing.cost_after(0.0) == 1.0
 
 
+@pytest.mark.parametrize(("delay", "finetune"), [(0.5, 0.5), (0.8, 0.2), (0.0, 1.0)])
+def test_the_size_may_change_at_once(delay, finetune):
+    resizing = ProgressiveResizing(initial_scale=0.5, delay_fraction=delay, finetune_fraction=finetune)
+    scales = [resizing.scale_at(progress) for progress in (0.0, max(0.0, delay - 1e-6), delay + 1e-6, 1.0)]
+    assert scales == ([0.5, 0.5, 1.0, 1.0] if delay else [1.0] * 4)
+    assert resizing.cost_after(0.0) == pytest.approx(1 - 0.75 * delay, abs=0.02)
+
+
 def test_the_size_stays_then_grows_then_is_full():
     resizing = ProgressiveResizing(**GROWING)
     sizes = [resizing.resolution_at(step / 100, 224, 32) for step in range(101)]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from tests.training.configs import SMALL_COLOR_IMAGES, config_of
 
+from coatnet.data.near_duplicates import MAX_SEARCHED
 from coatnet.errors import UserError
 from coatnet.evaluation.plots import draw_curves
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
@@ -35,6 +36,15 @@ def resumed(folder, classes=CLASSES, **asked):
     run = RunFolder(folder, Recipe(data="digits", **asked))
     run.check_config(resolve_for(run.given, SMALL_COLOR_IMAGES), classes)
     return run
+
+
+def test_a_run_may_name_as_many_copies_as_are_looked_for(tmp_path):
+    names = [f"videos/a-camera-in-the-yard/2026-01-01/{number:06d}.jpg" for number in range(MAX_SEARCHED)]
+    copies = [names[first : first + 10] for first in range(0, len(names), 10)]
+    (tmp_path / "recipe.yaml").write_text(config_of(kept_together=copies).to_yaml())
+    assert (tmp_path / "recipe.yaml").stat().st_size > 1_000_000
+    found = RunFolder(tmp_path, Recipe(data="digits")).given.kept_together
+    assert list(map(list, found)) == copies
 
 
 def test_a_run_of_an_earlier_release_resumes_with_its_own_values(tmp_path):

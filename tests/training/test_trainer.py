@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
+from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer, train
 
 # Everything that could make a difference between two runs is switched on.
@@ -92,6 +94,38 @@ def test_a_run_interrupted_between_two_log_lines_writes_the_same_log(tmp_path, m
         train(EVERYTHING, tmp_path / "cut", console=RecordingConsole(signal.SIGINT))
     train(EVERYTHING, tmp_path / "cut", console=RecordingConsole())
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_first_speed_after_a_resumption_counts_the_steps_of_this_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "LOGS_PER_RUN", 10**6)
+    splits = open_dataset(BRIEF.data)
+    first, second = (Trainer(resolve(BRIEF, splits), splits, RunFolder(tmp_path, BRIEF)) for _ in range(2))
+    first.state.step, first.state.since_log = 3, 50
+    first.start_saving(first.checkpoint_name)
+    first.writer.finish()
+    second.resume(time.monotonic())
+    logged = []
+    second.log = logged.append
+    with closing(second.batches()) as batches:
+        batch = next(batches)
+        began = time.monotonic()
+        second.step(*batch)
+        ended = time.monotonic()
+        second.log_step()
+    assert second.state.step == 4 and 0 < logged[0]["images_per_second"] <= round(32 / (ended - began), 1)
+
+
+def test_patience_that_is_added_on_resumption_begins_there(tmp_path):
+    splits = open_dataset(BRIEF.data)
+    first, second = (
+        Trainer(resolve(recipe, splits), splits, RunFolder(tmp_path, recipe))
+        for recipe in (BRIEF, replace(BRIEF, patience=2))
+    )
+    first.state.step, first.state.best, first.state.evaluations_since_best = 3, 0.9, 5
+    first.start_saving(first.checkpoint_name)
+    first.writer.finish()
+    second.resume(time.monotonic())
+    assert (second.state.step, second.state.best, second.state.evaluations_since_best) == (3, -1.0, 0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`coatnet explain`: write what mattered to a model in images, or the relative biases it has learned, as PNG files."""
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -106,12 +107,17 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
 
 def new_name(folder: Path, stem: str, target: str, taken: set[str], how: str = "") -> Path:
     """A file name of image and class, and of what else is named, that no image before had: `holiday.tabby-cat.png`."""
-    words = "-".join("".join(c if c.isalnum() else " " for c in target).split())[:40]
-    name = f"{stem[:80]}.{words or 'class'}{how}"
+    words = first_bytes("-".join("".join(c if c.isalnum() else " " for c in target).split())[:40], 80)
+    name = f"{first_bytes(stem[:80], 120)}.{words or 'class'}{how}"
     candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
     chosen = next(each for each in candidates if each.lower() not in taken)
     taken.add(chosen.lower())
     return folder / f"{chosen}.png"
+
+
+def first_bytes(name: str, most: int) -> str:
+    """The beginning of a part of a file name: file systems count bytes, of which a letter may take four."""
+    return os.fsencode(name)[:most].decode(errors="ignore")
 
 
 def open_upright(path: Path, scale: "Scale | None") -> "PIL.Image.Image":

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,16 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def find_runs(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
-    """Yield the folders with a recipe.yaml, in the order of their names; nothing is searched below a run."""
+    """Yield the folders with a recipe.yaml, in the order of their names; nothing is searched below a run, nor in
+    folders below the first that may not be read."""
     if (folder / "recipe.yaml").is_file():
         yield folder
     elif depth:
         with os.scandir(folder) as entries:
             below = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
         for path in below:
-            yield from find_runs(Path(path), depth - 1)
+            with suppress(PermissionError):
+                yield from find_runs(Path(path), depth - 1)
 
 
 def describe_run(folder: Path) -> dict[str, Any]:

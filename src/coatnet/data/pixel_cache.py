@@ -49,7 +49,7 @@ from coatnet.system.progress import ProgressBar
 SHARE_OF_MEMORY = 1 / 4  # chosen: of what is available; auto keeps images in so much
 SHARE_OF_DISK = 1 / 2  # chosen: of the free room of the file system that holds the file
 KEPT_ON_DISK = 8  # chosen: training and held-out images of four data sets or sizes
-FORMAT = 1  # of what is on the disk
+FORMAT = 2  # of what is on the disk
 _KIND, _PIXELS, _TABLE = "decoded-images", "pixels.bin", "table.npy"
 
 
@@ -99,6 +99,8 @@ class Reduction:
                 shorter = min(height, width)
                 size = (round(self.side * height / shorter), round(self.side * width / shorter))
                 pixels = resize(pixels, size, self.preprocessing.interpolation)
+        if pixels.shape[1] < self.preprocessing.channels:  # a gray array, for a model of colors
+            pixels = pixels.expand(-1, self.preprocessing.channels, -1, -1)
         return np.ascontiguousarray(pixels[0].movedim(0, -1).numpy())
 
     def bytes_of(self, height: int, width: int) -> int:

@@ -62,7 +62,7 @@ class Answers:
     def to_csv(self) -> str:
         """The table as text, with the columns of `HEADER`."""
         text = io.StringIO(newline="")
-        rows = csv.writer(text, lineterminator="\n")
+        rows = csv.writer(text)  # with "\n" alone, Python 3.11 does not quote the "\r" of a name
         rows.writerow(HEADER)
         numbers = ([f"{value:.6g}" for value in column] for column in (self.probability, self.nll))
         rows.writerows(zip(self.images, self.truth, self.predicted, *numbers, strict=True))

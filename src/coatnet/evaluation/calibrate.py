@@ -136,11 +136,12 @@ def calibrate(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
             f"{MIN_IMAGES} that the model was not trained on"
         )
+    reference = None
     if training is not None and len(training):
         reference, _ = sample_outputs(
             bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(num_held_out + done)
         )
-    else:
+    if reference is None or not len(reference.logits):  # or none of them can be read
         reference = Outputs(*(each[::2] for each in held_out))
         held_out = Outputs(*(each[1::2] for each in held_out))
     return with_calibration(bundle, held_out, reference)

@@ -4,6 +4,7 @@ import heapq
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -329,7 +330,9 @@ def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Datase
 def recorded_rule(bundle: Bundle) -> SplitRule:
     """How images were held out when the model was made; a tenth by their names if its record does not say."""
     recorded = (bundle.record.get(name) or {} for name in ("recipe", "probe"))
-    return SplitRule.of(next((each for each in recorded if "validation_fraction" in each), {}))
+    rule = SplitRule.of(next((each for each in recorded if "validation_fraction" in each), {}))
+    # 0 is for images without a rule, such as those of `CoAtNetClassifier.fit`.
+    return rule if rule.validation_fraction else replace(rule, validation_fraction=SplitRule.validation_fraction)
 
 
 def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:

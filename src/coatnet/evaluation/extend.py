@@ -166,6 +166,11 @@ def extend(
         name = arriving.name if known is None else f"{known.name} and {arriving.name}"
         images = Measured(blank, Splits(name, training, validation), num_workers=num_workers, keep=True)
     learned = _learned(blank, known, arriving, images, num_workers)
+    seen = set(learned.labels.tolist())
+    if unread := [name for index, name in enumerate(classes) if name in added and index not in seen]:
+        raise UserError(
+            f"{arriving.name}: no training image of the new class {unread[0]!r} can be read; `coatnet doctor` says why"
+        )
     features, labels = _with_drawn(learned, summary, len(bundle.classes))
 
     methods = _methods(weights)
@@ -176,6 +181,11 @@ def extend(
         lower = lower_new(logits, before_logits, labels, LEARNED_DROP * max_drop)
         if lower is not None:  # as for new rows always
             found[name], lowered[name] = _accuracy(logits - lower * is_new, labels), lower
+    if not found:
+        raise UserError(
+            f"no way of adding the classes keeps the accuracy on the old ones within --max-drop {max_drop:g}: give "
+            "more old images, or allow more"
+        )
     method = max(found, key=lambda name: found[name])  # of equals the first
     weight, bias = methods[method](features, labels, len(classes))
     bias = bias - lowered[method] * is_new

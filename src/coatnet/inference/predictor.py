@@ -492,4 +492,4 @@ def _to_pixels(image: object, name: str) -> Tensor:
         raise UserError(
             f"{name} has shape {tuple(image.shape)}: an array is (H, W) or (H, W, 3), a tensor (1, H, W) or (3, H, W)"
         )
-    return pixels
+    return pixels.cpu()

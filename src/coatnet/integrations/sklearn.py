@@ -20,7 +20,7 @@ from rich.console import Console
 
 from coatnet.bundle import Bundle, load
 from coatnet.data.channels import find_scale, with_scale
-from coatnet.data.datasets import ArrayDataset, Dataset, Encoded, as_labels, read_image_file
+from coatnet.data.datasets import ArrayDataset, Dataset, Encoded, as_labels, printable, read_image_file
 from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.splits import Splits, choose_validation
 from coatnet.errors import UserError, import_extra
@@ -294,4 +294,4 @@ class _Images(Dataset):
 
     def describe(self, index: int) -> str:
         image = self.images[index]
-        return image if isinstance(image, str) else f"X[{self.rows[index]}]"
+        return printable(image) if isinstance(image, str) else f"X[{self.rows[index]}]"

@@ -148,7 +148,7 @@ def tuned_values(config: TrainingConfig, factors: Mapping[str, float]) -> dict[s
             "weight_decay": _rounded(config.optimizer.weight_decay * factors["weight_decay"]),
         },
         "augmentation": {
-            "crop_scale": [max(smallest / 2, _rounded(1 - strength * (1 - smallest))), largest],
+            "crop_scale": [min(largest, max(smallest / 2, _rounded(1 - strength * (1 - smallest)))), largest],
             "shift": round(strength * augmentation.shift),
             "rand_augment_layers": augmentation.rand_augment_layers if magnitude else 0,
             "rand_augment_magnitude": magnitude,

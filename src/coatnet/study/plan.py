@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits, choose_few
 from coatnet.errors import UserError, counted
@@ -539,7 +540,7 @@ def describe_plan(study: Study, jobs: int) -> str:
     for member in study.members:
         planned = [run.seconds for run in study.runs if run.member == member.name]
         table.add_row(
-            member.name,
+            Text(member.name),
             f"{member.parameters:,}",
             f"{100 * (member.parameters / first.parameters - 1):+.2f} %",
             f"{member.macs:,}",

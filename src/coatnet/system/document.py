@@ -109,8 +109,9 @@ def print_table(console: "Console", table: Table) -> None:
 
     shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(table.header))
     for number, heading in enumerate(table.header):
-        shown.add_column(one_line(heading), justify="right" if number in table.numbers else "left", overflow="fold",
-                         no_wrap=number in table.numbers)  # fmt: skip
+        is_number = number in table.numbers
+        justify = "right" if is_number else "left"
+        shown.add_column(Text(one_line(heading)), justify=justify, overflow="fold", no_wrap=is_number)
     for row in table.rows:
         shown.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(shown)

@@ -41,7 +41,7 @@ from coatnet.training.distillation import Distillation
 from coatnet.training.optimizer import Optimization, Schedule
 from coatnet.training.progressive_resizing import ProgressiveResizing
 
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_BYTES = 8_000_000  # a run may name 20,000 copies that it keeps together
 FROM_FILE = "{folder}/"  # begins a path that is counted from the folder of the file it stands in
 
 Parallelism = Literal["ddp", "fsdp", "hsdp"]

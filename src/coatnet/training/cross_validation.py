@@ -54,7 +54,10 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     place, reports = folder.path / FOLDS, []
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
-        reports.append(train(replace(recipe, fold=f"{number}/{num_folds}"), run, console=console))
+        fold = replace(recipe, fold=f"{number}/{num_folds}")
+        fold, splits = open_splits(fold, TrainingProgress(console).say)
+        # The test is for the model that comes after the folds.
+        reports.append(train(fold, run, splits=replace(splits, test=None), console=console))
     if is_main_process():
         with translate_write_errors(place):
             _write(place, reports)

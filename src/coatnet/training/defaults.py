@@ -151,14 +151,14 @@ def resolve_for(
 
     batch_size = asked.get("batch_size", default_batch_size(num_images))
     epochs = asked.get("epochs", default_epochs(num_images, batch_size, finetune=init is not None))
-    total_steps = num_steps(epochs, num_images, batch_size)
-    if recipe.head_first_epochs and num_steps(recipe.head_first_epochs, num_images, batch_size) >= total_steps:
-        raise UserError(
-            f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs:g} epochs for the rest of the "
-            "network: give less, or freeze the rest"
-        )
     epochs_to_come = min(epochs, epochs_that_fit)
     steps_to_come = num_steps(epochs_to_come, num_images, batch_size)
+    if recipe.head_first_epochs and num_steps(recipe.head_first_epochs, num_images, batch_size) >= steps_to_come:
+        fitting = "" if epochs_to_come == epochs else " that fit into max_minutes"
+        raise UserError(
+            f"head_first_epochs {recipe.head_first_epochs:g} leaves nothing of {epochs_to_come:.3g} epochs{fitting} "
+            "for the rest of the network: give less, or freeze the rest"
+        )
     short = epochs_to_come < SHORT_RUN_EPOCHS and init is None
     chosen: dict[str, Any] = {
         "epochs": epochs,

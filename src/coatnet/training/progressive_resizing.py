@@ -38,7 +38,9 @@ class ProgressiveResizing:
         end = 1 - self.finetune_fraction
         if progress >= end:
             return 1.0
-        grown = max(0.0, progress - self.delay_fraction) / (end - self.delay_fraction)
+        if progress <= self.delay_fraction:  # which may be the end as well
+            return self.initial_scale
+        grown = (progress - self.delay_fraction) / (end - self.delay_fraction)
         return self.initial_scale + (1 - self.initial_scale) * grown
 
     def resolution_at(self, progress: float, resolution: int, multiple: int) -> int:

@@ -174,6 +174,7 @@ class Trainer:
         self.loggers = Loggers({}, self.progress.say)
         self._init_description = describe_init(config, splits.training, init)
         self._saved_at = self._logged_at = time.monotonic()
+        self._timed_from = 0  # of the steps since the last log line, those of an earlier process
         self._bad_images_to_warn = 1
 
     def describe(self) -> str:
@@ -601,6 +602,9 @@ class Trainer:
             self.state = TrainState(
                 **{each.name: position[each.name] for each in fields(TrainState) if each.name in position}
             )
+            self._logged_at, self._timed_from = time.monotonic(), self.state.since_log
+            if self.config.patience and not (self.folder.checkpoints / BEST).exists():
+                self.state.best, self.state.evaluations_since_best = -1.0, 0  # patience begins here
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name.removeprefix(f"{self.config.data}/"), reason)  # whole in earlier releases
             if self.teacher is not None and checkpoint.state.get("teacher") != self.teacher.key:
@@ -642,7 +646,8 @@ class Trainer:
         if not state.since_log or (state.step % every and state.step < duration.total_steps):
             return
         now = time.monotonic()
-        speed = state.since_log * self.config.batch_size / max(now - self._logged_at, 1e-9)
+        timed = state.since_log - self._timed_from
+        speed = timed * self.config.batch_size / max(now - self._logged_at, 1e-9)
         values = {
             "loss": state.loss_sum / state.since_log,
             "learning_rate": self.last_learning_rate,
@@ -650,7 +655,8 @@ class Trainer:
         }
         self.log({**values, "grad_norm": state.norm_sum / state.since_log, "seconds": round(state.seconds, 3)})
         self.progress.logged(epoch=self.epoch, **values)
-        state.loss_sum, state.norm_sum, state.since_log, self._logged_at = 0.0, 0.0, 0, now
+        state.loss_sum, state.norm_sum, state.since_log = 0.0, 0.0, 0
+        self._logged_at, self._timed_from = now, 0
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write figures of this step to the run's log and the loggers."""

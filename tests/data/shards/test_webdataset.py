@@ -13,6 +13,7 @@ from coatnet.data.shards.dataset import is_shard_folder
 from coatnet.data.shards.pack import pack
 from coatnet.data.shards.webdataset import Sample, _Tar, _write_samples, split_of
 from coatnet.errors import UserError
+from coatnet.inference.batch import open_samples
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +107,14 @@ def test_without_a_validation_split_whole_tars_are_held_out(root):
     assert any("held out: " in note for note in splits.notes)
 
 
-def test_test_tars_are_left_out_where_there_are_others_for_validation(root):
+def test_test_tars_are_left_out_where_there_are_others_for_validation(root, capsys):
     for number, name in enumerate(("train", "val", "test")):
         write_tar(root / f"{name}.tar", samples(number * 6, 6))
     splits = open_dataset(root)
     assert (len(splits.training), len(splits.validation)) == (6, 6)
     assert splits.validation.read(0)[0] == image(6)
+    assert "held out: val.tar, without test.tar" in splits.describe()
+    assert len(open_samples([str(root)])) == 12 and "without test.tar" in capsys.readouterr().err
 
 
 def test_images_beside_a_tar_are_a_folder_of_images(root):

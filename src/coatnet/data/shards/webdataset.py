@@ -38,7 +38,7 @@ from coatnet.data.shards.index import (
     to_npy,
 )
 from coatnet.data.shards.storage import LocalStorage, Storage
-from coatnet.errors import UserError
+from coatnet.errors import UserError, shorten
 from coatnet.system.cache import cached_folder
 from coatnet.system.json_reader import MAX_INTEGER, parse_json
 from coatnet.system.progress import ProgressBar
@@ -75,14 +75,14 @@ def index_foreign(files: Storage, validation_fraction: float, evaluation: bool =
     Raises:
         UserError: there are no tars, or one of them is damaged or has images without labels.
     """
-    parts = _split(files, validation_fraction, evaluation)
+    parts, left_out = _split(files, validation_fraction, evaluation)
     names = [name for part in parts.values() for name in part]
     sizes = files.sizes(names)
-    mark = sha256(repr((str(files), parts, sizes, files.modified(names))).encode()).hexdigest()[:32]
+    mark = sha256(repr((str(files), parts, sizes, files.modified(names), *left_out)).encode()).hexdigest()[:32]
     lengths = [size or 0 for size in sizes]
 
     def write(folder: Path) -> None:
-        _write(folder, files, parts, lengths, min_classes=1 if evaluation else 2)
+        _write(folder, files, parts, left_out, lengths, min_classes=1 if evaluation else 2)
 
     return LocalStorage(cached_folder("indexes", mark, write))
 
@@ -98,35 +98,45 @@ def _has_word(name: str, words: Collection[str]) -> bool:
     return not set(re.split(r"[^a-z]+", name.lower())).isdisjoint(words)
 
 
-def _split(files: Storage, fraction: float, evaluation: bool) -> dict[str, list[str]]:
-    """The tars of each split, by the names of files and folders; else some tars are held out by hash."""
+def _split(files: Storage, fraction: float, evaluation: bool) -> tuple[dict[str, list[str]], list[str]]:
+    """The tars of each split, by the names of files and folders, else some held out by hash; and tars for a test, which
+    are left out beside those of both splits."""
     folders = ["", *filter(split_of, files.folders())]
     names = [name for folder in folders for name in files.names(folder) if name.endswith(".tar")]
     if not names:
         raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")
     parts: dict[str, list[str]] = {TRAINING: [], VALIDATION: []}
+    left_out: list[str] = []
     if all(any(_has_word(name, words) for name in names) for words in (TRAINING_NAMES, VALIDATION_NAMES)):
-        # As of folders, those for a test are not read then.
-        names = [name for name in names if _has_word(name, (*TRAINING_NAMES, *VALIDATION_NAMES)) or not split_of(name)]
+        # chosen: an index has two splits.
+        known = (*TRAINING_NAMES, *VALIDATION_NAMES)
+        left_out = [name for name in names if split_of(name) and not _has_word(name, known)]
+        names = [name for name in names if name not in left_out]
     for name in names:
         parts[split_of(name) or TRAINING].append(name)
     if not parts[VALIDATION]:
         if len(names) < 2 and evaluation:
-            return {VALIDATION: names}
+            return {VALIDATION: names}, []
         if len(names) < 2:
             raise UserError(f"{files}: one tar, so none can be held out; name some val-....tar, or `coatnet pack` them")
         by_hash = sorted(names, key=_name_hash)
         count = min(max(1, round(fraction * len(names))), len(names) - 1)
         parts = {TRAINING: sorted(by_hash[count:]), VALIDATION: sorted(by_hash[:count])}
     if not parts[TRAINING] and evaluation:
-        return {VALIDATION: parts[VALIDATION]}
+        return {VALIDATION: parts[VALIDATION]}, left_out
     if not parts[TRAINING]:
         raise UserError(f"{files}: all tars are for validation; some need train in their names")
-    return parts
+    return parts, left_out
 
 
 def _write(
-    folder: Path, files: Storage, parts: dict[str, list[str]], sizes: Sequence[int], *, min_classes: int
+    folder: Path,
+    files: Storage,
+    parts: dict[str, list[str]],
+    left_out: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    min_classes: int,
 ) -> None:
     read: dict[str, list[_Tar]] = {split: [] for split in parts}
     first_with: dict[bytes, str] = {}
@@ -152,7 +162,8 @@ def _write(
         (folder / table_name(split)).write_bytes(table)
         splits[split] = summarize_split([shard for shard, _ in shards], counts, table, f"{files}: {split}")
     held_out = ", ".join(parts[VALIDATION][:3]) + (" and more" if len(parts[VALIDATION]) > 3 else "")
-    notes = (f"{sum(map(len, parts.values())):,} tars of another program; held out: {held_out}",)
+    without = f", without {shorten(left_out)}" if left_out else ""
+    notes = (f"{sum(map(len, parts.values())):,} tars of another program; held out: {held_out}{without}",)
     name = str(files).rstrip("/").rpartition("/")[2]
     (folder / HEAD).write_bytes(Head(name, tuple(classes), multilabel, splits, notes).to_json())
 

@@ -29,6 +29,7 @@ from coatnet.errors import UserError
 from coatnet.inference.predictor import Prediction, Predictor
 from coatnet.system.files import user_path
 from coatnet.system.hardware import num_cores
+from coatnet.system.terminal import warn
 
 
 class Sample(NamedTuple):
@@ -96,7 +97,10 @@ def open_samples(sources: Sequence[str], left_out: Counter[str] | None = None) -
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return SampleSource([_open_manifest(path)])
     splits = open_dataset(sources[0], evaluation=True)
-    return SampleSource([splits.training, splits.validation])
+    for note in splits.notes:
+        if ", without " in note:
+            warn(f"{splits.name}: {note}")
+    return SampleSource(list(splits.parts.values()))
 
 
 class Row(NamedTuple):

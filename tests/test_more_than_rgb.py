@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.pages import ROOT
+from tests.training.trainers import trainer_for
 
 import coatnet
 from coatnet.bundle import Bundle
@@ -26,6 +27,7 @@ from coatnet.errors import UserError
 from coatnet.export import decode_image
 from coatnet.export.signature import Signature
 from coatnet.model.network import create_model
+from coatnet.model.resize import change_channels, first_convolution
 
 pytest.importorskip("tifffile")
 sys.path.insert(0, str(ROOT / "examples"))
@@ -133,6 +135,15 @@ def test_a_network_for_rgb_begins_for_twelve_bands(folder: Path, tmp_path: Path)
     recipe = coatnet.Recipe(data=str(folder / "bands"), name="finetune", init=str(rgb), batch_size=16, epochs=0.3)
     coatnet.train(recipe, tmp_path / "run")
     assert coatnet.load(tmp_path / "run/bundle").model.in_channels == 12
+    stem = first_convolution(model)
+    theirs = model.state_dict()[stem]
+    unnamed = trainer_for(recipe, init=coatnet.load(rgb)).model.state_dict()[stem]
+    torch.testing.assert_close(unnamed, change_channels(theirs, 12), rtol=0, atol=0)
+    names = ["nir", "red", "green", "blue", *(f"band {number}" for number in range(5, 13))]
+    named = recipe.changed({"preprocessing": {"channel_names": names}})
+    kept = trainer_for(named, init=coatnet.load(rgb)).model.state_dict()[stem]
+    torch.testing.assert_close(kept, change_channels(theirs, 12, (1, 2, 3)), rtol=0, atol=0)
+    assert not torch.equal(kept, unnamed)
 
 
 def test_files_of_other_channels_end_in_one_line(folder: Path, tmp_path: Path) -> None:

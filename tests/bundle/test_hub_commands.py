@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from tests.bundle.hub_server import Hub
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from coatnet.bundle import Bundle
@@ -71,6 +71,8 @@ def test_predict_by_hub_id_gives_the_top_class_of_timm_in_words(hub: Hub, coatne
         expected = theirs(transform(Image.open(image))[None])[0].softmax(0)
     probabilities = torch.tensor(sorted(found.values()))
     torch.testing.assert_close(probabilities, expected.sort().values, rtol=0.05, atol=1e-4)
+    words = ImageNetInfo("imagenet-1k").index_to_description(int(expected.argmax()))
+    assert max(found, key=lambda name: found[name]).partition(" (")[0] in words
 
     hub.stop()
     again = coatnet("predict", ID, image, "--json", "--top-k", "1000", HF_HUB_OFFLINE="1")

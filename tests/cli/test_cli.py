@@ -396,18 +396,20 @@ def test_interrupted_training_saves_and_the_same_command_resumes(images: Path, t
         "400",
         *QUICK,
     ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        printed = ""
-        for line in process.stderr:
-            printed += line
-            if "step " in line and " images/s" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        printed += process.stderr.read()
-    assert process.returncode == 130, printed
-    assert "resumes" in printed and "Traceback" not in printed
-    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    for again in (False, True):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            printed = ""
+            for line in process.stderr:
+                printed += line
+                if "step " in line and " images/s" in line:
+                    process.send_signal(signal.SIGINT)
+                    break
+            printed += process.stderr.read()
+        assert process.returncode == 130, printed
+        assert "resumes" in printed and "Traceback" not in printed
+        assert ("resuming" in printed) == again
+        assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "features", "probe"])

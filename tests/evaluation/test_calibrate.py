@@ -264,6 +264,13 @@ def test_foreign_images_are_more_novel(calibrated: Bundle, digits: Splits) -> No
     assert all(each.unknown == ((each.novelty or 0) > 0.95 + 1e-6) for each in foreign + familiar)
     assert all(each.novelty == round(each.novelty or 0, 3) for each in foreign + familiar)  # as people read it
     assert all(each.class_set is not None and set(each.class_set) <= set(digits.classes) for each in familiar)
+    truth = [digits.classes[int(digits.validation.label(index))] for index in range(100)]
+    sizes = {each.method: each.mean_size for each in evaluate(calibrated, digits).reliability.sets}  # pyrefly: ignore
+    for method in METHODS:
+        answers = Predictor(calibrated, "torch", "fp32", coverage=0.9, set_method=method)(known)
+        sets = [each.class_set or () for each in answers]
+        assert sum(name in chosen for name, chosen in zip(truth, sets, strict=True)) >= 80
+        assert np.mean([len(chosen) for chosen in sets]) == pytest.approx(sizes[method], rel=0.25)
     assert not any(each.unknown for each in Predictor(calibrated, "torch", "fp32")(list(noise)))
 
 

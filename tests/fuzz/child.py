@@ -64,8 +64,12 @@ def mutated(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
     return bytes(content)
 
 
+class TooSlow(BaseException):
+    """An input takes too long. No reader turns it into an error of its own, as it may do with any Exception."""
+
+
 def read_within_bounds(read: Callable[[bytes], object], content: bytes) -> None:
-    """Read an input. Raises what is not one of the allowed errors, and TimeoutError after 20 seconds."""
+    """Read an input. Raises what is not one of the allowed errors, and TooSlow after 20 seconds."""
     signal.alarm(SECONDS)
     try:
         read(content)
@@ -73,12 +77,14 @@ def read_within_bounds(read: Callable[[bytes], object], content: bytes) -> None:
         text = str(error)
         if len(text) > 4_000 or "\n" in text or "\x1b" in text:
             raise AssertionError(f"the error is no line of a reasonable length: {text[:200]!r}") from error
+        if "no memory" in text:
+            raise AssertionError(f"the input takes more than {MEMORY:,} bytes: {text[:200]!r}") from error
     finally:
         signal.alarm(0)
 
 
 def _too_slow(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"more than {SECONDS} seconds")
+    raise TooSlow(f"more than {SECONDS} seconds")
 
 
 def limit_memory() -> None:
@@ -101,7 +107,7 @@ def fuzz(names: list[str], state: Path, seconds: float, number: int) -> int:
             name = names[turn % len(names)]
             try:
                 _fuzz_target(name, found[name], state, counts, turn, end)
-            except Exception as error:
+            except (Exception, TooSlow) as error:
                 error.__notes__ = []  # Hypothesis's, with the whole input
                 (state / "why").write_text(traceback.format_exc()[-3_000:])
                 return FAULT

@@ -343,6 +343,20 @@ def test_patience_ends_the_run_with_the_weights_of_the_best_evaluation(tmp_path)
     assert evaluations[-1]["step"] < 100
 
 
+def test_the_weights_of_the_best_evaluation_are_taken_at_the_end(tmp_path):
+    splits = open_dataset(BRIEF.data)
+    stopped = Trainer(resolve(BRIEF, splits), splits, RunFolder(tmp_path, BRIEF))
+    stopped.start_saving(trainer.BEST)
+    stopped.writer.finish()
+    best = {name: tensor.clone() for name, tensor in stopped.tensors().items()}
+    with torch.no_grad():
+        for tensor in stopped.tensors().values():
+            tensor.add_(1)
+    assert not any(torch.equal(tensor, best[name]) for name, tensor in stopped.tensors().items())
+    stopped.restore_best()
+    torch.testing.assert_close(dict(stopped.tensors()), best, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_finetuning_starts_from_the_weights_and_the_preprocessing_of_a_bundle(whole, tmp_path):
     out, _ = whole

@@ -91,7 +91,16 @@ def test_a_signal_stops_it_and_the_same_command_resumes(
         said = process.communicate()[1]
     assert process.returncode == code
     assert said == f"coatnet: {out}: stopped; the same command resumes\n"
-    assert not out.exists() and list(staged.glob("part-*"))
+    kept = {path: path.stat().st_mtime_ns for path in staged.glob("part-*")}
+    assert kept and not out.exists()
+    again = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with again:
+        while len(found := {path: path.stat().st_mtime_ns for path in staged.glob("part-*")}) <= len(kept):
+            assert again.poll() is None
+            time.sleep(0.01)
+        again.send_signal(number)
+        again.communicate()
+    assert again.returncode == code and kept.items() <= found.items()  # what was there is not computed again
 
 
 def test_a_damaged_part_is_computed_again(

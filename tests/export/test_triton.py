@@ -12,6 +12,23 @@ from coatnet.cli.main import main
 from coatnet.data.transforms import EvaluationTransform
 
 
+@pytest.mark.slow
+def test_what_the_configuration_says_is_what_the_model_has(clothes_bundle: Path, tmp_path: Path) -> None:
+    assert main(["export", str(clothes_bundle), "--format", "triton", "--out", str(tmp_path / "repository")]) == 0
+    (model,) = (path.parent for path in (tmp_path / "repository").glob("*/config.pbtxt"))
+    text = (model / "config.pbtxt").read_text()
+    session = onnxruntime.InferenceSession(str(model / "1" / "model.onnx"))
+    kinds = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}
+    for tensor in (*session.get_inputs(), *session.get_outputs()):
+        sizes = [size if isinstance(size, int) else -1 for size in tensor.shape[1:]]
+        dims = ", ".join(map(str, sizes)) or "1"  # a number an image is a shape of 1 that is taken off
+        declared = f'name: "{tensor.name}" data_type: {kinds[tensor.type]} dims: [ {dims} ]'
+        assert declared in text and (("reshape: { shape: [ ] }" in text.split(declared)[1][:40]) == (not sizes))
+    assert text.count("{ name: ") == len(session.get_inputs()) + len(session.get_outputs())
+    assert "max_batch_size: 32" in text and 'backend: "onnxruntime"' in text
+    assert (model / "labels.txt").read_text(encoding="utf-8").splitlines() == list(load(clothes_bundle).classes)
+
+
 @pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["pictures", "images"])
 def test_the_repository_is_one_of_tritons(clothes_bundle: Path, tmp_path: Path, logits: bool, capsys) -> None:
     model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")

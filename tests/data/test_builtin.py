@@ -58,9 +58,8 @@ def test_digits_hold_1797_images_as_scikit_learn_has_them():
 def test_a_folder_of_the_same_name_is_told_and_read_by_its_path(make_folder, monkeypatch):
     monkeypatch.chdir(make_folder({"digits/a": 3, "digits/b": 3}))
     splits = open_dataset("digits")
-    assert len(splits.classes) == 10 and "digits is the data set of that name; what lies here is ./digits" in str(
-        splits
-    )
+    assert len(splits.classes) == 10
+    assert "digits is the data set of that name; what lies here is ./digits" in str(splits)
     assert open_dataset("./digits").classes == ("a", "b")
 
 

@@ -5,7 +5,6 @@ from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 
 from coatnet.system.terminal import escape_lines
 
@@ -39,7 +38,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print lines that stay."""
-        self.console.print(Text(escape_lines(text)))
+        self.console.print(escape_lines(text), markup=False, emoji=False)
 
     def moved(self, step: int, total_steps: int, seconds_left: float | None) -> None:
         """Show that `step` of `total_steps` are done."""

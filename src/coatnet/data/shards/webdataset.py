@@ -107,13 +107,11 @@ def _split(files: Storage, fraction: float, evaluation: bool) -> tuple[dict[str,
         raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")
     parts: dict[str, list[str]] = {TRAINING: [], VALIDATION: []}
     left_out: list[str] = []
-    if all(any(_has_word(name, words) for name in names) for words in (TRAINING_NAMES, VALIDATION_NAMES)):
-        # chosen: an index has two splits.
-        known = (*TRAINING_NAMES, *VALIDATION_NAMES)
-        left_out = [name for name in names if split_of(name) and not _has_word(name, known)]
-        names = [name for name in names if name not in left_out]
+    both = all(any(_has_word(name, words) for name in names) for words in (TRAINING_NAMES, VALIDATION_NAMES))
     for name in names:
-        parts[split_of(name) or TRAINING].append(name)
+        for_test = _has_word(name, TEST_NAMES) and not _has_word(name, (*TRAINING_NAMES, *VALIDATION_NAMES))
+        # chosen: an index has two splits.
+        (left_out if both and for_test else parts[split_of(name) or TRAINING]).append(name)
     if not parts[VALIDATION]:
         if len(names) < 2 and evaluation:
             return {VALIDATION: names}, []

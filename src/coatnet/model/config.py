@@ -150,7 +150,7 @@ class Variant(Architecture):
         """Return a variant with changed options.
 
         Args:
-            layout: kinds of the four stages, such as "C-C-T-T", or "ViT_REL" (section 2.2).
+            layout: kinds of the stages, C or T for each, such as "C-C-T-T", or "ViT_REL" (section 2.2).
             block_counts: "V0", "V1" or "V2": blocks moved between S2 and S3 (Table 7).
             depths: blocks of each stage; it and the next two are counted in the stages of the layout.
             widths: channels of each stage.
@@ -213,10 +213,12 @@ class Variant(Architecture):
         return replace(self, stages=(s1, s2, s3, s4))
 
     def _with_layout(self, layout: str) -> "Variant":
-        if layout not in LAYOUTS:
-            raise UserError(f"layout={layout!r} is unknown; it is one of {', '.join(LAYOUTS)}")
-        if len(self.stages) != 4:
-            raise UserError(f"layout={layout!r} names four stages; {self.name} has {len(self.stages)}")
+        kinds, letters = {"C": "mbconv", "T": "transformer"}, str(layout).split("-")
+        if layout != "ViT_REL" and not kinds.keys() >= set(letters):
+            raise UserError(f"layout={layout!r} is unknown; it is one letter for each stage, or {', '.join(LAYOUTS)}")
+        named = 4 if layout == "ViT_REL" else len(letters)
+        if len(self.stages) != named:
+            raise UserError(f"layout={layout!r} is about {named} stages; {self.name} has {len(self.stages)}")
         if layout == "ViT_REL":
             # chosen: all blocks at the width of S3, since the paper gives neither depth nor width. That gives similar
             # sizes: 22, 44 and 77 M parameters for the 25, 42 and 75 M of coatnet-0 to -2.
@@ -225,8 +227,7 @@ class Variant(Architecture):
             # paper: "16x16 stride" of the stem at 224 pixels, where S3 has the same stride.
             patch = self.stem_stride * math.prod(stage.stride for stage in self.stages[:3])
             return replace(self, stem="patch", stem_width=width, stem_stride=patch, stages=(blocks,))
-        kinds = {"C": "mbconv", "T": "transformer"}
-        stages = zip(self.stages, layout.split("-"), strict=True)
+        stages = zip(self.stages, letters, strict=True)
         return replace(self, stages=tuple(replace(stage, kind=kinds[letter]) for stage, letter in stages))
 
     def to_dict(self) -> dict[str, Any]:

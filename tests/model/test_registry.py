@@ -1,5 +1,7 @@
 """The variants have the sizes that the paper publishes; options build or are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -127,10 +129,18 @@ def test_block_counts_are_those_of_table_7(counts, depths):
     assert tuple(stage.depth for stage in variant.stages) == depths
 
 
-@pytest.mark.parametrize("layout", ["C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T"])
-def test_a_layout_names_the_kind_of_each_stage(layout):
-    kinds = [stage.kind[0].upper() for stage in VARIANTS["coatnet-0"].vary(layout=layout).stages]
-    assert "-".join(kinds).replace("M", "C") == layout
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("coatnet-0", layout) for layout in ("C-C-C-C", "C-C-C-T", "C-C-T-T", "C-T-T-T")),
+        *(("coatnet-pico-64", layout) for layout in ("C-C-C", "C-C-T", "C-T-T")),
+        ("coatnet-7", "C-C-C-C-T"),
+    ],
+)
+def test_a_layout_names_the_kind_of_each_stage(name, layout):
+    before, after = VARIANTS[name].stages, VARIANTS[name].vary(layout=layout).stages
+    assert "-".join(stage.kind[0].upper() for stage in after).replace("M", "C") == layout
+    assert [replace(stage, kind="mbconv") for stage in after] == [replace(stage, kind="mbconv") for stage in before]
 
 
 def test_variants_survive_a_round_trip_through_plain_values():
@@ -147,7 +157,10 @@ def test_default_variants_leave_cells_for_attention_on_small_images():
 @pytest.mark.parametrize(
     ("variations", "message"),
     [
-        ({"layout": "T-T-C-C"}, "C-C-T-T"),
+        ({"layout": "T-T-C-C"}, "every C before any T"),
+        ({"layout": "C-C-C-X"}, "C-C-T-T"),
+        ({"layout": 3}, "C-C-T-T"),
+        ({"layout": "C-C-T"}, "is about 3 stages; coatnet-0 has 4"),
         ({"block_counts": "V1"}, "moves 4 blocks"),
         ({"block_counts": "V9"}, "V0, V1, V2"),
         ({"head_dim": 40}, "head_dim=40 does not divide the width 384"),
@@ -181,8 +194,8 @@ def test_invalid_arguments_are_refused_with_a_reason(variations, message):
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'coatnet-0'"):
         create_model("coatnet_0")
-    with pytest.raises(UserError, match="four stages"):
-        create_model("coatnet-7", layout="C-C-T-T")
+    with pytest.raises(UserError, match="4 stages; coatnet-7 has 5"):
+        create_model("coatnet-7", layout="ViT_REL")
 
 
 def test_out_of_bounds_variants_are_refused_before_anything_is_allocated():

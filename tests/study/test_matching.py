@@ -43,6 +43,14 @@ def test_the_networks_of_a_question_cost_the_same(name: str) -> None:
         assert model.variant.stages == network.variant.stages
 
 
+def test_the_layout_of_a_network_of_three_stages_is_part_of_its_recipe() -> None:
+    row = find_variant("coatnet-pico-64")
+    assert isinstance(row, Variant)
+    found = variations_of(row.vary(layout="C-C-C", widths=[8, 16, 24]), row)
+    assert found == {"layout": "C-C-C", "depths": [1, 3, 2], "widths": [8, 16, 24], "strides": [2, 2, 1]}
+    assert "layout" not in variations_of(row.vary(widths=[16, 32, 64]), row)
+
+
 def test_members_differ_in_what_is_asked_and_not_in_depth_where_that_is_it() -> None:
     row = base_row(28, None, 1.0)
     depths = [

@@ -1,6 +1,7 @@
 """Configuration of a network: its stages, and as fields of a `Variant` the design choices that the paper studies."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -213,9 +214,12 @@ class Variant(Architecture):
         return replace(self, stages=(s1, s2, s3, s4))
 
     def _with_layout(self, layout: str) -> "Variant":
+        if layout != "ViT_REL" and not re.fullmatch("C(-C)*(-T)*|T(-T)*", str(layout)):
+            raise UserError(
+                f"layout={layout!r} is unknown; it is a letter for each stage, every C before any T (section 2.2), "
+                f"or ViT_REL; for four stages: {', '.join(LAYOUTS)}"
+            )
         kinds, letters = {"C": "mbconv", "T": "transformer"}, str(layout).split("-")
-        if layout != "ViT_REL" and not kinds.keys() >= set(letters):
-            raise UserError(f"layout={layout!r} is unknown; it is one letter for each stage, or {', '.join(LAYOUTS)}")
         named = 4 if layout == "ViT_REL" else len(letters)
         if len(self.stages) != named:
             raise UserError(f"layout={layout!r} is about {named} stages; {self.name} has {len(self.stages)}")

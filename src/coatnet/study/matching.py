@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from coatnet.errors import UserError
 from coatnet.model.complexity import Complexity, PartCosts, complexity, count_parts
-from coatnet.model.config import BLOCK_KIND_OF_OPTION, LAYOUTS, Stage, Variant
+from coatnet.model.config import BLOCK_KIND_OF_OPTION, Stage, Variant
 
 TOLERANCE = 0.02  # between the smallest and the largest of a study, of parameters and of multiply-accumulates
 WIDTH_STEP = 4  # channels; squeeze-and-excitation has a quarter of them
@@ -98,13 +98,12 @@ def build(name: str, row: Variant, variations: Mapping[str, Any], problem: Probl
 
 def variations_of(variant: Variant, row: Variant) -> dict[str, Any]:
     """The variations by which a row of the registry becomes a variant, as a recipe has them."""
+    kinds, start = [stage.kind for stage in variant.stages], row
+    found: dict[str, Any] = {}
     if variant.stem == "patch":
-        layout = "ViT_REL"
-    else:
-        layout = "-".join(stage.kind[0].upper().replace("M", "C") for stage in variant.stages)
-    start = row.vary(layout=layout) if layout in LAYOUTS else row
-    kinds = {stage.kind for stage in variant.stages}
-    found: dict[str, Any] = {"layout": layout} if start.stages != row.stages else {}
+        found["layout"], start = "ViT_REL", row.vary(layout="ViT_REL")
+    elif kinds != [stage.kind for stage in row.stages]:
+        found["layout"] = "-".join("C" if kind == "mbconv" else "T" for kind in kinds)
     for each in fields(Variant):
         value = getattr(variant, each.name)
         applies = BLOCK_KIND_OF_OPTION.get(each.name) in (None, *kinds)

@@ -143,6 +143,7 @@ def test_a_run_says_so_at_its_beginning_and_not_when_it_is_resumed(tmp_path):
 
 def test_a_run_goes_on_with_what_auto_took(tmp_path):
     stored = f"{NANO}@{'0a1b' * 10}"
+    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
     (tmp_path / "recipe.yaml").write_text(f"data: digits\nmodel: coatnet_nano_rw_224\ninit: {stored}\nepochs: 1\n")
     assert RunFolder(tmp_path, Recipe(data="digits", init="auto", epochs=2)).given.init == stored
     (tmp_path / "recipe.yaml").write_text("data: digits\nmodel: coatnet_nano_rw_224\ninit: a/bundle\nepochs: 1\n")

@@ -49,6 +49,12 @@ def test_the_limit_includes_all_images_that_are_measured_at_the_end():
     assert planned.seconds_left(step, seconds) == pytest.approx(end, abs=0.5)
 
 
+def test_evaluations_on_the_way_are_shared_by_processes_and_the_last_is_not():
+    planned = plan(600.0, num_processes=4)
+    step, seconds = run(planned, 0.5, seconds_an_evaluation=3.0)
+    assert planned.seconds_left(step, seconds) == pytest.approx(8 + 4 * 1.5 * 3.0, abs=0.5)
+
+
 def test_the_estimate_converges_early():
     planned = plan(600.0)
     totals = []

@@ -13,6 +13,7 @@ from tests.training.configs import SMALL_COLOR_IMAGES, config_of
 from coatnet.data.near_duplicates import MAX_SEARCHED
 from coatnet.errors import UserError
 from coatnet.evaluation.plots import draw_curves
+from coatnet.training.checkpoint import step_name
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig
 from coatnet.training.defaults import resolve_for
 from coatnet.training.run_folder import RunFolder, fill_from
@@ -29,6 +30,7 @@ def stored_by_an_earlier_release(folder, **asked):
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (folder / "classes.json").write_text(json.dumps(CLASSES))
+    (folder / "checkpoints" / step_name(1)).mkdir(parents=True)
     return folder
 
 
@@ -42,6 +44,7 @@ def test_a_run_may_name_as_many_copies_as_are_looked_for(tmp_path):
     names = [f"videos/a-camera-in-the-yard/2026-01-01/{number:06d}.jpg" for number in range(MAX_SEARCHED)]
     copies = [names[first : first + 10] for first in range(0, len(names), 10)]
     (tmp_path / "recipe.yaml").write_text(config_of(kept_together=copies).to_yaml())
+    (tmp_path / "checkpoints" / step_name(1)).mkdir(parents=True)
     assert (tmp_path / "recipe.yaml").stat().st_size > 1_000_000
     found = RunFolder(tmp_path, Recipe(data="digits")).given.kept_together
     assert list(map(list, found)) == copies
@@ -54,10 +57,25 @@ def test_a_run_of_an_earlier_release_resumes_with_its_own_values(tmp_path):
     assert not run.finished
     (tmp_path / "report.json").touch()
     (tmp_path / "bundle").mkdir()
-    assert resumed(tmp_path, num_workers=2, keep_checkpoints=7).finished and not resumed(tmp_path).finished
+    assert resumed(tmp_path, num_workers=2, keep_checkpoints=7).finished and resumed(tmp_path).finished
+    assert not any(resumed(tmp_path, **longer).finished for longer in ({"epochs": 4}, {"max_minutes": 1}))
+    (tmp_path / "checkpoints" / step_name(1)).rmdir()
+    with pytest.raises(UserError, match="holds a trained model, and no checkpoint to go on from"):
+        run.start()
+    assert (tmp_path / "report.json").exists()
+    (tmp_path / "checkpoints" / step_name(1)).mkdir()
     run.start()
     assert TrainingConfig.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == run.config
     assert None not in yaml.safe_load((tmp_path / "recipe.yaml").read_text()).values()
+
+
+def test_name_and_held_out_fraction_are_those_of_the_run_where_they_are_left_out(tmp_path):
+    stored_by_an_earlier_release(tmp_path, name="fashion-mnist", validation_fraction=0.2)
+    assert resumed(tmp_path).config == config_of(name="fashion-mnist", validation_fraction=0.2)
+    with pytest.raises(UserError, match=r"validation_fraction 0.2, not 0.1"):
+        resumed(tmp_path, validation_fraction=0.1)
+    with pytest.raises(UserError, match="name fashion-mnist, not imagenet-1k"):
+        resumed(tmp_path, name="imagenet-1k")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +93,15 @@ def test_a_resumed_run_refuses_another_value_by_name(tmp_path, asked, answer):
     stored_by_an_earlier_release(tmp_path, **ASKED)
     with pytest.raises(UserError, match=answer):
         resumed(tmp_path, **asked)
+
+
+def test_a_run_that_has_saved_nothing_takes_other_values(tmp_path):
+    stored_by_an_earlier_release(tmp_path, **ASKED)
+    (tmp_path / "checkpoints" / step_name(1)).rmdir()
+    run = resumed(tmp_path, ("ant", "cow"), micro_batch_size=1, epochs=2)
+    assert run.config == config_of(micro_batch_size=1, epochs=2)
+    run.start()
+    assert json.loads((tmp_path / "classes.json").read_text()) == ["ant", "cow"]
 
 
 def test_what_may_change_changes(tmp_path):

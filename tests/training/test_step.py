@@ -30,6 +30,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     assert all(f"model.{name}" in before for name in parameters)
 
 
+def test_statistics_begin_with_the_first_batch_that_counts():
+    images, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
+    one, other = (trainer_for(replace(RECIPE, non_finite_budget=1)) for _ in range(2))
+    with pytest.raises(NotFinite):
+        one.step(torch.full_like(images, float("nan")), labels)
+    one.state.step = one.state.left_out = 1  # as `step_within_budget` counts it
+    for trainer in (one, other):
+        trainer.step(images, labels)
+    found, wanted = ({n: b for n, b in each.model.named_buffers() if "running" in n} for each in (one, other))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
     recipe = replace(RECIPE, variations={"mbconv_norm": "layer"})
     images, labels = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))

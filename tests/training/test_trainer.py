@@ -1,5 +1,6 @@
 """A run: resumable to the last bit, repeatable from its recipe, and careful with folders, signals and NaN."""
 
+import copy
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from coatnet.training import trainer
 from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
+from coatnet.training.distributed.parallelize import compile_in_training
 from coatnet.training.interruption import Interrupted
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer, train
@@ -186,6 +188,23 @@ def test_an_extension_that_was_interrupted_is_resumed(tmp_path):
     assert log(tmp_path / "run")[-1]["step"] < 11
     train(longer, tmp_path / "run", console=RecordingConsole())
     assert log(tmp_path / "run")[-1]["step"] == 11
+
+
+def test_a_bundle_without_an_average_is_a_network_of_its_own():
+    trainer = trainer_for(replace(BRIEF, ema_decay=0.0))
+    for block in (block for stage in trainer.model.stages for block in stage.children()):
+        compile_in_training(block)  # compiles at the first step, of which there is none
+    bundle = trainer.bundle()
+    measured = copy.deepcopy(bundle.model)  # as for a calibration
+    trainer.model.train()
+    images = torch.randn(4, 1, 8, 8)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with torch.no_grad():
+        found = measured(images)
+        assert torch.equal(found, bundle.model(images))
+        torch.testing.assert_close(found[:1], measured(images[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(dict(measured.state_dict()), before, rtol=0, atol=0)
 
 
 def test_a_disk_that_refuses_the_best_weights_ends_no_training(tmp_path, monkeypatch):

@@ -96,10 +96,11 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     """
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"price must be that of an hour, 0 or more, got {price:g}")
-    progress = TrainingProgress(None)
+    progress, began = TrainingProgress(None), time.monotonic()
     recipe, splits = open_splits(recipe, progress.say)
     recipe, init = load_init(recipe, splits, progress.say)
-    config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress)
+    config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress, began)
+    beforehand = time.monotonic() - began  # seconds before the first step
     splits = splits.with_scale(config.preprocessing.scale)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
@@ -109,11 +110,10 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         torch.set_num_threads(trainer.cores.threads)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
-        beforehand = 0.0  # seconds before the first step: to decode all images, for a teacher to see them
-        if kept:
+        if kept:  # all images are decoded
             images = len(splits.training) + len(splits.validation)
             decoded = min(len(splits.training), num_steps * config.batch_size)
-            beforehand = (time.monotonic() - started) * images / decoded
+            beforehand += (time.monotonic() - started) * images / decoded
         counted_steps, last_images = time_steps(trainer)
         if trainer.teacher is not None and config.distillation.views == "fixed":
             before = time.monotonic()

@@ -76,15 +76,16 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     result = folder.tuning
     if result.exists():
         return _with_values(recipe, result, progress)
-    if folder.stored is not None:
+    if folder.begun:
         raise UserError(
             f"{folder.path} holds a run that began without a search: leave tune out to resume it, or give another "
             "folder for out"
         )
     import_extra("optuna", "tune", "tune")
+    began = time.monotonic()
     given, splits = open_splits(recipe, progress.say)
     given, init = load_init(given, splits, progress.say)
-    config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress)
+    config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress, began)
     config = folder.check_config(config, splits.classes, splits.content)
     splits = splits.with_scale(config.preprocessing.scale)
     require_readable(splits.validation, "validation")
@@ -217,7 +218,11 @@ class Search:
             self.study.user_attrs[name] for name in ("steps", "run_steps", "step_seconds")
         )
         epochs = (self.steps - 0.5) * config.batch_size / len(splits.training)  # they are rounded up to whole steps
-        changes: dict[str, Any] = {"epochs": epochs, "max_minutes": 0.0}
+        changes: dict[str, Any] = {
+            "epochs": epochs,
+            "max_minutes": 0.0,
+            "resolution": config.preprocessing.resolution,  # which may follow from the minutes
+        }
         if recipe.head_first_epochs:
             changes["head_first_epochs"] = recipe.head_first_epochs * epochs / config.epochs
         self.short = resolve(recipe.changed(changes), splits, init)

@@ -43,6 +43,8 @@ from coatnet.training.progressive_resizing import ProgressiveResizing
 
 MAX_YAML_BYTES = 8_000_000  # a run may name 20,000 copies that it keeps together
 FROM_FILE = "{folder}/"  # begins a path that is counted from the folder of the file it stands in
+# The optimizer's values in the recipe.yaml of a run of release 0.1, which had AdamW only.
+OPTIMIZER_OF_RELEASE_0_1 = {"learning_rate", "weight_decay", "betas", "grad_clip_norm", "layer_decay"}
 
 Parallelism = Literal["ddp", "fsdp", "hsdp"]
 Recomputed = Literal["none", "transformer", "all"]
@@ -247,7 +249,7 @@ class Recipe:
     checkpoint_every_minutes: float | None = None
     keep_checkpoints: int | None = None
     keep_every_hours: float | None = None
-    validation_fraction: float = TrainingConfig.validation_fraction
+    validation_fraction: float | None = None
     training_images: int | None = None
     test_fraction: float | None = None
     fold: str | None = None
@@ -274,10 +276,7 @@ class Recipe:
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        asked = self._asked()
-        if self.validation_fraction == TrainingConfig.validation_fraction:
-            del asked["validation_fraction"]
-        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in asked.items())})"
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self._asked().items())})"
 
     def _asked(self) -> dict[str, Any]:
         """What was asked, by name."""
@@ -370,8 +369,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")
-    if isinstance(optimizer := values.get("optimizer"), dict) and "layer_decay" in optimizer:
-        optimizer.setdefault("algorithm", "adamw")  # the recipe.yaml of a run of release 0.1, which had no other
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.keys() == OPTIMIZER_OF_RELEASE_0_1:
+        optimizer["algorithm"] = "adamw"
     for name in ("data", "init", "teacher"):
         if isinstance(place := values.get(name), str) and place.startswith((FROM_FILE, "~")):
             place = place.replace(FROM_FILE, f"{os.path.realpath(Path(path).parent)}/", 1)

@@ -218,7 +218,7 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
         return
     if recipe.model not in (None, "auto", named.recipe.model, init.model.variant.name):
         raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
-    if init.classes == splits.classes and init.multilabel != splits.multilabel:
+    if set(init.classes) == set(splits.classes) and init.multilabel != splits.multilabel:
         # More often a stray separator in a table than intended.
         kinds = {True: "several labels an image", False: "one label an image"}
         raise UserError(

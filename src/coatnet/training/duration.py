@@ -36,6 +36,7 @@ class Duration:
         resizing: how the size of the images grows, with which a step takes longer.
         paced: whether evaluations wait until all of them have taken a twentieth of the time.
         num_other_final_images: images that are measured at the end, beside those of an evaluation.
+        num_processes: that share an evaluation on the way; one of them makes the last.
         reading_seconds: what an image takes longer at the end, since its file is read again.
         total_steps: the estimate of the last step.
         last_evaluation: seconds after which the last evaluation ended.
@@ -49,6 +50,7 @@ class Duration:
     resizing: ProgressiveResizing = field(default_factory=ProgressiveResizing)
     paced: bool = False
     num_other_final_images: int = 0
+    num_processes: int = 1
     reading_seconds: float = 0.0
     total_steps: int = field(init=False)
     last_evaluation: float = 0.0
@@ -63,7 +65,12 @@ class Duration:
 
     @classmethod
     def of(
-        cls, config: TrainingConfig, num_images: int, num_validation_images: int, num_other_final_images: int = 0
+        cls,
+        config: TrainingConfig,
+        num_images: int,
+        num_validation_images: int,
+        num_other_final_images: int = 0,
+        num_processes: int = 1,
     ) -> "Duration":
         """The length of a run over `num_images` training images.
 
@@ -83,6 +90,7 @@ class Duration:
             num_validation_images=num_validation_images,
             batch_size=config.batch_size,
             num_other_final_images=num_other_final_images,
+            num_processes=num_processes,
             resizing=config.progressive_resizing,
         )
 
@@ -172,7 +180,8 @@ class Duration:
 
     def _final_seconds(self) -> float:
         """Seconds from the last step to the written report."""
-        seconds_an_image = FINAL_EVALUATION_COST * self._evaluation_seconds() / max(1, self.num_validation_images)
+        evaluation = self.num_processes * self._evaluation_seconds()
+        seconds_an_image = FINAL_EVALUATION_COST * evaluation / max(1, self.num_validation_images)
         num_images = self.num_validation_images + self.num_other_final_images
         return RESERVE_SECONDS + num_images * (seconds_an_image + self.reading_seconds)
 

@@ -25,9 +25,11 @@ from coatnet.system.files import (
     require_outside,
 )
 from coatnet.system.json_reader import read_json
+from coatnet.training.checkpoint import published
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
 from coatnet.training.recipes import find_recipe
 
+LENGTH = ("epochs", "max_minutes", "patience")  # what decides how long a run is
 FOLDS = "folds"  # folder of the runs of a cross-validation
 LOCK = ".lock"  # in the folder while a process trains in it
 
@@ -36,6 +38,8 @@ class RunFolder:
     """The folder of a run; made by `start`, so that a run that cannot begin leaves nothing.
 
     Attributes:
+        stored: The recipe in the folder; None without one.
+        begun: Whether a run has saved something there, to be resumed.
         given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
         warn: Takes a line about what cannot be written, for the user.
         notes: What `check_config` found different and took, in a line each.
@@ -57,8 +61,10 @@ class RunFolder:
         self.stored = Recipe.from_yaml(self._recipe_file) if self._recipe_file.exists() else None
         if self.stored is None and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
-        self.given = given if self.stored is None else fill_from(self.stored, given)
-        if self.stored is not None and given.init == AUTO and not is_choice(self.stored.init or ""):
+        # A run that has saved nothing has nothing to lose: it begins anew, such as with smaller batches.
+        self.begun = self.stored is not None and (self.bundle.exists() or bool(published(self.checkpoints)))
+        self.given = fill_from(self.stored, given) if self.stored is not None and self.begun else given
+        if self.stored is not None and self.begun and given.init == AUTO and not is_choice(self.stored.init or ""):
             raise UserError(
                 f"{self.path} holds a run with {difference('init', self.stored.init or '', AUTO)}: "
                 "give the same to resume it, or another folder for a new run"
@@ -94,8 +100,9 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end with the configuration that `check_config` took."""
-        return self._before == self.config and (self.path / "report.json").exists() and self.bundle.exists()
+        """Whether the run has come to its end, and the configuration that `check_config` took makes it no longer."""
+        as_long = all(getattr(self._before, name, None) == getattr(self.config, name) for name in LENGTH)
+        return as_long and (self.path / "report.json").exists() and self.bundle.exists()
 
     @property
     def tuned(self) -> bool:
@@ -112,10 +119,11 @@ class RunFolder:
     ) -> TrainingConfig:
         """Take the configuration, the classes and the images, as `Splits.content` describes them.
 
-        Raises UserError if the folder's run was started with others, or if it lies among its images.
+        Raises UserError if the folder's run has saved something and was started with others, or if the folder lies
+        among its images.
         """
         self.config, self._classes, self._images = config, list(classes), dict(images or {})
-        self._before = None if self.stored is None else configuration_before(self.stored, config)
+        self._before = configuration_before(self.stored, config) if self.stored is not None and self.begun else None
         require_outside(self.path, config.data)
         if self._before is None:
             return config
@@ -168,7 +176,15 @@ class RunFolder:
         )
 
     def start(self) -> None:
-        """Make the folder, take it for this process, and write recipe and classes into it."""
+        """Make the folder, take it for this process, and write recipe and classes into it.
+
+        Raises UserError if it cannot be written, or holds a trained model without a checkpoint to go on from.
+        """
+        if self.bundle.exists() and not published(self.checkpoints):
+            raise UserError(
+                f"{self.path} holds a trained model, and no checkpoint to go on from: give another folder for a new "
+                f"run, which init {self.bundle} would start from this model"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.hold()
@@ -278,6 +294,8 @@ def fill_from(stored: Recipe, given: Recipe) -> Recipe:
     kept.setdefault("cache", "none")  # as in earlier releases
     kept.setdefault("kept_together", [])  # likewise: the split stays what it was
     asked = given.to_dict()
+    if given.name == Recipe.name:
+        del asked["name"]  # a command without a name means this one, too
     if asked.get("init") == AUTO:
         del asked["init"]  # it has been chosen
     filled = Recipe.from_dict(kept).changed(asked)

@@ -37,6 +37,7 @@ from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_markdown import write_report
 from coatnet.inference.logits import infer, workers_for
+from coatnet.model.network import create_model
 from coatnet.system.files import atomic_files, translate_write_errors
 from coatnet.system.hardware import (
     choose_device,
@@ -98,6 +99,7 @@ Value = TypeVar("Value")
 
 LOGS_PER_RUN = 400
 FEW_MEASURED = 100  # chosen: a figure of 80 % is within 8 points either way
+ADVISED_FOLDS = 5  # each with two images or more
 MIN_EVALUATION_BATCH = 64  # images
 INITIALIZATION_STEP = -1  # the step number whose random numbers the untrained weights are drawn from
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and Muon, for each parameter
@@ -167,7 +169,8 @@ class Trainer:
 
         self.state, self.last_learning_rate = TrainState(), 0.0
         num_others = min(MAX_TRAINING_IMAGES, len(splits.training)) + (0 if splits.test is None else len(splits.test))
-        self.duration = Duration.of(config, len(splits.training), len(splits.validation), num_others)
+        num_images, num_held_out = len(splits.training), len(splits.validation)
+        self.duration = Duration.of(config, num_images, num_held_out, num_others, processes.world_size)
         self.size = (0, 0)  # height and width of the batch to come; they never fall
         self.bad_images = BadImages(len(splits.training) + len(splits.validation), config.bad_image_budget)
         self.writer = CheckpointWriter(folder.checkpoints, processes, config.keep_checkpoints, config.keep_every_hours)
@@ -204,8 +207,11 @@ class Trainer:
         config, state, duration = self.config, self.state, self.duration
         with self.progress, Interruption() as interruption, closing(self.batches()) as batches:
             sync = Synchronization(self.processes, interruption)
+            duration.update(state.step, state.seconds)  # the size of the images follows from it
+            started = time.monotonic()
+            batch = next(batches, None)  # worker processes start
+            state.seconds += self.processes.broadcast(time.monotonic() - started)
             duration.update(state.step, state.seconds)
-            batch = next(batches, None)
             if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
                 self.evaluate(sync)  # a stop signal interrupted it before
                 duration.update(state.step, state.seconds)
@@ -376,7 +382,8 @@ class Trainer:
                 buffer.copy_(before)  # BatchNorm has counted the batch already
             raise NotFinite(
                 f"step {state.step}: loss {loss_value:.4g}, gradient norm {norm_value:.4g}; nothing was updated. "
-                "Lower optimizer.learning_rate, or use precision fp32"
+                "Lower optimizer.learning_rate, or use precision fp32, in another folder if this one has checkpoints; "
+                "non_finite_budget leaves out so many steps, in this one, too"
             )
         clip_gradients(parameters, norm, config.optimizer.grad_clip_norm)
         self.last_learning_rate = self.learning_rate
@@ -393,7 +400,7 @@ class Trainer:
         the columns of the teacher if there is one."""
         config, step, extra = self.config, self.state.step, self.share.num_extra
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        if step == 0 and not config.init:
+        if step == self.state.left_out and not config.init:  # none has counted yet
             with self.autocast() if self.processes.is_distributed else nullcontext():  # shards may gather bf16 weights
                 init_batch_norm_statistics(self.model, images[extra:][: config.micro_batch_size])
         seed_step(config.seed, step, self.processes.rank)
@@ -471,12 +478,14 @@ class Trainer:
         self.log({**figures, "bad_images": len(self.bad_images.records)})
         self.progress.evaluated(state.step, self.epoch, figures)
         if improved and self.config.patience:
+            started = time.monotonic()
             self.writer.finish_or_warn(self.progress.say)
             try:
                 self.start_saving(BEST)
                 self.writer.finish()
             except UserError as error:  # such as a full disk
                 self.progress.say(f"warning: {error}; training goes on")
+            state.seconds += self.processes.broadcast(time.monotonic() - started)
 
     def validation_metrics(self, sync: Synchronization) -> Metrics | None:
         """Metrics over all validation images, which the processes share; None if a stop signal came before the end."""
@@ -680,7 +689,12 @@ class Trainer:
                 "software": f"coatnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             },
         }
-        return Bundle(self.average.whole(), dataset.classes, self.config.preprocessing, dataset.multilabel, record)
+        model = self.average.whole()
+        if model is self.model:  # no average: a network of its own, in evaluation mode, whose blocks are not compiled
+            model = create_model(**self.model.config())
+            model.load_state_dict(self.model.state_dict())
+            model = model.to(self.device).requires_grad_(False).eval()
+        return Bundle(model, dataset.classes, self.config.preprocessing, dataset.multilabel, record)
 
     def finish(self, bundle: Bundle) -> Report:
         """Calibrate and evaluate the bundle; write bundle, curves and report into the run folder.
@@ -780,8 +794,8 @@ def run_training(
             if splits is None:
                 given, splits = open_splits(given, progress.say)
             given, init = load_init(given, splits, progress.say)
-            if folder.stored is None:
-                config = resolve_within_limit(given, splits, init, processes, progress)
+            if not folder.begun:
+                config = resolve_within_limit(given, splits, init, processes, progress, started)
             else:  # the values that were chosen stand in its recipe.yaml
                 config = resolve(given, splits, init)
             config = folder.check_config(config, splits.classes, splits.content)
@@ -819,7 +833,7 @@ def run_training(
             if kept:
                 progress.say(kept)
             trainer.ask_teacher()
-            if folder.stored is None and (suggestion := suggest_init(given, splits)):
+            if not folder.begun and (suggestion := suggest_init(given, splits)):
                 progress.say(suggestion)
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
@@ -839,8 +853,9 @@ def advise_folds(splits: Splits, config: TrainingConfig) -> str:
     n = len(splits.validation)
     if config.fold or n >= FEW_MEASURED:
         return ""
-    low, high = wilson_interval(round(0.8 * n), n)
-    better = f"--folds 5 measures on all {n + len(splits.training):,}" if splits.by_name else "more would say more"
+    low, high, total = *wilson_interval(round(0.8 * n), n), n + len(splits.training)
+    may_fold = splits.by_name and total >= 2 * ADVISED_FOLDS
+    better = f"--folds {ADVISED_FOLDS} measures on all {total:,}" if may_fold else "more would say more"
     return (
         f"note: {counted(n, 'image')} to measure on: a figure of 80 % would be certain within {100 * low:.0f} to "
         f"{100 * high:.0f} %; {better}"
@@ -848,22 +863,33 @@ def advise_folds(splits: Splits, config: TrainingConfig) -> str:
 
 
 def resolve_within_limit(
-    recipe: Recipe, splits: Splits, init: Bundle | None, processes: Processes, progress: TrainingProgress
+    recipe: Recipe,
+    splits: Splits,
+    init: Bundle | None,
+    processes: Processes,
+    progress: TrainingProgress,
+    started: float,
 ) -> TrainingConfig:
-    """As `resolve`, for the epochs that fit into `max_minutes`, by the time of some steps that are then forgotten.
+    """As `resolve`, for the epochs that fit into what is left of `max_minutes`, by the time of some steps that are then
+    forgotten.
 
     A line says how many fit, if they are not all.
+
+    Args:
+        started: when the run began, on the monotonic clock; copies may have been looked for since then.
     """
     config = resolve(recipe, splits, init)
     if not config.max_minutes:
         return config
     with deterministic_on_cpu(config.device):
         seconds = step_seconds(config, recipe, splits, init, processes, 60 * config.max_minutes)
-    steps = 60 * config.max_minutes / (seconds * config.progressive_resizing.cost_after(0.0))
-    epochs = FRACTION_FOR_STEPS * steps * config.batch_size / len(splits.training)
+    passed = processes.broadcast(time.monotonic() - started)
+    left = max(seconds, FRACTION_FOR_STEPS * 60 * config.max_minutes - passed)
+    steps = left / (seconds * config.progressive_resizing.cost_after(0.0))
+    epochs = steps * config.batch_size / len(splits.training)
     if epochs >= config.epochs:
         return config
-    enough = config.max_minutes * config.epochs / epochs
+    enough = (passed + left * config.epochs / epochs) / FRACTION_FOR_STEPS / 60
     progress.say(
         f"about {epochs:.{0 if epochs >= 10 else 1}f} of {config.epochs:g} epochs fit into {config.max_minutes:g} "
         f"minutes, and augmentation, mixing, warm-up and averaging are chosen for these; all would take {enough:,.0f}"
@@ -934,8 +960,8 @@ def explain_out_of_memory(step: int, images_per_pass: int, sides: object) -> Ite
             raise
         raise UserError(
             f"step {step}: out of memory with {images_per_pass} images of {sides} pixels at once. Give "
-            f"micro_batch_size {max(1, images_per_pass // 2)}, activation_checkpointing transformer (or all), or a "
-            "smaller resolution"
+            f"micro_batch_size {max(1, images_per_pass // 2)}, or a smaller resolution, in another folder if this one "
+            "has checkpoints; or activation_checkpointing transformer (or all), in this one, too"
         ) from error
 
 

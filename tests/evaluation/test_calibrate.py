@@ -32,7 +32,12 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation import calibrate, evaluate, extend, soup
-from coatnet.evaluation.calibrate import calibrate_and_evaluate, coverage_thresholds, fit_temperature
+from coatnet.evaluation.calibrate import (
+    calibrate_and_evaluate,
+    coverage_thresholds,
+    fit_temperature,
+    sample_outputs,
+)
 from coatnet.evaluation.evaluate import Measured
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
@@ -215,6 +220,20 @@ def test_more_images_than_are_kept_are_computed_again(
     assert report == evaluate(bundle, digits) and report.figures["n"] == len(digits.validation)
 
 
+def test_a_sample_of_training_images_has_all_classes_whatever_their_order(trained: Bundle, digits: Splits) -> None:
+    training = digits.training
+    assert isinstance(training, ArrayDataset)
+    rare = np.flatnonzero(training.labels == 7)[5:]
+    rows = np.setdiff1d(np.argsort(training.labels, kind="stable"), rare, assume_unique=True)
+    ordered = ArrayDataset("sorted", digits.classes, training.images[rows], training.labels[rows])
+    found, looks = sample_outputs(trained, (ordered,), 100, 0, lambda done: None, balanced=True)
+    counts = found.labels.bincount(minlength=10).tolist()
+    assert sum(counts) == 100 and counts[7] == 5 and min(counts[:7]) >= 10 and looks == []
+    counts = sample_outputs(trained, (ordered,), 200, 0, lambda done: None)[0].labels.bincount(minlength=10)
+    wanted = 200 / len(rows) * np.bincount(ordered.labels)
+    assert counts.sum() == 200 and np.abs(counts.numpy() - wanted).max() < 1.2
+
+
 @pytest.mark.slow
 def test_classes_that_arrive_and_averages_take_one_pass_over_the_held_out_images(
     trained: Bundle, digits: Splits
@@ -354,6 +373,16 @@ def test_the_command_calibrates_in_place(trained: Bundle, tmp_path: Path, capsys
     assert ": unknown (more foreign than" in capsys.readouterr().out
     assert main([*command, "--raw", "--json"]) == 0
     assert "novelty" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_record_has_no_figures_of_the_probabilities_before(trained: Bundle, digits: Splits) -> None:
+    report = evaluate(trained, digits).to_dict()
+    assert {"nll", "brier", "calibration_error"} <= report["figures"].keys() and report["mistakes"]
+    found = calibrate(replace(trained, record={"report": report, "recipe": {"data": "digits"}}), digits).record
+    assert found["recipe"] == {"data": "digits"} and found["report"]["figures"]["top1"] == report["figures"]["top1"]
+    for part in ("figures", "intervals"):
+        assert not {"nll", "brier", "calibration_error"} & found["report"][part].keys()
+    assert not {"reliability", "calibration", "mistakes", "suspects"} & found["report"].keys()
 
 
 def test_engines_give_the_same_novelty(calibrated: Bundle, digits: Splits) -> None:

@@ -1,6 +1,7 @@
 """Classes that arrive later: added, left out, merged and renamed, on a network that learned eight of ten garments."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,16 @@ def test_without_old_images_their_features_are_drawn(eight: Path, garments: tupl
     with pytest.raises(UserError, match="nothing is known of the old classes"):
         extend(coatnet.load(eight).uncalibrated(), new)
     assert extend(coatnet.load(eight).uncalibrated(), new, old=known).after is not None
+
+
+def test_of_old_classes_without_images_only_the_rows_they_have_are_known(
+    eight: Path, garments: tuple[Splits, Splits]
+) -> None:
+    known, new = garments
+    fewer = Splits("fewer", only(known.training, known.classes[:7], per_class=50), known.validation)
+    fewer = replace(fewer, validation=only(known.validation, known.classes[:7], per_class=50))
+    found = extend(coatnet.load(eight).uncalibrated(), new, old=fewer)
+    assert found.methods and all(name.startswith("new rows") for name in found.methods)
 
 
 def test_what_cannot_be_added_is_one_error(eight: Path, garments: tuple[Splits, Splits]) -> None:

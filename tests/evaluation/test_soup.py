@@ -13,7 +13,7 @@ from coatnet.cli.main import main
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Augmentation, EvaluationTransform, TrainingTransform
 from coatnet.errors import UserError
-from coatnet.evaluation.soup import AS_EVALUATED, average_weights
+from coatnet.evaluation.soup import AS_EVALUATED, SELECTED, average_weights
 
 BRIEF = {"data": "digits", "model": "coatnet-femto-16", "batch_size": 32, "ema_decay": 0.0, "num_workers": 0}
 
@@ -167,7 +167,7 @@ def test_a_uniform_average_takes_all(folders, tmp_path, capsys):
     assert main(["soup", str(folders["one"].parent), str(folders["broken"]), "--out", out, "--uniform", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["rule"] == "uniform" and [row["taken"] for row in record["members"]] == [True, True]
-    assert "The best model alone has" in record["summary"]
+    assert "The best model alone has" in record["summary"] and SELECTED not in record["summary"]
 
 
 def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, capsys):

@@ -23,7 +23,7 @@ Shapes: B batch, K classes, D width of stem and stages together, M class means, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from coatnet.bundle.weights import read_shapes, read_tensors
 from coatnet.errors import UserError
 from coatnet.model.layers import mean_over_cells
 from coatnet.model.network import CoAtNet
+
+if TYPE_CHECKING:
+    from coatnet.bundle.bundle import Bundle
 
 FOLDS = 5
 STEPS = 1000  # of novelty and coverage: they are multiples of a thousandth
@@ -95,6 +98,13 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
     means = sums / labels.bincount(minlength=num_classes).clamp(min=1)[:, None]
     return means, features - means[labels]
+
+
+def may_describe_features(bundle: "Bundle") -> bool:
+    """Whether a calibration of this model holds a `FeatureSummary`: of one label, up to 1,000 classes and 1,024
+    features."""
+    few = len(bundle.classes) <= MAX_MEANS and bundle.model.num_features <= MAX_FEATURES
+    return few and not bundle.multilabel
 
 
 @dataclass(frozen=True, eq=False)

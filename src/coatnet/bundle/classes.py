@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle.bundle import Bundle
+from coatnet.bundle.calibration import MAX_FEATURES, MAX_MEANS, may_describe_features
 from coatnet.errors import UserError, nearest
 
 DRAWN_FEATURES = 20_000
@@ -97,6 +98,11 @@ def merge_classes(bundle: Bundle, groups: Mapping[str, Sequence[str]]) -> Merged
         raise UserError("one class would stay; a model has at least two")
     summary = bundle.calibration.features if bundle.calibration is not None else None
     if summary is None:
+        if not may_describe_features(bundle):
+            raise UserError(
+                f"merging is for models of up to {MAX_MEANS:,} classes and {MAX_FEATURES:,} features, of which a "
+                "calibration knows the training images: fine-tune on images of the new classes"
+            )
         raise UserError(
             "merging needs what a calibrated model knows of its training images: "
             "`coatnet calibrate BUNDLE --data DATA` first"

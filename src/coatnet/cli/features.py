@@ -26,7 +26,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", required=True, metavar="FILE", help="new file: .npy (with a .csv beside it) or .parquet"
     )
     parser.add_argument(
-        "--split", choices=("validation", "training", "all"), default="all", help="which part of the data (all)"
+        "--split",
+        choices=("validation", "training", "test", "all"),
+        default="all",
+        help="which part of the data; all is training and validation (all)",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
     parser.add_max_megapixels()

@@ -4,12 +4,13 @@ Shapes: N images, K classes, D width of stem and stages together.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.calibration import (
     FOLDS,
     MAX_DIMENSIONS,
-    MAX_FEATURES,
     MAX_MEANS,
     METHODS,
     NO_THRESHOLD,
@@ -26,13 +26,14 @@ from coatnet.bundle.calibration import (
     FeatureSummary,
     Novelty,
     class_means,
+    may_describe_features,
     means_width,
     scale_classifier,
     set_scores,
 )
-from coatnet.data.datasets import Dataset
+from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, TableDataset, evenly_spaced, select
 from coatnet.data.loader import BadImages, LookAt
-from coatnet.data.splits import Splits
+from coatnet.data.splits import Splits, choose_training
 from coatnet.errors import UserError
 from coatnet.evaluation.answers import Look
 from coatnet.evaluation.evaluate import (
@@ -46,6 +47,7 @@ from coatnet.evaluation.evaluate import (
     open_recorded,
 )
 from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
+from coatnet.evaluation.reliability import PROBABILITY_FIGURES
 from coatnet.evaluation.report import Report
 from coatnet.inference.graph import to_probabilities
 
@@ -54,6 +56,8 @@ MIN_IMAGES = 2 * FOLDS
 MAX_SCALE = 100.0  # of logits; nearly separable images would ask for an infinite one
 # Of the correlations of features towards none, times D / N, so that few images have an inverse as well.
 _SHRINKAGE, _MAX_SHRINKAGE = 0.1, 0.5
+# Parts of a report that belong to the probabilities of its calibration, beside some figures.
+OF_PROBABILITIES = ("reliability", "calibration", "mistakes", "suspects")
 _BATCH = 16
 
 
@@ -106,8 +110,8 @@ def calibrate(
     Args:
         bundle: the model: a bundle, its folder, or its id on the hub.
         data: labeled images as `evaluate` takes them. The thresholds are fitted to those that the model was not trained
-            on, at most 50,000, evenly spaced; distances to at most 4,000 of its training split, or to every second of
-            the held-out images if there is no such split.
+            on, at most 50,000, evenly spaced; distances to at most 4,000 of its training split, as many of each class,
+            or to every second of the held-out images if there is no such split.
         split: which part of the data the thresholds are fitted to.
         num_workers: processes that decode; None as in `evaluate`.
         device: as in `evaluate`.
@@ -139,12 +143,30 @@ def calibrate(
     reference = None
     if training is not None and len(training):
         reference, _ = sample_outputs(
-            bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(num_held_out + done)
+            bundle,
+            (training,),
+            MAX_TRAINING_IMAGES,
+            num_workers,
+            lambda done: advance(num_held_out + done),
+            balanced=True,
         )
     if reference is None or not len(reference.logits):  # or none of them can be read
         reference = Outputs(*(each[::2] for each in held_out))
         held_out = Outputs(*(each[1::2] for each in held_out))
-    return with_calibration(bundle, held_out, reference)
+    found = with_calibration(bundle, held_out, reference)
+    return replace(found, record=_without_probabilities(found.record))
+
+
+def _without_probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without those figures of its report that belong to the probabilities of another calibration."""
+    report = record.get("report")
+    if not isinstance(report, Mapping):
+        return dict(record)
+    kept = {name: value for name, value in report.items() if name not in OF_PROBABILITIES}
+    for name in ("figures", "intervals"):
+        if isinstance(values := kept.get(name), Mapping):
+            kept[name] = {figure: value for figure, value in values.items() if figure not in PROBABILITY_FIGURES}
+    return {**record, "report": kept}
 
 
 def calibrate_and_evaluate(
@@ -184,7 +206,13 @@ def calibrate_and_evaluate(
         if reference is None:
             began = len(images)
             reference, images.training_looks = sample_outputs(
-                bundle, (training,), MAX_TRAINING_IMAGES, num_workers, lambda done: advance(began + done), images.look
+                bundle,
+                (training,),
+                MAX_TRAINING_IMAGES,
+                num_workers,
+                lambda done: advance(began + done),
+                images.look,
+                balanced=True,
             )
         bundle = with_calibration(bundle, held_out, reference)
     return bundle, measure(bundle, images, progress=progress)
@@ -217,7 +245,7 @@ def with_calibration(bundle: Bundle, held_out: Outputs, reference: Outputs) -> B
     scores = [novelty.score(table, held_out.pooled)[row].double() for table, row in zip(tables, rows, strict=True)]
     novelty.quantiles.copy_(torch.stack([torch.quantile(each, levels) for each in scores]).float())
     summary = None
-    if not several and len(bundle.classes) <= MAX_MEANS and bundle.model.num_features <= MAX_FEATURES:
+    if may_describe_features(bundle):
         summary = FeatureSummary.of(reference.features, reference.labels, len(bundle.classes))
     calibration = Calibration(temperatures, held_out.digests.unique(), thresholds, novelty, summary)
     model = copy.deepcopy(bundle.model)
@@ -305,11 +333,20 @@ def sample_outputs(
     num_workers: int | None,
     advance: Callable[[int], None],
     look: LookAt | None = None,
+    *,
+    balanced: bool = False,
 ) -> tuple[Outputs, list[Look]]:
-    """Run a bundle over at most `most` images: all of them, or evenly spaced batches of 16. Only if it is all of them,
-    they are looked at."""
-    num_images = sum(map(len, datasets))
-    every = max(1, -(-num_images // most))
+    """Run a bundle over at most `most` images, all of them if they are no more. Only then, they are looked at.
+
+    Of more, evenly spaced ones are taken, or if `balanced` as many of each class as there are; of shards, and of other
+    datasets that are read in order, evenly spaced batches of 16.
+    """
+    num_images, every = sum(map(len, datasets)), 1
+    complete = num_images <= most
+    if not complete and all(isinstance(each, ArrayDataset | FileDataset | TableDataset) for each in datasets):
+        datasets = [_sample(each, max(1, most * len(each) // num_images), balanced) for each in datasets if len(each)]
+    elif not complete:
+        every = -(-num_images // most)
     batches = compute_outputs(
         bundle,
         datasets,
@@ -317,10 +354,16 @@ def sample_outputs(
         num_workers=num_workers,
         bad_images=BadImages(num_images),
         means=True,
-        look=look if every == 1 else None,
+        look=look if complete else None,
         every=every,
         progress=advance,
     )
     with closing(batches):
         found = list(batches)
     return Outputs.of(bundle, found), [each for batch in found for each in batch.looks or []]
+
+
+def _sample(dataset: Dataset, count: int, balanced: bool) -> Dataset:
+    chosen = np.zeros(len(dataset), bool)
+    chosen[choose_training(dataset.labels, 0)[:count] if balanced else evenly_spaced(len(dataset), count)] = True
+    return select((dataset,), chosen)

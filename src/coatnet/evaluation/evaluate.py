@@ -225,7 +225,7 @@ def measure(
             wrong = _find_mistakes(logits, batch.labels, batch.places, bundle)
             worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
 
-    answers = _answers(metrics, bundle, [datasets[number].describe(index) for number, index in places])
+    answers = _answers(metrics, fitted, bundle, [datasets[number].describe(index) for number, index in places])
     thumbnails, heat_maps = [], []
     for _, (number, index), _, _, decision in worst:
         image = read_image(datasets[number], index)[0]
@@ -314,7 +314,7 @@ def choose_datasets(
         raise UserError(f"{data.name}: there is no test split beside training and validation")
     datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
     if not any(map(len, datasets)):
-        advice = "; --split all takes the images of every split" if split != "all" else ""
+        advice = "; --split all takes those of training and validation" if split != "all" else ""
         raise UserError(f"{data.name}: the {split} split holds no images{advice}")
     return data.name, datasets, split
 
@@ -335,8 +335,10 @@ def recorded_rule(bundle: Bundle) -> SplitRule:
     return rule if rule.validation_fraction else replace(rule, validation_fraction=SplitRule.validation_fraction)
 
 
-def _answers(metrics: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
-    labels, predicted, probability, _, nll = metrics.per_image()
+def _answers(metrics: Metrics, fitted: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
+    """The answer to each image; its likelihood is that of probabilities that were not fitted to it."""
+    labels, predicted, probability, *_ = metrics.per_image()
+    nll = fitted.per_image()[4]
 
     def named(column: np.ndarray) -> tuple[str, ...]:
         if bundle.multilabel:

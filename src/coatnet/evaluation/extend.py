@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
-from coatnet.bundle.calibration import FeatureSummary, class_means
+from coatnet.bundle.calibration import FeatureSummary, class_means, may_describe_features
 from coatnet.data.datasets import JoinedDataset
 from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line, shorten
@@ -28,6 +28,7 @@ from coatnet.evaluation.metrics import Interval, paired_difference, wilson_inter
 from coatnet.evaluation.report import Report
 from coatnet.system.progress import ProgressBar
 
+NEW_ROWS = "new rows"  # the ways that leave those of the old classes as they are
 DRAWN_FEATURES, MIN_DRAWN = 4_000, 20  # chosen: of all classes together, and of each; more change nothing
 NUM_FOLDS = 5  # of the images, to choose a method
 MAX_DROP = 0.01  # of the accuracy of the old classes
@@ -144,9 +145,10 @@ def extend(
     if known is not None and (unknown := [name for name in known.classes if name not in bundle.classes]):
         raise UserError(f"{known.name}: the model has no class {unknown[0]!r}; old images are of its own classes")
     if known is None and summary is None:
+        calibrate = ", or calibrate the model first: `coatnet calibrate BUNDLE --data DATA`"
         raise UserError(
-            "nothing is known of the old classes: give images of them (--old DATA), or calibrate the model first: "
-            "`coatnet calibrate BUNDLE --data DATA`"
+            "nothing is known of the old classes: give images of them (--old DATA)"
+            + calibrate * may_describe_features(bundle)
         )
     classes = (*bundle.classes, *added)
 
@@ -174,6 +176,9 @@ def extend(
     features, labels = _with_drawn(learned, summary, len(bundle.classes))
 
     methods = _methods(weights)
+    if not labels.bincount(minlength=len(classes))[: len(bundle.classes)].all():
+        # Of an old class without any features only the row that it has is known.
+        methods = {name: fit for name, fit in methods.items() if name.startswith(NEW_ROWS)}
     before_logits, is_new = F.linear(features, *weights), torch.arange(len(classes)) >= len(bundle.classes)
     found, lowered = dict[str, float](), dict[str, float]()
     for name, fit in methods.items():
@@ -242,7 +247,7 @@ def _learned(
         look, total = images.look if images else None, min(most, len(splits.training))
         with ProgressBar(f"features of {splits.name}") as bar:
             advance = lambda done: bar.update(min(done, total), total)  # noqa: B023, E731
-            found, seen = sample_outputs(bundle, (splits.training,), most, num_workers, advance, look)
+            found, seen = sample_outputs(bundle, (splits.training,), most, num_workers, advance, look, balanced=True)
         parts.append(found)
         looks += seen
         complete = complete and len(splits.training) <= most
@@ -274,7 +279,7 @@ def _decisions(images: Measured, bundles: Sequence[Bundle], num_old: int, bar: P
 def _methods(old: Classifier) -> dict[str, Fit]:
     """Each way to a classifier by its name: from features (N, F), labels (N,) and K'."""
     return {
-        **{f"new rows {l2:g}": partial(fit_new_rows, old=old, l2=l2) for l2 in L2_STRENGTHS},
+        **{f"{NEW_ROWS} {l2:g}": partial(fit_new_rows, old=old, l2=l2) for l2 in L2_STRENGTHS},
         **{f"nearest mean {each:g}": partial(fit_means, shrinkage=each) for each in SHRINKAGES},
         **{f"ridge {each:g}": partial(fit_ridge, strength=each) for each in RIDGES},
     }

@@ -140,7 +140,7 @@ def extract_features(
     bundle: Bundle | str | Path,
     data: str | Path | Dataset | Splits,
     *,
-    split: Literal["validation", "training", "all"] = "all",
+    split: Literal["validation", "training", "test", "all"] = "all",
     batch_size: int = 64,
     num_workers: int | None = None,
     device: str | None = None,
@@ -153,7 +153,7 @@ def extract_features(
         bundle: the model: a bundle, its folder, or its id on the hub.
         data: a dataset, splits, or what `open_dataset` opens; its classes need not be the model's. Without a split of
             its own it is split as it was for the training of the bundle.
-        split: which part of data that has splits.
+        split: which part of data that has splits; "all" is training and validation.
         batch_size: images per batch.
         num_workers: processes that decode. By default, up to 2,000 images are decoded in this process, and more of
             them by one process per core, up to 8.

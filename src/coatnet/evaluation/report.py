@@ -131,7 +131,7 @@ class Report:
 
     def suspects(self) -> list[tuple[str, str, str, float]]:
         """Images whose label looks wrong, the most suspect first: name, label, the class that it is rather of, the
-        probability of the label. None of images that the model has learned from, or that may have several labels."""
+        probability of the label. None of the split training, or of images that may have several labels."""
         if self.answers is None or self.multilabel or self.split == "training":
             return []
         answers = self.answers

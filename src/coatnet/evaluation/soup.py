@@ -19,11 +19,11 @@ from coatnet.bundle.bundle import place_name
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, training_batches
 from coatnet.data.open import open_dataset
-from coatnet.data.splits import SplitRule, Splits
+from coatnet.data.splits import Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, load_model
+from coatnet.evaluation.evaluate import Measured, load_model, recorded_rule
 from coatnet.evaluation.metrics import Metrics, main_figure
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
@@ -134,7 +134,7 @@ def soup(
     notes = _notes(recipes, names, uniform=uniform)
     figure = main_figure(bundles[0].multilabel)
     if isinstance(data, str | Path):
-        data = open_dataset(data, rule=SplitRule.of(recipes[0]), evaluation=True)
+        data = open_dataset(data, rule=recorded_rule(bundles[0]), evaluation=True)
 
     training = None if data is None else data.training
 
@@ -187,7 +187,8 @@ def soup(
     if report is not None:
         if report.figures[figure] < alone[order[0]]:
             notes.append(f"The best model alone has {100 * alone[order[0]]:.2f} %, more than the average.")
-        notes.append(SELECTED)
+        if not uniform:
+            notes.append(SELECTED)
     members = tuple(
         Member(names[number], number in taken, None if data is None else alone[number], together.get(number))
         for number in order

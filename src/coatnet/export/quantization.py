@@ -20,6 +20,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalize
 from coatnet.errors import UserError, import_extra
+from coatnet.evaluation.evaluate import recorded_rule
 from coatnet.evaluation.metrics import Interval, Metrics, main_figure
 from coatnet.evaluation.outputs import label_translation
 from coatnet.export import openvino as files
@@ -185,12 +186,16 @@ def quantize(
 
 
 def open_calibration(bundle: Bundle, data: str) -> Splits:
-    """The data to calibrate on (training split) and to measure with (validation split).
+    """The data to calibrate on (training split) and to measure with (validation split), divided as for the training of
+    the bundle.
 
-    Raises UserError if there is no such data, it has classes that the bundle has not, or NNCF is not installed.
+    Raises UserError if there is no such data, it has no training split or classes that the bundle has not, or NNCF is
+    not installed.
     """
     import_nncf()
-    splits = open_dataset(data)
+    splits = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
+    if not len(splits.training):
+        raise UserError(f"{splits.name} has no training split: int8 is calibrated on one and measured on another")
     label_translation(splits.training, bundle)
     return splits
 

@@ -170,13 +170,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo_id: str, branch: str) -> None:
         self.check_writer(repo_id)
-        files: dict[str, bytes | Path] = {}
+        files: dict[str, bytes | Path | None] = {}
         for line in self.body.splitlines():
             key, value = (part := json.loads(line))["key"], part["value"]
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 files[value["path"]] = self.hub.folder / "lfs" / value["oid"]
+            elif key == "deletedFile":
+                files[value["path"]] = None
         commit = self.find(repo_id).commit(branch, files)
         self.send_json({"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{commit}", "commitOid": commit})
 

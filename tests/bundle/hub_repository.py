@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     granted: set[str] = field(default_factory=set)
 
-    def commit(self, branch: str, files: dict[str, bytes | Path]) -> str:
-        """A new commit with the files of the branch's last one and these; its hash."""
-        files = {**(self.files(self.branches[branch]) if branch in self.branches else {}), **files}
+    def commit(self, branch: str, changes: Mapping[str, bytes | Path | None]) -> str:
+        """A new commit with the files of the branch's last one and these, without those that are None; its hash."""
+        changed = {**(self.files(self.branches[branch]) if branch in self.branches else {}), **changes}
+        files = {name: content for name, content in changed.items() if content is not None}
         digests = {name: git_sha1(read(content)) for name, content in files.items()}
         state = json.dumps([sorted(digests.items()), self.branches.get(branch)])
         commit = hashlib.sha1(state.encode()).hexdigest()

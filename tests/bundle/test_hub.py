@@ -11,7 +11,7 @@ from tests.bundle.hub_repository import sha256
 
 ANA, BEN = {"HF_TOKEN": "hf_ana"}, {"HF_TOKEN": "hf_ben"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-WEIGHTS = "model.safetensors"
+WEIGHTS, CALIBRATION = "model.safetensors", "calibration.safetensors"
 
 
 def contents(folder: Path | str) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def test_a_revision_pins_what_is_downloaded(hub, client, refused, model):
     line = refused("download", "ana/cats", revision="nowhere")
     assert line == "UserError: ana/cats has no revision 'nowhere'; give a branch, a tag or a full commit hash"
     line = refused("download", "ana/cats", revision="nowhere", environment=OFFLINE)
-    assert "ana/cats at revision nowhere is not in" in line and line.endswith(f"{WEIGHTS} --revision nowhere`")
+    assert "ana/cats at revision nowhere is not in" in line and line.endswith(f"{CALIBRATION} --revision nowhere`")
 
 
 def test_damage_in_the_cache_is_detected_and_the_advice_repairs_it(hub, client, refused, model):
@@ -172,14 +172,15 @@ def test_offline_the_message_says_where_the_cache_is_and_how_to_fill_it(hub, cli
     hub.add("ana/cats", model)
     place = f"ana/cats is not in the cache at {tmp_path / 'home' / 'hub'}, and"
     line = refused("download", "ana/cats", environment=OFFLINE)
-    assert f"{place} HF_HUB_OFFLINE is set; once online, run `hf download ana/cats config.json {WEIGHTS}`" in line
+    advised = f"`hf download ana/cats config.json {WEIGHTS} {CALIBRATION}`"
+    assert f"{place} HF_HUB_OFFLINE is set; once online, run {advised}" in line
     hub.faults.status = 503
     assert f"{place} {hub.endpoint} answers 503; once" in refused("download", "ana/cats")
     hub.faults.status = None
     hub.stop()
     assert f"{place} {hub.endpoint} cannot be reached (" in refused("download", "ana/cats")
     hub.start()
-    advice = [str(Path(sys.executable).with_name("hf")), "download", "ana/cats", "config.json", WEIGHTS]
+    advice = [str(Path(sys.executable).with_name("hf")), *line.partition("`hf ")[2].partition("`")[0].split()]
     environment = hub.environment(tmp_path / "home")
     subprocess.run(advice, env=environment, check=True, capture_output=True)
     assert contents(client("download", "ana/cats", environment=OFFLINE)).keys() == {"config.json", WEIGHTS}

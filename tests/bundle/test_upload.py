@@ -32,6 +32,16 @@ def test_a_second_upload_sends_only_changed_files(hub, client, model):
     assert len(list(repository.folder.iterdir())) == 2
 
 
+def test_a_model_without_a_calibration_removes_that_of_the_one_before(hub, client, model):
+    (model / "calibration.safetensors").write_bytes(b"of the first")
+    client("upload", str(model), "ana/cats", environment=ANA)
+    repository = hub.repositories["ana/cats"]
+    assert "calibration.safetensors" in repository.files(repository.branches["main"])
+    (model / "calibration.safetensors").unlink()
+    client("upload", str(model), "ana/cats", environment=ANA)
+    assert sorted(repository.files(repository.branches["main"])) == ["README.md", "config.json", "model.safetensors"]
+
+
 def test_a_new_branch_leaves_the_others_unchanged(hub, client, model):
     main = hub.add("ana/cats", model)
     (model / "config.json").write_text("{}")

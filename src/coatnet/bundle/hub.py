@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from coatnet.errors import UserError, first_line, import_extra
 from coatnet.system.files import sha256_of
@@ -94,7 +95,8 @@ def upload(
 ) -> str:
     """Upload a bundle's weights, config and card in one commit, and return the address of its page.
 
-    The repository and the branch are created if they do not exist; files that the hub has already are not sent again.
+    The repository and the branch are created if they do not exist; files that the hub has already are not sent again,
+    and the calibration of a model before is removed if this one has none.
     Needs a token with write access: `hf auth login` or HF_TOKEN.
 
     Args:
@@ -115,7 +117,7 @@ def upload(
     if (optional := Path(folder) / CALIBRATION).is_file():
         files[CALIBRATION] = optional
     import_extra("huggingface_hub", "hub", "the Hugging Face hub")
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
 
     token = get_token()
     if token is None:
@@ -134,7 +136,9 @@ def upload(
                 )
             if branch:
                 api.create_branch(page.repo_id, branch=branch, exist_ok=True)
-            operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            if CALIBRATION not in files and api.file_exists(page.repo_id, CALIBRATION, revision=branch):
+                operations.append(CommitOperationDelete(CALIBRATION))  # of the model before
             api.create_commit(page.repo_id, operations, commit_message=message, revision=branch)
         except errors.HfHubHTTPError as error:
             if error.response.status_code not in (401, 403, 404):
@@ -212,7 +216,7 @@ def _find_in_cache(repo_id: str, revision: str | None, allow_pickle: bool, reaso
         option = f" --revision {revision}" if revision else ""
         raise UserError(
             f"{model} is not in the cache at {constants.HF_HUB_CACHE}, and {reason}; "
-            f"once online, run `hf download {repo_id} {CONFIG} {WEIGHTS}{option}`"
+            f"once online, run `hf download {repo_id} {CONFIG} {WEIGHTS} {CALIBRATION}{option}`"
         )
     return folder, _choose_weights(repo_id, cached, allow_pickle)
 

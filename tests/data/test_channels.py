@@ -109,6 +109,18 @@ def test_pages_of_a_tiff_are_channels_where_so_many_are_wanted() -> None:
     assert read_values(reduced.getvalue(), "a.tif", 2).shape == (37, 50, 2)  # a smaller page is no channel
 
 
+def test_pages_of_8_bit_tiffs_are_three_channels_where_three_are_asked_for(tmp_path: Path) -> None:
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pages = RANDOM.integers(0, 256, (3, 20, 30)).astype(np.uint8)
+        (tmp_path / f"{name}.tif").write_bytes(tiff(pages))
+    found = measure_if_deep(open_dataset(tmp_path, evaluation=True).training, 3)
+    assert found is not None and (found.scale.channels, found.scale.high) == (3, 255.0)
+    for path in tmp_path.glob("*/*.tif"):
+        Image.fromarray(RANDOM.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(path)  # colors, on one page
+    assert measure_if_deep(open_dataset(tmp_path, evaluation=True).training, 3) is None
+
+
 def test_one_channel_of_any_depth_needs_no_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, single = (BANDS[..., 0] * 16).astype(np.uint16), (BANDS[..., 0] / 3).astype(np.float32)
     files = {}

@@ -263,6 +263,12 @@ def test_images_beside_the_splits_are_noted(make_folder):
     ]
 
 
+def test_split_folders_that_differ_in_case_are_noted(make_folder):
+    splits = open_dataset(make_folder({f"{split}/{name}": 2 for split in ("Train", "train", "val") for name in "ab"}))
+    assert splits.training.describe(0) == "train/a/0.png" and len(splits.training) == 4
+    assert "left out, as they are not among them: Train/" in splits.notes
+
+
 def test_a_test_folder_with_other_classes_is_left_out(make_folder):
     splits = open_dataset(
         make_folder({f"{split}/{name}": 2 for split in ("train", "val") for name in "ab"} | {"test/c": 1})

@@ -106,6 +106,18 @@ def test_lists_of_labels_make_several_labels(images, tmp_path):
     assert splits.classes == ("zebra", "cat", "emu")
 
 
+def test_a_rare_label_of_several_stays_in_training(images, tmp_path):
+    whole = [table(images[:30], [[0]] * 30, datasets.Sequence(ANIMALS), label="labels")]
+    folder = tmp_path / "one"
+    held_out = open_dataset(saved(folder, train=whole[0]), validation_fraction=0.3).validation.describe(0)
+    rare = int(held_out.rpartition("[")[2].rstrip("]"))
+    labels = [[0, 2] if row == rare else [0] for row in range(30)]
+    whole = [table(images[:30], labels, datasets.Sequence(ANIMALS), label="labels")]
+    splits = open_dataset(saved(tmp_path, train=whole[0]), validation_fraction=0.3)
+    assert splits.training.labels[:, 2].sum() == 1 and not splits.validation.labels[:, 2].any()
+    assert len(splits.validation)
+
+
 def test_columns_of_other_names_and_other_columns(images, tmp_path):
     part = table(images[:4], [0, 1, 2, 0], ANIMALS, image="photo", label="species", caption=["?"] * 4)
     splits = open_dataset(saved(tmp_path, train=part, test=part))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coatnet.data.datasets import ArrayDataset, FileDataset
-from coatnet.data.near_duplicates import groups_to_keep_together
+from coatnet.data.near_duplicates import groups_to_keep_together, keep_copies_together
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import SplitRule, Splits, choose_training, choose_validation, summarize
 from coatnet.errors import UserError
@@ -179,11 +179,28 @@ def test_copies_of_one_label_are_groups_and_whole_classes_are_not(make_folder):
     (root / "b/broken.png").write_bytes(b"")
     splits = open_dataset(root, validation_fraction=0.3)
     copies = {"a/3.png", *(f"a/copy{number}.png" for number in range(6))}
-    assert {frozenset(group) for group in groups_to_keep_together(splits, crossing=False)} == {frozenset(copies)}
+    assert {frozenset(group) for group in groups_to_keep_together(splits)} == {frozenset(copies)}
     assert 0 < len(copies & set(held_out_names(splits))) < 7
-    groups = groups_to_keep_together(splits)
-    after = open_dataset(root, rule=SplitRule(0.3, kept_together=groups))
+    after, groups = keep_copies_together(splits, SplitRule(0.3), print)
+    assert all_names(after) == all_names(open_dataset(root, rule=SplitRule(0.3, kept_together=groups)))
     assert len(copies & set(held_out_names(after))) in (0, 7) and all_names(after) == all_names(splits)
+
+
+def test_copies_stay_together_where_keeping_others_together_would_part_them(make_folder):
+    root = make_folder({"a": 12, "b": 12})
+    splits = open_dataset(root, validation_fraction=0.2)
+    held_out = sorted(name for name in held_out_names(splits) if name.startswith("a/"))
+    learned = sorted(name for name in all_names(splits) if name.startswith("a/") and name not in held_out)
+    # Each held-out image of a class is a copy of one to learn from, and those that are left are copies of each other.
+    rest = iter(learned[len(held_out) :])
+    pairs = [*zip(held_out, learned, strict=False), *zip(rest, rest, strict=False)]
+    for one, other in pairs:
+        (root / one).write_bytes((root / other).read_bytes())
+    splits = open_dataset(root, validation_fraction=0.2)
+    divided, groups = keep_copies_together(splits, SplitRule(0.2), print)
+    out = set(held_out_names(divided))
+    assert all(len({name in out for name in pair}) == 1 for pair in pairs) and any(n.startswith("a/") for n in out)
+    assert out == set(held_out_names(open_dataset(root, rule=SplitRule(0.2, kept_together=groups))))
 
 
 def test_a_beginning_of_the_training_images_has_as_many_of_each_class_and_is_in_every_longer_one():

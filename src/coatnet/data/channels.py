@@ -14,6 +14,7 @@ import mmap
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
@@ -420,22 +421,35 @@ def measure_if_deep(dataset: Dataset, channels: int | None) -> Measured | None:
         channels: that are asked for; None: those of the first image, where it is none of 8-bit RGB.
     """
     scale: Scale | None = getattr(dataset, "scale", None)
-    if channels in (1, 3) and scale is None and not _is_deep(dataset):
+    if channels in (1, 3) and scale is None and not _is_deep(dataset, channels):
         return None
     if channels is None and scale is None:
         return None
     return measure(dataset, channels or (scale.channels if scale else 0))
 
 
-def _is_deep(dataset: Dataset) -> bool:
-    """Whether the first image that can be read has values of more than 8 bits."""
+def _is_deep(dataset: Dataset, channels: int) -> bool:
+    """Whether the first image that can be read has values of more than 8 bits, or the channels are pages of a TIFF."""
     for index in range(min(len(dataset), 3)):
+        name = dataset.describe(index)
         try:
             encoded = dataset.read(index)[0]
-            values = read_values(encoded, dataset.describe(index)) if isinstance(encoded, bytes) else encoded
-            return values.dtype != np.uint8
+            if not isinstance(encoded, bytes):
+                return encoded.dtype != np.uint8
+            kind = format_of(encoded, name).name
         except BadImage:
             continue
+        try:
+            values = read_values(encoded, name)
+        except BadImage as error:
+            if error.code == "format" and kind in ("PNG", "TIFF", "NPY", "NPZ"):  # a package is missing
+                raise
+            continue
+        if values.dtype != np.uint8 or kind != "TIFF":
+            return values.dtype != np.uint8
+        with suppress(BadImage):
+            return read_values(encoded, name, channels).shape[2] > values.shape[2]
+        return False
     return False
 
 

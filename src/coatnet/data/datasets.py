@@ -113,6 +113,10 @@ class Dataset(Protocol):
         for index in range(len(self)):
             yield f"{self.describe(index)}\n".encode()
 
+    def state(self) -> Iterator[bytes]:
+        """Bytes to hash that are others once the pixels of an image may be others, under its name or not."""
+        return self.content()
+
 
 class ArrayDataset(Dataset):
     """Images of one size, held in memory.
@@ -215,6 +219,14 @@ class FileDataset(Dataset):
     def identity(self) -> Iterator[bytes]:
         for index in range(len(self)):  # with the folder, as in unfinished batch predictions of earlier releases
             yield f"{self.whole_name(index)}\n".encode()
+
+    def state(self) -> Iterator[bytes]:
+        for index in range(len(self)):
+            try:
+                found = os.stat(self.path(index))
+                yield f"{found.st_size} {found.st_mtime_ns}\n".encode()
+            except (OSError, ValueError):
+                yield b"missing\n"
 
     def whole_name(self, index: int) -> str:
         return printable(str(self.path(index)))

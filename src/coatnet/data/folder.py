@@ -60,12 +60,13 @@ def open_folder(root: Path, validation_fraction: float, *, evaluation: bool = Fa
         UserError: there are fewer than two classes, validation has a class that training lacks, no image can be held
             out, or the classes look like splits.
     """
-    subfolders = {entry.name.lower(): entry.name for entry in os.scandir(root) if is_folder(entry)}
+    names = sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
+    subfolders = {name.lower(): name for name in names}  # of train/ and Train/ the former, which is sorted behind
     training = next((subfolders[name] for name in TRAINING_NAMES if name in subfolders), None)
     held_out = next((subfolders[name] for name in (*VALIDATION_NAMES, *TEST_NAMES) if name in subfolders), None)
     if not (training or held_out):
         return _open_one_folder(root, validation_fraction, evaluation)
-    others = sorted(set(subfolders.values()) - {training, held_out}, key=natural_key)
+    others = sorted(set(names) - {training, held_out}, key=natural_key)
     beside = [name for name in others if _holds_image(root / name)]
     if training and held_out:
         return _open_split_folders(root, training, held_out, beside, evaluation)

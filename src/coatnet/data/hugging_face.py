@@ -21,7 +21,7 @@ from coatnet.data.datasets import (
 )
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
-from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
+from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation, keep_rare_labels
 from coatnet.errors import UserError, import_extra, without_credentials
 from coatnet.system.credentials import token_of
 
@@ -151,10 +151,13 @@ def open_hugging_face(source: str, validation_fraction: float, *, evaluation: bo
         held_out = choose_validation(
             [f"{name}[{row}]" for row in range(len(labels[0]))], labels[0], validation_fraction
         )
+        if labels[0].ndim == 2:
+            alone = np.arange(len(held_out))
+            keep_rare_labels(labels[0], alone, np.zeros_like(held_out), held_out)
         note = f"held out {held_out.mean():.0%} of {splits[0]}, class by class, by the hash of the row's number"
         if not held_out.any():
             if not evaluation:
-                raise UserError(f"{source}: no class has two images, so none can be held out")
+                raise UserError(f"{source}: no image can be held out without taking a class its only one")
             held_out[:], note = True, NONE_TO_HOLD_OUT
         by_name = not held_out.all()
         rows = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]

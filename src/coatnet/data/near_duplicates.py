@@ -6,7 +6,7 @@ images then decide.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -121,19 +121,29 @@ def keep_copies_together(
     num_images = len(splits.training) + len(splits.validation)
     if splits.by_name and not splits.training.in_memory:
         if num_images <= MAX_SEARCHED:
-            groups = groups_to_keep_together(splits, crossing=not (rule.fold or rule.test_fraction))
+            every = groups_to_keep_together(splits)
+            if rule.fold or rule.test_fraction:
+                groups = every
+            else:  # only those that the split would part; keeping one together may part another
+                divided = splits
+                while parted := _parted(every, divided) - set(groups):
+                    groups = tuple(group for group in every if group in parted or group in groups)
+                    divided = divide(splits, replace(rule, kept_together=groups, training_images=0))
         else:
             say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
     return divide(splits, replace(rule, kept_together=groups)), groups
 
 
-def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[tuple[str, ...], ...]:
+def _parted(groups: Sequence[tuple[str, ...]], splits: Splits) -> set[tuple[str, ...]]:
+    """The groups with images on both sides."""
+    sides = [{part.describe(index) for index in range(len(part))} for part in (splits.training, splits.validation)]
+    return {group for group in groups if not any(side.isdisjoint(group) for side in sides)}
+
+
+def groups_to_keep_together(splits: Splits) -> tuple[tuple[str, ...], ...]:
     """Groups of names of images that are copies or near copies of each other and have one label, in order.
 
     Images that cannot be read are in none. A class that would be one group alone is left as it is.
-
-    Args:
-        crossing: only groups with images both in training and in validation.
     """
     places, digests, fingerprints = [], [], []
     for part in (splits.training, splits.validation):
@@ -157,7 +167,7 @@ def groups_to_keep_together(splits: Splits, *, crossing: bool = True) -> tuple[t
     for head in np.unique(groups[pairs[:, 0]]).tolist():
         members = np.flatnonzero(groups == head)
         whole_class = ((labels == labels[head]).all(axis=1) <= (groups == head)).all()
-        if not whole_class and (not crossing or len({id(places[row][0]) for row in members.tolist()}) == 2):
+        if not whole_class:
             found.append(tuple(places[row][0].describe(places[row][1]) for row in members.tolist()))
     return tuple(found)
 

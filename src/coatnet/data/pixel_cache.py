@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import reduction as handles
@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.data.channels import with_scale
-from coatnet.data.datasets import Dataset, FileDataset
+from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import SHARED_MEMORY, read_image, to_image
 from coatnet.data.sampler import EpochSampler
@@ -285,19 +285,9 @@ def fingerprint(source: Dataset, reduction: Reduction) -> str:
     digest = hashlib.sha256(versions.encode())
     for part in source.identity():
         digest.update(part)
-    for part in _file_states(source) if isinstance(source, FileDataset) else source.content():
+    for part in source.state():
         digest.update(part)
     return digest.hexdigest()[:32]
-
-
-def _file_states(source: FileDataset) -> Iterator[bytes]:
-    """Size and time of the last change of each file."""
-    for index in range(len(source)):
-        try:
-            found = os.stat(source.path(index))
-            yield f"{found.st_size} {found.st_mtime_ns}\n".encode()
-        except (OSError, ValueError):
-            yield b"missing\n"
 
 
 def _write(folder: Path, source: Dataset, reduction: Reduction, shown: bool) -> None:

@@ -293,7 +293,7 @@ def choose_few(splits: Splits, n: int, seed: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def _keep_rare_labels(
+def keep_rare_labels(
     labels: NDArray, heads: NDArray[np.int64], test: NDArray[np.bool_], held_out: NDArray[np.bool_]
 ) -> None:
     """Give back to training, in place, the first image of each label that has no other there, with its copies."""
@@ -344,7 +344,7 @@ def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
         notes = [note for note in splits.notes if note.startswith("held out")]
     test, held_out = test[heads], held_out[heads]
     if labels.ndim == 2 and not rule.fold:
-        _keep_rare_labels(labels, heads, test, held_out)
+        keep_rare_labels(labels, heads, test, held_out)
     if rule.kept_together:
         notes.append(f"copies and near copies on one side of the split: {counted(len(rule.kept_together), 'group')}")
     return replace(

@@ -1,6 +1,7 @@
 """WebDataset tars that another program wrote, as a source: splits, classes, and an index that is made once."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,33 @@ def test_test_tars_are_left_out_where_there_are_others_for_validation(root, caps
     assert splits.validation.read(0)[0] == image(6)
     assert "held out: val.tar, without test.tar" in splits.describe()
     assert len(open_samples([str(root)])) == 12 and "without test.tar" in capsys.readouterr().err
+
+
+def test_test_tars_are_left_out_beside_tars_without_a_split_in_their_name(root):
+    for number, name in enumerate(("shard-000", "val-000", "test-000")):
+        write_tar(root / f"{name}.tar", samples(number * 6, 6))
+    splits = open_dataset(root)
+    assert (len(splits.training), len(splits.validation)) == (6, 6)
+    assert splits.validation.read(0)[0] == image(6) and "without test-000.tar" in splits.describe()
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(root):
+    write_tar(root / "train.tar", samples(0, 6))
+    write_tar(Path(os.fsdecode(os.fsencode(root) + b"/val-\xe9.tar")), samples(6, 6))
+    assert "is not UTF-8" in one_line(root)
+
+
+def test_tars_without_checksums_are_others_once_they_are_written_anew(root, tmp_path):
+    def state(folder):
+        return b"".join(open_dataset(folder).training.state())
+
+    write_tar(root / "train.tar", samples(0, 6))
+    write_tar(root / "val.tar", samples(6, 6))
+    shutil.copytree(root, tmp_path / "copy")
+    before = state(root)
+    assert before == state(root) != state(tmp_path / "copy")
+    os.utime(root / "train.tar", ns=(1, 1))  # as where members of the same size have other pixels
+    assert state(root) != before
 
 
 def test_images_beside_a_tar_are_a_folder_of_images(root):

@@ -107,7 +107,15 @@ def _split(files: Storage, fraction: float, evaluation: bool) -> tuple[dict[str,
         raise UserError(f"{files}: no {HEAD} and no .tar files; give the folder that `coatnet pack` wrote")
     parts: dict[str, list[str]] = {TRAINING: [], VALIDATION: []}
     left_out: list[str] = []
-    both = all(any(_has_word(name, words) for name in names) for words in (TRAINING_NAMES, VALIDATION_NAMES))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{files}: the name {printable(name)!r} is not UTF-8, as those of shards are; rename the file"
+            ) from None
+    some_train = any((split_of(name) or TRAINING) == TRAINING for name in names)
+    both = some_train and any(_has_word(name, VALIDATION_NAMES) for name in names)
     for name in names:
         for_test = _has_word(name, TEST_NAMES) and not _has_word(name, (*TRAINING_NAMES, *VALIDATION_NAMES))
         # chosen: an index has two splits.

@@ -1,6 +1,7 @@
 """`coatnet doctor`: tables that training takes back, a page with images, and JSON."""
 
 import csv
+import importlib
 import json
 import re
 from pathlib import Path
@@ -119,6 +120,8 @@ def make_images(tmp_path):
         (["digits", "--labels"], "--labels needs --model: a bundle of your own"),
         (["digits", "--model", "runs/mine"], "--model is for --labels"),
         (["digits", "--write", "all.parquet"], "--write all.parquet is no .csv"),
+        (["digits", "--html", "all.csv"], "--html all.csv is no .html"),
+        (["digits", "--write", "all.csv"], "digits: --write names files of images, and these have none of their own"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys) -> None:
@@ -136,6 +139,23 @@ def test_a_table_names_only_images_that_it_can_give_back(make_images, tmp_path, 
     assert main(["doctor", str(root), "--write", str(tmp_path / "elsewhere/clean.csv")]) == 2
     assert f"these lie in {root}" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/*.csv"))
+    (tmp_path / "mine.csv").write_text("path,label,note\na.png,a,mine\n")
+    assert main(["doctor", str(root), "--write", str(tmp_path / "mine.csv")]) == 2
+    assert "mine.csv is there already" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text().endswith("mine\n")
+
+
+def test_where_a_table_cannot_be_written_is_told_before_images_are_read(make_images, tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("images were read")
+
+    root = make_images({"a": 2, "b": 2})
+    (tmp_path / "elsewhere").mkdir()
+    for name, function in (("data.inspection", "inspect"), ("evaluation.suggest", "suggest")):
+        monkeypatch.setattr(importlib.import_module(f"coatnet.{name}"), function, refuse)
+    table = str(tmp_path / "elsewhere" / "table.csv")
+    assert main(["doctor", str(root), "--write", table]) == 2
+    assert main(["suggest", "a-bundle", "--images", str(root), "--out", table]) == 2
 
 
 def test_a_page_of_very_many_images_stays_below_ten_megabytes(tmp_path) -> None:

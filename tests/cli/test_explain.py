@@ -95,6 +95,18 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_are_not_written_among_the_images_they_explain(
+    clothes_bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    for out in (folder, folder / "maps"):
+        assert main(["explain", str(clothes_bundle), str(folder), "--out", str(out)]) == 2
+        assert "give a folder outside for out" in capsys.readouterr().err
+    tiles = ["predict", str(clothes_bundle), str(folder), "--tiles", "28", "--tile-maps", str(folder / "maps")]
+    assert main(tiles) == 2
+    assert sorted(folder.iterdir()) == before
+
+
 def test_names_of_files_fit_whatever_the_script(tmp_path: Path) -> None:
     path = new_name(tmp_path, "写真" * 60, "日本" * 40, set(), ".attention.stage-3")
     assert path.name.startswith("写真") and ".日本" in path.name

@@ -85,6 +85,17 @@ def test_the_images_of_a_test_split_are_inspected_too(make_folder, tmp_path):
     assert [len(part) for part in clean.parts.values()] == [4, 4, 3]
 
 
+def test_of_copies_under_several_labels_none_is_kept(make_folder, tmp_path):
+    root = make_folder({f"{split}/{name}": 4 for split in ("train", "val") for name in "ab"})
+    for copy in ("val/a/x", "val/b/x"):
+        (root / f"{copy}.png").write_bytes((root / "train/a/1.png").read_bytes())
+    left_out = inspect(root).left_out
+    assert sorted(left_out.values()) == ["a copy under another label"] * 3
+    assert main(["doctor", str(root), "--write", str(tmp_path / "clean.csv")]) == 1
+    clean = inspect(tmp_path / "clean.csv")
+    assert clean.healthy and not clean.contradictions
+
+
 def test_links_out_of_the_data_are_told_and_others_are_not(make_folder, tmp_path):
     root = make_folder({"train/a": 3, "train/b": 3, "val/a": 2, "outside/b": 2, "elsewhere": 1})
     for name in ("outside", "elsewhere"):

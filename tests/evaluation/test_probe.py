@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_the_model_is_refused_before_any_work(bundle: Bu
     with pytest.raises(UserError, match="there exists already: give a new folder"):
         probe("no such model", "no such data", out=tmp_path / "there")
     (tmp_path / "images" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match="would become images of a class: give a folder outside"):
+    with pytest.raises(UserError, match="what is drawn would become images of a class: give a folder outside"):
         probe("no such model", tmp_path / "images", out=tmp_path / "images" / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out could not be written"):

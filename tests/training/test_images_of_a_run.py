@@ -108,7 +108,7 @@ def test_a_run_is_not_resumed_on_classes_in_another_order(folder, tmp_path):
 
 def test_a_run_among_its_own_images_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match=r"runs/mine lies in .*pictures, where its curves would become images"):
+    with pytest.raises(UserError, match=r"runs/mine lies in .*pictures, where what is drawn would become images"):
         train(replace(BRIEF, data="."), "runs/mine", console=QUIET)
     assert not (folder / "runs").exists()
 

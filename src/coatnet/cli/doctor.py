@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, FAILED, Parser
 from coatnet.errors import UserError, counted
+from coatnet.system.files import user_path
 from coatnet.system.terminal import echo
 
 if TYPE_CHECKING:
     from coatnet.data.inspection import Inspection, Place
+    from coatnet.data.splits import Splits
     from coatnet.evaluation.image_page import Entry
     from coatnet.evaluation.label_check import LabelCheck
 
@@ -52,8 +54,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             "--labels needs --model: a bundle of your own, such as one trained on these images, or auto, the published "
             "network that suits them, which is fetched once"
         )
-    if given.write and not given.write.lower().endswith(".csv"):
-        parser.error(f"--write {given.write} is no .csv")
+    for name, ending in (("write", ".csv"), ("html", ".html")):
+        path = getattr(given, name)
+        if path and not path.lower().endswith(ending):
+            parser.error(f"--{name} {path} is no {ending}")
+        if path and user_path(path).exists():
+            raise UserError(f"{path} is there already; give another name, or remove it first")
     if given.model and not given.labels:
         parser.error("--model is for --labels: give that as well")
     return given
@@ -64,8 +70,12 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle.config import readable_json
     from coatnet.data.inspection import inspect
+    from coatnet.data.open import open_dataset
 
-    inspection, check = inspect(given.data, strict=given.strict), None
+    splits = open_dataset(given.data)
+    if given.write:
+        require_files(given.write, splits)
+    inspection, check = inspect(splits, strict=given.strict), None
     if given.labels:
         from coatnet.evaluation.label_check import check_labels
 
@@ -89,6 +99,17 @@ def run(arguments: Sequence[str]) -> int:
     return 0 if inspection.healthy else FAILED
 
 
+def require_files(path: str, splits: "Splits") -> None:
+    """Raise UserError if no table of these images may be written to a path."""
+    from coatnet.data.datasets import FileDataset
+    from coatnet.data.manifest import require_below_table
+
+    parts = [part for part in splits.parts.values() if isinstance(part, FileDataset)]
+    if len(parts) < len(splits.parts):
+        raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
+    require_below_table(path, [part.path(index) for part in parts for index in range(len(part))])
+
+
 def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
     """Write the images that can be used as a table, the worst labels first."""
     from coatnet.data.datasets import FileDataset
@@ -98,8 +119,7 @@ def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None")
     suggested = {(each.split, each.name): each.suggested for each in check.suspects} if check else {}
     for split, index in inspection.rows():
         dataset = splits.parts[split]
-        if not isinstance(dataset, FileDataset):
-            raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
+        assert isinstance(dataset, FileDataset)
         key = split, dataset.describe(index)
         judged = (suggested.get(key, ""), round(check.scores.get(key, 1.0), 6)) if check else ()
         side = {"training": "train", "validation": "val"}.get(split, split)

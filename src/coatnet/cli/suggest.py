@@ -38,11 +38,12 @@ def run(arguments: Sequence[str]) -> int:
     """Rank images and write the table."""
     given = parse_arguments(arguments)
     from coatnet.data.folder import open_images
+    from coatnet.data.manifest import require_below_table
     from coatnet.evaluation.suggest import suggest
 
-    found = suggest(
-        given.bundle, open_images(given.images), count=given.count, batch_size=given.batch_size, device=given.device
-    )
+    images = open_images(given.images)
+    require_below_table(given.out, [images.path(index) for index in range(len(images))])
+    found = suggest(given.bundle, images, count=given.count, batch_size=given.batch_size, device=given.device)
     found.write(given.out)
     echo_summary(
         f"{given.out}: {counted(len(found.paths), 'image')}; the first {found.num_picked:,} are those to label next"

@@ -187,9 +187,9 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     bad: dict[str, str] = {}
     warnings: dict[str, str] = {}
     left_out: dict[Place, str] = {}
-    first_seen: dict[bytes, Place] = {}
     first_of_split: dict[tuple[str, bytes], Place] = {}
-    leaking, contradictions, conflicting = [], [], set()
+    leaking, contradictions = [], []
+    copies: dict[bytes, list[Place]] = {}  # of all splits, by their pixels
     num_repeated = 0
     learned: set[int] = set()  # classes of the training images that can be used
     measured: list[Place] = []  # the images that can be used, and what was measured of them
@@ -208,7 +208,8 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
             properties.append(found.properties)
             sizes.append(found.size)
             gray &= found.gray
-            first = first_seen.setdefault(found.digest, place)
+            copies.setdefault(found.digest, []).append(place)
+            first = copies[found.digest][0]
             first_there = first_of_split.setdefault((split, found.digest), place)
             if first_there == place:
                 distinct.append((place, found.digest, found.fingerprint))
@@ -223,8 +224,9 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
                 left_out[place] = "a copy"
             if not _same_label(splits, first, place):
                 contradictions.append((splits.parts[first[0]].describe(first[1]), dataset.describe(index)))
-                conflicting |= {first, place}
-    left_out |= dict.fromkeys(conflicting, "a copy under another label")
+    for places in copies.values():
+        if not all(_same_label(splits, places[0], place) for place in places[1:]):
+            left_out |= dict.fromkeys(places, "a copy under another label")
     near = tuple(
         (distinct[one][0], distinct[other][0])
         for one, other in near_pairs([each for *_, each in distinct]).tolist()

@@ -162,17 +162,11 @@ def write_manifest(
             file cannot be written.
     """
     target = output_path(path).absolute()
-    if target.suffix.lower() != ".csv":
-        raise UserError(f"{path}: tables of images are written to a .csv")
+    require_below_table(path, [image for image, *_ in rows])
     root, table = target.parent.resolve(), []
     places = [os.path.abspath(target.parent), str(root)]  # by the links of the path, and without them
     for image, *cells in rows:
         file = os.path.abspath(image)
-        if not is_below(file, [*places, *trusted_roots()]):
-            above = os.path.commonpath([os.path.abspath(each) for each, *_ in rows])
-            raise UserError(
-                f"{path}: a table names images below its own folder, and these lie in {above}: write it there or above"
-            )
         start = next((place for place in places if is_below(file, [place])), root)
         table.append((os.path.relpath(file, start), *cells))
     with translate_write_errors(path), atomic_files(target) as (staged,):
@@ -190,6 +184,20 @@ def write_manifest(
                     f"{path}: {name!r:.200} of {label!r:.200} would be read as {row.path!r:.200} of "
                     f"{';'.join(row.labels)!r:.200}: rename it first"
                 )
+
+
+def require_below_table(path: str | Path, images: Sequence[Path]) -> None:
+    """Raise UserError if a table of these files may not be written to a path: before what it holds is computed."""
+    target = output_path(path).absolute()
+    if target.suffix.lower() != ".csv":
+        raise UserError(f"{path}: tables of images are written to a .csv")
+    roots = [os.path.abspath(target.parent), str(target.parent.resolve()), *trusted_roots()]
+    files = [os.path.abspath(image) for image in images]
+    if not all(is_below(file, roots) for file in files):
+        raise UserError(
+            f"{path}: a table names images below its own folder, and these lie in {os.path.commonpath(files)}: write "
+            "it there or above"
+        )
 
 
 def _split(

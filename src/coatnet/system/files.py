@@ -405,7 +405,7 @@ def require_outside(path: Path, data: str) -> None:
     """Raise UserError if results would be written among the images of `data`, the whole path of a folder or a name."""
     if os.path.isabs(data) and path.resolve().is_relative_to(os.path.realpath(data)):
         raise UserError(
-            f"{path} lies in {data}, where its curves would become images of a class: give a folder outside for out"
+            f"{path} lies in {data}, where what is drawn would become images of a class: give a folder outside for out"
         )
 
 

@@ -20,10 +20,12 @@ from PIL import Image
 
 from coatnet.cli import study as cli
 from coatnet.cli.main import main
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
+from coatnet.study import run as study_run
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Run, Study
-from coatnet.study.run import Part, Worker, _Progress, measure_steps, recipe_of
+from coatnet.study.run import Part, Worker, _Progress, decoding_seconds, measure_steps, recipe_of
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.run_folder import RunFolder
@@ -242,12 +244,17 @@ def test_jobs_beyond_the_runs_add_no_steps_and_no_measuring(tmp_path: Path) -> N
 
 
 def test_a_single_round_lasts_as_long_as_its_slowest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda probes, at_once, threads, devices: [0.05, 0.15, 1.0])
+    measured = [0.05, 0.15, 1.0, 0.0]  # of two members, to open the data, and to decode an image
+    monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda *_: measured)
     at_once = plan(tmp_path, minutes=3, jobs=2)
     assert 150 <= max(run.seconds for run in at_once.runs) <= 180
     assert "2 runs to go, 2 at once: about 3 minutes" in describe_plan(at_once, 2)
     in_turn = [run.seconds for run in plan(tmp_path, minutes=3, jobs=1).runs]
     assert 150 <= sum(in_turn) <= 180
+    plain = plan(tmp_path, steps=10)
+    measured[3] = 0.01
+    decoded, (run, *_) = plan(tmp_path, steps=10), plain.runs
+    assert decoded.runs[0].seconds - run.seconds == pytest.approx(0.01 * (run.size + plain.held_out), abs=0.02)
 
 
 def test_every_process_of_an_array_takes_its_part() -> None:
@@ -506,3 +513,20 @@ def test_the_last_run_has_nothing_beside_it_and_takes_its_whole_time():
     assert progress.line(failed, worker).endswith("why; 0:01:00 left")  # two runs at once
     assert progress.line(failed, worker).endswith("why; 0:01:00 left")
     assert progress.line(failed, worker).endswith("why; 0:00:00 left")
+
+
+def test_decoding_is_timed_by_some_images(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    read = study_run.read_image
+
+    def slowly(images, index):
+        time.sleep(0.005)
+        return read(images, index)
+
+    monkeypatch.setattr(study_run, "read_image", slowly)
+    seconds = decoding_seconds(open_dataset(tmp_path).training)
+    assert 0.005 <= seconds * torch.get_num_threads() < 0.1

@@ -306,18 +306,24 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     at_once = min(jobs, len(members) * len(rates) * max(seeds * len(sizes) for sizes, seeds in choices))
     say(f"measuring a few steps of each, {counted(at_once, 'run')} at once")
     measured = measure_steps([probe.to_dict() for probe in probes], at_once, threads, devices)
-    *seconds, opening = measured
-    pace = _Pace(dict(zip((each.name for each in members), seconds, strict=True)), opening, jobs)
+    *seconds, opening, decoding = measured
+    pace = _Pace(dict(zip((each.name for each in members), seconds, strict=True)), opening, decoding, jobs)
     return _with_runs(study, options, pace, choices)
 
 
 @dataclass(frozen=True)
 class _Pace:
-    """Seconds of a step of each member by its name, and of the opening of the data; and how many runs go at once."""
+    """Seconds of a step of each member by its name, of the opening of the data and to decode an image that a run keeps
+    decoded; and how many runs go at once."""
 
     steps: dict[str, float]
     opening: float
+    decoding: float
     jobs: int
+
+    def before(self, num_images: float) -> float:
+        """Seconds of a run before its first step, with so many images to learn from and to measure on."""
+        return self.opening + self.decoding * num_images
 
 
 def _run(study: Study, member: str, size: int, seed: int, rate: float, steps: int, seconds: float) -> Run:
@@ -346,7 +352,8 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
             num_runs = seeds * len(sizes) * len(study.learning_rates) * len(pace.steps)
             rounds = -(-num_runs // pace.jobs)  # the last of which may leave cores idle
             step = _of_a_round(pace.steps.values(), rounds)
-            of_a_run = 60 * options.minutes * TIME_FOR_RUNS / rounds - pace.opening
+            before = pace.before(fmean(sizes) + study.held_out)
+            of_a_run = 60 * options.minutes * TIME_FOR_RUNS / rounds - before
             left = of_a_run / step - sum(ending[size] for size in sizes) / len(sizes)
             steps = int(left - _evaluations(left, evaluation) * evaluation)
             if steps >= ENOUGH_STEPS:
@@ -365,7 +372,8 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
     )
     runs = []
     for seed, size, rate, member in product(study.seeds, study.sizes, study.learning_rates, study.members):
-        seconds = pace.opening + pace.steps[member.name] * (steps + evaluations * evaluation + ending[size])
+        before = pace.before(size + study.held_out)
+        seconds = before + pace.steps[member.name] * (steps + evaluations * evaluation + ending[size])
         runs.append(_run(study, member.name, size, seed, rate, steps, seconds))
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("names of members differ in signs only, which folders cannot show: give other names")

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from coatnet.bundle import Bundle
-from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
-from coatnet.data.loader import BadImages
+from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, evenly_spaced, select
+from coatnet.data.decode import BadImage
+from coatnet.data.loader import BadImages, read_image
 from coatnet.data.splits import choose_training
 from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
 from coatnet.evaluation.metrics import Metrics
@@ -34,7 +35,14 @@ from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
-from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, run_training, step_seconds
+from coatnet.training.trainer import (
+    TIMED_IMAGES,
+    NotFinite,
+    Trainer,
+    deterministic_on_cpu,
+    run_training,
+    step_seconds,
+)
 
 FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
@@ -147,22 +155,32 @@ def read_curves(log: Path) -> Curves:
 
 
 def time_members(recipes: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Seconds of an optimizer step by each of some recipes on the same data, and of the opening of the data."""
+    """Seconds of an optimizer step by each of some recipes on the same data, of the opening of the data, and to decode
+    an image for a run that keeps it decoded, 0 if none does."""
     started = time.monotonic()
     recipe = Recipe.from_dict(recipes[0])
     recipe, splits = open_splits(recipe, lambda text: None)
     opening = time.monotonic() - started
-    seconds = []
-    for values in recipes:
+    configs, seconds = [resolve(Recipe.from_dict(values), splits) for values in recipes], []
+    for values, config in zip(recipes, configs, strict=True):
         recipe = Recipe.from_dict(values)
-        config = resolve(recipe, splits)
         with deterministic_on_cpu(config.device):
             try:
                 seconds.append(step_seconds(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS))
             except NotFinite:  # its runs will fail, and the others are made
                 seconds.append(math.nan)
     mean = np.nanmean(seconds) if not np.isnan(seconds).all() else 0.0
-    return [*np.where(np.isnan(seconds), mean, seconds).tolist(), opening]
+    decoding = decoding_seconds(splits.training) if configs[0].cache != "none" else 0.0
+    return [*np.where(np.isnan(seconds), mean, seconds).tolist(), opening, decoding]
+
+
+def decoding_seconds(images: Dataset) -> float:
+    """Seconds to decode an image with the threads of this process, found with some of them."""
+    chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
+    for index in chosen:
+        with suppress(BadImage):
+            read_image(images, index)
+    return (time.monotonic() - started) / len(chosen) / torch.get_num_threads()
 
 
 # Processes
@@ -350,7 +368,7 @@ def _train_unless_finished(recipe: Mapping[str, Any], folder: Path, keep_weights
                     f"{folder} holds a run with {name} {values.get(name)}, not {recipe[name]}: give the same steps or "
                     "a new folder for out, or remove that folder to train the run again"
                 )
-    if not finished or (keep_weights and not has_weights):
+    if not finished or (keep_weights and not (folder / "report.json").exists()):  # which is written last
         train_run(recipe, folder, keep_weights)
 
 

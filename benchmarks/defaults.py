@@ -37,7 +37,9 @@ DEFAULT = "as chosen"
 def main() -> None:
     arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    data = str(gather(arguments.data, 1.0, arguments.out / "data")) if arguments.data in FOLDERS else arguments.data
+    data = (
+        str(gather(arguments.data, 1.0, 1.0, arguments.out / "data")) if arguments.data in FOLDERS else arguments.data
+    )
     asked = {name: getattr(arguments, name) for name in ("data", "model", "epochs", "resolution")}
     asked = {name: value for name, value in asked.items() if value is not None}
     changed = changes(asked | {"data": data})

@@ -80,7 +80,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--files", type=int, metavar="N", help="also train coatnet-0 on so many JPEG files")
     parser.add_argument("--accuracy", type=float, metavar="PERCENT", help="also the minutes to this top-1")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.files is not None and given.files < 3 * given.batch_size:
+        parser.error(f"--files {given.files}: at least three batches, {3 * given.batch_size}")
+    return given
 
 
 def compare(

@@ -167,7 +167,10 @@ def execute(command: list[str], environment: dict[str, str]) -> str:
 
 def gather(data: str, fraction: float, held_out: float, out: Path) -> Path:
     """A folder that `coatnet train` and `read_images` open: IDX files, or train/ and val/ with links to the images."""
-    folder = out / f"{Path(data).name}-{fraction:g}-{held_out:g}"
+    name = data
+    if data not in FOLDERS and not data.startswith("fashion-mnist"):  # other folders may have the same name
+        name = f"{Path(data).name}-{hashlib.sha256(str(Path(data).resolve()).encode()).hexdigest()[:8]}"
+    folder = out / f"{name}-{fraction:g}-{held_out:g}"
     if folder.is_dir():
         return folder
     staged = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -429,32 +432,37 @@ def middle(group: list[dict[str, Any]]) -> tuple[float, float, float]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    table = Table("data", "fraction", "minutes", "contender", "top-1 %", "interval", "seeds", "epochs", "took min")
-    for (data, fraction, _, minutes, _, contender), group in grouped(results).items():
+    columns = ("data", "fraction", "held out", "threads", "minutes", "contender")
+    table = Table(*columns, "top-1 %", "interval", "seeds", "epochs", "took min")
+    for (data, fraction, held_out, minutes, threads, contender), group in grouped(results).items():
         accuracy, low, high = middle(group)
         seeds = " ".join(f"{100 * each['correct'] / each['n']:.1f}" for each in group)
         epochs, seconds = (statistics.median(each[name] for each in group) for name in ("epochs", "seconds"))
-        row = (f"{fraction:g}", f"{minutes:g}", contender, f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", seeds)
-        table.add_row(Path(data).name, *row, f"{epochs:.3g}", f"{seconds / 60:.1f}")
-    Console(width=120).print(table)
+        setting = (Path(data).name, f"{fraction:g}", f"{held_out:g}", str(threads), f"{minutes:g}", contender)
+        measured = (f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", seeds)
+        table.add_row(*setting, *measured, f"{epochs:.3g}", f"{seconds / 60:.1f}")
+    Console(width=140).print(table)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Median accuracy over the minutes, or contender beside contender if all had as many minutes.
 
-    A panel is a data set and a fraction; dots are seeds, bars the intervals of the medians.
+    A panel is a data set, its fractions and a number of threads; dots are seeds, bars the intervals of the medians.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted({(each["data"], each["fraction"]) for each in results})
+    def panel_of(each: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(each[name] for name in ("data", "fraction", "held_out", "threads"))
+
+    panels = sorted(set(map(panel_of, results)))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4 * len(panels) + 1, 4), squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
-        inside = grouped([each for each in results if (each["data"], each["fraction"]) == panel])
+        inside = grouped([each for each in results if panel_of(each) == panel])
         found = [name for name in CONTENDERS if any(key[-1] == name for key in inside)]
         over_minutes = len({key[3] for key in inside}) > 1
         for place, contender in enumerate(found):
@@ -469,8 +477,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             for x_of_group, group in zip(x, groups, strict=True):
                 for each in group:
                     axis.plot(x_of_group, 100 * each["correct"] / each["n"], "o", ms=4, color=color, alpha=0.5)
-        n = next(each["n"] for each in results if (each["data"], each["fraction"]) == panel)
-        axis.set(ylabel="top-1, %", title=f"{Path(panel[0]).name} x {panel[1]:g} (n = {n:,})")
+        n = next(iter(inside.values()))[0]["n"]
+        axis.set(ylabel="top-1, %", title=f"{Path(panel[0]).name} x {panel[1]:g} (n = {n:,}), {panel[3]} threads")
         axis.grid(alpha=0.3)
         if over_minutes:
             axis.set_xlabel("minutes")

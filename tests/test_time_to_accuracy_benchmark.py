@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,31 @@ def test_all_learn_from_one_split_that_depends_on_the_bytes_of_the_images(drawin
     few = names(gather(str(drawings), 1.0, 0.3, tmp_path / "out"), "val")
     assert len(few) == 2 and set(few) < set(names(whole, "val"))
     assert len(names(part, "train")) == 12 and set(names(part, "train")) < set(names(whole, "train"))
+
+
+def test_folders_of_one_name_are_kept_apart(drawings: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "drawings"
+    other.parent.mkdir()
+    drawings.joinpath("squares").rename(drawings / "triangles")
+    shutil.copytree(drawings, other)
+    (other / "triangles").rename(other / "lines")
+    classes = [
+        {path.name for path in (script().gather(str(folder), 1.0, 1.0, tmp_path / "out") / "train").iterdir()}
+        for folder in (drawings, other)
+    ]
+    assert classes == [{"circles", "triangles"}, {"circles", "lines"}]
+
+
+def test_results_with_other_images_held_out_have_panels_of_their_own(tmp_path: Path) -> None:
+    shared = {"data": "stamps", "fraction": 1.0, "minutes": 5.0, "threads": 2, "seed": 0, "contender": "ours"}
+    results = [
+        shared | {"held_out": held_out, "correct": 70, "n": n, "epochs": 3.0, "seconds": 300.0}
+        for held_out, n in ((1.0, 158), (0.5, 79))
+    ]
+    script().draw(results, tmp_path / "two.png")
+    script().draw(results[:1], tmp_path / "one.png")
+    with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "one.png") as one:
+        assert two.width > 1.5 * one.width
 
 
 def test_part_of_the_garments_keeps_all_that_are_held_out_unless_fewer_are_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.server.serving import PROGRAM, SLOW_START, image, make_bundle, program
+from tests.server.serving import PROGRAM, SLOW_START, eventually, image, make_bundle, program
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,38 @@ def test_told_to_stop_twice_it_ends_at_once_with_1_if_a_request_is_left(bundle: 
         assert process.stderr is not None
         said = process.stderr.read()
         assert "requests without an answer at the end: 1" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_limits_and_access_of_the_command_line_are_those_of_the_server(bundle: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("from-a-file")
+    token.chmod(0o600)
+    options = ("--token-file", str(token), "--allowed-host", "models.example.com")
+    allowed = {"Authorization": "Bearer from-a-file", "Host": "models.example.com"}
+    small = image(width=8, height=8, kind="PNG")
+    with program(str(bundle), *options, "--max-megabytes", "0.001", "--deadline", "0.001") as (_, address):
+        assert len(small) < 0.001 * 2**20
+        assert address.predict(small, **{**allowed, "Host": "other.example.com"}).status == 421
+        assert address.predict(small, Host="models.example.com").status == 401
+        assert address.predict(bytes(2**11), **allowed).status == 413
+        assert address.predict(small, **allowed).status == 504
+
+
+@pytest.mark.slow
+def test_queue_batch_and_delay_of_the_command_line_are_those_of_the_server(bundle: Path) -> None:
+    large, small = image(width=5000, height=5000, kind="PNG"), image()  # half a second to decode, and a millisecond
+    with ThreadPoolExecutor(1) as clients:
+        # A queue shorter than a batch of 16 would be refused.
+        with program(str(bundle), "--queue", "1", "--batch-size", "1") as (_, address):
+            first = clients.submit(address.predict, large)
+            eventually(lambda: address.metric("coatnet_free_places") == 0)
+            assert address.predict(small).status == 503
+            assert first.result().status == 200
+        with program(str(bundle), "--delay-ms", "5000") as (_, address):
+            first = clients.submit(address.predict, large)
+            eventually(lambda: address.predict(small).json["milliseconds"]["queue"] > 100)
+            assert first.result().status == 200
 
 
 def refusal(*arguments: str, **variables: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, FAILED, Parser
 from coatnet.errors import UserError, counted
-from coatnet.system.files import user_path
+from coatnet.system.files import require_absent
 from coatnet.system.terminal import echo
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         path = getattr(given, name)
         if path and not path.lower().endswith(ending):
             parser.error(f"--{name} {path} is no {ending}")
-        if path and user_path(path).exists():
-            raise UserError(f"{path} is there already; give another name, or remove it first")
+        if path:
+            require_absent(path)
     if given.model and not given.labels:
         parser.error("--model is for --labels: give that as well")
     return given

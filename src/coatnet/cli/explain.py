@@ -77,7 +77,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     """Write a PNG and print a line for each image."""
     from coatnet.data.folder import expand_paths
     from coatnet.inference.explanation import Explanation, check_method
-    from coatnet.system.files import atomic_files, require_outside, user_path
+    from coatnet.system.files import atomic_files, require_outside_images
 
     method = given.method or "layercam"
     check_method(predictor.bundle.model, method, given.stage)  # before the folder is made
@@ -85,9 +85,7 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
         predictor.class_index(given.target)
     how = "" if method == "layercam" else f".{method}"
     how += "" if given.stage is None else f".stage-{given.stage}"
-    for path in map(user_path, given.paths):
-        if path.is_dir():
-            require_outside(folder.absolute(), str(path.absolute()))
+    require_outside_images(folder, given.paths)
     folder.mkdir(parents=True, exist_ok=True)
     found, taken, num_unreadable = expand_paths(given.paths), set[str](), 0
     while batch := list(islice(found, IMAGES_AT_ONCE)):

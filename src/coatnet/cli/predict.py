@@ -96,11 +96,10 @@ def predict_tiles(given: argparse.Namespace) -> int:
     from coatnet.data.folder import expand_paths
     from coatnet.inference import Prediction
     from coatnet.inference.tiles import OVERLAP, classify_tiles
-    from coatnet.system.files import atomic_files, require_outside, translate_write_errors, user_path
+    from coatnet.system.files import atomic_files, require_outside_images, translate_write_errors, user_path
 
-    for path in map(user_path, given.paths) if given.tile_maps else ():
-        if path.is_dir():
-            require_outside(user_path(given.tile_maps).absolute(), str(path.absolute()))
+    if given.tile_maps:
+        require_outside_images(user_path(given.tile_maps), given.paths)
     predictor, num_unreadable, taken = open_predictor(given, given.engine), 0, set[str]()
     side = None if given.tiles == "auto" else int(given.tiles)
     overlap = OVERLAP if given.tile_overlap is None else given.tile_overlap

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from coatnet.cli.parser import BUNDLE_HELP, Parser, print_unreadable
-from coatnet.errors import UserError, counted
-from coatnet.system.files import user_path
+from coatnet.errors import counted
+from coatnet.system.files import require_absent
 from coatnet.system.terminal import echo_summary
 
 
@@ -29,8 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse(arguments)
     if not given.out.lower().endswith(".csv"):
         parser.error(f"--out {given.out} is no .csv")
-    if user_path(given.out).exists():
-        raise UserError(f"{given.out} is there already; give another name, or remove it first")
+    require_absent(given.out)
     return given
 
 

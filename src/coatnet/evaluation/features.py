@@ -21,7 +21,7 @@ from coatnet.data.splits import Splits
 from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.evaluate import choose_datasets, load_model
 from coatnet.inference.logits import infer, workers_for
-from coatnet.system.files import atomic_files, output_path, translate_write_errors
+from coatnet.system.files import atomic_files, output_path, require_absent, translate_write_errors
 from coatnet.system.progress import track
 
 MIN_ROW_GROUP_IMAGES = 4096  # chosen: 4,096 rows of 768 features are 12 MB, held in memory before they are written
@@ -271,7 +271,6 @@ def _grouped(batches: Iterable[FeatureBatch]) -> Iterator[list[FeatureBatch]]:
 def _new_files(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """`atomic_files` that replace nothing. Raises UserError if a file is in the way or the disk refuses."""
     for target in targets:
-        if target.exists():
-            raise UserError(f"{target} is there already; give another name, or remove it first")
+        require_absent(target)
     with translate_write_errors(targets[-1]), atomic_files(*targets) as staged:
         yield staged

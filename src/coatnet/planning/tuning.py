@@ -76,7 +76,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     result = folder.tuning
     if result.exists():
         return _with_values(recipe, result, progress)
-    if folder.begun:
+    if folder.resumed is not None:
         raise UserError(
             f"{folder.path} holds a run that began without a search: leave tune out to resume it, or give another "
             "folder for out"

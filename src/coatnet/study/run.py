@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 
 from coatnet.bundle import Bundle
-from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, evenly_spaced, select
-from coatnet.data.decode import BadImage
-from coatnet.data.loader import BadImages, read_image
+from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
+from coatnet.data.loader import BadImages
 from coatnet.data.splits import choose_training
 from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
 from coatnet.evaluation.metrics import Metrics
@@ -36,11 +35,11 @@ from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
 from coatnet.training.trainer import (
-    TIMED_IMAGES,
     NotFinite,
     Trainer,
     deterministic_on_cpu,
     run_training,
+    seconds_to_read,
     step_seconds,
 )
 
@@ -161,26 +160,17 @@ def time_members(recipes: Sequence[Mapping[str, Any]]) -> list[float]:
     recipe = Recipe.from_dict(recipes[0])
     recipe, splits = open_splits(recipe, lambda text: None)
     opening = time.monotonic() - started
-    configs, seconds = [resolve(Recipe.from_dict(values), splits) for values in recipes], []
-    for values, config in zip(recipes, configs, strict=True):
-        recipe = Recipe.from_dict(values)
+    members = [Recipe.from_dict(values) for values in recipes]
+    configs, seconds = [resolve(recipe, splits) for recipe in members], []
+    for recipe, config in zip(members, configs, strict=True):
         with deterministic_on_cpu(config.device):
             try:
                 seconds.append(step_seconds(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS))
             except NotFinite:  # its runs will fail, and the others are made
                 seconds.append(math.nan)
     mean = np.nanmean(seconds) if not np.isnan(seconds).all() else 0.0
-    decoding = decoding_seconds(splits.training) if configs[0].cache != "none" else 0.0
+    decoding = seconds_to_read(splits.training) / torch.get_num_threads() if configs[0].cache != "none" else 0.0
     return [*np.where(np.isnan(seconds), mean, seconds).tolist(), opening, decoding]
-
-
-def decoding_seconds(images: Dataset) -> float:
-    """Seconds to decode an image with the threads of this process, found with some of them."""
-    chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
-    for index in chosen:
-        with suppress(BadImage):
-            read_image(images, index)
-    return (time.monotonic() - started) / len(chosen) / torch.get_num_threads()
 
 
 # Processes

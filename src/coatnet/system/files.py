@@ -16,7 +16,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -407,6 +407,19 @@ def require_outside(path: Path, data: str) -> None:
         raise UserError(
             f"{path} lies in {data}, where what is drawn would become images of a class: give a folder outside for out"
         )
+
+
+def require_outside_images(folder: Path, images: Iterable[str | Path]) -> None:
+    """Raise UserError if pictures would be written into one of the folders among these paths of images."""
+    for path in map(user_path, images):
+        if path.is_dir():
+            require_outside(folder.absolute(), str(path.absolute()))
+
+
+def require_absent(path: str | Path) -> None:
+    """Raise UserError if a file is there that a new one would replace."""
+    if user_path(path).exists():
+        raise UserError(f"{path} is there already; give another name, or remove it first")
 
 
 def user_path(path: str | Path) -> Path:

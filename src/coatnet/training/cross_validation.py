@@ -45,7 +45,7 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     if not 2 <= num_folds <= MAX_FOLDS:
         raise UserError(f"folds is {num_folds}; it must be 2 to {MAX_FOLDS}")
     folder = RunFolder(out, recipe)
-    if folder.begun:  # the training after the folds has begun: only its copies are theirs, too
+    if folder.resumed is not None:  # the training after the folds has begun: only its copies are theirs, too
         recipe = replace(recipe, kept_together=folder.given.kept_together)
     recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), TrainingProgress(console).say)
     num_images = len(splits.training) + len(splits.validation)

@@ -39,7 +39,7 @@ class RunFolder:
 
     Attributes:
         stored: The recipe in the folder; None without one.
-        begun: Whether a run has saved something there, to be resumed.
+        resumed: The same where a run has saved something, which is to be resumed; else None.
         given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
         warn: Takes a line about what cannot be written, for the user.
         notes: What `check_config` found different and took, in a line each.
@@ -62,11 +62,11 @@ class RunFolder:
         if self.stored is None and self.path.exists() and not (self.path.is_dir() and self._is_empty()):
             raise UserError(f"{self.path} exists and is not the folder of a run: choose a new folder for out")
         # A run that has saved nothing has nothing to lose: it begins anew, such as with smaller batches.
-        self.begun = self.stored is not None and (self.bundle.exists() or bool(published(self.checkpoints)))
-        self.given = fill_from(self.stored, given) if self.stored is not None and self.begun else given
-        if self.stored is not None and self.begun and given.init == AUTO and not is_choice(self.stored.init or ""):
+        self.resumed = self.stored if self.bundle.exists() or published(self.checkpoints) else None
+        self.given = given if self.resumed is None else fill_from(self.resumed, given)
+        if self.resumed is not None and given.init == AUTO and not is_choice(self.resumed.init or ""):
             raise UserError(
-                f"{self.path} holds a run with {difference('init', self.stored.init or '', AUTO)}: "
+                f"{self.path} holds a run with {difference('init', self.resumed.init or '', AUTO)}: "
                 "give the same to resume it, or another folder for a new run"
             )
 
@@ -123,7 +123,7 @@ class RunFolder:
         among its images.
         """
         self.config, self._classes, self._images = config, list(classes), dict(images or {})
-        self._before = configuration_before(self.stored, config) if self.stored is not None and self.begun else None
+        self._before = None if self.resumed is None else configuration_before(self.resumed, config)
         require_outside(self.path, config.data)
         if self._before is None:
             return config

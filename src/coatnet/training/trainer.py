@@ -22,13 +22,13 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name, without_places
-from coatnet.data.datasets import evenly_spaced
+from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import BadImages, read_image, require_readable, sampler_of, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
-from coatnet.data.transforms import EvaluationTransform
+from coatnet.data.transforms import EvaluationTransform, Image
 from coatnet.errors import UserError, counted, is_memory_shortage
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, calibrate_and_evaluate
 from coatnet.evaluation.evaluate import Measured, evaluate
@@ -281,12 +281,7 @@ class Trainer:
         images = self.splits.validation
         if self.images is self.splits or not len(images):
             return 0.0
-        transform = EvaluationTransform(self.config.preprocessing)
-        chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
-        for index in chosen:
-            with suppress(BadImage):
-                transform(read_image(images, index)[0])
-        return self.processes.broadcast((time.monotonic() - started) / len(chosen))
+        return self.processes.broadcast(seconds_to_read(images, EvaluationTransform(self.config.preprocessing)))
 
     def next_size(self) -> tuple[int, int]:
         """Height and width of the images of the step to come, in pixels."""
@@ -794,7 +789,7 @@ def run_training(
             if splits is None:
                 given, splits = open_splits(given, progress.say)
             given, init = load_init(given, splits, progress.say)
-            if not folder.begun:
+            if folder.resumed is None:
                 config = resolve_within_limit(given, splits, init, processes, progress, started)
             else:  # the values that were chosen stand in its recipe.yaml
                 config = resolve(given, splits, init)
@@ -833,7 +828,7 @@ def run_training(
             if kept:
                 progress.say(kept)
             trainer.ask_teacher()
-            if not folder.begun and (suggestion := suggest_init(given, splits)):
+            if folder.resumed is None and (suggestion := suggest_init(given, splits)):
                 progress.say(suggestion)
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
@@ -926,6 +921,15 @@ def step_seconds(
             trainer.step(*batch)
             durations.append(processes.broadcast(time.monotonic() - started))
     return median(durations[1:])
+
+
+def seconds_to_read(images: Dataset, look: Callable[[Image], object] = lambda image: None) -> float:
+    """Seconds to read and decode an image, and to do with it what `look` does, found with some of them."""
+    chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
+    for index in chosen:
+        with suppress(BadImage):
+            look(read_image(images, index)[0])
+    return (time.monotonic() - started) / len(chosen)
 
 
 def device_of(config: TrainingConfig, processes: Processes) -> torch.device:

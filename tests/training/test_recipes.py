@@ -11,7 +11,15 @@ from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import DataFacts, default_epochs, default_learning_rate, num_steps, resolve, resolve_for
+from coatnet.training.defaults import (
+    DataFacts,
+    default_epochs,
+    default_learning_rate,
+    num_steps,
+    open_splits,
+    resolve,
+    resolve_for,
+)
 from coatnet.training.recipes import RECIPES, named_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,13 +88,13 @@ def test_the_recipe_fashion_mnist_is_the_stored_one_of_the_published_result():
     # 60,000 gray garments of 28 pixels are what fashion-mnist is; their brightness is in the file.
     (mean,), (std,) = stored["preprocessing"]["mean"], stored["preprocessing"]["std"]
     garments = DataFacts(60_000, side=28, shorter_side=28, largest_side=28, gray=True, mean=mean, std=std)
-    given = ("data", "model", "variations", "batch_size", "evaluate_every", "max_minutes")
+    given = ("data", "model", "variations", "batch_size", "evaluate_every", "max_minutes", "validation_fraction")
     asked = {name: stored[name] for name in given}
-    asked |= {"schedule": {"decay": "linear"}, "augmentation": {"flip": "alternating"}}
-    # Some 22 epochs fitted into the minutes by the first steps, of which a twentieth are the warm-up.
+    asked |= {"schedule": {"decay": "linear"}, "augmentation": {"flip": "alternating", "erasing_rate": 0.5}}
+    # Some 19 epochs fitted into the minutes by the first steps, of which a twentieth are the warm-up.
     fitted = 20 * stored["schedule"]["warmup_steps"] * stored["batch_size"] / 60_000
     config = resolve_for(named_recipe("fashion-mnist", asked), garments, epochs_that_fit=fitted)
-    assert 20 < fitted < 25 and config == TrainingConfig.from_dict(stored)
+    assert 19 < fitted < 20 and config == TrainingConfig.from_dict(stored)
 
 
 def test_untrained_weights_learn_by_muon_at_four_times_the_rate_of_adamw():
@@ -208,3 +216,11 @@ def test_photographs_vary_less_where_few_epochs_fit(epochs, layers, mixup, least
     asked = Recipe(data="x", epochs=13, augmentation={"rand_augment_layers": 1}, mixing={"mixup_alpha": 0.3})
     kept = resolve_for(asked, facts)
     assert kept.augmentation.rand_augment_layers == 1 and kept.mixing.mixup_alpha == 0.3
+
+
+def test_a_held_out_fraction_that_a_split_leaves_unused_is_told():
+    said: list[str] = []
+    open_splits(Recipe(data="fashion-mnist-small", validation_fraction=0.3), said.append)
+    open_splits(Recipe(data="fashion-mnist-small"), said.append)
+    open_splits(Recipe(data="digits", validation_fraction=0.3), said.append)
+    assert said == ["note: validation_fraction is not used, since fashion-mnist-small is divided already"]

@@ -124,7 +124,7 @@ format: $(INSTALLED)
 	@.venv/bin/ruff check --fix
 
 bench: $(INSTALLED)
-	@$(PYTHON) benchmarks/model.py --against timm
+	@$(PYTHON) benchmarks/model.py
 
 docs: $(INSTALLED)
 	@$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going --jobs 2 -b html docs build/docs

@@ -9,11 +9,12 @@ reached at best then takes, an image, the time of the engine and that of decodin
 """
 
 import argparse
+import itertools
 import os
 import resource
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate, spread, timed
 
 import coatnet
 from coatnet.bundle import Bundle
@@ -42,18 +44,16 @@ def main() -> None:
         folder = Path(name)
         write_images(folder / "images", arguments.images)
         images = open_samples([str(folder / "images")])
-        works = {"engine": [], "decoding": [], "whole": []}
         prepared = [each.views for each in prepare_ahead(predictor, images, range(64), 128) if each.views is not None]
-        for turn in range(1 + arguments.rounds):
-            seconds = {
-                "engine": engine_alone(predictor, np.stack(prepared), arguments.images, arguments.batch_size),
-                "decoding": decoding_alone(predictor, images, arguments.batch_size),
-                "whole": whole(predictor, images, folder / f"{turn}.parquet", arguments.batch_size),
-            }
-            for work in works:
-                if turn:  # the first round warms up
-                    works[work].append(arguments.images / seconds[work])
-    show(predictor, works, arguments)
+        batch = np.stack(prepared)[np.arange(arguments.batch_size) % len(prepared)]
+        outs = (folder / f"{number}.parquet" for number in itertools.count())
+        works = {
+            "engine": partial(engine_alone, predictor, batch, arguments.images),
+            "decoding": partial(decoding_alone, predictor, images, arguments.batch_size),
+            "whole": lambda: predict_to_file(predictor, images, next(outs), batch_size=arguments.batch_size),
+        }
+        seconds = alternate({name: timed(work) for name, work in works.items()}, arguments.rounds, warming=1)
+    show(predictor, {name: [arguments.images / each for each in taken] for name, taken in seconds.items()}, arguments)
 
 
 def parse() -> argparse.Namespace:
@@ -78,37 +78,25 @@ def write_images(folder: Path, number: int) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=85)
 
 
-def engine_alone(predictor: Predictor, prepared: np.ndarray, number: int, batch_size: int) -> float:
-    batch = prepared[np.arange(batch_size) % len(prepared)]
-    began = time.perf_counter()
-    for first in range(0, number, batch_size):
+def engine_alone(predictor: Predictor, batch: np.ndarray, number: int) -> None:
+    for first in range(0, number, len(batch)):
         predictor.probabilities(batch[: number - first])
-    return time.perf_counter() - began
 
 
-def decoding_alone(predictor: Predictor, images: SampleSource, batch_size: int) -> float:
-    began = time.perf_counter()
+def decoding_alone(predictor: Predictor, images: SampleSource, batch_size: int) -> None:
     for _ in prepare_ahead(predictor, images, range(len(images)), 2 * batch_size):
         pass
-    return time.perf_counter() - began
-
-
-def whole(predictor: Predictor, images: SampleSource, out: Path, batch_size: int) -> float:
-    began = time.perf_counter()
-    predict_to_file(predictor, images, out, batch_size=batch_size)
-    return time.perf_counter() - began
 
 
 def show(predictor: Predictor, works: dict[str, list[float]], arguments: argparse.Namespace) -> None:
     rates = {work: statistics.median(values) for work, values in works.items()}
-    ratios = sorted(all_of_it / engine for all_of_it, engine in zip(works["whole"], works["engine"], strict=True))
+    ratios = [all_of_it / engine for all_of_it, engine in zip(works["whole"], works["engine"], strict=True)]
     possible = 1 / (1 / rates["engine"] + 1 / rates["decoding"])
     name = f"{arguments.model} at {arguments.resolution}, {predictor.engine.name} {predictor.engine.precision}"
     table = Table(name, "images/s", "of the engine's")
     table.add_row("the engine alone", f"{rates['engine']:.1f}", "")
     table.add_row("reading and decoding alone", f"{rates['decoding']:.0f}", "")
-    span = f" ({ratios[0]:.1%} - {ratios[-1]:.1%})"
-    table.add_row("the whole", f"{rates['whole']:.1f}", f"{statistics.median(ratios):.1%}{span}")
+    table.add_row("the whole", f"{rates['whole']:.1f}", spread(ratios, ".1%", between="-"))
     table.add_row("at best, with shared cores", f"{possible:.1f}", f"{possible / rates['engine']:.1%}")
     console = Console(width=120)
     console.print(table)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 import coatnet
@@ -103,7 +105,8 @@ def compare(
     macs, moved = cost(networks[0], images[:1], training=task == "training")
     works = [work(torch.compile(each) if mode == "compiled" else each, images, task) for each in networks]
     able = [runs(each) for each in works]
-    taken = iter(alternate([each for each, can in zip(works, able, strict=True) if can], arguments.rounds, device))
+    running = [each for each, can in zip(works, able, strict=True) if can]
+    taken = iter(seconds_of_rounds(running, arguments.rounds, device))
     seconds = [next(taken) if can else [] for can in able]
     rates = [arguments.batch_size / statistics.median(each) if each else 0.0 for each in seconds]
     ratios = [a / b for a, b in zip(seconds[0], seconds[-1], strict=False)]
@@ -170,24 +173,22 @@ def work(network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, 
     return train
 
 
-def alternate(works: list[Callable[[], None]], rounds: int, device: torch.device) -> list[list[float]]:
+def seconds_of_rounds(works: list[Callable[[], object]], rounds: int, device: torch.device) -> list[list[float]]:
     """Seconds of each counted round of each of them, in turn; the first three rounds compile and warm up."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for number in range(3 + rounds):
-        for each, taken in zip(works, seconds, strict=True):
-            began = time.perf_counter()
-            each()
-            synchronize(device)
-            if number >= 3:
-                taken.append(time.perf_counter() - began)
-    return seconds
+
+    def finish(each: Callable[[], object]) -> None:
+        each()
+        synchronize(device)
+
+    timers = {number: timed(partial(finish, each)) for number, each in enumerate(works)}
+    return list(alternate(timers, rounds, warming=3).values())
 
 
 def peak_rates(device: torch.device) -> tuple[float, float]:
     """Operations a second of a large product in bf16, and bytes a second of a large copy, read and written."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    (products,), (copies,) = (alternate([each], 10, device) for each in (lambda: a @ a, lambda: a.clone()))
+    (products,), (copies,) = (seconds_of_rounds([each], 10, device) for each in (lambda: a @ a, lambda: a.clone()))
     return 2 * side**3 / min(products), 2 * a.nbytes / min(copies)
 
 

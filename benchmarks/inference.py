@@ -14,7 +14,6 @@ import argparse
 import io
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from floor import product_rate
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate, spread, timed
 
 import coatnet
 from coatnet.data.builtin import open_fashion_mnist_small
@@ -58,7 +58,8 @@ def main() -> None:
         if "int8" in arguments.precision:
             works["coatnet openvino int8"] = in_int8(bundle, images)
         logits = {name: work() for name, work in works.items()}
-        seconds = seconds_of_rounds(works, arguments.rounds)
+        timers = {name: timed(work) for name, work in works.items()}
+        seconds = alternate(timers, arguments.rounds, WARMING_ROUNDS, REST_SECONDS)
         rates = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
         rates["int8"] = rates["bf16"]
         table = Table(
@@ -164,25 +165,11 @@ def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Pr
     return works
 
 
-def seconds_of_rounds(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each counted round of each contender, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for index in range(WARMING_ROUNDS + rounds):
-        for name, work in works.items():
-            time.sleep(REST_SECONDS)
-            began = time.perf_counter()
-            work()
-            if index >= WARMING_ROUNDS:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def ratio(seconds: dict[str, list[float]], name: str, other: str) -> str:
     """How many times as fast, round by round: the median, and the lowest and highest."""
     if other not in seconds:
         return "-"
-    ratios = sorted(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
+    return spread([slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True)], between="-")
 
 
 def rates_in_words(rates: dict[str, float]) -> str:

@@ -20,13 +20,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from idx import write_idx
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate
 
 from coatnet.data.loader import BadImages, training_batches
 from coatnet.data.open import open_dataset
@@ -59,7 +62,7 @@ def main() -> None:
                 "timm": timm_folder(root / "train", arguments.batch_size),
             }
             show(f"JPEGs of {size}, {mean / 1e3:,.0f} KB each", works, arguments.rounds)
-        idx = write_idx(Path(folder))
+        idx = write_garments(Path(folder))
         small = {
             "coatnet, IDX": ours(
                 idx, Augmentation("shift"), 128, Preprocessing(28, crop_fraction=1.0, mean=(0.5,), std=(0.5,))
@@ -171,17 +174,13 @@ def timm_folder(root: Path, batch_size: int) -> Work:
     return lambda: count(images for images, _ in loader)
 
 
-def write_idx(folder: Path) -> Path:
+def write_garments(folder: Path) -> Path:
     """The excerpt of Fashion-MNIST that comes with the package, where both programs look for it."""
     splits = open_dataset("fashion-mnist-small")
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name, part in (("train", splits.training), ("t10k", splits.validation)):
-        pixels = np.stack([part.read(index)[0] for index in range(len(part))])
-        labels = part.labels.astype(np.uint8)
-        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (raw / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+        write_idx(raw, name, np.stack([part.read(index)[0] for index in range(len(part))]), part.labels)
     return raw
 
 
@@ -204,15 +203,17 @@ def count(batches: Iterable[torch.Tensor]) -> int:
     return sum(len(images) for images in batches)
 
 
+def rate(work: Work) -> float:
+    """Images a second."""
+    began = time.perf_counter()
+    images = work()
+    return images / (time.perf_counter() - began)
+
+
 def show(title: str, works: dict[str, Work], rounds: int) -> None:
     """A row for each contender; the ratio is to the faster peer of the same round."""
-    rates: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(1 + rounds):  # the first is not counted: imports, and files on their way into memory
-        for name, work in works.items():
-            began = time.perf_counter()
-            images = work()
-            if number:
-                rates[name].append(images / (time.perf_counter() - began))
+    # The first round is not counted: imports, and files on their way into memory.
+    rates = alternate({name: partial(rate, work) for name, work in works.items()}, rounds, warming=1)
     peers = [taken for name, taken in rates.items() if not name.startswith("coatnet")]
     best = [max(each) for each in zip(*peers, strict=True)]
     table = Table("contender", "images/s per core", "times the faster peer", "in the rounds", title=title)

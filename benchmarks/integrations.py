@@ -10,11 +10,12 @@ neighbors in time, say more than the rates.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from batch_prediction import write_images
 from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate, spread, timed
 
 import coatnet
 from coatnet.bundle import Bundle
@@ -52,14 +54,14 @@ def main() -> None:
         builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", False)
         builder = builder.config("spark.sql.execution.arrow.maxRecordsPerBatch", BATCH)
         spark = builder.config("spark.driver.host", "127.0.0.1").getOrCreate()
-        ways = {"predict --out": with_predict, "Ray Data": with_ray, "Spark": lambda *each: with_spark(spark, *each)}
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(1 + given.rounds):
-            for way, work in ways.items():
-                began = time.perf_counter()
-                work(str(bundle), str(folder / "images"), folder / f"{way[:3]}{turn}")
-                if turn:  # the first round warms up
-                    rates[way].append(given.images / (time.perf_counter() - began))
+        ways = {"predict --out": with_predict, "Ray Data": with_ray, "Spark": partial(with_spark, spark)}
+        outs = (folder / f"out{number}" for number in itertools.count())
+
+        def run(way: str) -> None:
+            ways[way](str(bundle), str(folder / "images"), next(outs))
+
+        seconds = alternate({way: timed(partial(run, way)) for way in ways}, given.rounds, warming=1)
+        rates = {way: [given.images / each for each in taken] for way, taken in seconds.items()}
         spark.stop()
         ray.shutdown()
     show(rates, given, threads)
@@ -96,9 +98,8 @@ def with_spark(spark: Any, bundle: str, images: str, out: Path) -> None:
 def show(rates: dict[str, list[float]], given: argparse.Namespace, threads: str) -> None:
     table = Table(f"{given.model} at {given.resolution}", "images/s", "of predict --out (range)")
     for way, values in rates.items():
-        ratios = sorted(each / other for each, other in zip(values, rates["predict --out"], strict=True))
-        span = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        table.add_row(way, f"{statistics.median(values):.0f}", span)
+        ratios = [each / other for each, other in zip(values, rates["predict --out"], strict=True)]
+        table.add_row(way, f"{statistics.median(values):.0f}", spread(ratios))
     console = Console(width=120)
     console.print(table)
     console.print(f"{given.images:,} JPEGs of 500 x 375, {given.rounds} rounds, OMP_NUM_THREADS {threads}")

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from idx import write_idx
 
 from coatnet.bundle import load
 from coatnet.data import open_dataset
@@ -80,12 +81,7 @@ def learn_wrong_labels(given: np.ndarray, folder: Path) -> Path:
         ("train", splits.training, given),
         ("t10k", splits.validation, splits.validation.labels),
     ):
-        for kind, array in (
-            ("images-idx3", np.stack([part.read(row)[0] for row in range(len(part))])),
-            ("labels-idx1", labels),
-        ):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (data / f"{name}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+        write_idx(data, name, np.stack([part.read(row)[0] for row in range(len(part))]), labels)
     train(named_recipe("fashion-mnist", {"data": str(data), "model": "coatnet-femto-64", "epochs": 6}), folder / "run")
     return folder / "run"
 

@@ -1,8 +1,8 @@
 """Images a second of a CoAtNet beside timm's, alternately in one process.
 
-    python benchmarks/model.py --against timm                 # all of it, about half an hour on two cores
-    python benchmarks/model.py --against timm --mode eager --task inference
-    python benchmarks/model.py --against timm --downsample expand
+    python benchmarks/model.py                                # all of it, about half an hour on two cores
+    python benchmarks/model.py --mode eager --task inference
+    python benchmarks/model.py --downsample expand
 
 Both run channels-last with the same allocator and the same images, and are the same network: the stride of a stage is
 in the depthwise convolution, as timm has it. With `--downsample expand` ours has it in the 1x1 convolution before, as
@@ -14,7 +14,6 @@ that time over ours.
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from floor import product_rate
 from rich.console import Console
 from rich.table import Table
+from rounds import alternate, timed
 
 import coatnet
 from coatnet.model.complexity import complexity
@@ -43,15 +43,15 @@ def main() -> None:
     )
     table = Table("dtype", "mode", "task", "ours img/s", "timm img/s", "ratio", "ratios", "share of floor")
     for task, mode, dtype in itertools.product(arguments.task, arguments.mode, arguments.dtype):
-        ours, timms = contenders(arguments, mode)
         run = inference if task == "inference" else training
-        works = [run(network, images, DTYPES[dtype]) for network in (ours, timms)]
-        seconds = seconds_of_rounds(works, arguments.rounds)
-        ratios = sorted(theirs / own for own, theirs in zip(*seconds, strict=True))
-        own, theirs = (arguments.batch_size / statistics.median(each) for each in seconds)
+        networks = contenders(arguments, mode)
+        works = {name: timed(run(network, images, DTYPES[dtype])) for name, network in networks.items()}
+        seconds = alternate(works, arguments.rounds, WARMING_ROUNDS)
+        ratios = sorted(theirs / own for own, theirs in zip(*seconds.values(), strict=True))
+        own, theirs = (arguments.batch_size / statistics.median(each) for each in seconds.values())
         cost = TRAINING_COST if task == "training" else 1
         floor = 2 * macs * cost / product_rate(DTYPES[dtype])
-        share = floor / statistics.median(seconds[0])
+        share = floor / statistics.median(seconds["ours"])
         row = (dtype, mode, task, f"{own:.1f}", f"{theirs:.1f}", f"{statistics.median(ratios):.2f}")
         table.add_row(*row, f"{ratios[0]:.2f} - {ratios[-1]:.2f}", f"{share:.0%}")
         print(" ".join(row), flush=True)
@@ -62,7 +62,6 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", choices=["timm"], default="timm")
     parser.add_argument("--model", default="coatnet-0", help="a row that timm has too: coatnet-0 to -4")
     parser.add_argument("--downsample", choices=["depthwise", "expand"], default="depthwise", help="of ours")
     parser.add_argument("--resolution", type=int, default=224)
@@ -74,15 +73,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contenders(arguments: argparse.Namespace, mode: str) -> list[Callable]:
+def contenders(arguments: argparse.Namespace, mode: str) -> dict[str, Callable]:
     import timm
 
     theirs = timm.create_model(f"{arguments.model.replace('-', '_')}_224", img_size=arguments.resolution)
-    networks = [
-        coatnet.create_model(arguments.model, resolution=arguments.resolution, downsample=arguments.downsample),
-        theirs.to(memory_format=torch.channels_last),
-    ]
-    return [torch.compile(each) if mode == "compiled" else each for each in networks]
+    networks = {
+        "ours": coatnet.create_model(arguments.model, resolution=arguments.resolution, downsample=arguments.downsample),
+        "timm": theirs.to(memory_format=torch.channels_last),
+    }
+    return {name: torch.compile(each) if mode == "compiled" else each for name, each in networks.items()}
 
 
 def inference(network: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
@@ -112,18 +111,6 @@ def training(network: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype)
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def seconds_of_rounds(works: list[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each counted round of each contender, in turn."""
-    seconds: list[list[float]] = [[] for _ in works]
-    for index in range(WARMING_ROUNDS + rounds):
-        for work, taken in zip(works, seconds, strict=True):
-            began = time.perf_counter()
-            work()
-            if index >= WARMING_ROUNDS:
-                taken.append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from rounds import alternate, spread
+
 WARMING = 5
 ROUNDS = 5
 
@@ -92,16 +94,13 @@ def main() -> None:
     }
     for kind in given.parallelism:
         ways[f"two processes, one core each, {kind}"] = partial(measured, 2, 1, given, kind)
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, way in ways.items():
-            speeds[name].append(way())
+    speeds = alternate(ways, given.rounds, warming=0)
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     one_core, two_cores, most = list(medians.values())[:3]
     print(f"{given.model}, {given.batch_size} images a step, medians of {given.rounds} (range)")
     for name, each in speeds.items():
         speed = medians[name]
-        line = f"{speed:8.1f} images/s ({min(each):.1f} to {max(each):.1f})  {name}"
+        line = f"{spread(each, '8.1f', ' images/s')}  {name}"
         if name.startswith("two"):
             line += f": {speed / (2 * one_core):.0%} of twice one core, {speed / two_cores:.2f} x one process on two"
             line += f", {speed / most:.0%} of two apart"

@@ -6,10 +6,11 @@ Whole processes, alternately, medians of nine after one that is not counted.
 """
 
 import os
-import statistics
 import subprocess
 import sys
-import time
+from functools import partial
+
+from rounds import alternate, spread, timed
 
 ROUNDS = 9
 # An installed package comes with its byte code; where Python may not write it, every import would compile our sources.
@@ -22,18 +23,14 @@ COMMANDS = {
 
 
 def main() -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for index in range(ROUNDS + 1):
-        for name, command in COMMANDS.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-            if index:
-                seconds[name].append(time.perf_counter() - began)
+    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    works = {name: timed(partial(run, [sys.executable, *command])) for name, command in COMMANDS.items()}
+    seconds = alternate(works, ROUNDS, warming=1)
     for name, taken in seconds.items():
-        print(f"{statistics.median(taken):6.2f} s  ({min(taken):.2f} to {max(taken):.2f})  {name}")
+        print(f"{spread(taken, '6.2f', ' s ')}  {name}")
     _, torch_alone, both = seconds.values()
     added = [with_us - without for without, with_us in zip(torch_alone, both, strict=True)]
-    print(f"{statistics.median(added):6.2f} s  ({min(added):.2f} to {max(added):.2f})  what coatnet adds, pairwise")
+    print(f"{spread(added, '6.2f', ' s ')}  what coatnet adds, pairwise")
 
 
 if __name__ == "__main__":

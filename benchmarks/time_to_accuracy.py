@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from idx import write_idx
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -85,10 +86,10 @@ def main() -> None:
         if not any(all(each[name] == values[name] for name in KEY) for each in results):
             result = run(values, arguments.out)
             write_results(arguments.out, [*read_results(arguments.out), values | result])
-            low, high = (100 * bound for bound in wilson(result["correct"], result["n"]))
+            accuracy, low, high = middle([result])
             print(
                 f"{values['data']} x {values['fraction']:g}, {values['minutes']:g} min, seed {values['seed']}, "
-                f"{values['contender']}: {100 * result['correct'] / result['n']:.1f} % ({low:.1f} to {high:.1f}, "
+                f"{values['contender']}: {accuracy:.1f} % ({low:.1f} to {high:.1f}, "
                 f"n = {result['n']:,}), {result['epochs']:.3g} epochs, {result['seconds']:.0f} s",
                 flush=True,
             )
@@ -173,13 +174,11 @@ def gather(data: str, fraction: float, held_out: float, out: Path) -> Path:
     folder = out / f"{name}-{fraction:g}-{held_out:g}"
     if folder.is_dir():
         return folder
-    staged = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    staged.mkdir(parents=True)
-    if data.startswith("fashion-mnist"):
-        write_garments(data, fraction, held_out, staged)
-    else:
-        link_images(data, fraction, held_out, staged)
-    staged.rename(folder)
+    from coatnet.system.files import atomic_folder
+
+    write = write_garments if data.startswith("fashion-mnist") else link_images
+    with atomic_folder(folder) as staged:
+        write(data, fraction, held_out, staged)
     return folder
 
 
@@ -192,9 +191,7 @@ def write_garments(data: str, fraction: float, held_out: float, folder: Path) ->
         kept = [order[dataset.labels[order] == label] for label in range(10)]
         indices = np.sort(np.concatenate([each[: max(1, round(share * len(each)))] for each in kept]))
         images = np.stack([np.asarray(dataset.read(index)[0]).reshape(28, 28) for index in indices.tolist()])
-        for kind, array in (("images-idx3", images), ("labels-idx1", dataset.labels[indices].astype(np.uint8))):
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            (folder / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
+        write_idx(folder, name, images, dataset.labels[indices])
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in splits.classes))
 
 
@@ -401,16 +398,9 @@ def read_results(out: Path) -> list[dict[str, Any]]:
 
 
 def write_results(out: Path, results: list[dict[str, Any]]) -> None:
-    staged = out / "results.json.partial"
-    staged.write_text(json.dumps(results, indent=1) + "\n")
-    staged.replace(out / "results.json")
+    from coatnet.system.files import atomic_write
 
-
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    from coatnet.evaluation.metrics import wilson_interval
-
-    low, high = wilson_interval(correct, n)
-    return low, high
+    atomic_write(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -425,9 +415,11 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
 
 def middle(group: list[dict[str, Any]]) -> tuple[float, float, float]:
     """Median accuracy over seeds, in percent, and the interval of Wilson of one model with it."""
+    from coatnet.evaluation.metrics import wilson_interval
+
     accuracy = statistics.median(each["correct"] / each["n"] for each in group)
     n = group[0]["n"]
-    low, high = wilson(round(accuracy * n), n)
+    low, high = wilson_interval(round(accuracy * n), n)
     return 100 * accuracy, 100 * low, 100 * high
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coatnet.public_names import renamed_arguments, renamed_attribute, warn_renamed
+from coatnet.public_names import renamed_attribute, warn_renamed
 from coatnet.version import __version__
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "coatnet"
@@ -17,30 +17,14 @@ class Box:
     breadth = renamed_attribute("breadth", "width", since="0.2", removed_in="0.3")
 
 
-@renamed_arguments({"side": "size"}, since="0.2", removed_in="0.3")
-def area(size: int, height: int = 1) -> int:
-    return size * height
-
-
 def test_a_renamed_attribute_reads_the_new_one_and_warns_at_the_reader() -> None:
     with pytest.warns(FutureWarning, match=f"^Box.breadth {MESSAGE} Box.width$") as caught:
         assert Box().breadth == 3
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_renamed_argument_is_passed_on_under_its_new_name_and_warns_at_the_caller() -> None:
-    with pytest.warns(FutureWarning, match=rf"^area\(side=...\) {MESSAGE} size=...$") as caught:
-        assert area(side=2, height=5) == 10  # pyrefly: ignore
-    assert [warning.filename for warning in caught] == [__file__]
-
-
 def test_new_names_do_not_warn() -> None:
-    assert area(2, 5) == area(size=2, height=5) == 10 and Box().width == 3
-
-
-def test_an_argument_given_by_both_names_is_refused() -> None:
-    with pytest.raises(TypeError, match="got 'size' and also 'side'"):
-        area(size=2, side=3)  # pyrefly: ignore
+    assert Box().width == 3
 
 
 def test_a_renamed_name_of_a_module_warns_at_its_user() -> None:

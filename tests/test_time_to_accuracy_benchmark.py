@@ -15,6 +15,11 @@ from PIL import Image
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "time_to_accuracy.py"
 
 
+@pytest.fixture(autouse=True)
+def modules_beside_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+
+
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("time_to_accuracy", SCRIPT)
     assert spec is not None and spec.loader is not None

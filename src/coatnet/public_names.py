@@ -3,12 +3,11 @@
 The warning is a FutureWarning, which Python shows to users; it hides a DeprecationWarning outside of `__main__`.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from sys import modules
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from coatnet.errors import nearest
 
@@ -38,11 +37,6 @@ def lazy_exports(
     return names, get_attribute, lambda: names
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Decorator = Callable[[Callable[P, R]], Callable[P, R]]
-
-
 def warn_renamed(old: str, new: str, *, since: str, removed_in: str) -> None:
     """Warn the caller of the function that calls this one, such as the `__getattr__` of a module.
 
@@ -67,26 +61,3 @@ def renamed_attribute(old: str, new: str, *, since: str, removed_in: str) -> Any
         return getattr(instance, new)
 
     return property(read)
-
-
-def renamed_arguments(names: Mapping[str, str], *, since: str, removed_in: str) -> Decorator[P, R]:
-    """Decorate a function so that it accepts old names of keyword arguments, given as `{old: new}`.
-
-    Raises (when the function is called):
-        TypeError: an argument is given by its old name and by its new one.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def renaming(*args: P.args, **kwargs: P.kwargs) -> R:
-            for old, new in names.items():
-                if old in kwargs:
-                    if new in kwargs:
-                        raise TypeError(f"{function.__name__}() got {new!r} and also {old!r}, its deprecated name")
-                    warn_renamed(f"{function.__name__}({old}=...)", f"{new}=...", since=since, removed_in=removed_in)
-                    kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return renaming
-
-    return decorate

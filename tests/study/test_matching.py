@@ -67,7 +67,7 @@ def test_the_networks_of_the_layout_figure_are_those_of_the_documentation() -> N
         r"^\| `([CTViREL_-]+)` \| (\d+|patches) \| ([\d, ]+) \| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M
     )
     problem, row = Problem(28, 1, 10), base_row(28, None, 1.0)
-    layouts = [str(choice.variations.get("layout", choice.name)) for choice in QUESTIONS["layouts"].choices]
+    layouts = [str(choice.variations.get("layout", choice.name)) for choice in find_question("layouts", row).choices]
     assert sorted(layout for layout, *_ in rows) == sorted(layouts)
     counts = []
     for layout, stem, *lists in rows:
@@ -89,6 +89,8 @@ def test_the_networks_of_the_layout_figure_are_those_of_the_documentation() -> N
         ({"layout": "C-T-C-T"}, 8, "layout='C-T-C-T' is unknown"),
         ({"layout": "ViT_REL"}, 7, "7 pixels are not whole patches of 2"),
         ({}, 2, "at 2 pixels S3 has one cell"),
+        ({"layout": "C-T-T-T", "head_dim": 0}, 8, "head_dim"),
+        ({"layout": "C-T-T-T", "head_dim": "wide"}, 8, "head_dim"),
         ({"depths": [1, 2]}, 8, "depths=[1, 2]: 4 whole numbers"),
         ({"widths": [8, 16, 16, "x"]}, 8, "widths=[8, 16, 16, 'x']: 4 whole numbers"),
     ],

@@ -42,7 +42,7 @@ from coatnet.data.decode import (
     weight_of,
 )
 from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_jpeg_header, read_npy_header
-from coatnet.errors import UserError, first_line, import_extra
+from coatnet.errors import UserError, counted, first_line, import_extra
 
 D = TypeVar("D", bound=Dataset)
 
@@ -70,8 +70,8 @@ def read_pixels(data: bytes, name: str, scale: Scale | None = None) -> Tensor:
     if values.dtype != np.uint8 or values.shape[-1] not in (1, 3):
         raise BadImage(
             name,
-            f"pixels: an array of {_count(values.shape[-1])} of {values.dtype}, where 8-bit RGB is read: a model that "
-            f"was trained with --channels {values.shape[-1]} takes it",
+            f"pixels: an array of {counted(values.shape[-1], 'channel')} of {values.dtype}, where 8-bit RGB is read: a "
+            f"model that was trained with --channels {values.shape[-1]} takes it",
         )
     return torch.from_numpy(np.broadcast_to(values, (*values.shape[:2], 3)).copy()).permute(2, 0, 1)
 
@@ -79,7 +79,7 @@ def read_pixels(data: bytes, name: str, scale: Scale | None = None) -> Tensor:
 def to_levels(values: NDArray, name: str, scale: Scale) -> Tensor:
     """Values (..., H, W, C) to levels (..., C, H, W). Raises BadImage if they have another number of channels."""
     if values.shape[-1] != scale.channels:
-        raise BadImage(name, f"channels: it has {_count(values.shape[-1])}, {scale.channels} are read")
+        raise BadImage(name, f"channels: it has {counted(values.shape[-1], 'channel')}, {scale.channels} are read")
     return scale.levels(values)
 
 
@@ -120,12 +120,8 @@ def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixe
     except MemoryError as error:
         raise BadImage(name, f"large: no memory for its values ({len(data):,} bytes)") from error
     except Exception as error:  # parsers of untrusted bytes raise almost anything
-        raise BadImage(name, f"corrupt: {first_line(error) or type(error).__name__}") from error
+        raise BadImage(name, f"corrupt: {first_line(error)}") from error
     return values
-
-
-def _count(channels: int) -> str:
-    return f"{channels} channel{'s' * (channels != 1)}"
 
 
 def _is_gray(values: NDArray) -> bool:
@@ -262,7 +258,9 @@ class TiffValues:
         if any((each.shaped, each.dtype) != (page.shaped, page.dtype) for each in self._pages):
             raise BadImage(limits.name, "channels: its pages differ in size or type, so they are no channels")
         if separate and (more := self._next_page()) and (more.shaped, more.dtype) == (page.shaped, page.dtype):
-            raise BadImage(limits.name, f"channels: it has more than {_count(samples)}, one a page; {samples} are read")
+            raise BadImage(
+                limits.name, f"channels: it has more than {counted(samples, 'channel')}, one a page; {samples} are read"
+            )
         if page.compression not in _COMPRESSIONS:
             known = ", ".join(sorted({*_COMPRESSIONS.values()} - {""}))
             raise BadImage(
@@ -275,7 +273,9 @@ class TiffValues:
         try:
             return self._file.pages[number]
         except IndexError:
-            raise BadImage(self.limits.name, f"channels: it has {_count(number)}, one a page; more are read") from None
+            raise BadImage(
+                self.limits.name, f"channels: it has {counted(number, 'channel')}, one a page; more are read"
+            ) from None
 
     def _next_page(self) -> Any:
         """The page after those that are channels; None if there is none."""
@@ -471,7 +471,9 @@ def measure(dataset: Dataset, channels: int) -> Measured:
             failure = failure or bad
             continue
         if values.shape[-1] != channels:
-            failure = BadImage(name, f"channels: it has {_count(values.shape[-1])}, {channels} are asked for")
+            failure = BadImage(
+                name, f"channels: it has {counted(values.shape[-1], 'channel')}, {channels} are asked for"
+            )
             continue
         fitting, kind = fitting or name, np.promote_types(kind, values.dtype)
         step = math.ceil(math.sqrt(values.shape[0] * values.shape[1] / MEASURED_PIXELS))

@@ -92,9 +92,7 @@ class Dataset(Protocol):
     @property
     def class_counts(self) -> NDArray[np.int64]:
         """The number of images of each class, (K,)."""
-        if self.multilabel:
-            return self.labels.sum(axis=0, dtype=np.int64)
-        return np.bincount(self.labels, minlength=len(self.classes))
+        return count_labels(self.labels, len(self.classes))
 
     def sampler(self, seed: int) -> EpochSampler:
         """The order in which training reads the images: every image once per epoch."""
@@ -361,6 +359,13 @@ def empty_label_table(where: str, num_images: int, num_classes: int) -> NDArray[
 def evenly_spaced(num_images: int, count: int) -> list[int]:
     """The indices of `count` images, or of all if they are fewer, from the first to the last."""
     return np.linspace(0, num_images - 1, min(count, num_images)).astype(np.int64).tolist()
+
+
+def count_labels(labels: NDArray, num_classes: int) -> NDArray[np.int64]:
+    """The number of images of each class, (K,), of class indices (N,), or of 0 and 1 per class (N, K)."""
+    if labels.ndim == 2:
+        return labels.sum(axis=0, dtype=np.int64)
+    return np.bincount(labels, minlength=num_classes)
 
 
 def as_labels(labels: NDArray) -> NDArray:

@@ -342,8 +342,3 @@ def center_crop(images: Tensor, height: int, width: int) -> Tensor:
     top = round((images.shape[-2] - height) / 2)
     left = round((images.shape[-1] - width) / 2)
     return images[..., top : top + height, left : left + width]
-
-
-def _require(condition: bool, field: str, right: str, given: object) -> None:
-    if not condition:
-        raise UserError(f"{field} must be {right}, got {given!r}")

@@ -20,9 +20,9 @@ class Fit(nn.Module):
 
     Where the preprocessing has a scale, float32 values `(B, H, W, C)` to levels in single precision.
 
-    This is `data.transforms.fit` as two products with matrices that follow from height and width by arithmetic alone,
-    so one graph takes images of any size in every format, also where the format has no antialiasing. As in torch's
-    kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole gray levels.
+    This is `data.transforms.resize_and_crop` as two products with matrices that follow from height and width by
+    arithmetic alone, so one graph takes images of any size in every format, also where the format has no antialiasing.
+    As in torch's kernel on uint8, weights are rounded to 16 bits and each of the two passes to whole gray levels.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -45,7 +45,7 @@ class Fit(nn.Module):
         tall, wide = (torch.full_like(height, side) for side in seen.resized_size)
         if seen.crop == "squash":
             return self.matrix(images, 1, height, tall), self.matrix(images, 2, width, wide)
-        # As `data.transforms.resized_size` has it, in whole numbers.
+        # As `data.transforms._resized_size` has it, in whole numbers.
         height = torch.minimum(height, quotient(4 * width * tall, wide).clamp(min=1))
         width = torch.minimum(width, quotient(4 * height * wide, tall).clamp(min=1))
         rows = torch.maximum(tall, quotient(wide * height, width))

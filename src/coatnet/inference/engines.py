@@ -39,8 +39,11 @@ class Engine(Protocol):
     name: str
     precision: str
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, R, R, C), N at least 1, to logits (N, K)."""
+    def run(self, images: NDArray) -> NDArray[np.float32]:
+        """Images (N, R, R, C), N at least 1, to logits (N, K); a calibrated bundle adds the novelty, (N, K + 1).
+
+        Images are uint8, or float32 levels where the preprocessing of the bundle has a scale.
+        """
         ...
 
 
@@ -55,8 +58,7 @@ class TorchEngine:
         self._network = NormalizedNetwork(bundle, _DTYPES[precision]).to(device).eval()
 
     @torch.inference_mode()
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, R, R, C) to logits (N, K)."""
+    def run(self, images: NDArray) -> NDArray[np.float32]:
         return self._network(torch.from_numpy(images).to(self._device)).cpu().numpy()
 
 
@@ -72,12 +74,11 @@ class CompiledEngine(TorchEngine):
         self._network.compile(options={"freezing": True}, dynamic=False)
         self._compiled: set[int] = set()  # batch sizes
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, R, R, C) to logits (N, K)."""
+    def run(self, images: NDArray) -> NDArray[np.float32]:
         with explain_compiler(_NOT_COMPILED):
             return np.concatenate([self._run_part(part) for part in split_batch(images)])
 
-    def _run_part(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _run_part(self, images: NDArray) -> NDArray[np.float32]:
         if len(images) in self._compiled:
             return super().run(images)
         self._compiled.add(len(images))
@@ -110,8 +111,7 @@ class OpenVinoEngine:
         }
         self._requests: dict[tuple[int, ...], openvino.InferRequest] = {}
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, R, R, C) to logits (N, K)."""
+    def run(self, images: NDArray) -> NDArray[np.float32]:
         parts = split_batch(np.ascontiguousarray(images))
         return np.concatenate([self._request(part.shape).infer([part])[0] for part in parts])
 
@@ -144,8 +144,7 @@ class OnnxRuntimeEngine:
         graph = cached_graph(bundle, "model.onnx", onnxruntime.__version__, write)
         self._session = onnxruntime.InferenceSession(graph, settings, ["CPUExecutionProvider"])
 
-    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, R, R, C) to logits (N, K)."""
+    def run(self, images: NDArray) -> NDArray[np.float32]:
         return np.asarray(self._session.run(None, {"pictures": images})[0])
 
 
@@ -216,7 +215,7 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
     return entry.engine(bundle, precision, place)
 
 
-def split_batch(images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+def split_batch(images: NDArray) -> list[NDArray]:
     """Split a batch into powers of two, without padding, for engines that compile for each batch size.
 
     As many batches of 16 as there are, then at most one of 8, 4, 2 and 1, in order.

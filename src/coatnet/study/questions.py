@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,7 @@ def find_question(name: str, row: Variant) -> Question:
             f"there is no study {name!r}{nearest(name, list(QUESTIONS))}; there are {', '.join(QUESTIONS)}, or give a "
             "YAML file"
         )
-    question = QUESTIONS[name]
-    return _blocks(row) if name == "blocks" else _heads(row) if name == "heads" else question
+    return QUESTIONS[name](row)
 
 
 def _ranked(generalization: int | None, capacity: int | None = None) -> Paper:
@@ -211,12 +210,15 @@ def _heads(row: Variant) -> Question:
     )
 
 
-QUESTIONS = {each.name: each for each in (_LAYOUTS, _ATTENTION, _BIAS, _NORMS, _STRIDE)} | {
-    name: Question(name, title, ())
-    for name, title in (
-        ("blocks", "Should S2 or S3 have more of the blocks?"),
-        ("heads", "How wide should the heads of attention be?"),
-    )
+# By name, of the row that is varied; most are the same for all rows.
+QUESTIONS: dict[str, Callable[[Variant], Question]] = {
+    "layouts": lambda _: _LAYOUTS,
+    "attention": lambda _: _ATTENTION,
+    "bias": lambda _: _BIAS,
+    "norms": lambda _: _NORMS,
+    "stride": lambda _: _STRIDE,
+    "blocks": _blocks,
+    "heads": _heads,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coatnet.data.datasets import count_labels
 from coatnet.model.freeze import layer_groups
 from coatnet.model.network import CoAtNet, create_model
 from coatnet.system.validated import (
@@ -97,7 +98,7 @@ def build_loss(kind: str, class_weights: Tensor | None = None) -> Loss:
 
 def balancing_weights(labels: np.ndarray, num_classes: int) -> Tensor:
     """(K,) weights inverse to how often a class occurs, of mean 1 over the images; absent classes get 1."""
-    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
+    counts = count_labels(labels, num_classes)
     weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return torch.tensor(np.where(counts > 0, weights, 1.0), dtype=torch.float32)
 

@@ -1,12 +1,14 @@
 """Packing keeps the images, and its bytes do not depend on the number of processes."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
@@ -82,6 +84,25 @@ def test_the_tars_are_plain_webdataset_tars(make_folder, tmp_path):
                 keys.append((split, key))
     assert len(set(keys)) == len(keys) == 19
     assert any(key.endswith("-a_name_with_dots") for _, key in keys)
+
+
+def test_a_member_has_the_suffix_of_its_format(make_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
+    root = make_folder({"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    suffixes = ("ppm", "tif", "jp2", "gif")
+    for seed, suffix in enumerate(suffixes):
+        pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"train/cat/of_{suffix}.{suffix}")
+    pack(root, tmp_path / "packed", num_workers=1)
+    members = members_of(tmp_path / "packed/train-000000.tar")
+    for suffix in suffixes:
+        (name,) = (name for name in members if name.endswith(f"-of_{suffix}.{suffix}"))
+        assert members[name] == (root / f"train/cat/of_{suffix}.{suffix}").read_bytes()
+    (tmp_path / "tars").mkdir()
+    for path in (tmp_path / "packed").glob("*.tar"):  # without their index, read by the names of the members
+        shutil.copy(path, tmp_path / "tars")
+    packed, bare = open_dataset(tmp_path / "packed"), open_dataset(tmp_path / "tars")
+    assert images_of(packed.training) == images_of(bare.training) == images_of(open_dataset(root).training)
 
 
 def test_several_labels_become_json_and_come_back(tmp_path):

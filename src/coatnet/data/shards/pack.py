@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coatnet.data.channels import read_pixels
-from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, evenly_spaced, links_outside
-from coatnet.data.decode import BadImage
+from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, count_labels, evenly_spaced, links_outside
+from coatnet.data.decode import BadImage, format_of
 from coatnet.data.loader import hide_main_script, may_start_processes
 from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import open_dataset
@@ -72,15 +72,6 @@ from coatnet.system.progress import ProgressBar
 from coatnet.system.terminal import warn
 
 OVERHEAD_BYTES = 4 * tarfile.BLOCKSIZE  # of a sample beside its image: two headers, a label, padding
-_SUFFIXES = {
-    b"\xff\xd8": "jpg",
-    b"\x89P": "png",
-    b"RI": "webp",
-    b"GI": "gif",
-    b"BM": "bmp",
-    b"\x93N": "npy",
-    b"PK": "npz",
-}
 _MAX_KEY_LENGTH = 60  # with number and suffix it fits into the 100 bytes of a plain tar header
 
 
@@ -150,7 +141,7 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
                 left_out[bad.name] = bad.reason
                 continue
             key = f"{number:09d}-{_short_name(dataset.describe(index))}".rstrip("-")
-            offsets.append(tar.add(f"{key}.{_SUFFIXES.get(data[:2], 'tif')}", data))
+            offsets.append(tar.add(key + format_of(data, key).suffixes[0], data))
             tar.add(*_label_member(key, label, dataset.classes))
             lengths.append(len(data))
             labels.append(label)
@@ -165,7 +156,7 @@ def write_shard(dataset: Dataset, indices: Iterable[int], first: int, path: Path
     table = to_npy(sample_table(offsets, lengths, stored, keys))
     atomic_write(path.with_name(index_name(path.name)), table)
     shard = Shard(path.name, tar.position, len(keys), checksum, len(table), digest(table))
-    written = Written(shard, _count(one_a_row, len(dataset.classes)), left_out)
+    written = Written(shard, count_labels(one_a_row, len(dataset.classes)).tolist(), left_out)
     atomic_write(record, json.dumps(asdict(written)))
     return written
 
@@ -194,12 +185,6 @@ def _short_name(name: str) -> str:
     last = re.split(r"[/\\]", name)[-1]
     stem = re.sub(r"\.\w{1,5}$|^[0-9]{9,}-", "", last)
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:_MAX_KEY_LENGTH].strip("_-")
-
-
-def _count(labels: NDArray, num_classes: int) -> list[int]:
-    if labels.ndim == 2:
-        return labels.sum(axis=0, dtype=np.int64).tolist()
-    return np.bincount(labels, minlength=num_classes).tolist()
 
 
 def _check(path: Path, checksum: str) -> None:

@@ -104,7 +104,7 @@ def test_without_init_few_photographs_get_one_line_of_advice():
     splits, recipe = splits_of(FEW_IMAGES, 80, 80, 3), Recipe(data="images")
     line = suggest_init(recipe, splits)
     assert line == suggest_pretrained(splits, "cpu")
-    assert line.startswith("note: 5,000 images are few") and f"--init auto would start from {NANO} (15.1 M" in line
+    assert line.startswith("note: 100,000 images are few") and f"--init auto would start from {NANO} (15.1 M" in line
     assert line.endswith("about 61 MB to download") and "\n" not in line
     for other, images in (
         (replace(recipe, init="a/bundle"), splits),
@@ -113,6 +113,8 @@ def test_without_init_few_photographs_get_one_line_of_advice():
         (recipe, splits_of(100, 64, 64)),
     ):
         assert suggest_init(other, images) == ""
+    for given in ({"model": "coatnet-0"}, {"variations": {"attention": "post"}}):  # which auto refuses
+        assert suggest_init(replace(recipe, **given), splits) == f"{line} (without {next(iter(given))})"
 
 
 def folder_of_images(folder, side):

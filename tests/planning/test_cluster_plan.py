@@ -79,6 +79,20 @@ def test_with_less_memory_there_are_more_passes_then_recomputation():
     assert little.cost.memory.total < 0.4 * whole.cost.memory.total
 
 
+def test_a_plan_for_finetuning_has_the_optimizer_of_a_network_that_has_learned():
+    plan = plan_training(
+        "coatnet-femto",
+        gpus=1,
+        gpu_memory=24,
+        recipe="finetune",
+        num_images=10_000,
+        resolution=64,
+        epochs=1,
+        batch_size=8,
+    )
+    assert plan.layout.config.optimizer.algorithm == "adamw"
+
+
 def test_the_recipe_is_chosen_by_the_number_of_images_or_by_the_model():
     assert recipe_for("coatnet-3", None).recipe.name == "imagenet-1k"
     assert recipe_for("coatnet-4", None).recipe.name == "imagenet-21k"
@@ -115,6 +129,8 @@ def test_the_printed_plan_ends_with_the_command(launcher, capsys):
         ({"model": "coatnet-00"}, "did you mean 'coatnet-0'"),
         ({"gpus": 0}, "gpus must be above 0, got 0"),
         ({"gpu_memory": -1}, "gpu-memory must be above 0, got -1"),
+        ({"gpu_memory": float("inf")}, "gpu-memory must be at most 1e+15, got inf"),
+        ({"num_images": 1e307}, "data must be at most 1e+15, got 1e+307"),
         ({"gpus": 12}, "12 GPUs do not fill machines of 8"),
         ({"recipe": "imagenet-2k"}, "did you mean 'imagenet-21k'"),
         ({"recipe": "scratch"}, "recipe 'scratch' takes resolution from the images"),

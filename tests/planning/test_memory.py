@@ -76,6 +76,14 @@ def test_a_shard_holds_its_part_of_the_state(parallelism, shards):
     assert memory.parameters < 2 * whole.parameters / shards
 
 
+@needs_shards_on_cpus
+def test_a_shard_may_have_a_part_of_the_queries_alone():
+    processes = Processes(world_size=5, local_world_size=5)  # of weights for queries, keys and values one below another
+    recipe = recipe_of("coatnet-femto", 64, 10, parallelism="fsdp", micro_batch_size=2, optimizer={"algorithm": "muon"})
+    memory = simulate_step(recipe, num_classes=10, images_per_gpu=2, processes=processes).memory
+    assert 0 < memory.optimizer < memory.total
+
+
 def test_a_step_has_three_times_the_macs_of_the_forward_pass():
     cost = simulate_step(recipe_of("coatnet-0", 224, 4), num_classes=1000, images_per_gpu=4, processes=ONE)
     assert cost.macs / 4 == pytest.approx(3 * complexity("coatnet-0", 224).macs, rel=0.01)

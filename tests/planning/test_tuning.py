@@ -20,6 +20,7 @@ from coatnet.evaluation.metrics import paired_difference
 from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
 from coatnet.training.config import MAY_CHANGE, TrainingConfig
 from coatnet.training.defaults import resolve
+from coatnet.training.trainer import Pace
 
 # Few images a step and few held out, so that trials are short.
 SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
@@ -70,7 +71,8 @@ def test_factors_of_one_change_nothing_and_strength_zero_leaves_no_augmentation_
 def test_a_search_tells_its_trials_and_the_uncertainty_and_is_not_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coatnet.planning.tuning.step_seconds", lambda *_: 0.01)  # or a busy machine would refuse
+    # Or a busy machine would refuse.
+    monkeypatch.setattr("coatnet.planning.tuning.measure_pace", lambda *_: Pace(0.01, 0.0))
     recipe, out, said = Recipe(data="digits", **SMALL), tmp_path / "run", Console(record=True, width=400, quiet=False)
     tuned = tune(recipe, out, 0.1, console=said)
     found = json.loads((out / "tuning.json").read_text())
@@ -125,7 +127,8 @@ def test_the_trial_that_all_are_compared_with_is_repeated_if_it_was_cut_off(tmp_
 
 
 def test_a_search_in_which_all_diverge_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatnet.planning.tuning.step_seconds", lambda *_: 0.001)  # a step of it would fail already
+    # A step of it would fail already.
+    monkeypatch.setattr("coatnet.planning.tuning.measure_pace", lambda *_: Pace(0.001, 0.0))
     recipe = Recipe(data="digits", **SMALL, optimizer={"learning_rate": 1e30})
     with pytest.raises(UserError, match=r"none of \d+ trials? kept a finite loss to its end: lower"):
         tune(recipe, tmp_path / "run", 0.01, console=Console(quiet=True))

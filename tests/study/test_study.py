@@ -52,6 +52,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]
 
 
 @pytest.mark.slow
+def test_of_several_processes_none_fails_while_runs_are_left(
+    made: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, study = made[0], Study.read(made[0])
+    assert [cli._report(folder, shared=shared) for shared in (True, False)] == [1, 1]
+    left = replace(study, runs=(replace(study.runs[0], status="planned"), study.runs[1]))
+    monkeypatch.setattr(Study, "read", lambda _: left)
+    assert [cli._report(folder, shared=shared) for shared in (True, False)] == [0, 1]
+
+
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_the_rest_goes_on(made: tuple[Path, int]) -> None:
     folder, code = made
     study = Study.read(folder)

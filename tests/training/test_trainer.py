@@ -1,5 +1,6 @@
 """A run: resumable to the last bit, repeatable from its recipe, and careful with folders, signals and NaN."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -10,6 +11,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +22,13 @@ from tests.training.trainers import RecordingConsole, trainer_for
 import coatnet
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
+from coatnet.system.hardware import num_cores
 from coatnet.training import trainer
 from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.distributed.parallelize import compile_in_training
+from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer, train
@@ -128,6 +132,68 @@ def test_patience_that_is_added_on_resumption_begins_there(tmp_path):
     first.writer.finish()
     second.resume(time.monotonic())
     assert (second.state.step, second.state.best, second.state.evaluations_since_best) == (3, -1.0, 0)
+
+
+def evaluating(folder: Path, recipe: Recipe, *scores: float) -> Trainer:
+    """A trainer whose evaluations have these figures."""
+    splits, left = open_dataset(recipe.data), list(scores)
+    place = RunFolder(folder, recipe)
+    made = Trainer(place.check_config(resolve(recipe, splits), splits.classes, splits.content), splits, place)
+    place.start()
+    made.validation_metrics = lambda _: SimpleNamespace(compute=lambda: {"top1": left.pop(0)}, multilabel=False)
+    return made
+
+
+def test_the_best_weights_are_those_of_the_best_evaluation_after_one_without_patience(tmp_path):
+    patient = replace(BRIEF, patience=2)
+    for step, (recipe, score, has_best) in enumerate(((patient, 0.8, True), (BRIEF, 0.9, False)), start=1):
+        each = evaluating(tmp_path, recipe, score)
+        each.resume(time.monotonic())
+        each.state.step = step
+        each.evaluate(None)
+        each.save()
+        each.folder.release()
+        assert (tmp_path / "checkpoints/best").exists() == has_best
+    last = evaluating(tmp_path, patient)
+    last.resume(time.monotonic())
+    assert last.state.best == -1.0  # so the next evaluation is saved
+
+
+def test_best_weights_that_could_not_be_saved_are_tried_again(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("No space left on device")
+
+    each = evaluating(tmp_path, replace(BRIEF, patience=9), 0.7, 0.9, 0.8)
+    each.evaluate(None)
+    with monkeypatch.context() as full:
+        full.setattr(Trainer, "start_saving", refuse)
+        each.evaluate(None)
+    assert each.state.best == 0.7
+    each.evaluate(None)
+    assert each.state.best == 0.8 and each.state.evaluations_since_best == 0
+
+
+def test_evaluations_on_the_way_take_no_more_images_at_once_than_a_pass(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(trainer, "infer", lambda *_, batch_size, **__: taken.append(batch_size) or (_ for _ in ()))
+    for batch_size, micro in ((1024, 8), (1024, 128), (32, 32)):
+        recipe = replace(BRIEF, batch_size=batch_size, micro_batch_size=micro)
+        with contextlib.suppress(ValueError):  # of no image
+            trainer_for(recipe).validation_metrics(SimpleNamespace(stop_requested=lambda: False))
+    assert taken == [64, 128, 64]
+
+
+def test_the_first_statistics_do_not_depend_on_what_was_drawn_before():
+    recipe = replace(BRIEF, stochastic_depth=0.5)
+    found = []
+    for draws in (0, 1):
+        each = trainer_for(recipe)
+        with closing(each.batches()) as batches:
+            batch = next(batches)
+        torch.rand(draws)  # a loader with worker processes draws a seed for them
+        each.prepare_batch(*batch)
+        found.append(each.model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -275,6 +341,13 @@ def test_a_folder_with_other_content_is_refused_and_left_alone(tmp_path):
         {"name": "finetune"},
         {"init": "no/such/bundle"},
         {"name": "no-such-recipe"},
+        {"variations": {"num_classes": 5}},
+        {"variations": {"block_counts": [2, 3, 5, 2]}},
+        {"epochs": 1e306},
+        {"evaluate_every": 1e306},
+        {"max_minutes": 1e308},
+        {"batch_size": 10**19},
+        {"fold": "1/99999999999999999999"},
     ],
 )
 def test_a_user_error_leaves_no_folder(changes, tmp_path):
@@ -337,11 +410,35 @@ def test_a_limit_in_minutes_ends_with_an_evaluated_bundle(tmp_path):
         resolve(Recipe(data="digits"), open_dataset("digits")),
     )
     assert line.startswith("about ") and " of 100 epochs " in line and config.epochs == 100
+    assert ", by which warm-up, averaging are chosen; " in line  # small images are augmented the same in a short run
     assert (
         config.ema_decay < whole.ema_decay
         and config.to_dict()["schedule"]["warmup_steps"] < whole.schedule.warmup_steps
     )
     assert " epochs in 0." in console.text
+
+
+@pytest.mark.slow
+def test_reading_and_a_teacher_count_in_what_fits_into_a_limit(tmp_path, monkeypatch):
+    data = images_with_bad_ones(tmp_path / "data")
+    for path in data.rglob("*.png"):
+        Image.new("RGB", (16, 16)).save(path)
+    splits = open_dataset(str(data))
+    monkeypatch.setattr(trainer, "seconds_to_read", lambda *_: 0.5)
+
+    def pace(**given):
+        recipe = Recipe(data=str(data), epochs=3, batch_size=8, **given)
+        return trainer.measure_pace(resolve(recipe, splits), recipe, splits, None, SINGLE_PROCESS, 60.0)
+
+    cores, num_images = num_cores(), len(splits.training) + len(splits.validation)
+    decoded = pace(cache="none", num_workers=0)
+    assert decoded.step > 8 * 0.5 / cores and decoded.beside == 0
+    assert pace(cache="none", num_workers=1).step >= 4.0  # which the worker takes for a batch
+    kept = pace(cache="memory")
+    assert kept.step < decoded.step and kept.beside == pytest.approx(0.5 * (num_images / cores + num_images))
+    train(Recipe(data=str(data), epochs=0.5, batch_size=8), tmp_path / "teacher")
+    with_teacher = pace(cache="memory", teacher=str(tmp_path / "teacher/bundle"), distillation={"views": "fixed"})
+    assert with_teacher.beside > kept.beside + 0.5 * len(splits.training) / cores
 
 
 @pytest.mark.slow

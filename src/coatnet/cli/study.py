@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     """Make a study, or go on with it, and write its pages."""
     given = parse_arguments(arguments)
     if given.report:
-        return _report(Path(given.report))
+        return _report(Path(given.report), shared=False)
     for name in ("question", "data"):
         if not getattr(given, name):
             option = "a question, such as layouts" if name == "question" else f"--{name}"
@@ -114,14 +114,16 @@ def _make(options: "Options", folder: Path, part: "Part", given: argparse.Namesp
             "whose weights were not kept: give a new folder for --out to keep all"
         )
     run_study(folder, jobs=jobs, devices=devices, part=part, keep_weights=given.keep_weights, say=_say)
-    return _report(folder)
+    return _report(folder, shared=part.count > 1)
 
 
 def _say(text: str) -> None:
     echo(text, error=True)
 
 
-def _report(folder: Path) -> int:
+def _report(folder: Path, *, shared: bool) -> int:
+    """Print what became of the study, and write its page. Where several processes share it, none fails while runs are
+    left: torchrun would end the others."""
     from coatnet.study.record import Study
     from coatnet.study.report import write_report
 
@@ -135,4 +137,4 @@ def _report(folder: Path) -> int:
         echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
     if left:
         echo_summary(f"Still to be made, by the same command: {len(left)} of {counted(len(study.runs), 'run')}.")
-    return FAILED if failed else 0
+    return FAILED if failed and not (shared and left) else 0

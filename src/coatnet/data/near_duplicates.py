@@ -5,8 +5,10 @@ at most 4 bits agree in one of 5 bands of bits, so only images of one band are c
 images then decide.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coatnet.data.channels import to_shown
+from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.splits import SplitRule, Splits, divide
 from coatnet.data.transforms import Image, as_images
+from coatnet.system.hardware import num_cores
 from coatnet.system.progress import track
 
 MAX_DISTANCE = 4  # bits of 64
@@ -147,14 +151,16 @@ def groups_to_keep_together(splits: Splits) -> tuple[tuple[str, ...], ...]:
     """
     places, digests, fingerprints = [], [], []
     for part in (splits.training, splits.validation):
-        for index in track(range(len(part)), "looking for copies", len(part)):
-            try:
-                pixels = as_images(read_image(part, index)[0])
-            except BadImage:
-                continue
-            places.append((part, index))
-            digests.append(pixel_digest(pixels))
-            fingerprints.append(fingerprint(pixels))
+        threads = ThreadPoolExecutor(num_cores() if part.thread_safe else 1, "decoding")
+        try:
+            identities = threads.map(functools.partial(_identify, part), range(len(part)))
+            for index, identity in enumerate(track(identities, "looking for copies", len(part))):
+                if identity is not None:
+                    places.append((part, index))
+                    digests.append(identity[0])
+                    fingerprints.append(identity[1])
+        finally:
+            threads.shutdown(cancel_futures=True)
     if len(places) < 2:
         return ()
     first: dict[bytes, int] = {}
@@ -170,6 +176,15 @@ def groups_to_keep_together(splits: Splits) -> tuple[tuple[str, ...], ...]:
         if not whole_class:
             found.append(tuple(places[row][0].describe(places[row][1]) for row in members.tolist()))
     return tuple(found)
+
+
+def _identify(dataset: Dataset, index: int) -> tuple[bytes, Fingerprint] | None:
+    """Digest and fingerprint of an image; None if it cannot be read."""
+    try:
+        pixels = as_images(read_image(dataset, index)[0])
+    except BadImage:
+        return None
+    return pixel_digest(pixels), fingerprint(pixels)
 
 
 def groups_of(num_images: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -337,6 +337,8 @@ def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
         number, _, count = rule.fold.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) >= 2):
             raise UserError(f"fold {rule.fold!r:.40} is none; 2/5 is the second of five")
+        if int(count) > len(units) and not evaluation:
+            raise UserError(f"fold {rule.fold!r:.40} of {counted(len(units), 'image')}: some folds would be empty")
         held_out[units] = assign_folds(keys[units].tolist(), labels[units], int(count)) == int(number) - 1
         notes = [f"held out fold {rule.fold} by the hash of the name, as many of each class in every fold"]
     else:

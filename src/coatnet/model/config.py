@@ -200,7 +200,7 @@ class Variant(Architecture):
         return stages
 
     def _with_block_counts(self, counts: str) -> "Variant":
-        if counts not in BLOCKS_MOVED_TO_S3:
+        if not isinstance(counts, str) or counts not in BLOCKS_MOVED_TO_S3:
             raise UserError(f"block_counts={counts!r} is unknown; it is one of {', '.join(BLOCKS_MOVED_TO_S3)}")
         moved = BLOCKS_MOVED_TO_S3[counts]
         if len(self.stages) != 4:

@@ -20,6 +20,7 @@ COST_FIELDS = ("resolution", "epochs", "batch_size")  # memory and time depend o
 # chosen: share of the memory left for CUDA itself, the workspaces of cuDNN and NCCL, and fragmentation.
 RESERVE = 0.1
 NUM_CLASSES = 1000  # of a recipe without data
+MOST = 1e15  # chosen: of GPUs, 10^9 bytes, images and epochs
 # Model FLOPs utilization. paper: Table 5 implies this rate for its own runs: 14 epochs of 300 M images, six operations
 # per multiply-accumulate, TPUv3 cores of 61.5 * 10^12 per second: coatnet-3 30 %, coatnet-4 30 %, coatnet-5 37 %.
 MFU = 0.3
@@ -201,6 +202,8 @@ def plan_training(
     for name, value in (("gpus", gpus), ("gpu-memory", gpu_memory), ("data", num_images), ("epochs", epochs)):
         if value is not None and not value > 0:
             raise UserError(f"{name} must be above 0, got {value:g}")
+        if value is not None and value > MOST:
+            raise UserError(f"{name} must be at most {MOST:g}, got {value:g}")
     for name, value in (("mfu", mfu), ("reserve", reserve)):
         if not 0 < value < 1:
             raise UserError(f"{name} is a share between 0 and 1, such as {MFU}, got {value:g}")
@@ -239,6 +242,9 @@ def resolve_config(
     sides = [int(side) for side in (given if isinstance(given, tuple) else (given or 0,))]
     facts = DataFacts(num_images, max(sides), shorter_side=min(sides), largest_side=max(sides))
     config = resolve_for(recipe, facts)
+    if named.needs_init and "algorithm" not in recipe.to_dict().get("optimizer", {}):
+        # As for a network that has learned, which is not at hand here.
+        config = replace(config, optimizer=replace(config.optimizer, algorithm="adamw"))
     if config.batch_size < gpus:
         raise UserError(f"batch-size {config.batch_size} is below the number of GPUs, {gpus}: give a larger one")
     return config

@@ -1,6 +1,7 @@
 """What a training would take on this machine, from a few real steps that are then forgotten."""
 
 import math
+import sys
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -8,17 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coatnet.data.pixel_cache import CachedDataset
 from coatnet.errors import UserError, counted
 from coatnet.planning.lr_range import LearningRateRange, find_range
 from coatnet.system.hardware import num_cores
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import open_splits
+from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.image_cache import cached_images
-from coatnet.training.initialization import load_init
+from coatnet.training.initialization import load_init, suggest_init
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NOT_WRITTEN, Trainer, deterministic_on_cpu, resolve_within_limit
+from coatnet.training.trainer import (
+    NOT_WRITTEN,
+    Trainer,
+    deterministic_on_cpu,
+    resolve_within_limit,
+    seconds_to_read,
+)
 
 MEASURED_SECONDS = 10.0  # at least two steps, at most those of this time
 MAX_MEASURED_STEPS = 30
@@ -35,7 +43,7 @@ class DryRun:
         steps: optimizer steps until the end; with a limit in minutes, those that fit.
         epochs: passes over the training images in these steps.
         minutes: duration until the report is written.
-        memory_bytes: most memory taken so far: of the GPU, or of this process.
+        memory_bytes: most memory: of the GPU, or of this process with all images that are kept decoded.
         cores: of this machine that the run may use; 0 on a GPU, of which it uses one.
         price: of an hour of this machine, in any currency; None if it was not given.
         learning_rates: what the range test found; None without one.
@@ -99,7 +107,10 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     progress, began = TrainingProgress(None), time.monotonic()
     recipe, splits = open_splits(recipe, progress.say)
     recipe, init = load_init(recipe, splits, progress.say)
-    config = resolve_within_limit(recipe, splits, init, SINGLE_PROCESS, progress, began)
+    config = resolve(recipe, splits, init)
+    config = resolve_within_limit(config, recipe, splits, init, SINGLE_PROCESS, progress, began)
+    if suggestion := suggest_init(recipe, splits):
+        progress.say(suggestion)
     beforehand = time.monotonic() - began  # seconds before the first step
     splits = splits.with_scale(config.preprocessing.scale)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
@@ -110,6 +121,7 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         torch.set_num_threads(trainer.cores.threads)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
+        trainer.duration.reading_seconds = trainer.reading_seconds()
         if kept:  # all images are decoded
             images = len(splits.training) + len(splits.validation)
             decoded = min(len(splits.training), num_steps * config.batch_size)
@@ -119,7 +131,11 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
             before = time.monotonic()
             with trainer.autocast():
                 trainer.teacher(last_images.to(trainer.device), config.micro_batch_size)
-            beforehand += (time.monotonic() - before) * len(splits.training) / config.batch_size
+            answering = (time.monotonic() - before) / config.batch_size
+            if not splits.training.in_memory:
+                answering += seconds_to_read(splits.training) / num_cores()
+            beforehand += answering * len(splits.training)
+        memory = memory_of(trainer)
         learning_rates = None
         if lr_range:
             step_seconds = sum(counted_steps) / len(counted_steps)
@@ -131,12 +147,6 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
     left = duration.seconds_left(0, beforehand)
     assert left is not None
     seconds = left + beforehand
-    if trainer.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(trainer.device)
-    else:
-        import resource  # not on Windows
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return DryRun(
         config,
         description,
@@ -150,6 +160,19 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         learning_rates=learning_rates,
         tested=lr_range,
     )
+
+
+def memory_of(trainer: Trainer) -> int:
+    """Most bytes that a training takes: of the GPU, or of this process and all images that it keeps decoded."""
+    if trainer.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(trainer.device)
+    import resource  # not on Windows
+
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    kept = trainer.images.training
+    if trainer.config.cache == "memory" and isinstance(kept, CachedDataset) and (num_kept := kept.kept.sum()):
+        memory += kept.num_bytes // int(num_kept) * (len(kept) - int(num_kept))
+    return memory
 
 
 def time_steps(trainer: Trainer) -> tuple[list[float], Tensor]:

@@ -265,6 +265,7 @@ def optimizer_state(config: TrainingConfig, model: CoAtNet) -> list[Tensor]:
     optimizers = build_optimizers(model, config.optimizer)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            group["matrices"] = 1  # of Muon: rows of a shard need not be whole matrices
             group["params"] = [local_tensor(each).detach().requires_grad_() for each in group["params"]]
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)

@@ -35,7 +35,7 @@ from coatnet.training.initialization import load_init
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
 from coatnet.training.progress import TrainingProgress
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, resolve_within_limit, step_seconds
+from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, measure_pace, resolve_within_limit
 
 # Factors on what recipe and defaults say, so that what short trials find holds for the whole run as well.
 LEARNING_RATE_FACTORS = (1 / 6, 6.0)
@@ -85,7 +85,8 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     began = time.monotonic()
     given, splits = open_splits(recipe, progress.say)
     given, init = load_init(given, splits, progress.say)
-    config = resolve_within_limit(given, splits, init, SINGLE_PROCESS, progress, began)
+    config = resolve(given, splits, init)
+    config = resolve_within_limit(config, given, splits, init, SINGLE_PROCESS, progress, began)
     config = folder.check_config(config, splits.classes, splits.content)
     splits = splits.with_scale(config.preprocessing.scale)
     require_readable(splits.validation, "validation")
@@ -276,7 +277,8 @@ class Search:
     def _plan(self) -> None:
         """Choose the steps of a trial: a sixth of the time for those of a whole one, and no more than the recipe's."""
         config, num_images = self.config, len(self.splits.training)
-        seconds = step_seconds(config, self.recipe, self.splits, self.init, SINGLE_PROCESS, self.limit_seconds)
+        pace = measure_pace(config, self.recipe, self.splits, self.init, SINGLE_PROCESS, self.limit_seconds)
+        seconds = pace.step
         evaluation = EVALUATION_COST * seconds * len(self.splits.validation) / config.batch_size
         fit = int((self.limit_seconds / WHOLE_TRIALS - len(RUNGS) * evaluation) / seconds)
         if fit < RUNGS[-1]:
@@ -312,12 +314,11 @@ class Search:
                     "augmentation": trial.suggest_float("augmentation", *AUGMENTATION_STRENGTHS),
                 }
                 outcome = self._try(trial, factors, sync, started)
+                trial.set_user_attr("seconds", time.monotonic() - started)  # of one that is cut off, too
                 if sync.stop is not None:
                     self.progress.say(f"stopped by {sync.stop.name}; the same command goes on with the search")
                     raise Interrupted(exit_code(sync.stop))
-                seconds = time.monotonic() - started
-                self.spent += seconds
-                trial.set_user_attr("seconds", seconds)
+                self.spent += time.monotonic() - started
                 trial.set_user_attr("outcome", outcome)
                 if outcome == "whole":
                     self.study.tell(trial, self.study.trials[trial.number].intermediate_values[RUNGS[-1]])

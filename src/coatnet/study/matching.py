@@ -70,9 +70,10 @@ def build(name: str, row: Variant, variations: Mapping[str, Any], problem: Probl
     side = problem.resolution
     try:
         letters = str(variations.get("layout")).split("-")
-        if "widths" not in variations and "T" in letters and len(letters) == len(row.stages):
+        head = variations.get("head_dim", row.head_dim)
+        whole_heads = "widths" not in variations and "T" in letters and isinstance(head, int) and head > 0
+        if whole_heads and len(letters) == len(row.stages):
             # A stage that becomes attention has whole heads; what that changes is matched afterwards.
-            head = variations.get("head_dim", row.head_dim)
             widths = [
                 max(1, round(stage.width / head)) * head if letter == "T" else stage.width
                 for stage, letter in zip(row.stages, letters, strict=True)

@@ -38,15 +38,15 @@ from coatnet.training.trainer import (
     NotFinite,
     Trainer,
     deterministic_on_cpu,
+    measure_pace,
     run_training,
     seconds_to_read,
-    step_seconds,
 )
 
 FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
 MAX_POINTS = 100  # of the curve of the training loss
-MEASURED_SECONDS = 100.0  # of which `step_seconds` takes a fiftieth for each member
+MEASURED_SECONDS = 100.0  # of which `measure_pace` takes a fiftieth for each member
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -165,7 +165,7 @@ def time_members(recipes: Sequence[Mapping[str, Any]]) -> list[float]:
     for recipe, config in zip(members, configs, strict=True):
         with deterministic_on_cpu(config.device):
             try:
-                seconds.append(step_seconds(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS))
+                seconds.append(measure_pace(config, recipe, splits, None, SINGLE_PROCESS, MEASURED_SECONDS).step)
             except NotFinite:  # its runs will fail, and the others are made
                 seconds.append(math.nan)
     mean = np.nanmean(seconds) if not np.isnan(seconds).all() else 0.0
@@ -358,6 +358,8 @@ def _train_unless_finished(recipe: Mapping[str, Any], folder: Path, keep_weights
                     f"{folder} holds a run with {name} {values.get(name)}, not {recipe[name]}: give the same steps or "
                     "a new folder for out, or remove that folder to train the run again"
                 )
+    if finished and not keep_weights and not has_weights:  # it was killed before it removed them
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if not finished or (keep_weights and not (folder / "report.json").exists()):  # which is written last
         train_run(recipe, folder, keep_weights)
 

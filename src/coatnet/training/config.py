@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
 from coatnet.data.decode import MAX_CHANNELS
@@ -52,6 +52,17 @@ Recomputed = Literal["none", "transformer", "all"]
 CHANGEABLE = Field(json_schema_extra={"may_change": True})
 
 
+def _at_most(value: float) -> float:
+    if value > MOST:
+        raise UserError(f"must be at most {MOST:,}")
+    return value
+
+
+# chosen: more than any run has; the product of two such numbers is one of 64 bits.
+MOST = 10**9
+AT_MOST = AfterValidator(_at_most)
+
+
 @validated
 class TrainingConfig:
     """All that decides a training run; `recipe.yaml` in the run folder holds it.
@@ -73,7 +84,7 @@ class TrainingConfig:
     that suits images and machine; by default none."""
     freeze: Names = ()
     """With `init`: parts that do not learn, such as stem,stages.0; by default none."""
-    head_first_epochs: NonNegativeFloat = 0.0
+    head_first_epochs: Annotated[NonNegativeFloat, AT_MOST] = 0.0
     """With `init`: epochs at the start in which only the classifier learns; by default 0."""
     teacher: Source = ""
     """Trained model whose answers the network follows: a bundle, or an id of the hub; by default none."""
@@ -82,12 +93,12 @@ class TrainingConfig:
     that of small images, else 128 or 224."""
     channels: Annotated[Integer, Field(ge=1, le=MAX_CHANNELS)]
     """Channels of these images: 1 (gray), 3 (color), or any up to 16; by default those of the data."""
-    epochs: Annotated[PositiveFloat, CHANGEABLE]
+    epochs: Annotated[PositiveFloat, AT_MOST, CHANGEABLE]
     """Passes over the training images; by default 20 to 100, more for fewer images, or with `init` a third of that, but
     at least 8 and 300 steps."""
-    batch_size: PositiveInt
+    batch_size: Annotated[PositiveInt, AT_MOST]
     """Images of one optimizer step, over all processes; by default 16 to 64, about 30 steps an epoch."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: Annotated[PositiveInt, AT_MOST]
     """Images of one forward and backward pass of a process; by default its whole share of the batch."""
     seed: Annotated[Integer, Field(ge=0, le=2**63 - 1)] = 0
     """Start of all random numbers, 0 to 2^63 - 1; another seed is another run."""
@@ -126,16 +137,16 @@ class TrainingConfig:
     """With `teacher`: how the network learns from its answers."""
     patience: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
-    max_minutes: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
+    max_minutes: Annotated[NonNegativeFloat, AT_MOST, CHANGEABLE] = 0.0
     """Time limit in minutes, over all resumptions; the schedule is planned to end there; by default none (0)."""
-    evaluate_every: Annotated[PositiveFloat | Literal["auto"], CHANGEABLE]
+    evaluate_every: Annotated[Annotated[PositiveFloat, AT_MOST] | Literal["auto"], CHANGEABLE]
     """Epochs between evaluations on held-out images; by default (auto) a twelfth of the run, at least 1, and more where
     evaluations would take more than a twentieth of the time."""
-    checkpoint_every_minutes: Annotated[PositiveFloat, CHANGEABLE] = 10.0
+    checkpoint_every_minutes: Annotated[PositiveFloat, AT_MOST, CHANGEABLE] = 10.0
     """Minutes between checkpoints."""
     keep_checkpoints: Annotated[PositiveInt, CHANGEABLE] = 2
     """How many of the last checkpoints stay."""
-    keep_every_hours: Annotated[NonNegativeFloat, CHANGEABLE] = 0.0
+    keep_every_hours: Annotated[NonNegativeFloat, AT_MOST, CHANGEABLE] = 0.0
     """Hours of training for each of which one more checkpoint stays; by default none (0)."""
     validation_fraction: FractionBelowOne = 0.1
     """Fraction of the images held out for evaluation, where the data has no split of its own."""

@@ -44,10 +44,10 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     """
     if not 2 <= num_folds <= MAX_FOLDS:
         raise UserError(f"folds is {num_folds}; it must be 2 to {MAX_FOLDS}")
-    folder = RunFolder(out, recipe)
+    folder, progress = RunFolder(out, recipe), TrainingProgress(console if is_main_process() else Console(quiet=True))
     if folder.resumed is not None:  # the training after the folds has begun: only its copies are theirs, too
         recipe = replace(recipe, kept_together=folder.given.kept_together)
-    recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), TrainingProgress(console).say)
+    recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), progress.say)
     num_images = len(splits.training) + len(splits.validation)
     if not len(splits.validation) or num_images < 2 * num_folds:
         raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
@@ -55,7 +55,7 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
         fold = replace(recipe, fold=f"{number}/{num_folds}")
-        fold, splits = open_splits(fold, TrainingProgress(console).say)
+        fold, splits = open_splits(fold, progress.say)
         # The test is for the model that comes after the folds.
         reports.append(train(fold, run, splits=replace(splits, test=None), console=console))
     if is_main_process():

@@ -34,6 +34,8 @@ MUON_RATE = 4  # times the learning rate of AdamW, for untrained weights
 FEW_EPOCHS, FEW_EPOCHS_RESOLUTION = 7, 96
 MANY_IMAGES = 20_000  # from here on, random erasing helps small images
 BRIGHTNESS_SAMPLE = 256  # images
+# What `create_model` takes beside the variations of an architecture.
+NOT_VARIATIONS = ("variant", "num_classes", "in_channels", "resolution", "stochastic_depth")
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,11 @@ def choose_cache(config: TrainingConfig, facts: DataFacts) -> Literal["memory", 
 def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
     """Raises UserError if recipe, data and the bundle to start from contradict each other."""
     named = find_recipe(recipe.name)
+    if taken := [name for name in NOT_VARIATIONS if name in (recipe.variations or {})]:
+        raise UserError(
+            f"variations cannot have {taken[0]}, which is not of the architecture: the data, or the options model, "
+            "resolution, channels and stochastic_depth, decide it"
+        )
     if init is None:
         if named.needs_init:
             raise UserError(
@@ -406,5 +413,7 @@ def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Spl
     if recipe.kept_together is not None:
         return recipe, open_dataset(recipe.data, rule=rule)
     splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold="", training_images=0))
+    if recipe.validation_fraction is not None and not splits.by_name:
+        say(f"note: validation_fraction is not used, since {splits.name} is divided already")
     splits, groups = keep_copies_together(splits, rule, say)
     return replace(recipe, kept_together=groups), splits

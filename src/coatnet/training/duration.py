@@ -94,6 +94,11 @@ class Duration:
             resizing=config.progressive_resizing,
         )
 
+    @property
+    def num_final_images(self) -> int:
+        """Images that are measured at the end."""
+        return self.num_validation_images + self.num_other_final_images
+
     def describe(self) -> str:
         """The length in words."""
         limit = "" if self.limit_seconds is None else f" or {self.limit_seconds / 60:g} minutes"
@@ -182,8 +187,7 @@ class Duration:
         """Seconds from the last step to the written report."""
         evaluation = self.num_processes * self._evaluation_seconds()
         seconds_an_image = FINAL_EVALUATION_COST * evaluation / max(1, self.num_validation_images)
-        num_images = self.num_validation_images + self.num_other_final_images
-        return RESERVE_SECONDS + num_images * (seconds_an_image + self.reading_seconds)
+        return RESERVE_SECONDS + self.num_final_images * (seconds_an_image + self.reading_seconds)
 
     def _reserve_seconds(self, limit_seconds: float) -> float:
         """Seconds to leave for the end of the run; at most half of the limit while no evaluation has been timed."""

@@ -20,7 +20,7 @@ from coatnet.model.resize import change_channels, change_resolution, first_convo
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.recipes import find_recipe
 
-FEW_IMAGES = 5_000  # chosen: up to here `train` without init says what `init: auto` would take
+FEW_IMAGES = 100_000  # chosen: up to here `train` without init says what `init: auto` would take
 
 
 def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tuple[Recipe, Bundle | None]:
@@ -48,9 +48,14 @@ def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tup
 def suggest_init(recipe: Recipe, splits: Splits) -> str:
     """A line about what `init: auto` would take; empty where it is no better start, or the recipe is the paper's."""
     is_few = len(splits.training) <= FEW_IMAGES
-    if recipe.init or find_recipe(recipe.name).data is not None or not is_few or is_small(splits):
+    named = find_recipe(recipe.name)
+    if recipe.init or named.data is not None or not is_few or is_small(splits):
         return ""
-    return suggest_pretrained(splits, recipe.device or "auto")
+    given = [name for name in ("model", "variations") if getattr(recipe, name) not in (None, {}, AUTO)]
+    if recipe.model == named.recipe.model and "model" in given:
+        given.remove("model")
+    without = f" (without {' and '.join(given)})" if given else ""
+    return f"{suggest_pretrained(splits, recipe.device or 'auto')}{without}"
 
 
 def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:

@@ -39,7 +39,7 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         rows = "\n".join(f"| {name} | {value} |" for name, value in flatten(config).items())

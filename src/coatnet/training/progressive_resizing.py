@@ -16,7 +16,8 @@ class ProgressiveResizing:
     """How the size of the images grows over the run: it stays, then grows linearly, then is `resolution`.
 
     Relative biases are resampled to the smaller maps in each step, as in appendix A.1 of the paper, so the network has
-    its final shape from the start. Statistics of BatchNorm are those of the last part, at full size.
+    its final shape from the start. Statistics of BatchNorm become those of full size within some 30 steps of the last
+    part.
     """
 
     initial_scale: PositiveFraction = 1.0

@@ -5,6 +5,7 @@ Shapes: B images of a batch on this process, C channels, R side of the images, K
 
 import math
 import platform
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
@@ -12,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from coatnet.system.hardware import (
     explain_compiler,
     keep_freed_memory,
     multiplies_bf16,
+    num_cores,
 )
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
@@ -62,6 +64,7 @@ from coatnet.training.distillation import Teacher
 from coatnet.training.distributed.parallelize import build_network, choose_parallelism, parallelize
 from coatnet.training.distributed.processes import (
     SINGLE_PROCESS,
+    CoreShare,
     Processes,
     batch_share,
     distributed_processes,
@@ -109,6 +112,14 @@ SELECTED_BY_SEARCH = (
 # To see how many epochs fit, at most so many seconds, this share of the limit, and so many steps; of two steps, the
 # first allocates its memory.
 MEASURED_SECONDS, MEASURED_SHARE, MAX_MEASURED_STEPS = 2.0, 0.02, 20
+# What depends on the number of epochs that fit, by field of the configuration.
+CHOSEN_BY_LENGTH = {
+    "augmentation": "augmentation",
+    "mixing": "mixing",
+    "stochastic_depth": "stochastic depth",
+    "schedule": "warm-up",
+    "ema_decay": "averaging",
+}
 TIMED_IMAGES = 64  # read to see how long reading takes: drawings differ in size by a factor of a hundred
 FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
 NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
@@ -326,8 +337,9 @@ class Trainer:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought nothing better."""
-        return 0 < self.config.patience <= self.state.evaluations_since_best
+        """Whether the last `patience` evaluations brought nothing better, with images of full size."""
+        full_size = self.next_size() == tuple(self.config.preprocessing.size)
+        return 0 < self.config.patience <= self.state.evaluations_since_best and full_size
 
     # One step
 
@@ -395,10 +407,11 @@ class Trainer:
         the columns of the teacher if there is one."""
         config, step, extra = self.config, self.state.step, self.share.num_extra
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        seed_step(config.seed, step, self.processes.rank)  # for stochastic depth in the next pass
         if step == self.state.left_out and not config.init:  # none has counted yet
             with self.autocast() if self.processes.is_distributed else nullcontext():  # shards may gather bf16 weights
                 init_batch_norm_statistics(self.model, images[extra:][: config.micro_batch_size])
-        seed_step(config.seed, step, self.processes.rank)
+            seed_step(config.seed, step, self.processes.rank)
         mix_seed, num_classes = step_seed(config.seed, step), len(self.splits.classes)
         blended, targets = mix(images, labels, num_classes=num_classes, mixing=config.mixing, seed=mix_seed)
         if self.teacher is None:
@@ -463,7 +476,7 @@ class Trainer:
         figures = metrics.compute()
         seconds = self.processes.broadcast(time.monotonic() - started)
         score = figures[main_figure(metrics.multilabel)]
-        improved = score > state.best
+        improved, best_before = score > state.best, state.best
         state.seconds += seconds
         state.best = max(score, state.best)
         state.evaluations_since_best = 0 if improved else state.evaluations_since_best + 1
@@ -480,7 +493,10 @@ class Trainer:
                 self.writer.finish()
             except UserError as error:  # such as a full disk
                 self.progress.say(f"warning: {error}; training goes on")
+                state.best = best_before  # of the weights that are saved
             state.seconds += self.processes.broadcast(time.monotonic() - started)
+        elif improved and self.processes.is_main:  # weights from when the run had a patience are not the best any more
+            shutil.rmtree(self.folder.checkpoints / BEST, ignore_errors=True)
 
     def validation_metrics(self, sync: Synchronization) -> Metrics | None:
         """Metrics over all validation images, which the processes share; None if a stop signal came before the end."""
@@ -490,7 +506,9 @@ class Trainer:
             self.average.whole(),
             dataset,
             preprocessing=self.config.preprocessing,
-            batch_size=max(self.config.batch_size // processes.world_size, MIN_EVALUATION_BATCH),
+            batch_size=max(
+                min(self.config.batch_size // processes.world_size, self.config.micro_batch_size), MIN_EVALUATION_BATCH
+            ),
             num_workers=self.evaluation_workers,
             bad_images=self.bad_images,
             bf16=self.bf16,
@@ -789,10 +807,10 @@ def run_training(
             if splits is None:
                 given, splits = open_splits(given, progress.say)
             given, init = load_init(given, splits, progress.say)
-            if folder.resumed is None:
-                config = resolve_within_limit(given, splits, init, processes, progress, started)
-            else:  # the values that were chosen stand in its recipe.yaml
-                config = resolve(given, splits, init)
+            config = resolve(given, splits, init)
+        if folder.resumed is None:  # else the values that were chosen stand in its recipe.yaml
+            config = resolve_within_limit(config, given, splits, init, processes, progress, started)
+        with processes.collective():
             config = folder.check_config(config, splits.classes, splits.content)
             splits = splits.with_scale(config.preprocessing.scale)
             check_loggers(config.loggers)
@@ -832,6 +850,11 @@ def run_training(
                 progress.say(suggestion)
             trainer.resume(started)
             progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
+            if trainer.out_of_patience:
+                progress.say(
+                    f"the last {counted(config.patience, 'evaluation')} brought nothing better, so no more steps are "
+                    "taken: a larger patience goes on"
+                )
             try:
                 trainer.run()
                 progress.say(f"{trainer.epoch:.3g} epochs in {trainer.state.seconds / 60:.1f} minutes")
@@ -858,6 +881,7 @@ def advise_folds(splits: Splits, config: TrainingConfig) -> str:
 
 
 def resolve_within_limit(
+    config: TrainingConfig,
     recipe: Recipe,
     splits: Splits,
     init: Bundle | None,
@@ -865,31 +889,34 @@ def resolve_within_limit(
     progress: TrainingProgress,
     started: float,
 ) -> TrainingConfig:
-    """As `resolve`, for the epochs that fit into what is left of `max_minutes`, by the time of some steps that are then
-    forgotten.
+    """The configuration for the epochs that fit into what is left of `max_minutes`, by the time of some steps that are
+    then forgotten.
 
     A line says how many fit, if they are not all.
 
     Args:
+        config: what `resolve` makes of the recipe.
         started: when the run began, on the monotonic clock; copies may have been looked for since then.
     """
-    config = resolve(recipe, splits, init)
     if not config.max_minutes:
         return config
     with deterministic_on_cpu(config.device):
-        seconds = step_seconds(config, recipe, splits, init, processes, 60 * config.max_minutes)
-    passed = processes.broadcast(time.monotonic() - started)
-    left = max(seconds, FRACTION_FOR_STEPS * 60 * config.max_minutes - passed)
-    steps = left / (seconds * config.progressive_resizing.cost_after(0.0))
+        pace = measure_pace(config, recipe, splits, init, processes, 60 * config.max_minutes)
+    beside = processes.broadcast(time.monotonic() - started) + pace.beside
+    left = max(pace.step, FRACTION_FOR_STEPS * 60 * config.max_minutes - beside)
+    steps = left / (pace.step * config.progressive_resizing.cost_after(0.0))
     epochs = steps * config.batch_size / len(splits.training)
     if epochs >= config.epochs:
         return config
-    enough = (passed + left * config.epochs / epochs) / FRACTION_FOR_STEPS / 60
+    enough = (beside + left * config.epochs / epochs) / FRACTION_FOR_STEPS / 60
+    with processes.collective():
+        shorter = resolve(recipe, splits, init, epochs_that_fit=epochs)
+    changed = [name for field, name in CHOSEN_BY_LENGTH.items() if getattr(config, field) != getattr(shorter, field)]
+    chosen = f", by which {', '.join(changed)} are chosen" if changed else ""
     progress.say(
         f"about {epochs:.{0 if epochs >= 10 else 1}f} of {config.epochs:g} epochs fit into {config.max_minutes:g} "
-        f"minutes, and augmentation, mixing, warm-up and averaging are chosen for these; all would take {enough:,.0f}"
+        f"minutes{chosen}; all would take {enough:,.0f}"
     )
-    shorter = resolve(recipe, splits, init, epochs_that_fit=epochs)
     before, after = config.preprocessing, shorter.preprocessing
     if after.size != before.size:
         more = epochs * before.side**2 / after.side**2
@@ -900,27 +927,64 @@ def resolve_within_limit(
     return shorter
 
 
-def step_seconds(
+class Pace(NamedTuple):
+    """How long the parts of a run take, found with a few steps and images.
+
+    Attributes:
+        step: seconds of a step at full size, or of loading its images where that takes longer.
+        beside: seconds that no step has: decoding the images that are kept, a teacher's answers for fixed views, and
+            reading images again for the report.
+    """
+
+    step: float
+    beside: float
+
+
+def measure_pace(
     config: TrainingConfig,
     recipe: Recipe,
     splits: Splits,
     init: Bundle | None,
     processes: Processes,
     limit_seconds: float,
-) -> float:
-    """Median duration of a step at full size, without reading its images, which is done beside it; found in a small
-    part of the time that all steps have."""
-    config = replace(config, num_workers=0, head_first_epochs=0.0, progressive_resizing=ProgressiveResizing())
-    trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
+) -> Pace:
+    """Find out how fast a run is, in a small part of the time that it has."""
+    whole = replace(config, head_first_epochs=0.0, progressive_resizing=ProgressiveResizing())
+    with processes.collective():
+        trainer = Trainer(whole, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
+    (workers, threads), threads_before = trainer.cores, torch.get_num_threads()
+    trainer.cores = CoreShare(0, threads)  # no worker processes are started for one batch
+    limit = min(MEASURED_SECONDS, MEASURED_SHARE * limit_seconds)
     durations: list[float] = []
-    with closing(trainer.batches()) as batches:
-        batch = next(batches)
-        limit = min(MEASURED_SECONDS, MEASURED_SHARE * limit_seconds)
-        while len(durations) < 2 or (len(durations) < MAX_MEASURED_STEPS and sum(durations) < limit):
+    torch.set_num_threads(threads)
+    try:
+        with closing(trainer.batches()) as batches:
+            with processes.collective():
+                batch = next(batches)
+            while len(durations) < 2 or (len(durations) < MAX_MEASURED_STEPS and sum(durations) < limit):
+                started = time.monotonic()
+                trainer.step(*batch)
+                durations.append(processes.broadcast(time.monotonic() - started))
+        step, beside = median(durations[1:]), 0.0
+        if splits.training.in_memory:
+            return Pace(step, beside)
+        reading = processes.broadcast(seconds_to_read(splits.training, EvaluationTransform(config.preprocessing)))
+        cores = max(1, num_cores() // processes.local_world_size)
+        if config.cache == "none":
+            loading = reading * len(trainer.share.positions)
+            step = max(step, loading / workers) if workers else step + loading / cores
+        else:
+            num_kept, num_read_again = len(splits.training) + len(splits.validation), trainer.duration.num_final_images
+            beside += reading * (num_kept / num_cores() + num_read_again)
+        if trainer.teacher is not None and config.distillation.views == "fixed":
             started = time.monotonic()
-            trainer.step(*batch)
-            durations.append(processes.broadcast(time.monotonic() - started))
-    return median(durations[1:])
+            with trainer.autocast():
+                trainer.teacher(batch[0].to(trainer.device), config.micro_batch_size)
+            answering = (time.monotonic() - started) / len(batch[0]) + reading / cores
+            beside += processes.broadcast(answering) * len(splits.training) / processes.world_size
+        return Pace(step, beside)
+    finally:
+        torch.set_num_threads(threads_before)
 
 
 def seconds_to_read(images: Dataset, look: Callable[[Image], object] = lambda image: None) -> float:

@@ -46,6 +46,11 @@ def test_the_shares_of_a_batch_together_equal_the_batch(world_size, mixing):
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_a_batch_that_is_too_small_for_the_processes_leaves_some_nothing():
+    shares = [batch_share(2, Mixing(mixup_alpha=0.2), Processes(rank, 4)) for rank in range(4)]
+    assert [len(share.positions) - share.num_extra for share in shares] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 5, 40])
 def test_evaluation_gives_every_image_to_one_process(world_size):
     dataset = coatnet.open_dataset("digits").validation

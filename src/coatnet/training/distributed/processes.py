@@ -139,7 +139,7 @@ def batch_share(batch_size: int, mixing: Mixing, processes: Processes) -> BatchS
     rank, number = processes.rank, processes.world_size
     positions = np.arange(rank * batch_size // number, (rank + 1) * batch_size // number)
     blends = bool(mixing.mixup_alpha or mixing.cutmix_alpha)
-    if not processes.is_distributed or not blends:
+    if not processes.is_distributed or not blends or not len(positions):
         return BatchShare(positions, 0)
     return BatchShare(np.concatenate(([(positions[0] - 1) % batch_size], positions)), 1)
 

@@ -258,6 +258,19 @@ def test_evaluate_prints_a_report(bundle: Path, images: Path, capsys: pytest.Cap
     assert "24 images" in capsys.readouterr().out
 
 
+def test_figures_are_printed_where_the_report_cannot_be_written(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coatnet.evaluation.write_report", refuse)
+    out = str(tmp_path / "out")
+    assert main(["evaluate", str(bundle), "--data", str(images), "--split", "all", "--out", out]) == 2
+    printed = capsys.readouterr()
+    assert "24 images" in printed.out and "could not be written: No space left on device" in printed.err
+
+
 def test_an_unreadable_image_gets_its_own_line_and_the_others_are_predicted(
     bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_a_user_error_is_one_line_and_writes_nothing(
         "not allowed with": (*features, "--data", digits, "--images", digits),
         "--data --images is required": features,
         "--out": ("features", bundle, "--data", digits),
+        "--data is empty: give a path": (*features, "--data", ""),
         "--split is for --data": (*features, "--images", digits, "--split", "training"),
         "no such file": (*features, "--images", digits, "nowhere.png"),
         "'--batch-size'": (*features, "--data", digits, "--bs", "3"),

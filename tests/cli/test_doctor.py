@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from coatnet.bundle import Bundle
 from coatnet.cli.main import main
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Preprocessing
+from coatnet.errors import UserError
 from coatnet.evaluation import image_page
 from coatnet.model.network import create_model
 
@@ -145,7 +147,9 @@ def test_a_table_names_only_images_that_it_can_give_back(make_images, tmp_path, 
     assert (tmp_path / "mine.csv").read_text().endswith("mine\n")
 
 
-def test_where_a_table_cannot_be_written_is_told_before_images_are_read(make_images, tmp_path, monkeypatch) -> None:
+def test_where_a_table_cannot_be_written_is_told_before_images_are_read(
+    make_images, tmp_path, monkeypatch, capsys
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("images were read")
 
@@ -156,6 +160,49 @@ def test_where_a_table_cannot_be_written_is_told_before_images_are_read(make_ima
     table = str(tmp_path / "elsewhere" / "table.csv")
     assert main(["doctor", str(root), "--write", table]) == 2
     assert main(["suggest", "a-bundle", "--images", str(root), "--out", table]) == 2
+
+    capsys.readouterr()
+    table = str(tmp_path / "table.csv")
+    odd = root / "a" / os.fsdecode(b"caf\xe9.png")
+    (root / "a/0.png").rename(odd)
+    for command in (["doctor", str(root), "--write"], ["suggest", "a-bundle", "--images", str(root), "--out"]):
+        assert main([*command, table]) == 2
+        assert r"the name 'images/a/caf\\xe9.png' is not UTF-8, as a table is" in capsys.readouterr().err
+    odd.rename(root / "a/ 0.png")
+    assert main(["suggest", "a-bundle", "--images", str(root / "a"), "--out", str(root / "a/table.csv")]) == 2
+    assert "' 0.png' would be read as '0.png': rename it first" in capsys.readouterr().err
+    for name, message in (
+        ("a;b", "the class 'a;b' would be read as 'a' and 'b': rename it first"),
+        ("nan", "the class 'nan' would be read as a missing value: rename it first"),
+        (" a", "the class ' a' would be read as 'a': rename it first"),
+    ):
+        (root / "a").rename(root / name)
+        assert main(["doctor", str(root), "--write", table]) == 2
+        assert message in capsys.readouterr().err
+        (root / name).rename(root / "a")
+
+
+def test_what_was_found_is_told_where_it_cannot_be_written(make_images, tmp_path, monkeypatch, capsys) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no space left")
+
+    root = make_images({"a": 2, "b": 2})
+    monkeypatch.setattr("coatnet.cli.doctor.write_table", refuse)
+    assert main(["doctor", str(root), "--write", str(tmp_path / "table.csv")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.endswith("healthy\n") and "no space left" in shown.err
+
+
+def test_pairs_of_any_two_splits_are_shown_apart(tmp_path, monkeypatch) -> None:
+    for number, name in enumerate(("train/a/0", "train/a/1", "train/b/0", "val/a/0", "val/b/0", "test/a/0")):
+        seed = 1 if name == "test/a/0" else number
+        pixels = np.random.default_rng(seed).integers(20, 230, (4, 4), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + np.uint8(seed != number)).save(tmp_path / f"{name}.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["doctor", str(tmp_path), "--html", "~/page.html"]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<h2>Nearly the same, in two splits (1)</h2>" in text and "test/a/0.png (test: a)" in text
 
 
 def test_a_page_of_very_many_images_stays_below_ten_megabytes(tmp_path) -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 from coatnet.cli import evaluate, features, predict, train
+from coatnet.cli.main import main
 from coatnet.cli.parser import spell_options
 from coatnet.errors import UserError, nearest_option
 
@@ -19,6 +20,29 @@ def test_an_option_is_accepted_with_hyphens_and_with_underscores() -> None:
     for spelling in ("--batch-size", "--batch_size"):
         recipe, _ = train.parse_arguments(["--data", "digits", "--out", "x", spelling, "8"])
         assert recipe.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "bundle", "a.jpg", "--out", ""], "--out is empty: give a path"),
+        (["predict", "bundle", "a.jpg", "--tiles", "auto", "--tile-maps="], "--tile-maps is empty: give a path"),
+        (["evaluate", "bundle", "--data", "digits", "--out", ""], "--out is empty: give a path"),
+        (["compare", "a", "b", "--out", ""], "--out is empty: give a path"),
+        (["doctor", "digits", "--write", ""], "--write is empty: give a path"),
+        (["doctor", "digits", "--html", ""], "--html is empty: give a path"),
+        (["soup", "a", "b", "--out", "c", "--data", ""], "--data is empty: give a path"),
+        (["pack", "digits", ""], "OUT is empty: give a path"),
+        (["doctor", "digits", "--html", "s3://bucket/page.html"], "s3://bucket/page.html is a URL"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_path_that_cannot_be_written_is_one_line_before_any_work(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_what_stands_behind_two_hyphens_is_no_option() -> None:

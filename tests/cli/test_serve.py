@@ -8,6 +8,7 @@ import pytest
 from coatnet.cli.main import main
 from coatnet.cli.serve import named_bundles, read_token
 from coatnet.errors import UserError
+from coatnet.server import Settings
 
 
 def test_a_model_is_called_as_given_or_by_its_path() -> None:
@@ -51,6 +52,19 @@ def test_a_limit_without_sense_is_one_line(
     assert main(["serve", "runs/nowhere", *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("megabytes", "together"), [("600", 600), ("30", 512)])
+def test_an_upload_as_large_as_allowed_has_room(megabytes: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def serve(*_: object, settings: Settings, **__: object) -> bool:
+        found.append(settings)
+        return True
+
+    monkeypatch.setattr("coatnet.server.main.serve", serve)
+    assert main(["serve", "runs/mine", "--max-megabytes", megabytes]) == 0
+    assert (found[0].max_bytes, found[0].max_upload_bytes) == (int(megabytes) * 2**20, together * 2**20)
 
 
 def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:

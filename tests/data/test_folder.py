@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from coatnet.data.folder import expand_paths, natural_key
+from coatnet.data.folder import expand_paths, natural_key, open_images
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 
@@ -34,6 +34,16 @@ def test_images_are_found_at_any_depth_and_by_any_case_of_suffix(make_folder):
         "cat/young/black/0.png", "cat/young/black/1.png", "cat/young/black/2.png",
         "dog/0.PNG", "dog/1.png", "dog/2.png",
     ]  # fmt: skip
+
+
+def test_an_empty_path_is_not_the_current_folder(make_folder, monkeypatch):
+    monkeypatch.chdir(make_folder({"cat": 1}))
+    for paths in ("", [""], ["cat", ""]):
+        with pytest.raises(UserError, match="a path is empty: give an image or a folder, such as"):
+            list(expand_paths(paths))
+        with pytest.raises(UserError, match="a path is empty"):
+            open_images(paths)
+    assert len(open_images(".")) == 1
 
 
 def test_no_image_is_on_both_sides_and_the_split_is_stable(make_folder):

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,14 @@ def test_a_folder_of_images_by_the_loader_of_hugging_face(make_folder):
     [
         (lambda p: table(p[:3], [0, 1, -1], ANIMALS), "train, row 2: the label is -1"),
         (lambda p: table(p[:3], [0, None, 1], ANIMALS), "train, row 1: the label is None"),
+        (
+            lambda p: table(p[:3], [[0], [1, None], [2]], datasets.Sequence(ANIMALS)),
+            "train, row 1: the label is [1, None]; remove the row",
+        ),
+        (
+            lambda p: table(p[:3], [["a"], ["b"], [None, "a"]], datasets.Sequence(datasets.Value("string"))),
+            "train, row 2: the label is [None, 'a']",
+        ),
         (lambda p: table(p[:3], ["a"] * 3, datasets.Value("string")), "one class, 'a'"),
         (lambda p: table(p[:3], [0, 1, 2], ANIMALS).remove_columns("image"), "no column holds images"),
         (lambda p: table(p[:3], [0, 1, 2], ANIMALS).remove_columns("label"), "no column holds labels"),
@@ -230,6 +239,15 @@ def test_labels_that_training_does_not_know_are_named_by_row(images, tmp_path):
     text = datasets.Value("string")
     root = saved(tmp_path, train=table(images[:2], ["a", "b"], text), test=table(images[:2], ["a", "c"], text))
     assert "test, row 1: the label 'c' is none of the 2 classes" in one_line(root)
+
+
+def test_accents_of_a_label_are_the_same_however_they_are_written(images, tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    part = table(images[:3], [composed, decomposed, "dog"], datasets.Value("string"))
+    splits = open_dataset(saved(tmp_path, train=part, test=part))
+    assert splits.classes == (composed, "dog") and splits.training.labels.tolist() == [0, 0, 1]
+    part = table(images[:2], [0, 1], datasets.ClassLabel(names=["dog", decomposed]))
+    assert open_dataset(saved(tmp_path / "named", train=part, test=part)).classes == ("dog", composed)
 
 
 def test_splits_without_a_training_split_are_refused(images, tmp_path):

@@ -107,6 +107,7 @@ def test_coverage_thresholds_are_those_of_split_conformal_prediction() -> None:
     assert found[threshold_index(0.9)] == pytest.approx(18 / 20)  # ceil(20 * 0.9) = 18
     assert found[threshold_index(0.95)] == pytest.approx(19 / 20)
     assert found[threshold_index(0.96)] == NO_THRESHOLD  # the 20th of 19
+    assert threshold_index(0.999) == len(found) - 1
 
 
 def test_scores_of_sets_by_hand() -> None:
@@ -342,7 +343,8 @@ def test_wrong_requests_are_one_error(trained: Bundle, calibrated: Bundle, digit
             Predictor(trained, "torch", **options)  # pyrefly: ignore
     for options, message in (
         ({"reject": 0.0}, "between 0 and 1"),
-        ({"coverage": 1.0}, "between 0 and 1"),
+        ({"coverage": 1.0}, "above 0 and at most 0.999"),
+        ({"coverage": 0.9995}, "is 0.9995; it must be above 0 and at most 0.999, such as 0.9"),
         ({"coverage": 0.9, "set_method": "lca"}, "one of lac, aps, raps"),
         ({"reject": 0.05, "raw": True}, "raw answers"),
     ):
@@ -359,6 +361,10 @@ def test_wrong_requests_are_one_error(trained: Bundle, calibrated: Bundle, digit
 
 def test_the_command_calibrates_in_place(trained: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained.save(tmp_path / "bundle")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["calibrate", str(folder), "--data", "digits", "--out", ""]) == 2
+    assert "--out is empty: give a path" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert main(["calibrate", str(folder), "--data", "digits"]) == 0
     assert "calibrated by" in capsys.readouterr().out
     noise = tmp_path / "noise.png"

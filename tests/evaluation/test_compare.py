@@ -158,14 +158,17 @@ def test_only_images_that_all_runs_held_out_count(tmp_path: Path) -> None:
         open_run(first, never)
 
 
-def test_compare_and_runs_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_and_runs_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = str(write_run(tmp_path / "runs" / "first", "aabbccbbbb"))
     second = str(write_run(tmp_path / "runs" / "deeper" / "second", "aabbcaaabb"))
     unfinished = tmp_path / "runs" / "third"
     unfinished.mkdir()
     (unfinished / "recipe.yaml").write_text("data: digits\nmodel: coatnet-femto-16\n")
     page = tmp_path / "page.html"
-    assert main(["compare", first, second, "--out", str(page)]) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["compare", first, second, "--out", "~/page.html"]) == 0
     printed = capsys.readouterr().out
     assert "Differences on the same images" in printed and "McNemar" in printed and printed.startswith("# ")
     written = page.read_text(encoding="utf-8")
@@ -249,10 +252,11 @@ def test_copies_of_training_images_are_counted_and_left_out() -> None:
     found = find_duplicates(correct, look_at(held_out), training)
     assert (found.count, found.others, found.accuracy) == (3, 10, 0.3)
     report = replace(report_of(("a", "b")), duplicates=found)
-    said = "3 of these images have the same pixels as a training image; without them 30.0 % of 10 are right"
+    learned = "an image of the training split of some images"
+    said = f"3 of these images have the same pixels as {learned}; without them 30.0 % of 10 are right"
     assert said in to_markdown(report)
     assert report.to_dict()["duplicates"]["count"] == 3
-    assert "No image of these has the same pixels as a training image, or nearly so." in to_markdown(
+    assert f"No image of these has the same pixels as {learned}, or nearly so." in to_markdown(
         replace(report, duplicates=replace(found, count=0))
     )
 
@@ -266,11 +270,10 @@ def test_near_copies_of_training_images_are_counted_apart_and_left_out() -> None
     found = find_duplicates(np.arange(17) < 7, look_at(held_out), training)
     assert (found.count, found.near, found.others, found.accuracy) == (2, 5, 10, 0.5)
     said = to_markdown(replace(report_of(("a", "b")), duplicates=found))
-    assert (
-        "2 of these images have the same pixels as a training image, 5 more nearly; without them 50.0 % of 10" in said
-    )
+    learned = "an image of the training split of some images"
+    assert f"2 of these images have the same pixels as {learned}, 5 more nearly; without them 50.0 % of 10" in said
     said = to_markdown(replace(report_of(("a", "b")), duplicates=replace(found, count=0, near=1)))
-    assert "1 of these images has nearly the same pixels as a training image; without it 50.0 %" in said
+    assert f"1 of these images has nearly the same pixels as {learned}; without it 50.0 %" in said
     unseen = find_duplicates(np.arange(17) < 7, look_at(held_out, near=False), training)
     assert (unseen.count, unseen.near, unseen.others) == (2, None, 15)
 

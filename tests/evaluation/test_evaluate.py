@@ -1,6 +1,7 @@
 """`evaluate` equals a plain loop over the images, and matches classes by name."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,32 @@ def test_single_label_data_suits_a_multilabel_model() -> None:
     dataset = dataset_of(20)
     report = evaluate(bundle_of(multilabel=True), dataset)
     assert [row.support for row in report.per_class] == np.bincount(dataset.labels, minlength=4).tolist()
+
+
+def test_images_of_a_table_may_have_no_label_where_the_model_gives_several(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "test.csv").write_text("path,label\n0.png,a\n1.png,\n2.png,b\n")
+    report = evaluate(bundle_of(multilabel=True), tmp_path / "test.csv", split="all")
+    assert report.figures["n"] == 3 and [row.support for row in report.per_class] == [1, 1, 0, 0]
+    with pytest.raises(UserError, match="row 3: no label; every image needs one"):
+        evaluate(bundle_of(), tmp_path / "test.csv", split="all")
+
+
+def test_accents_of_class_names_are_matched_however_they_are_written() -> None:
+    names = tuple(f"caf\u00e9 {name}" for name in CLASSES)
+    decomposed = tuple(unicodedata.normalize("NFD", name) for name in names)
+    assert evaluate(bundle_of(decomposed), dataset_of(classes=names)).figures["n"] == 37
+
+
+def test_copies_in_other_data_are_not_called_training_images(bundle: Bundle, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.random.default_rng(number // 2).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "other" / name / f"{number}.png")
+    text = to_markdown(evaluate(bundle, tmp_path / "other"))
+    assert "the same pixels as an image of the training split of other; " in text and "a training image" not in text
 
 
 def test_the_model_and_its_mode_do_not_change(bundle: Bundle) -> None:

@@ -195,6 +195,29 @@ def test_renaming_changes_names_alone(eight: Path) -> None:
         rename_classes(bundle, {"Coat": "Dress"})
 
 
+def test_renaming_reaches_the_mistakes_about_several_labels(eight: Path) -> None:
+    bundle = coatnet.load(eight)
+    report = {
+        "multilabel": True,
+        "classes": ["not Coat", *bundle.classes],
+        "mistakes": [
+            {"image": "Coat", "truth": "Coat, Dress", "predicted": "not Coat"},
+            {"image": "2", "truth": "nothing", "predicted": "Coat"},
+        ],
+        "per_class": [{"class": "not Coat"}],
+    }
+    renamed = rename_classes(replace(bundle, record={"report": report}), {"Coat": "Jacket"}).record["report"]
+    assert renamed["mistakes"] == [
+        # "not Coat" is a class of its own here, which is not renamed.
+        {"image": "Coat", "truth": "Jacket, Dress", "predicted": "not Coat"},
+        {"image": "2", "truth": "nothing", "predicted": "Jacket"},
+    ]
+    assert renamed["per_class"] == [{"class": "not Coat"}]
+    report["classes"].remove("not Coat")
+    renamed = rename_classes(replace(bundle, record={"report": report}), {"Coat": "Jacket"}).record["report"]
+    assert renamed["mistakes"][0]["predicted"] == "not Jacket"
+
+
 def test_dropping_leaves_the_proportions_of_the_others(eight: Path, garments: tuple[Splits, Splits]) -> None:
     bundle = coatnet.load(eight)
     fewer = drop_classes(bundle, ["Coat", "Shirt"])

@@ -136,7 +136,8 @@ def test_the_page_says_what_stands_beside_the_figure(visit: Open, hostile: Path)
     said = visit(hostile).see("body").inner_text()
     for part in (
         "16.7 % by chance",
-        "3 of these images have the same pixels as a training image; without them 50.0 % of 117 are right",
+        "3 of these images have the same pixels as an image of the training split of ",
+        "; without them 50.0 % of 117 are right",
         "2.0 epochs of 1,000 images, 40 steps in 0.5 minutes",
         "labels smoothed by 0.1 cost even a perfect network are subtracted",
         "mixed by cutmix",

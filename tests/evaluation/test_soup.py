@@ -169,6 +169,14 @@ def test_a_uniform_average_takes_all(folders, tmp_path, capsys):
     assert record["rule"] == "uniform" and [row["taken"] for row in record["members"]] == [True, True]
     assert "The best model alone has" in record["summary"] and SELECTED not in record["summary"]
 
+    (folders["one"].parent / "recipe.yaml").write_text(f"data: {tmp_path / 'gone'}\n")
+    command = ["soup", str(folders["one"].parent), str(folders["two"]), "--out", out]
+    assert main(command) == 2 and "no dataset at" in capsys.readouterr().err
+    assert main([*command, "--uniform"]) == 0
+    printed = capsys.readouterr()
+    assert "gone is not there any more, so nothing is measured" in printed.err and "(no images)" in printed.out
+    (folders["one"].parent / "recipe.yaml").write_text("data: digits\n")
+
 
 def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, capsys):
     one = coatnet.load(folders["one"])

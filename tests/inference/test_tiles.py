@@ -107,6 +107,23 @@ def test_an_image_above_the_limit_of_pixels_is_classified_tile_by_tile(
     assert len(classify_tiles(predictor, tmp_path / "large.npy", side=40).boxes) == 2 * 3  # a row of these is too large
 
 
+def test_tiles_are_of_the_pixels_of_the_file_however_large_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(RANDOM.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    for name in ("a.tif", "a.png", "a.jpg", "a.webp"):
+        image.save(tmp_path / name)
+    monkeypatch.setattr("coatnet.data.decode.REDUCED_PIXELS", 40 * 60 // 4)
+    predictor = predictor_for(RGB)
+    expected, *others = (classify_tiles(predictor, tmp_path / f"a.{kind}") for kind in ("tif", "png", "jpg", "webp"))
+    for found in others:
+        assert found.size == expected.size == (40, 60)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    np.testing.assert_array_equal(others[0].probabilities, expected.probabilities)
+    (whole,) = predictor([tmp_path / "a.png"])  # which is halved
+    assert whole.error is None
+
+
 def test_tiles_of_a_batch_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "large.npy", np.zeros((1200, 1200, 5), np.uint16))
     monkeypatch.setenv(MAX_MEGAPIXELS, "0.5")  # of 5 channels: 100,000 pixels at once, a tile of 300 x 300

@@ -26,6 +26,14 @@ def test_the_server_and_its_model_describe_themselves(server: Address) -> None:
     assert missing.status == 404 and isinstance(missing.json["error"], str)
 
 
+def test_what_is_read_is_also_asked_for_without_its_body(server: Address) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2", "/v2/models/one/ready", "/models", "/metrics", "/docs"):
+        answer = server.ask("HEAD", path)
+        assert (answer.status, answer.body) == (200, b"") and int(answer.headers["content-length"]) > 0
+    assert server.ask("HEAD", "/v2/models/two").status == 404
+    assert server.ask("HEAD", "/predict").status == 405
+
+
 @pytest.mark.parametrize("data", [PIXELS.ravel().tolist(), PIXELS.tolist()], ids=["flat", "nested"])
 def test_pixels_are_answered_as_the_predictor_does(server: Address, data: list) -> None:
     answer = server.infer({"id": "a", **pixels(data)}).json

@@ -99,6 +99,18 @@ def test_a_folder_that_is_there_is_replaced_only_on_request(tmp_path: Path) -> N
     assert names(tmp_path) == ["out"] and (tmp_path / "out/file").read_text() == "new"
 
 
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("models/mine")
+    with atomic_folder(tmp_path / "link", replace=True) as staged:
+        (staged / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "models/mine/file").read_text() == "new"
+    assert names(tmp_path) == ["link", "models"] and names(tmp_path / "models") == ["mine"]
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "link"):
+        pass
+    assert names(tmp_path / "models") == ["mine"]
+
+
 def test_an_old_folder_is_put_back_if_the_new_one_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

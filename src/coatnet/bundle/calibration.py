@@ -261,6 +261,8 @@ def set_scores(probabilities: Tensor, method: str) -> Tensor:
 
 def threshold_index(coverage: float) -> int:
     """The column of thresholds for a coverage, rounded up to a thousandth. Raises UserError if there is none."""
-    if not 0 < coverage < 1:
-        raise UserError(f"the coverage of a set is {coverage}; it must lie between 0 and 1, such as 0.9")
-    return min(STEPS - 1, max(1, -int(-round(coverage * STEPS, 6) // 1)))
+    if not 0 < coverage <= (STEPS - 1) / STEPS:
+        raise UserError(
+            f"the coverage of a set is {coverage}; it must be above 0 and at most {(STEPS - 1) / STEPS}, such as 0.9"
+        )
+    return max(1, -int(-round(coverage * STEPS, 6) // 1))

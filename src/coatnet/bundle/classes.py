@@ -146,12 +146,19 @@ def _renamed(record: Any, names: Mapping[str, str]) -> Any:
     report = record.get("report")
     if not isinstance(report, Mapping):
         return record
+    classes = present if isinstance(present := report.get("classes"), list | tuple) else []
 
     def new(value: Any) -> Any:
-        return names.get(value, value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value in names or value in classes or not report.get("multilabel"):
+            return names.get(value, value)
+        # A mistake about an image of several labels is "not sea", and its truth "beach, sea".
+        absent = "not " if value.startswith("not ") else ""
+        return absent + ", ".join(names.get(name, name) for name in value.removeprefix(absent).split(", "))
 
     changed = dict(report)
-    if isinstance(classes := report.get("classes"), list | tuple):
+    if classes:
         changed["classes"] = [new(name) for name in classes]
     if isinstance(pairs := report.get("confused_pairs"), list | tuple):
         changed["confused_pairs"] = [[new(value) for value in pair] for pair in pairs]

@@ -45,15 +45,14 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {given.out} is no name of a page: give one that ends with .html")
     from coatnet.evaluation.compare import compare, open_run
     from coatnet.system.document import show
-    from coatnet.system.files import atomic_write, translate_write_errors, user_path
+    from coatnet.system.files import atomic_write, output_path, translate_write_errors, user_path
 
     paths = [user_path(path) for path in given.runs]
     found = compare([open_run(path, lambda folder: _evaluate(folder, given.device)) for path in paths])
     if given.out:
         with translate_write_errors(given.out):
-            atomic_write(
-                given.out, found.to_html(lambda names: _thumbnails(paths[0], names)), errors="backslashreplace"
-            )
+            page = found.to_html(lambda names: _thumbnails(paths[0], names))
+            atomic_write(output_path(given.out), page, errors="backslashreplace")
     show(found.document(), json=found.to_json() if given.json else "", markdown=given.markdown)
     if given.out:
         echo(f"coatnet: the page is {given.out}", error=True)

@@ -80,22 +80,24 @@ def run(arguments: Sequence[str]) -> int:
         from coatnet.evaluation.label_check import check_labels
 
         check = check_labels(given.model, inspection.splits, device=given.device)
-    if given.write:
-        write_table(given.write, inspection, check)
-    if given.html:
-        write_page(given.html, inspection, check)
-    if given.json:
-        labels = {"labels": check.to_dict()} if check else {}
-        echo(readable_json(inspection.to_dict() | labels), end="", is_json=True)
-    else:
-        if check:
-            echo(check.describe())
-        echo(inspection.describe())
+    try:
         if given.write:
-            reasons = list(inspection.left_out.values())
-            left_out = [f"{reasons.count(reason):,} {reason}" for reason in dict.fromkeys(reasons)]
-            without = f", without {', '.join(left_out)}" if left_out else ""
-            echo(f"{given.write}: {counted(len(inspection.rows()), 'image')}{without}")
+            write_table(given.write, inspection, check)
+        if given.html:
+            write_page(given.html, inspection, check)
+    finally:  # a full disk costs the files, not the findings
+        if given.json:
+            labels = {"labels": check.to_dict()} if check else {}
+            echo(readable_json(inspection.to_dict() | labels), end="", is_json=True)
+        else:
+            if check:
+                echo(check.describe())
+            echo(inspection.describe())
+    if given.write and not given.json:
+        reasons = list(inspection.left_out.values())
+        left_out = [f"{reasons.count(reason):,} {reason}" for reason in dict.fromkeys(reasons)]
+        without = f", without {', '.join(left_out)}" if left_out else ""
+        echo(f"{given.write}: {counted(len(inspection.rows()), 'image')}{without}")
     return 0 if inspection.healthy else FAILED
 
 
@@ -107,7 +109,7 @@ def require_files(path: str, splits: "Splits") -> None:
     parts = [part for part in splits.parts.values() if isinstance(part, FileDataset)]
     if len(parts) < len(splits.parts):
         raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
-    require_below_table(path, [part.path(index) for part in parts for index in range(len(part))])
+    require_below_table(path, [part.path(index) for part in parts for index in range(len(part))], splits.classes)
 
 
 def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
@@ -156,7 +158,7 @@ def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") 
             ]
             yield entry((one, other), *names)
 
-    across = [pair for pair in inspection.near if pair[0][0] != pair[1][0]]
+    across = inspection.near_leaking
     within = [pair for pair in inspection.near if pair[0][0] == pair[1][0]]
     sections = []
     if check:
@@ -170,7 +172,7 @@ def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") 
             for each in check.suspects
         )
         sections.append(Section("Labels that look wrong", len(check.suspects), suspects))
-    sections.append(Section("Nearly the same in training and validation", len(across), pairs(across)))
+    sections.append(Section("Nearly the same, in two splits", len(across), pairs(across)))
     sections.append(Section("Nearly the same", len(within), pairs(within)))
     if check:
         outliers = (

@@ -59,10 +59,12 @@ def run(arguments: Sequence[str]) -> int:
             progress=bar.update,
             with_images=bool(given.out),
         )
-    if given.out:
-        with translate_write_errors(given.out):
-            write_report(report, given.out)
-    show(document(report), json=report.to_json() if given.json else "", markdown=given.markdown)
+    try:
+        if given.out:
+            with translate_write_errors(given.out):
+                write_report(report, given.out)
+    finally:  # a full disk costs the report, not the figures
+        show(document(report), json=report.to_json() if given.json else "", markdown=given.markdown)
     if given.out:
         echo(f"coatnet: the report is {given.out}/report.html", error=True)
     return 0

@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.data.folder import open_images
     from coatnet.evaluation import extract_features, write_features
 
-    data = given.data or open_images(given.images)
+    data = open_images(given.images) if given.data is None else given.data
     features = extract_features(given.bundle, data, split=given.split, batch_size=given.batch_size, device=given.device)
     num_images = write_features(features, given.out)
     echo_summary(f"{given.out}: {counted(num_images, 'image')}, {features.num_features:,} features each")

@@ -13,6 +13,7 @@ from coatnet.system.interrupt import INTERRUPTED as INTERRUPTED
 from coatnet.system.terminal import echo
 
 MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"  # read by `data.decode`
+_OUTPUTS = ("out", "write", "html", "tile_maps")  # arguments that name what is written
 
 FAILED = 1  # unreadable images, an unhealthy data source, a file that the system refuses
 USER_ERROR = 2  # a wrong argument or value; nothing was done
@@ -118,8 +119,12 @@ class Parser(argparse.ArgumentParser):
         given = self.parse_args([self._renamed_now(argument) for argument in spelled])
         if megapixels := vars(given).pop("max_megapixels", None):
             os.environ[MAX_MEGAPIXELS] = megapixels
-        if out := vars(given).get("out"):
-            output_path(out)  # before any work
+        for action in self._actions:
+            path, name = vars(given).get(action.dest), (action.option_strings or [action.metavar])[0]
+            if path == "" and action.dest in (*_OUTPUTS, "data"):
+                self.error(f"{name} is empty: give a path")
+            if path and action.dest in _OUTPUTS:
+                output_path(path)  # before any work
         return given
 
     def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:

@@ -119,11 +119,13 @@ def run(arguments: Sequence[str]) -> int:
         from coatnet.server import Settings
         from coatnet.server.main import serve
 
+    max_bytes = None if given.max_megabytes is None else int(given.max_megabytes * 2**20)
     limits = {
         "batch_size": given.batch_size,
         "delay_seconds": None if given.delay_ms is None else given.delay_ms / 1e3,
         "max_queue": given.queue,
-        "max_bytes": None if given.max_megabytes is None else int(given.max_megabytes * 2**20),
+        "max_bytes": max_bytes,
+        "max_upload_bytes": max(Settings.max_upload_bytes, max_bytes or 0),
         "deadline_seconds": given.deadline,
     }
     answered = serve(

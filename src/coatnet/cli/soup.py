@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coatnet.cli.parser import DATA_HELP, Parser
 from coatnet.errors import UserError
-from coatnet.system.terminal import echo_summary
+from coatnet.system.terminal import echo, echo_summary
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle.bundle import require_bundle_place
     from coatnet.bundle.config import readable_json
+    from coatnet.data.open import NAMES
     from coatnet.evaluation import soup
     from coatnet.system.files import user_path
 
@@ -43,6 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     data = given.data or data_of(user_path(given.models[0]))
     if data is None and not given.uniform:
         raise UserError(f"--data is missing: {given.models[0]} is not the folder of a run, which would name its images")
+    recorded = data if given.uniform and given.data is None else None
+    if recorded and recorded not in NAMES and "://" not in recorded and not user_path(recorded).exists():
+        echo(f"coatnet: {recorded} is not there any more, so nothing is measured", error=True)
+        data = None
     made = soup(given.models, data, uniform=given.uniform, device=given.device)
     made.bundle.save(target)
     if given.json:

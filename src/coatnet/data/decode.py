@@ -152,6 +152,7 @@ class Limits(NamedTuple):
     name: str
     max_pixels: int
     max_side: int = MAX_SIDE
+    reduces: bool = True  # whether images of more than `REDUCED_PIXELS` are halved
 
     def check(self, width: int, height: int, weight: int = 1, what: str = "") -> None:
         """Raise BadImage if so many pixels are too many."""
@@ -168,13 +169,22 @@ class Limits(NamedTuple):
         if scans * pixels > _SCANNED * self.max_pixels:
             raise BadImage(self.name, f"large: {scans:,} scans over {pixels:,} pixels would take too long to decode")
 
+    def reduction(self, width: int, height: int) -> int:
+        """The power of two by which both sides are divided, so that no more than `REDUCED_PIXELS` remain."""
+        factor = 1
+        while self.reduces and -(-width // factor) * -(-height // factor) > REDUCED_PIXELS:
+            factor *= 2
+        return factor
+
 
 def sniff(start: bytes) -> ImageFormat | None:
     """The format of an image file by its first `SNIFFED_BYTES`; None if it is none that is read."""
     return next((each for each in FORMATS if re.match(each.start, start[:SNIFFED_BYTES], re.DOTALL)), None)
 
 
-def decode(data: bytes, name: str, *, max_pixels: int | None = None, max_side: int = MAX_SIDE) -> Tensor:
+def decode(
+    data: bytes, name: str, *, max_pixels: int | None = None, max_side: int = MAX_SIDE, reduces: bool = True
+) -> Tensor:
     """Decode an image file.
 
     It is turned upright as its EXIF data says; transparent parts become white; of an animation the first frame is
@@ -186,6 +196,7 @@ def decode(data: bytes, name: str, *, max_pixels: int | None = None, max_side: i
         max_pixels: the most pixels that are decoded, a third of it in WebP, AVIF, HEIC and JPEG 2000, whose decoders
             take three times the memory; by default 200 million, or what COATNET_MAX_MEGAPIXELS says.
         max_side: the longest side that is decoded, in pixels.
+        reduces: whether large images are halved.
 
     Returns:
         uint8 RGB (3, H, W), channels last in memory.
@@ -194,7 +205,7 @@ def decode(data: bytes, name: str, *, max_pixels: int | None = None, max_side: i
         BadImage: the format is none of `FORMATS` or needs a package, the image exceeds the limits, the data is
             truncated or corrupt, or the values have no agreed white (floating point, 32-bit integers).
     """
-    kind, limits = format_of(data, name), Limits(name, max_pixels or allowed_pixels(), max_side)
+    kind, limits = format_of(data, name), Limits(name, max_pixels or allowed_pixels(), max_side, reduces)
     if kind.name in ("NPY", "NPZ"):
         raise BadImage(name, "format: a NumPy file is not decoded, its values are read (coatnet.data.channels)")
     pixels = _decode_jpeg(data, limits) if kind.name == "JPEG" else _decode_with_pillow(data, kind, limits)
@@ -230,7 +241,7 @@ def pixels_of(image: Image.Image, name: str) -> Tensor:
             raise BadImage(name, f"empty: {image.width} x {image.height} pixels")
         try:
             image.load()
-            pixels = turned(_to_rgb(image, name), orientation_of(image))
+            pixels = turned(_to_rgb(image, limits), orientation_of(image))
         except BadImage:
             raise
         except Exception as error:
@@ -334,19 +345,19 @@ def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
         raise BadImage(limits.name, f"truncated: no end-of-image marker in {len(data):,} bytes")
     if header is None:
         raise BadImage(limits.name, f"corrupt: its JPEG header cannot be read in {len(data):,} bytes")
-    pixels = _decode_with_simplejpeg(data, header)
+    pixels = _decode_with_simplejpeg(data, header, limits)
     if pixels is None:
         pixels = _decode_with_pillow(jpeg_without_metadata(data), FORMATS[0], limits)
     return turned(pixels, header.turn)
 
 
-def _decode_with_simplejpeg(data: bytes, header: JpegHeader) -> Pixels | None:
+def _decode_with_simplejpeg(data: bytes, header: JpegHeader, limits: Limits) -> Pixels | None:
     """None if simplejpeg does not support the kind of JPEG or rejects it: then Pillow decides."""
     if header.bits != 8 or header.components not in (1, 3):
         return None
     import simplejpeg
 
-    factor = _reduction(header.width, header.height)
+    factor = limits.reduction(header.width, header.height)
     height, width = (header.height // factor, header.width // factor) if factor > 1 else (0, 0)  # 0: as they are
     try:
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
@@ -399,12 +410,13 @@ def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> Pixels:
     with warnings.catch_warnings(action="ignore"), open_with_pillow(data, kind, limits.name) as image:
         limits.check(*image.size, kind.weight)
         try:
-            if kind.name == "JPEG" and (factor := _reduction(*image.size)) > 1:
+            if kind.name == "JPEG" and (factor := limits.reduction(*image.size)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
             if webp:
-                return turned(_on_canvas(webp, _to_rgb(image, limits.name)), orientation(webp.exif, webp.xmp))
-            return turned(_to_rgb(image, limits.name), orientation_of(image))
+                page = _on_canvas(webp, _to_rgb(image, limits), limits)
+                return turned(page, orientation(webp.exif, webp.xmp))
+            return turned(_to_rgb(image, limits), orientation_of(image))
         except (BadImage, Image.DecompressionBombError):
             raise
         except MemoryError as error:
@@ -441,14 +453,14 @@ def _heif_opener(name: str) -> Any:
     return HeifImageFile
 
 
-def _to_rgb(image: Image.Image, name: str) -> Pixels:
+def _to_rgb(image: Image.Image, limits: Limits) -> Pixels:
     """A loaded image to RGB (H, W, 3), in strips, so that little memory is needed beside the decoder's."""
     if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
         held = {"F": "floating-point", "I": "32-bit"}.get(image.mode, image.mode)
-        raise BadImage(name, f"pixels: {held} values have no agreed white; save it with 8 or 16 bits")
+        raise BadImage(limits.name, f"pixels: {held} values have no agreed white; save it with 8 or 16 bits")
     if image.width * image.height <= _STRIP_PIXELS:
         return np.array(_strip_to_rgb(image))
-    factor = _reduction(*image.size)
+    factor = limits.reduction(*image.size)
     rows = max(1, _STRIP_PIXELS // image.width // factor) * factor
     pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
     for top in range(0, image.height, rows):
@@ -470,14 +482,6 @@ def _strip_to_rgb(image: Image.Image) -> Image.Image:
         page.alpha_composite(image)
         image = page
     return image.convert("RGB")
-
-
-def _reduction(width: int, height: int) -> int:
-    """The power of two by which both sides are divided, so that no more than `REDUCED_PIXELS` remain."""
-    factor = 1
-    while -(-width // factor) * -(-height // factor) > REDUCED_PIXELS:
-        factor *= 2
-    return factor
 
 
 def turned(pixels: Pixels, orientation: int) -> Pixels:
@@ -547,14 +551,14 @@ def _webp(data: bytes, name: str) -> Webp:
         raise BadImage(name, f"corrupt: its WEBP header cannot be read in {len(data):,} bytes") from None
 
 
-def _on_canvas(webp: Webp, frame: Pixels) -> Pixels:
+def _on_canvas(webp: Webp, frame: Pixels, limits: Limits) -> Pixels:
     """The pixels of the first frame of an animation on a white canvas."""
     if webp.corner is None:
         return frame
     (height, width), (top, left) = webp.canvas, webp.corner
     page = np.full((height, width, 3), 255, np.uint8)
     page[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
-    factor = _reduction(width, height)
+    factor = limits.reduction(width, height)
     return page if factor == 1 else np.array(Image.fromarray(page).reduce(factor))
 
 

@@ -380,7 +380,7 @@ def open_images(paths: Iterable[str | Path], left_out: Counter[str] | None = Non
         UserError: a path does not exist, or a folder cannot be listed or has no images. A file that is not an image
             is found when it is read.
     """
-    sources, files = list(map(Path, _as_several(paths))), []
+    sources, files = list(_as_paths(paths)), []
     for path, error in expand_paths(sources, left_out):
         if error is not None:
             raise UserError(f"{printable(str(path))}: {error}")
@@ -399,13 +399,16 @@ def describe_left_out(files: Mapping[str, int]) -> str:
     return ", ".join([f"{count:,} {suffix}" for suffix, count in shown] + [f"{rest:,} others"] * bool(rest))
 
 
-def _as_several(paths: str | Path | Iterable[str | Path]) -> Iterable[str | Path]:
-    """The paths; a single one, whose letters are no paths, in a list."""
-    return [paths] if isinstance(paths, str | os.PathLike) else paths
+def _as_paths(paths: str | Path | Iterable[str | Path]) -> Iterator[Path]:
+    """The paths, also a single one, whose letters are no paths. Raises UserError for an empty one."""
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        if path == "":  # as a `Path` it would be the current folder
+            raise UserError("a path is empty: give an image or a folder, such as . for the current folder")
+        yield Path(path)
 
 
 def _expand_patterns(paths: Iterable[str | Path]) -> Iterator[Path]:
-    for path in map(Path, _as_several(paths)):
+    for path in _as_paths(paths):
         matches = []
         if glob.has_magic(str(path)) and not os.path.lexists(path):  # quoted, or a shell that expands no patterns
             matches = sorted(glob.glob(str(path), recursive=True), key=natural_key)

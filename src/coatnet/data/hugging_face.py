@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -245,8 +246,9 @@ def _undecoded(table: Any, column: str) -> Any:
 def _values(where: str, table: Any, column: str) -> list[Any]:
     found = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     for row, value in enumerate(found):
-        if value is None or value != value or (isinstance(value, int) and value < 0):  # -1 if labels are not published
-            raise UserError(f"{where}, row {row}: the label is {value!r}; remove the row, or the split")
+        for item in value if isinstance(value, list) else [value]:
+            if item is None or item != item or (isinstance(item, int) and item < 0):  # -1 if labels are not published
+                raise UserError(f"{where}, row {row}: the label is {value!r:.80}; remove the row, or the split")
     return found
 
 
@@ -254,10 +256,17 @@ def _classes(source: str, names: Sequence[str] | None, values: list[Any], evalua
     """The index of each class, by name; without given names, the values of the rows are the names."""
     if names is None:
         items = (item for value in values for item in (value if isinstance(value, list) else [value]))
-        names = sorted({str(item) for item in items}, key=natural_key)
+        names = sorted({_composed(str(item)) for item in items}, key=natural_key)
+    elif len({*map(_composed, names)}) == len(names):  # else they are told apart by nothing else
+        names = list(map(_composed, names))
     if len(names) < 2 and not (evaluation and names):
         raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(names)}
+
+
+def _composed(name: str) -> str:
+    """A class name as those of folders: accents are composed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named: bool) -> NDArray:
@@ -268,7 +277,7 @@ def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named:
         labels = empty_label_table(f"{where}:", len(values), len(classes))
     for row, value in enumerate(values):
         for item in value if several else [value]:
-            number = item if named else classes.get(str(item), -1)
+            number = item if named else classes.get(_composed(str(item)), -1)
             if not 0 <= number < len(classes):
                 raise UserError(f"{where}, row {row}: the label {item!r} is none of the {len(classes)} classes")
             if several:

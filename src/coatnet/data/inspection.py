@@ -85,10 +85,11 @@ class Inspection:
     @property
     def near_leaks(self) -> tuple[tuple[str, str], ...]:
         """Pairs that are nearly the same, in two splits, the one nearer to training first."""
-        return self._named(self._near_leaking)
+        return self._named(self.near_leaking)
 
     @property
-    def _near_leaking(self) -> Pairs:
+    def near_leaking(self) -> Pairs:
+        """As `near_leaks`, by their places."""
         return [pair for pair in self.near if pair[0][0] != pair[1][0]]
 
     @property
@@ -107,7 +108,7 @@ class Inspection:
         if self.bad:
             lines.append(self._consequence())
         lines += _section("decoded with a warning", [f"{name}: {text}" for name, text in self.warnings.items()])
-        for pairs, what in ((self.leaking, "found in {} too"), (self._near_leaking, "nearly the same as one of {}")):
+        for pairs, what in ((self.leaking, "found in {} too"), (self.near_leaking, "nearly the same as one of {}")):
             for split, other in itertools.combinations(self.splits.parts, 2):
                 those = self._named([pair for pair in pairs if (pair[0][0], pair[1][0]) == (split, other)])
                 lines += _section(f"of {other} {what.format(split)}", _equations(those))

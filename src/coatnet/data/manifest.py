@@ -8,7 +8,8 @@ import codecs
 import csv
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+import unicodedata
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -70,7 +71,9 @@ class _Table(NamedTuple):
     unused: list[str]
 
 
-def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = False) -> Splits:
+def open_manifest(
+    path: Path, validation_fraction: float, *, evaluation: bool = False, multilabel: bool = False
+) -> Splits:
     """Open the images of a manifest; paths start from its folder.
 
     Labels separated by ; or | in any row make it multi-label.
@@ -78,6 +81,7 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
     Args:
         validation_fraction: of the images, to hold out if there is no column split.
         evaluation: nothing is trained, so one class, one image a class or rows of one split are enough.
+        multilabel: it is so even if no row has more than one label.
 
     Raises:
         UserError: a row is wrong; the message has its number.
@@ -94,10 +98,17 @@ def open_manifest(path: Path, validation_fraction: float, *, evaluation: bool = 
             f"{path}, row {rows[0].number}: no file {rows[0].path!r:.200} in {root}{others}; paths start from there"
         )
 
-    multilabel = any(len(row.labels) > 1 for row in rows)
+    multilabel = any(len(row.labels) > 1 for row in rows) or (multilabel and any(row.labels for row in rows))
+    first: dict[str, _Row] = {}
     for row in rows:
         if not row.labels and not multilabel:
             raise UserError(f"{path}, row {row.number}: no label; every image needs one")
+        if {*row.labels} != {*(other := first.setdefault(row.path, row)).labels}:
+            labels = " and ".join(f"{';'.join(each.labels)!r:.80}" for each in (other, row))
+            raise UserError(
+                f"{path}, rows {other.number} and {row.number}: {row.path!r:.200} is {labels}; write all labels of an "
+                "image into one row, with ; between them"
+            )
     every = rows
     rows, held_out, notes = _split(path, rows, validation_fraction, multilabel, evaluation)
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
@@ -163,12 +174,8 @@ def write_manifest(
     """
     target = output_path(path).absolute()
     require_below_table(path, [image for image, *_ in rows])
-    root, table = target.parent.resolve(), []
-    places = [os.path.abspath(target.parent), str(root)]  # by the links of the path, and without them
-    for image, *cells in rows:
-        file = os.path.abspath(image)
-        start = next((place for place in places if is_below(file, [place])), root)
-        table.append((os.path.relpath(file, start), *cells))
+    root, names = target.parent.resolve(), _names_below(target, [image for image, *_ in rows])
+    table = [(name, *cells) for name, (_, *cells) in zip(names, rows, strict=True)]
     with translate_write_errors(path), atomic_files(target) as (staged,):
         try:
             with staged.open("w", encoding="utf-8", newline="") as stream:
@@ -186,8 +193,9 @@ def write_manifest(
                 )
 
 
-def require_below_table(path: str | Path, images: Sequence[Path]) -> None:
-    """Raise UserError if a table of these files may not be written to a path: before what it holds is computed."""
+def require_below_table(path: str | Path, images: Sequence[Path], classes: Iterable[str] = ()) -> None:
+    """Raise UserError if a table of these files and classes may not be written to a path, or would not give back a name
+    of them: before what it holds is computed."""
     target = output_path(path).absolute()
     if target.suffix.lower() != ".csv":
         raise UserError(f"{path}: tables of images are written to a .csv")
@@ -198,6 +206,27 @@ def require_below_table(path: str | Path, images: Sequence[Path]) -> None:
             f"{path}: a table names images below its own folder, and these lie in {os.path.commonpath(files)}: write "
             "it there or above"
         )
+    for name in _names_below(target, images):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}: the name {printable(name)[:200]!r} is not UTF-8, as a table is: rename it"
+            ) from None
+        if name != name.strip():
+            raise UserError(f"{path}: {name!r:.200} would be read as {name.strip()!r:.200}: rename it first")
+    for name in classes:
+        if (labels := _split_labels(name)) != (name,) or name.lower() == "nan":
+            read = "a missing value" if labels == (name,) else " and ".join(map(repr, labels))
+            raise UserError(f"{path}: the class {name!r:.200} would be read as {read:.200}: rename it first")
+
+
+def _names_below(target: Path, images: Iterable[Path]) -> list[str]:
+    """The names of files in a table at `target`."""
+    root = str(target.parent.resolve())
+    places = [os.path.abspath(target.parent), root]  # by the links of the path, and without them
+    files = map(os.path.abspath, images)
+    return [os.path.relpath(file, next((place for place in places if is_below(file, [place])), root)) for file in files]
 
 
 def _split(
@@ -264,11 +293,16 @@ def _encode(path: Path, rows: list[_Row], classes: tuple[str, ...], multilabel: 
 def _parse(path: Path, root: Path, number: int, image: str, label: object, split: str) -> _Row:
     where = f"{path}, row {number}"
     relative = _below(root, where, image)
-    parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
-    labels = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    labels = _split_labels(label)
     if any(name.lower() == "nan" for name in labels):
         raise UserError(f"{where}: the label is {label!r:.80}, a missing value; write a class name or remove the row")
     return _Row(number, relative, labels, _parse_split(where, split))
+
+
+def _split_labels(label: object) -> tuple[str, ...]:
+    parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
+    # As class folders: accents are composed, however they are written.
+    return tuple(dict.fromkeys(unicodedata.normalize("NFC", part.strip()) for part in parts if part.strip()))
 
 
 def _below(root: Path, where: str, image: str) -> str:

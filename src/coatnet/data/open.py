@@ -30,6 +30,7 @@ def open_dataset(
     validation_fraction: float = SplitRule.validation_fraction,
     rule: SplitRule | None = None,
     evaluation: bool = False,
+    multilabel: bool = False,
 ) -> Splits:
     """Open the training and validation images of a source.
 
@@ -46,6 +47,7 @@ def open_dataset(
             which ones. Which images these are depends on their names alone, so new images move no old ones.
         rule: as of a recipe, in place of the fraction: also folds, a test split, and what stays together.
         evaluation: nothing is trained on the images, so one class, one image a class or a test split alone are enough.
+        multilabel: images of a manifest may have no label, even if none has several.
 
     Returns:
         Two datasets with the same classes; `print(splits)` summarizes them.
@@ -61,7 +63,7 @@ def open_dataset(
             f"test_fraction must be 0 or more and leave images to learn from beside validation_fraction "
             f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
         )
-    splits = divide(_open(source, rule.validation_fraction, evaluation), rule, evaluation=evaluation)
+    splits = divide(_open(source, rule.validation_fraction, evaluation, multilabel), rule, evaluation=evaluation)
     if str(source) in NAMES and Path(source).exists():
         note = f"{source} is the data set of that name; what lies here is ./{source}"
         splits = replace(splits, notes=(*splits.notes, note))
@@ -71,7 +73,7 @@ def open_dataset(
 
 
 @report_wait("reading what images there are")
-def _open(source: str | Path, validation_fraction: float, evaluation: bool) -> Splits:
+def _open(source: str | Path, validation_fraction: float, evaluation: bool, multilabel: bool) -> Splits:
     if source == "":  # as a path it would be the current folder
         raise UserError(
             f"no data is given: give a folder, a .csv, .tsv or .parquet file, a URL, or one of {', '.join(NAMES)}"
@@ -105,5 +107,5 @@ def _open(source: str | Path, validation_fraction: float, evaluation: bool) -> S
             return open_shard_folder(path, validation_fraction, evaluation=evaluation)
         return open_folder(path, validation_fraction, evaluation=evaluation)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
-        return open_manifest(path, validation_fraction, evaluation=evaluation)
+        return open_manifest(path, validation_fraction, evaluation=evaluation, multilabel=multilabel)
     raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; a single image is no dataset")

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from coatnet.data.channels import TiffValues, map_array, read_pixels, to_levels
 from coatnet.data.datasets import read_image_file
-from coatnet.data.decode import SNIFFED_BYTES, BadImage, Limits, Scale, allowed_pixels, check_tiff, sniff, weight_of
+from coatnet.data.decode import (
+    SNIFFED_BYTES,
+    BadImage,
+    Limits,
+    Scale,
+    allowed_pixels,
+    check_tiff,
+    decode,
+    sniff,
+    weight_of,
+)
 from coatnet.errors import UserError, first_line
 from coatnet.system.files import open_regular
 
@@ -118,7 +128,10 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
             file.seek(0)
             if upright and (values := _tiff_values(file, limits, scale)) is not None:
                 return _Tiff(held.enter_context(values), scale)
-    return _Whole(read_pixels(read_image_file(path, name), name, scale))
+    encoded = read_image_file(path, name)
+    if scale is None and (kind is None or kind.name not in ("NPY", "NPZ")):
+        return _Whole(decode(encoded, name, reduces=False))
+    return _Whole(read_pixels(encoded, name, scale))
 
 
 def _tiff_values(file: object, limits: Limits, scale: Scale | None) -> TiffValues | None:

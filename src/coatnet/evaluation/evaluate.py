@@ -322,7 +322,7 @@ def choose_datasets(
 def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
     """The data, opened unless it is, and divided as it was when the model was made."""
     if isinstance(data, str | Path):
-        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
+        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True, multilabel=bundle.multilabel)
     scale = bundle.preprocessing.scale
     return data.with_scale(scale) if isinstance(data, Splits) else with_scale(data, scale)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from coatnet.errors import one_line
-from coatnet.system.files import atomic_write, translate_write_errors
+from coatnet.system.files import atomic_write, output_path, translate_write_errors
 
 MAX_IMAGE_BYTES = 8_000_000  # chosen: with the text a page stays below 10 MB, which browsers and mail take
 THUMBNAIL_PIXELS = 96  # of the longer side
@@ -73,7 +73,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Non
     if not filled:
         parts.append("<p>Nothing was found.</p>")
     with translate_write_errors(path):
-        atomic_write(path, "\n".join([*parts, "</main></body></html>\n"]))
+        atomic_write(output_path(path), "\n".join([*parts, "</main></body></html>\n"]))
 
 
 def _tile(entry: Entry) -> str:

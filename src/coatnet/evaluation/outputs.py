@@ -3,8 +3,10 @@
 Shapes: B images of a batch, N images, K classes, F features, D width of stem and stages together.
 """
 
+import unicodedata
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,8 +103,9 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
     Raises:
         UserError: a class is unknown to the model, or only the dataset is multi-label.
     """
-    outputs = {name: index for index, name in enumerate(bundle.classes)}
-    unknown = [name for name in dataset.classes if name not in outputs]
+    composed = partial(unicodedata.normalize, "NFC")  # tables of earlier releases kept accents as they were written
+    outputs = {composed(name): index for index, name in enumerate(bundle.classes)}
+    unknown = [name for name in dataset.classes if composed(name) not in outputs]
     if unknown:
         known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
         raise UserError(
@@ -111,12 +114,12 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
         )
     if dataset.multilabel and not bundle.multilabel:
         raise UserError(f"{dataset.name} has several labels per image, the model gives only one")
-    columns = torch.tensor([outputs[name] for name in dataset.classes])
+    columns = torch.tensor([outputs[composed(name)] for name in dataset.classes])
 
     def translate(labels: Tensor) -> Tensor:
         if not bundle.multilabel:
             return columns[labels]
-        translated = torch.zeros(len(labels), len(outputs), dtype=torch.uint8)  # (B, K)
+        translated = torch.zeros(len(labels), len(bundle.classes), dtype=torch.uint8)  # (B, K)
         if not dataset.multilabel:
             return translated.scatter_(1, columns[labels][:, None], 1)
         translated[:, columns] = labels.to(torch.uint8)

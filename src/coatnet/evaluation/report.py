@@ -53,7 +53,7 @@ class Report:
         seconds: duration of the evaluation.
         notes: what a reader of the figures must know.
         reliability: calibration, refusals and sets of classes of a calibrated model; None for others.
-        duplicates: held-out images that stand in the training images too; None where they were not compared.
+        duplicates: held-out images that stand in the training split of the data too; None where they were not compared.
         slices: accuracy by image size, brightness and folder, with intervals that hold at once.
         training: how the model came about: epochs, steps, minutes, images, hardware, software; empty if unknown.
         recipe: the configuration of its training; empty if unknown.
@@ -156,17 +156,17 @@ class Report:
             )
             + (f", {percent['majority']} by always naming the most frequent class." if "majority" in percent else ".")
         ]
-        found = self.duplicates
+        found, learned = self.duplicates, f"an image of the training split of {self.data}"  # which may be other data
         if found is not None and not (found.count or found.near):
             nearly = ", or nearly so" if found.near == 0 else ""
-            lines.append(f"No image of these has the same pixels as a training image{nearly}.")
+            lines.append(f"No image of these has the same pixels as {learned}{nearly}.")
         elif found is not None:
             first, nearly = (found.count, "") if found.count else (found.near or 0, "nearly ")
             same = f"{first:,} of these images {'has' if first == 1 else 'have'} {nearly}the same"
             more = f", {found.near:,} more nearly" if found.count and found.near else ""
             them = "it" if found.count + (found.near or 0) == 1 else "them"
             lines.append(
-                f"{same} pixels as a training image{more}; "
+                f"{same} pixels as {learned}{more}; "
                 + (
                     "no image is left without them."
                     if found.accuracy is None or found.interval is None

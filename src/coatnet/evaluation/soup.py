@@ -134,7 +134,8 @@ def soup(
     notes = _notes(recipes, names, uniform=uniform)
     figure = main_figure(bundles[0].multilabel)
     if isinstance(data, str | Path):
-        data = open_dataset(data, rule=recorded_rule(bundles[0]), evaluation=True)
+        first = bundles[0]
+        data = open_dataset(data, rule=recorded_rule(first), evaluation=True, multilabel=first.multilabel)
 
     training = None if data is None else data.training
 

@@ -97,6 +97,7 @@ class Middleware:
             await send({"type": "http.response.body"})
 
         app = self.app
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # uvicorn leaves the body out
         try:
             if over_limit:
                 raise RequestError("full", over_limit)
@@ -105,7 +106,7 @@ class Middleware:
             self.service.metrics.rejections.labels(error.code).inc()
             app = error_response(error, scope["path"])
         try:
-            await app(scope, listen, answer)
+            await app(asked, listen, answer)
         except asyncio.CancelledError:  # the server ends
             self.service.unanswered += 1
             unread = False

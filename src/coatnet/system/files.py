@@ -148,7 +148,8 @@ def atomic_write(path: str | Path, content: str | bytes, *, errors: str = "stric
 
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give an empty temporary folder to fill, which takes the name `path` if the block succeeds.
+    """Give an empty temporary folder to fill, which takes the name `path` if the block succeeds; of a link, the name
+    that it leads to.
 
     Args:
         replace: a folder that is there already is replaced.
@@ -158,6 +159,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         OSError: from the block, or if the disk refuses; nothing is left then, and an older folder is unchanged.
     """
     target = Path(path).absolute()
+    target = target.resolve() if target.is_symlink() else target
     staged = temporary_path(target)
     try:
         staged.mkdir(parents=True)

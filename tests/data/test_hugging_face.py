@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -239,15 +238,6 @@ def test_labels_that_training_does_not_know_are_named_by_row(images, tmp_path):
     text = datasets.Value("string")
     root = saved(tmp_path, train=table(images[:2], ["a", "b"], text), test=table(images[:2], ["a", "c"], text))
     assert "test, row 1: the label 'c' is none of the 2 classes" in one_line(root)
-
-
-def test_accents_of_a_label_are_the_same_however_they_are_written(images, tmp_path):
-    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-    part = table(images[:3], [composed, decomposed, "dog"], datasets.Value("string"))
-    splits = open_dataset(saved(tmp_path, train=part, test=part))
-    assert splits.classes == (composed, "dog") and splits.training.labels.tolist() == [0, 0, 1]
-    part = table(images[:2], [0, 1], datasets.ClassLabel(names=["dog", decomposed]))
-    assert open_dataset(saved(tmp_path / "named", train=part, test=part)).classes == ("dog", composed)
 
 
 def test_splits_without_a_training_split_are_refused(images, tmp_path):

@@ -173,6 +173,29 @@ def test_best_weights_that_could_not_be_saved_are_tried_again(tmp_path, monkeypa
     assert each.state.best == 0.8 and each.state.evaluations_since_best == 0
 
 
+def test_evaluations_before_full_size_do_not_count_for_patience(tmp_path):
+    resizing = {"initial_scale": 0.5, "delay_fraction": 0.5, "finetune_fraction": 0.5}
+    recipe = replace(BRIEF, data="fashion-mnist-small", resolution=32, patience=2, progressive_resizing=resizing)
+    each = evaluating(tmp_path, recipe, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5)
+    for part, counted in ((0.0, 0), (0.2, 0), (0.4, 0), (0.6, 1), (0.8, 2)):
+        each.state.step = round(part * each.duration.total_steps)
+        each.evaluate(None)
+        assert each.state.evaluations_since_best == counted and each.out_of_patience == (counted == 2)
+
+
+def test_processes_of_unequal_shares_plan_the_same_epochs(tmp_path, monkeypatch):
+    """What one process measures counts for all, or they would wait for each other in different places."""
+    recipe = replace(BRIEF, epochs=50, max_minutes=1)
+    splits, given = open_dataset(recipe.data), []
+    processes = SimpleNamespace(broadcast=lambda value: given.append(value) or value, collective=contextlib.nullcontext)
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: trainer.Pace(1.0, 2.0))
+    config = resolve(recipe, splits)
+    found = trainer.resolve_within_limit(
+        config, recipe, splits, None, processes, SimpleNamespace(say=lambda _: None), time.monotonic()
+    )
+    assert trainer.Pace(1.0, 2.0) in given and config.cache in given and found.ema_decay < config.ema_decay
+
+
 def test_evaluations_on_the_way_take_no_more_images_at_once_than_a_pass(tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(trainer, "infer", lambda *_, batch_size, **__: taken.append(batch_size) or (_ for _ in ()))
@@ -439,6 +462,11 @@ def test_reading_and_a_teacher_count_in_what_fits_into_a_limit(tmp_path, monkeyp
     train(Recipe(data=str(data), epochs=0.5, batch_size=8), tmp_path / "teacher")
     with_teacher = pace(cache="memory", teacher=str(tmp_path / "teacher/bundle"), distillation={"views": "fixed"})
     assert with_teacher.beside > kept.beside + 0.5 * len(splits.training) / cores
+    in_memory = Recipe(data="digits", epochs=3, batch_size=8, model="coatnet-femto-16")
+    train(replace(in_memory, epochs=0.1), tmp_path / "of digits")
+    digits = open_dataset("digits")
+    following = replace(in_memory, teacher=str(tmp_path / "of digits/bundle"), distillation={"views": "fixed"})
+    assert trainer.measure_pace(resolve(following, digits), following, digits, None, SINGLE_PROCESS, 60.0).beside > 0
 
 
 @pytest.mark.slow

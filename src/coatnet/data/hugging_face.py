@@ -2,7 +2,6 @@
 
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -256,17 +255,10 @@ def _classes(source: str, names: Sequence[str] | None, values: list[Any], evalua
     """The index of each class, by name; without given names, the values of the rows are the names."""
     if names is None:
         items = (item for value in values for item in (value if isinstance(value, list) else [value]))
-        names = sorted({_composed(str(item)) for item in items}, key=natural_key)
-    elif len({*map(_composed, names)}) == len(names):  # else they are told apart by nothing else
-        names = list(map(_composed, names))
+        names = sorted({str(item) for item in items}, key=natural_key)
     if len(names) < 2 and not (evaluation and names):
         raise UserError(f"{source}: one class, {', '.join(names)!r}; a classifier needs at least two")
     return {name: number for number, name in enumerate(names)}
-
-
-def _composed(name: str) -> str:
-    """A class name as those of folders: accents are composed."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named: bool) -> NDArray:
@@ -277,7 +269,7 @@ def _encode(where: str, values: list[Any], classes: Mapping[str, int], *, named:
         labels = empty_label_table(f"{where}:", len(values), len(classes))
     for row, value in enumerate(values):
         for item in value if several else [value]:
-            number = item if named else classes.get(_composed(str(item)), -1)
+            number = item if named else classes.get(str(item), -1)
             if not 0 <= number < len(classes):
                 raise UserError(f"{where}, row {row}: the label {item!r} is none of the {len(classes)} classes")
             if several:

@@ -8,7 +8,6 @@ import codecs
 import csv
 import os
 import re
-import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -100,17 +99,20 @@ def open_manifest(
 
     multilabel = any(len(row.labels) > 1 for row in rows) or (multilabel and any(row.labels for row in rows))
     first: dict[str, _Row] = {}
+    contradictions = []
     for row in rows:
         if not row.labels and not multilabel:
             raise UserError(f"{path}, row {row.number}: no label; every image needs one")
         if {*row.labels} != {*(other := first.setdefault(row.path, row)).labels}:
             labels = " and ".join(f"{';'.join(each.labels)!r:.80}" for each in (other, row))
-            raise UserError(
-                f"{path}, rows {other.number} and {row.number}: {row.path!r:.200} is {labels}; write all labels of an "
-                "image into one row, with ; between them"
-            )
+            contradictions.append(f"rows {other.number} and {row.number}: {row.path!r:.200} is {labels}")
     every = rows
     rows, held_out, notes = _split(path, rows, validation_fraction, multilabel, evaluation)
+    if contradictions:
+        notes.append(
+            f"{counted(len(contradictions), 'row')} with other labels of an image than a row before, such as "
+            f"{contradictions[0]}; all labels of an image belong into one row, with ; between them"
+        )
     classes = tuple(sorted({label for row in rows for label in row.labels}, key=natural_key))
     if len(classes) < 2 and not evaluation:
         raise UserError(f"{path}: one class, {classes[0]!r:.80}; a classifier needs at least two")
@@ -301,8 +303,7 @@ def _parse(path: Path, root: Path, number: int, image: str, label: object, split
 
 def _split_labels(label: object) -> tuple[str, ...]:
     parts = [str(part) for part in label] if isinstance(label, list) else _SEPARATORS.split(str(label))
-    # As class folders: accents are composed, however they are written.
-    return tuple(dict.fromkeys(unicodedata.normalize("NFC", part.strip()) for part in parts if part.strip()))
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
 def _below(root: Path, where: str, image: str) -> str:

@@ -171,7 +171,8 @@ def memory_of(trainer: Trainer) -> int:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     kept = trainer.images.training
     if trainer.config.cache == "memory" and isinstance(kept, CachedDataset) and (num_kept := kept.kept.sum()):
-        memory += kept.num_bytes // int(num_kept) * (len(kept) - int(num_kept))
+        others = len(kept) - int(num_kept) + len(trainer.splits.validation)  # of which none was kept to try some steps
+        memory += kept.num_bytes // int(num_kept) * others
     return memory
 
 

@@ -337,9 +337,8 @@ class Trainer:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought nothing better, with images of full size."""
-        full_size = self.next_size() == tuple(self.config.preprocessing.size)
-        return 0 < self.config.patience <= self.state.evaluations_since_best and full_size
+        """Whether the last `patience` evaluations brought nothing better."""
+        return 0 < self.config.patience <= self.state.evaluations_since_best
 
     # One step
 
@@ -479,7 +478,8 @@ class Trainer:
         improved, best_before = score > state.best, state.best
         state.seconds += seconds
         state.best = max(score, state.best)
-        state.evaluations_since_best = 0 if improved else state.evaluations_since_best + 1
+        grows = self.next_size() != tuple(self.config.preprocessing.size)  # the network has not seen full size yet
+        state.evaluations_since_best = 0 if improved or grows else state.evaluations_since_best + 1
         state.measured = state.step
         self.duration.add_evaluation(state.seconds, seconds)
         self.share_bad_images()
@@ -900,8 +900,9 @@ def resolve_within_limit(
     """
     if not config.max_minutes:
         return config
+    config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
     with deterministic_on_cpu(config.device):
-        pace = measure_pace(config, recipe, splits, init, processes, 60 * config.max_minutes)
+        pace = processes.broadcast(measure_pace(config, recipe, splits, init, processes, 60 * config.max_minutes))
     beside = processes.broadcast(time.monotonic() - started) + pace.beside
     left = max(pace.step, FRACTION_FOR_STEPS * 60 * config.max_minutes - beside)
     steps = left / (pace.step * config.progressive_resizing.cost_after(0.0))
@@ -963,13 +964,16 @@ def measure_pace(
                 batch = next(batches)
             while len(durations) < 2 or (len(durations) < MAX_MEASURED_STEPS and sum(durations) < limit):
                 started = time.monotonic()
-                trainer.step(*batch)
+                try:
+                    trainer.step(*batch)
+                except NotFinite as error:
+                    raise processes.error_on_main(error) from None
                 durations.append(processes.broadcast(time.monotonic() - started))
-        step, beside = median(durations[1:]), 0.0
-        if splits.training.in_memory:
-            return Pace(step, beside)
-        reading = processes.broadcast(seconds_to_read(splits.training, EvaluationTransform(config.preprocessing)))
+        step, beside, reading = median(durations[1:]), 0.0, 0.0
         cores = max(1, num_cores() // processes.local_world_size)
+        if not splits.training.in_memory:
+            with processes.collective():
+                reading = seconds_to_read(splits.training, EvaluationTransform(config.preprocessing))
         if config.cache == "none":
             loading = reading * len(trainer.share.positions)
             step = max(step, loading / workers) if workers else step + loading / cores
@@ -981,7 +985,7 @@ def measure_pace(
             with trainer.autocast():
                 trainer.teacher(batch[0].to(trainer.device), config.micro_batch_size)
             answering = (time.monotonic() - started) / len(batch[0]) + reading / cores
-            beside += processes.broadcast(answering) * len(splits.training) / processes.world_size
+            beside += answering * len(splits.training) / processes.world_size
         return Pace(step, beside)
     finally:
         torch.set_num_threads(threads_before)

@@ -75,14 +75,6 @@ def test_class_names_and_json_labels(root):
     assert splits.training.labels.tolist() == [0, 1, 0, 2]
 
 
-def test_accents_of_a_label_are_the_same_however_they_are_written(root):
-    labels = [("0.png", image(0)), ("0.cls", "caf\u00e9".encode()), ("1.png", image(1)), ("1.cls", b"cafe\xcc\x81")]
-    write_tar(root / "train/0.tar", [*labels, ("2.png", image(2)), ("2.cls", b"dog")])
-    write_tar(root / "val/0.tar", labels)
-    splits = open_dataset(root)
-    assert splits.classes == ("caf\u00e9", "dog") and splits.training.labels.tolist() == [0, 0, 1]
-
-
 def test_lists_of_labels_make_several_labels(root):
     lists = [["a", "c"], [], ["b"]]
     members = []

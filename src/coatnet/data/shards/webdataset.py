@@ -9,7 +9,6 @@ file name, the key, are one sample; the rest of the name says what a member is.
 
 import re
 import tarfile
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
@@ -363,7 +362,7 @@ def _one(value: object, where: str) -> int | str:
     if isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) < 20:
         value = int(value)
     if isinstance(value, str) and value:
-        return unicodedata.normalize("NFC", value)  # as class folders: accents are composed
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER:
         return value
     raise UserError(f"{where}: the label is {short(value)}; it must be a class index or a class name")

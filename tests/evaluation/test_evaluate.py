@@ -18,6 +18,7 @@ from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import evaluate, recorded_rule
 from coatnet.evaluation.features import extract_features
+from coatnet.evaluation.outputs import label_translation
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.model.network import create_model
 
@@ -231,3 +232,9 @@ def test_what_is_too_little_to_train_on_is_measured(counts: dict[str, int], bund
         return
     with pytest.raises(UserError, match="the training split holds no images; --split all"):
         evaluate(bundle, tmp_path, split="training")
+
+
+def test_two_spellings_of_an_accent_stay_two_classes_of_a_model_that_has_both() -> None:
+    names = tuple(unicodedata.normalize(form, "caf\u00e9") for form in ("NFD", "NFC"))
+    translate = label_translation(dataset_of(classes=names), bundle_of(names))
+    assert translate(torch.tensor([0, 1, 0])).tolist() == [0, 1, 0]

@@ -103,10 +103,11 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
     Raises:
         UserError: a class is unknown to the model, or only the dataset is multi-label.
     """
-    composed = partial(unicodedata.normalize, "NFC")  # tables of earlier releases kept accents as they were written
-    outputs = {composed(name): index for index, name in enumerate(bundle.classes)}
-    unknown = [name for name in dataset.classes if composed(name) not in outputs]
-    if unknown:
+    composed = partial(unicodedata.normalize, "NFC")  # tables keep accents as they are written, folders compose them
+    numbers = {name: index for index, name in enumerate(bundle.classes)}
+    outputs = {composed(name): index for name, index in numbers.items()} | numbers  # the name as it is goes first
+    found = [outputs.get(name, outputs.get(composed(name))) for name in dataset.classes]
+    if unknown := [name for name, index in zip(dataset.classes, found, strict=True) if index is None]:
         known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
         raise UserError(
             f"{dataset.name}: {len(unknown)} of {len(dataset.classes)} classes are unknown to the model, "
@@ -114,7 +115,7 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
         )
     if dataset.multilabel and not bundle.multilabel:
         raise UserError(f"{dataset.name} has several labels per image, the model gives only one")
-    columns = torch.tensor([outputs[composed(name)] for name in dataset.classes])
+    columns = torch.tensor(found)
 
     def translate(labels: Tensor) -> Tensor:
         if not bundle.multilabel:

@@ -127,14 +127,9 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
             decoded = min(len(splits.training), num_steps * config.batch_size)
             beforehand += (time.monotonic() - started) * images / decoded
         counted_steps, last_images = time_steps(trainer)
-        if trainer.teacher is not None and config.distillation.views == "fixed":
-            before = time.monotonic()
-            with trainer.autocast():
-                trainer.teacher(last_images.to(trainer.device), config.micro_batch_size)
-            answering = (time.monotonic() - before) / config.batch_size
-            if not splits.training.in_memory:
-                answering += seconds_to_read(splits.training) / num_cores()
-            beforehand += answering * len(splits.training)
+        if trainer.teacher is not None:
+            reading = 0.0 if splits.training.in_memory else seconds_to_read(splits.training) / num_cores()
+            beforehand += trainer.answering_seconds(last_images, reading) * len(splits.training)
         memory = memory_of(trainer)
         learning_rates = None
         if lr_range:

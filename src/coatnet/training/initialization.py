@@ -36,10 +36,8 @@ def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tup
     """
     if not is_auto(recipe.init):
         return recipe, load(recipe.init).uncalibrated() if recipe.init else None
-    given = "model" if recipe.model not in (None, AUTO, find_recipe(recipe.name).recipe.model) else ""
-    given = given or ("variations" if recipe.variations else "")
-    if given:
-        raise UserError(f"init auto chooses the network, and {given} is given as well: leave one of them out")
+    if given := _given_network(recipe):
+        raise UserError(f"init auto chooses the network, and {given[0]} is given as well: leave one of them out")
     instead = "give init a bundle or folder of this machine, or leave init out"
     init, bundle = load_pretrained(splits, recipe.device or "auto", say, instead=instead)
     return replace(recipe, init=init), bundle
@@ -48,14 +46,17 @@ def load_init(recipe: Recipe, splits: Splits, say: Callable[[str], None]) -> tup
 def suggest_init(recipe: Recipe, splits: Splits) -> str:
     """A line about what `init: auto` would take; empty where it is no better start, or the recipe is the paper's."""
     is_few = len(splits.training) <= FEW_IMAGES
-    named = find_recipe(recipe.name)
-    if recipe.init or named.data is not None or not is_few or is_small(splits):
+    if recipe.init or find_recipe(recipe.name).data is not None or not is_few or is_small(splits):
         return ""
-    given = [name for name in ("model", "variations") if getattr(recipe, name) not in (None, {}, AUTO)]
-    if recipe.model == named.recipe.model and "model" in given:
-        given.remove("model")
+    given = _given_network(recipe)
     without = f" (without {' and '.join(given)})" if given else ""
     return f"{suggest_pretrained(splits, recipe.device or 'auto')}{without}"
+
+
+def _given_network(recipe: Recipe) -> list[str]:
+    """The fields by which a recipe asks for a network, beside which `init: auto` is refused."""
+    model = recipe.model not in (None, AUTO, find_recipe(recipe.name).recipe.model)
+    return ["model"] * model + ["variations"] * bool(recipe.variations)
 
 
 def build_model(config: TrainingConfig, dataset: Dataset, init: Bundle | None) -> CoAtNet:

@@ -324,6 +324,16 @@ class Trainer:
                 raise
             self.progress.say(f"warning: the teacher's answers cannot be kept ({error}); a resumed run asks again")
 
+    def answering_seconds(self, images: Tensor, reading_seconds: float) -> float:
+        """Seconds for the teacher's answer to an image for fixed views, found with images (B, C, R, R), each of which
+        takes `reading_seconds` to read; 0 without."""
+        if self.teacher is None or self.config.distillation.views == "same":
+            return 0.0
+        started = time.monotonic()
+        with self.autocast():
+            self.teacher(images.to(self.device), self.config.micro_batch_size)
+        return (time.monotonic() - started) / len(images) + reading_seconds
+
     @property
     def epoch(self) -> float:
         """Passes over the training images so far."""
@@ -980,12 +990,7 @@ def measure_pace(
         else:
             num_kept, num_read_again = len(splits.training) + len(splits.validation), trainer.duration.num_final_images
             beside += reading * (num_kept / num_cores() + num_read_again)
-        if trainer.teacher is not None and config.distillation.views == "fixed":
-            started = time.monotonic()
-            with trainer.autocast():
-                trainer.teacher(batch[0].to(trainer.device), config.micro_batch_size)
-            answering = (time.monotonic() - started) / len(batch[0]) + reading / cores
-            beside += answering * len(splits.training) / processes.world_size
+        beside += trainer.answering_seconds(batch[0], reading / cores) * len(splits.training) / processes.world_size
         return Pace(step, beside)
     finally:
         torch.set_num_threads(threads_before)

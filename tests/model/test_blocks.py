@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coatnet.model.attention import RelativeAttention
-from coatnet.model.layers import DepthwiseConv2d, StridedDepthwise, fold_batch_norm
+from coatnet.model.layers import GELU, DepthwiseConv2d, StridedDepthwise, fold_batch_norm
 from coatnet.model.mbconv import MBConv
 from coatnet.model.relative_bias import RelativeBias
-from coatnet.model.transformer import Transformer
+from coatnet.model.transformer import FeedForward, Transformer
 
 
 def strong(module):
@@ -88,6 +89,52 @@ def test_autocast_trains_a_strided_depthwise_convolution_without_the_slow_kernel
     for gradient, target in zip(gradients, expected, strict=True):
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, target, rtol=0.05, atol=0.05)
+
+
+class ContiguousGELUs(TorchDispatchMode):
+    """Records of each GELU, forward and backward, whether all that it reads is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.gelu.default, torch.ops.aten.gelu_backward.default):
+            maps = [value for value in args if isinstance(value, torch.Tensor)]
+            self.calls.append((func.__name__, all(value.is_contiguous() for value in maps)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        MBConv(8, 8, 1, downsample="expand", norm="batch", stochastic_depth=0.0),
+        MBConv(8, 12, 2, downsample="depthwise", norm="layer", stochastic_depth=0.0),
+        FeedForward(8),
+    ],
+)
+def test_gelu_reads_channels_last_maps_as_contiguous_so_that_torch_computes_it_by_its_fast_kernel(block):
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    block = block.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16), ContiguousGELUs() as found:
+        output = block(x)
+        output.float().square().sum().backward()
+    assert found.calls
+    assert all(contiguous for _, contiguous in found.calls), found.calls
+    assert {name for name, _ in found.calls} == {"gelu.default", "gelu_backward.default"}
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_gelu_is_that_of_torch_in_every_memory_format_and_no_more_in_a_graph(memory_format):
+    x = torch.linspace(-6, 6, 2 * 3 * 4 * 5).view(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+    output = GELU()(x)
+    assert output.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(output, F.gelu(x.double()).float(), rtol=1e-5, atol=2e-6)
+    gradients = [torch.autograd.grad(each.sum(), x)[0] for each in (output, F.gelu(x))]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=2e-6)
+    graph = torch.export.export(GELU(), (x.detach(),)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.gelu.default]
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -94,6 +94,22 @@ class StridedDepthwise(torch.autograd.Function):
         return of_input, of_weight, None, None
 
 
+class GELU(nn.GELU):
+    """The exact GELU, x * Phi(x), of a feature map: `(B, C, H, W) -> (B, C, H, W)`.
+
+    torch computes it by oneDNN, faster than by itself, if its input is contiguous. A channels-last map is not, but its
+    view `(B, H, W, C)` is: for (16, 384, 56, 56) in bf16 on two cores, 4.6 instead of 8.6 ms forward and 8.2 instead of
+    12.7 ms backward.
+    """
+
+    # chosen: not the tanh approximation of the authors, which is slower on CPUs (19 ms forward and backward each).
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class MapLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each cell: before attention and FFN, and in MBConv for Table 8.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coatnet.model.inference_cache import InferenceCache
 from coatnet.model.layers import (
+    GELU,
     DepthwiseConv2d,
     MapLayerNorm,
     Shortcut,
@@ -31,8 +32,7 @@ class ConvNormGELU(nn.Sequential):
     """
 
     def __init__(self, convolution: nn.Conv2d, *, norm: str) -> None:
-        # chosen: the exact GELU, faster on CPUs than the tanh approximation (24 ms against 29 ms for 19 M bf16 values).
-        super().__init__(convolution, NORMS[norm](convolution.out_channels), nn.GELU())
+        super().__init__(convolution, NORMS[norm](convolution.out_channels), GELU())
         self._folded: InferenceCache[tuple[Tensor, Tensor]] = InferenceCache()
 
     def train(self, mode: bool = True) -> Self:

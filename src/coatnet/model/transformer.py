@@ -5,7 +5,7 @@ Shapes: B batch, C width, H W feature map.
 
 from torch import Tensor, nn
 
-from coatnet.model.layers import MapLayerNorm, Pool, Shortcut, StochasticDepth
+from coatnet.model.layers import GELU, MapLayerNorm, Pool, Shortcut, StochasticDepth
 
 EXPANSION = 4  # paper: "expansion always 4"
 
@@ -15,7 +15,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         hidden = EXPANSION * width
-        super().__init__(nn.Conv2d(width, hidden, kernel_size=1), nn.GELU(), nn.Conv2d(hidden, width, kernel_size=1))
+        super().__init__(nn.Conv2d(width, hidden, kernel_size=1), GELU(), nn.Conv2d(hidden, width, kernel_size=1))
 
 
 class Transformer(nn.Module):

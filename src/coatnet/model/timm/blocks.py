@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from coatnet.model.attention import RelativeAttention
 from coatnet.model.config import Stage
-from coatnet.model.layers import DepthwiseConv2d, Head, MapLayerNorm, StochasticDepth, build_classifier, mean_over_cells
+from coatnet.model.layers import (
+    GELU,
+    DepthwiseConv2d,
+    Head,
+    MapLayerNorm,
+    StochasticDepth,
+    build_classifier,
+    mean_over_cells,
+)
 from coatnet.model.mbconv import EXPANSION, SqueezeExcite
 from coatnet.model.relative_bias import GlobalRelativeBias, RelativeBias
 from coatnet.model.timm.config import TimmVariant
@@ -22,7 +30,7 @@ EPSILON = 1e-6  # of LayerNorm, and of BatchNorm in its place
 CONVNEXT_SCALE = 1e-5
 LOG_BIAS_DROPOUT = 0.125  # of the hidden units, in training
 
-ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
+ACTIVATIONS = {"gelu": GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 POOLS = {
     # Rounded up for odd sizes, like the paper's Pool; for even sizes equal to timm's.
     "average": partial(nn.AvgPool2d, kernel_size=2, stride=2, ceil_mode=True),

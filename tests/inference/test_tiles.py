@@ -29,6 +29,7 @@ def predictor_for(seen: Preprocessing) -> Predictor:
 
 RGB = Preprocessing(resolution=16, crop_fraction=1.0)
 DEEP = Preprocessing(resolution=16, mean=(0.5,) * 5, std=(0.3,) * 5, value_range=(0, 4095), crop_fraction=1.0)
+SCALED = Preprocessing(resolution=16, mean=(0.5,) * 3, std=(0.3,) * 3, value_range=(0, 255), crop_fraction=1.0)
 VALUES = RANDOM.integers(0, 4096, (70, 90, 5)).astype(np.uint16)
 
 
@@ -122,6 +123,8 @@ def test_tiles_are_of_the_pixels_of_the_file_however_large_it_is(
     np.testing.assert_array_equal(others[0].probabilities, expected.probabilities)
     (whole,) = predictor([tmp_path / "a.png"])  # which is halved
     assert whole.error is None
+    for kind in ("jpg", "webp"):
+        assert classify_tiles(predictor_for(SCALED), tmp_path / f"a.{kind}").size == (40, 60)
 
 
 def test_tiles_of_a_batch_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,16 +56,22 @@ _DEEP_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # what may hold more than 8-
 _PNG_COLOR_OF_16_BITS = (2, 4, 6)  # with more than one channel: Pillow drops their lower 8 bits
 
 
-def read_pixels(data: bytes, name: str, scale: Scale | None = None) -> Tensor:
+def read_pixels(data: bytes, name: str, scale: Scale | None = None, *, reduces: bool = True) -> Tensor:
     """The pixels of an image file: uint8 RGB (3, H, W) by the rules of `decode`; with a scale, levels (C, H, W).
+
+    Args:
+        data: the bytes of the file.
+        name: of the image, for errors.
+        scale: of a model of other images than 8-bit RGB.
+        reduces: as for `decode`.
 
     Raises:
         BadImage: as `decode` does, or the image has another number of channels than the scale.
     """
     if scale is not None:
-        return to_levels(read_values(data, name, scale.channels), name, scale)
+        return to_levels(read_values(data, name, scale.channels, reduces=reduces), name, scale)
     if format_of(data, name).name not in ("NPY", "NPZ"):
-        return decode(data, name)
+        return decode(data, name, reduces=reduces)
     values = read_values(data, name)
     if values.dtype != np.uint8 or values.shape[-1] not in (1, 3):
         raise BadImage(
@@ -83,7 +89,9 @@ def to_levels(values: NDArray, name: str, scale: Scale) -> Tensor:
     return scale.levels(values)
 
 
-def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixels: int | None = None) -> NDArray:
+def read_values(
+    data: bytes, name: str, channels: int | None = None, *, max_pixels: int | None = None, reduces: bool = True
+) -> NDArray:
     """The values of an image file as it holds them, upright: (H, W, C) of whole numbers or floats.
 
     Args:
@@ -92,6 +100,7 @@ def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixe
         channels: that are wanted, which decides what an array of three axes means, and how many pages of a TIFF are
             channels; by default the shortest outer axis, and one page.
         max_pixels: as for `decode`; of more than three channels or deeper values as many fewer as they take memory.
+        reduces: as for `decode`, of the formats that hold 8-bit RGB alone.
 
     Raises:
         BadImage: as `decode` does, or there are more than 16 channels.
@@ -111,7 +120,7 @@ def read_values(data: bytes, name: str, channels: int | None = None, *, max_pixe
         elif kind.name in ("PNG", "TIFF", "PPM", "BMP"):
             values = _read_with_pillow(data, kind, limits)
         else:  # 8 bits always
-            values = decode(data, name, max_pixels=limits.max_pixels).permute(1, 2, 0).numpy()
+            values = decode(data, name, max_pixels=limits.max_pixels, reduces=reduces).permute(1, 2, 0).numpy()
             values = values[..., :1] if channels == 1 and _is_gray(values) else values
     except BadImage:
         raise

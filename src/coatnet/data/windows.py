@@ -20,7 +20,6 @@ from coatnet.data.decode import (
     Scale,
     allowed_pixels,
     check_tiff,
-    decode,
     sniff,
     weight_of,
 )
@@ -128,10 +127,7 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
             file.seek(0)
             if upright and (values := _tiff_values(file, limits, scale)) is not None:
                 return _Tiff(held.enter_context(values), scale)
-    encoded = read_image_file(path, name)
-    if scale is None and (kind is None or kind.name not in ("NPY", "NPZ")):
-        return _Whole(decode(encoded, name, reduces=False))
-    return _Whole(read_pixels(encoded, name, scale))
+    return _Whole(read_pixels(read_image_file(path, name), name, scale, reduces=False))
 
 
 def _tiff_values(file: object, limits: Limits, scale: Scale | None) -> TiffValues | None:

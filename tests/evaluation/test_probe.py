@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from tests.training.trainers import trainer_for
 
@@ -17,11 +20,13 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import evaluate
+from coatnet.evaluation.evaluate import evaluate, open_recorded
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import Metrics, wilson_interval
 from coatnet.evaluation.probe import L2_STRENGTHS, TEMPERATURE, _hold_out, fit_linear, fit_logistic, knn_scores, probe
 from coatnet.model.network import create_model
+from coatnet.training.config import Recipe
+from coatnet.training.defaults import open_splits
 from coatnet.training.recipes import named_recipe
 
 
@@ -327,6 +332,30 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     card = (tmp_path / "out" / "bundle" / "README.md").read_text()
     assert f"the network is that of {start.model.variant.name.replace('_', chr(92) + '_')}, unchanged" in card
     assert f"coatnet predict {tmp_path / 'out'} IMAGE" in report.to_text()
+
+
+def test_copies_are_on_one_side_as_in_a_training_that_starts_from_the_probe(bundle, one_strength, tmp_path) -> None:
+    generator, data = np.random.default_rng(0), tmp_path / "images"
+    for label in ("ant", "bee"):
+        (data / label).mkdir(parents=True)
+        for number in range(20):
+            Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(data / label / f"{number}.png")
+    held_out = names_of(open_dataset(data).validation)
+    for name in held_out:
+        shutil.copy(data / name, data / Path(name).with_name("copy-of-" + Path(name).name))
+    parted = open_dataset(data)
+    copies = [{name, str(Path(name).with_name("copy-of-" + Path(name).name))} for name in held_out]
+    assert any(0 < len(pair & names_of(parted.validation)) < 2 for pair in copies)
+
+    probe(bundle, data, k=1, out=tmp_path / "probe")
+    found = load(tmp_path / "probe")
+    _, trained = open_splits(Recipe(data=str(data)), print)
+    assert names_of(trained.validation) == names_of(open_recorded(data, found).validation)
+    assert all(len(pair & names_of(trained.validation)) in (0, 2) for pair in copies)
+
+
+def names_of(dataset) -> set[str]:
+    return {dataset.describe(index) for index in range(len(dataset))}
 
 
 @pytest.mark.slow

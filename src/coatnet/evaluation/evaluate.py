@@ -2,11 +2,11 @@
 
 import heapq
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -329,10 +329,19 @@ def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Datase
 
 def recorded_rule(bundle: Bundle) -> SplitRule:
     """How images were held out when the model was made; a tenth by their names if its record does not say."""
-    recorded = (bundle.record.get(name) or {} for name in ("recipe", "probe"))
-    rule = SplitRule.of(next((each for each in recorded if "validation_fraction" in each), {}))
+    rule = SplitRule.of(_recorded_values(bundle) or {})
     # 0 is for images without a rule, such as those of `CoAtNetClassifier.fit`.
     return rule if rule.validation_fraction else replace(rule, validation_fraction=SplitRule.validation_fraction)
+
+
+def has_recorded_rule(bundle: Bundle) -> bool:
+    """Whether the record of a model says how images were held out."""
+    return _recorded_values(bundle) is not None
+
+
+def _recorded_values(bundle: Bundle) -> Mapping[str, Any] | None:
+    recorded = (bundle.record.get(name) or {} for name in ("recipe", "probe"))
+    return next((each for each in recorded if "validation_fraction" in each), None)
 
 
 def _answers(metrics: Metrics, fitted: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:

@@ -122,7 +122,7 @@ def check_labels(
     """
     if splits.multilabel:
         raise UserError(f"{splits.name}: images have several labels; labels are checked where each image has one")
-    source, bundle, splits = open_for_probe(bundle, splits, device)
+    source, bundle, splits, _ = open_for_probe(bundle, splits, device)
     parts = []
     for split in ("training", "validation"):
         if len(getattr(splits, split)):

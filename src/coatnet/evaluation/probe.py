@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.config import readable_json
 from coatnet.bundle.timm.selection import is_auto, load_pretrained
+from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import NAMES, open_dataset
-from coatnet.data.splits import Splits, choose_validation
+from coatnet.data.splits import SplitRule, Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, choose_datasets, load_model, recorded_rule
+from coatnet.evaluation.evaluate import Measured, has_recorded_rule, load_model, open_recorded, recorded_rule
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics, main_figure
 from coatnet.evaluation.report_markdown import write_report
@@ -136,15 +138,15 @@ def probe(
             training images, k is not in 1..N, or `out` exists, lies among the images or cannot be written.
     """
     if out is None:
-        _, bundle, splits = open_for_probe(bundle, data, device)
-        return _measure(bundle, splits, k, batch_size, num_workers)[0]
+        opened = open_for_probe(bundle, data, device)
+        return _measure(opened.bundle, opened.splits, k, batch_size, num_workers)[0]
     target = output_path(out)
     if target.exists():
         raise UserError(f"{out} exists already: give a new folder for the model and its report")
     if isinstance(data, str | Path) and str(data) not in NAMES:
         require_outside(target, str(user_path(data).absolute()))
     with translate_write_errors(out), atomic_folder(target) as staged:
-        source, bundle, splits = open_for_probe(bundle, data, device)
+        source, bundle, splits, rule = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         with ProgressBar("evaluating") as bar:
             fitted = linear.replace_classifier(bundle, splits)
@@ -156,7 +158,7 @@ def probe(
             "data": splits.name,
             "num_training": found.num_training,
             "l2": found.l2,
-            **{name: value for name, value in asdict(recorded_rule(bundle)).items() if value},
+            **{name: value for name, value in asdict(rule).items() if value},
         }
         replace(fitted, record={"probe": about, "report": report.to_dict()}).save(staged / "bundle")
         write_report(report, staged)
@@ -165,20 +167,38 @@ def probe(
     )
 
 
-def open_for_probe(
-    bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None
-) -> tuple[str, Bundle, Splits]:
-    """What is given, opened: where the model is from (`auto` is chosen), the model on its device, the images."""
+class Opened(NamedTuple):
+    """What a probe is given, opened: where the model is from, the model on its device, the images, their division."""
+
+    source: str
+    bundle: Bundle
+    splits: Splits
+    rule: SplitRule
+
+
+def open_for_probe(bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None) -> Opened:
+    """Open a model (`auto` is chosen) and images, divided as for its training if that is known.
+
+    Otherwise they are divided as a new training does, which may start from the probe: with copies on one side.
+    """
     source = bundle.model.variant.name if isinstance(bundle, Bundle) else str(bundle)
+    is_divided = isinstance(data, Splits)
     if is_auto(bundle):
         data = data if isinstance(data, Splits) else open_dataset(data, evaluation=True)
         device = device or "auto"
-        source, bundle = load_pretrained(data, device, lambda line: echo(f"coatnet: {line}", error=True))
+        source, bundle = load_pretrained(data, device, _say)
     bundle = load_model(bundle, device)
-    name, datasets, _ = choose_datasets(data, "all", bundle)
-    if len(datasets) != 2:
-        raise UserError(f"{name} is one dataset; a probe is fitted on one split and measured on another")
-    return place_name(source), bundle, Splits(name, datasets[0], datasets[1])
+    opened, rule = open_recorded(data, bundle), recorded_rule(bundle)
+    if not isinstance(opened, Splits):
+        raise UserError(f"{opened.name} is one dataset; a probe is fitted on one split and measured on another")
+    if not is_divided and not has_recorded_rule(bundle):
+        opened, groups = keep_copies_together(opened, rule, _say)
+        rule = replace(rule, kept_together=[list(group) for group in groups])
+    return Opened(place_name(source), bundle, opened, rule)
+
+
+def _say(line: str) -> None:
+    echo(f"coatnet: {line}", error=True)
 
 
 def _measure(

@@ -120,6 +120,14 @@ def first_line(message: object) -> str:
     return (str(message).strip() or type(message).__name__).splitlines()[0].rstrip(".")
 
 
+def reason_of(error: BaseException) -> str:
+    """The message of an exception in a line of at most 200 characters; the name of its class if it is empty.
+
+    Credentials of URLs are cut out, before the line is shortened.
+    """
+    return one_line(" ".join(without_credentials(str(error)).split()))[:200] or type(error).__name__
+
+
 def one_line(text: str) -> str:
     r"""The text with control characters escaped as \n, \x1b and the like, since they break lines and move cursors."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -145,8 +145,7 @@ class Config:
         except UserError as error:
             raise UserError(f"{self.path}: model_args: {error}") from None
         except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.path}: model_args describe no network: {reason}") from None
+            raise UserError(f"{self.path}: model_args describe no network: {first_line(error)}") from None
 
 
 def require_memory(model: CoAtNet, preprocessing: Preprocessing, where: object) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.splits import Splits, choose_validation
-from coatnet.errors import UserError
+from coatnet.errors import UserError, reason_of
 from coatnet.system.cache import cache_folder, cached_folder
 from coatnet.system.files import open_regular, read_regular
 
@@ -206,7 +206,7 @@ def _download_fashion_mnist(folder: Path) -> None:
     except Exception as error:
         raise UserError(
             "fashion-mnist is not on this machine and the download failed "
-            f"({' '.join(str(error).split())[:120]}): `apt-get install dataset-fashion-mnist`, set "
+            f"({reason_of(error)}): `apt-get install dataset-fashion-mnist`, set "
             "COATNET_DATA_DIR to a folder that holds fashion-mnist/ with the four IDX files, or use "
             "fashion-mnist-small"
         ) from error

@@ -39,7 +39,7 @@ from coatnet.data.image_headers import (
     read_npy_header,
     read_webp,
 )
-from coatnet.errors import UserError, one_line
+from coatnet.errors import UserError, reason_of
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -245,7 +245,7 @@ def pixels_of(image: Image.Image, name: str) -> Tensor:
         except BadImage:
             raise
         except Exception as error:
-            raise BadImage(name, f"corrupt: {_message(error)}") from error
+            raise BadImage(name, f"corrupt: {reason_of(error)}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
 
@@ -272,7 +272,7 @@ def jpeg_warning(data: object) -> str:
         try:
             simplejpeg.decode_jpeg(data)
         except ValueError as error:
-            return _message(error)
+            return reason_of(error)
     return ""
 
 
@@ -423,7 +423,7 @@ def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> Pixels:
             raise BadImage(limits.name, f"large: no memory for {image.width} x {image.height} pixels") from error
         except Exception as error:  # parsers of untrusted bytes raise almost anything
             code = "truncated" if "truncated" in str(error) else "corrupt"
-            raise BadImage(limits.name, f"{code}: {_message(error)}") from error
+            raise BadImage(limits.name, f"{code}: {reason_of(error)}") from error
 
 
 def open_with_pillow(data: bytes, kind: ImageFormat, name: str) -> Image.Image:
@@ -560,7 +560,3 @@ def _on_canvas(webp: Webp, frame: Pixels, limits: Limits) -> Pixels:
     page[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
     factor = limits.reduction(width, height)
     return page if factor == 1 else np.array(Image.fromarray(page).reduce(factor))
-
-
-def _message(error: Exception) -> str:
-    return one_line(" ".join(str(error).split())) or type(error).__name__

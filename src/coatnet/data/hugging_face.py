@@ -22,7 +22,7 @@ from coatnet.data.datasets import (
 from coatnet.data.decode import BadImage
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation, keep_rare_labels
-from coatnet.errors import UserError, import_extra, without_credentials
+from coatnet.errors import UserError, import_extra, reason_of
 from coatnet.system.credentials import token_of
 
 SCHEME = "hf://"
@@ -205,8 +205,7 @@ def _load(name: str, token: str | None = None) -> Mapping[str, Any]:
             path, _, configuration = name.partition(":") if not Path(name).exists() else (name, "", "")
             loaded = datasets.load_dataset(path, configuration or None, token=token)
     except Exception as error:  # errors of files, parsers and the network come through as they are
-        reason = " ".join(without_credentials(str(error)).split())[:200]
-        raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{SCHEME}{name} cannot be opened ({type(error).__name__}: {reason_of(error)})") from error
     return {str(split): each for split, each in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
 
 

@@ -42,7 +42,7 @@ from coatnet.data.transforms import (
     TrainingTransform,
     as_images,
 )
-from coatnet.errors import UserError
+from coatnet.errors import UserError, first_line
 from coatnet.system.hardware import num_cores
 from coatnet.system.parents import end_with_parent
 from coatnet.system.terminal import warn
@@ -570,7 +570,7 @@ def _from_workers(
     except (RuntimeError, OSError, EOFError) as error:  # which one depends on what the worker did when it was killed
         if str(error).startswith("Caught "):  # raised in a worker that is alive
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         name = batches.dataset.describe(batches.first_index(numbers[min(num_received, len(numbers) - 1)]))
         if "timed out" in reason:
             raise UserError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from coatnet.data.datasets import TRUSTED_ROOTS, FileDataset, empty_label_table, is_below, printable, trusted_roots
 from coatnet.data.folder import TEST_NAMES, TRAINING_NAMES, VALIDATION_NAMES, natural_key
 from coatnet.data.splits import NONE_TO_HOLD_OUT, Splits, choose_validation
-from coatnet.errors import UserError, counted, import_extra, one_line, shorten
+from coatnet.errors import UserError, counted, import_extra, one_line, reason_of, shorten
 from coatnet.system.files import (
     atomic_files,
     check_regular,
@@ -482,7 +482,7 @@ def _values(path: Path, batch: Any, name: str | None) -> list[Any]:
 
 
 def _not_parquet(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a readable Parquet file ({' '.join(str(error).split())[:120]})")
+    return UserError(f"{path} is not a readable Parquet file ({reason_of(error)})")
 
 
 def _columns(header: Sequence[str]) -> list[int | None]:

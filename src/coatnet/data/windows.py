@@ -109,7 +109,7 @@ def open_windows(path: Path, scale: Scale | None) -> Iterator[Windows]:
         except OSError as error:
             raise BadImage(str(path), f"unreadable: {error.strerror or first_line(error)}") from error
         except Exception as error:  # parsers of untrusted bytes raise almost anything
-            raise BadImage(str(path), f"corrupt: {first_line(error) or type(error).__name__}") from error
+            raise BadImage(str(path), f"corrupt: {first_line(error)}") from error
         yield windows
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from coatnet.data.channels import to_shown
 from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
-from coatnet.errors import UserError, nearest
+from coatnet.errors import UserError, nearest, reason_of
 from coatnet.inference.explanation import heat_colors
 from coatnet.inference.predictor import Prediction, Predictor, most_probable
 
@@ -179,7 +179,7 @@ def _read_tiles(
     except MemoryError as error:
         raise BadImage(name, f"large: no memory for tiles of {width} x {height} pixels") from error
     except Exception as error:  # parsers of untrusted bytes raise almost anything
-        raise BadImage(name, f"corrupt: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
+        raise BadImage(name, f"corrupt: {reason_of(error)}") from error
 
 
 def _on_thumbnail(box: NDArray[np.int64], size: tuple[int, int], shape: tuple[int, ...]) -> tuple[slice, slice]:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.mixing import Mixing
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.errors import UserError, nearest_option, one_line
+from coatnet.errors import UserError, nearest_option, one_line, reason_of
 from coatnet.system.files import read_regular, user_path
 from coatnet.system.validated import (
     Boolean,
@@ -376,7 +376,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a recipe in YAML") from None
     except _YAML_ERRORS as error:
-        raise UserError(f"{path} is not a recipe in YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is not a recipe in YAML: {reason_of(error)}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path} must hold names with values, such as epochs: 20, but holds {found}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from coatnet.data.image_headers import AST_LOCK
-from coatnet.errors import UserError
+from coatnet.errors import UserError, reason_of
 from coatnet.system.json_reader import MAX_INTEGER, Count, Counts, Texts, parse_json, require_object, validate
 
 HEAD = "coatnet-shards.json"
@@ -197,8 +197,9 @@ def from_npy(data: bytes | mmap.mmap, columns: Mapping[str, Any], num_rows: int,
             raise ValueError(f"{len(data):,} bytes")
         return np.frombuffer(data, kind, num_rows, file.tell()) if num_rows else np.zeros(0, kind)
     except (ValueError, TypeError, ArithmeticError, *_PARSER_ERRORS) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: not the expected index ({reason}); {num_rows:,} rows were expected") from error
+        raise UserError(
+            f"{where}: not the expected index ({reason_of(error)}); {num_rows:,} rows were expected"
+        ) from error
 
 
 def check_shards(table: NDArray, num_samples: int, where: str) -> None:

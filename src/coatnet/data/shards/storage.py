@@ -16,7 +16,7 @@ from urllib.parse import quote
 from zlib import crc32
 
 from coatnet.data.datasets import printable
-from coatnet.errors import UserError, import_extra, without_credentials
+from coatnet.errors import UserError, import_extra, reason_of
 from coatnet.system.cache import cache_folder
 from coatnet.system.credentials import conceal, connection
 from coatnet.system.files import atomic_files, file_lock, is_leftover, open_regular
@@ -357,8 +357,9 @@ class RemoteStorage(Storage):
                 raise UserError(f"{self}/{name}: not found") from error
             except Exception as error:  # each kind of storage has its own errors
                 if pause > _LAST_PAUSE:
-                    reason = " ".join(without_credentials(str(error)).split())[:120] or type(error).__name__
-                    raise UserError(f"{self}/{name}: cannot be fetched, after several attempts: {reason}") from error
+                    raise UserError(
+                        f"{self}/{name}: cannot be fetched, after several attempts: {reason_of(error)}"
+                    ) from error
                 time.sleep(pause)
                 pause *= 2
 
@@ -368,9 +369,8 @@ class RemoteStorage(Storage):
             try:
                 self._system = fsspec.core.url_to_fs(self._connection[0])
             except (ImportError, ValueError) as error:  # s3fs for s3://, gcsfs for gs://, or no such protocol
-                reason = " ".join(without_credentials(str(error)).split())[:120]
                 raise UserError(
-                    f"{self}: {reason}; http:// comes with coatnet[shards], s3fs and gcsfs are separate"
+                    f"{self}: {reason_of(error)}; http:// comes with coatnet[shards], s3fs and gcsfs are separate"
                 ) from error
         return self._system
 

@@ -38,7 +38,7 @@ from coatnet.data.shards.index import (
     to_npy,
 )
 from coatnet.data.shards.storage import LocalStorage, Storage
-from coatnet.errors import UserError, shorten
+from coatnet.errors import UserError, reason_of, shorten
 from coatnet.system.cache import cached_folder
 from coatnet.system.json_reader import MAX_INTEGER, parse_json
 from coatnet.system.progress import ProgressBar
@@ -320,9 +320,8 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, OSError) as error:
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"{where}: truncated, or not a plain tar ({reason}); fetch it again, unpack a .tar.gz"
+            f"{where}: truncated, or not a plain tar ({reason_of(error)}); fetch it again, unpack a .tar.gz"
         ) from error
     # tarfile takes anything that it cannot parse for the end of the archive, which is a block of zeros.
     file.seek(end)
@@ -347,7 +346,7 @@ def _read_label(file: BinaryIO, member: tarfile.TarInfo, where: str) -> Label | 
     try:
         text = data.decode().strip()
     except ValueError as error:
-        raise UserError(f"{where}: not a label ({' '.join(str(error).split())[:80]})") from error
+        raise UserError(f"{where}: not a label ({reason_of(error)})") from error
     value = parse_json(text, f"{where}: not a label") if member.name.lower().endswith(".json") else text
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)

@@ -77,7 +77,7 @@ def test_suspects_go_to_a_table_that_training_takes_back_and_to_a_page(folder, b
     text = page.read_text()
     assert "<script" not in text and "4&lt;script&gt;" in text and "http" not in text.replace("http-equiv", "")
     assert "default-src 'none'; img-src data:" in text
-    assert text.index("light, rather dark") and text.count("data:image/jpeg;base64,") >= 2
+    assert text.index("light, rather dark") and text.count("data:image/webp;base64,") >= 2
 
 
 def test_json_has_all_findings(folder, bundle, capsys) -> None:

@@ -158,11 +158,12 @@ class Augmentation:
     flip_rate: Probability = 0.5
     """Probability that an image is mirrored left to right; by default 0.5, and 0 for small gray images (signs)."""
     flip: Literal["random", "alternating"] = "random"
-    """`random`: by `flip_rate` each time; `alternating`: on every second of its epochs, from a random start."""
+    """`random`: by `flip_rate` each time; `alternating`: on every second of its epochs, from a random start, without
+    `flip_rate`."""
     rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
     """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
     rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
-    """Strength of these operations, 0 to 30; by default 9 for photographs (the paper: "2, 15")."""
+    """Strength of these operations, 0 to 30; by default 9 for photographs (the paper: "2, 15"); RandAugment alone."""
     trivial_augment: Boolean = False
     """Whether TrivialAugment, one operation of random strength on each image, takes the place of RandAugment."""
     erasing_rate: Probability = 0.0

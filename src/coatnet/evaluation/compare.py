@@ -12,9 +12,9 @@ import numpy as np
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
 from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_array
+from coatnet.evaluation.html_page import Line, blocks, data_uri, line_chart, page, text
 from coatnet.evaluation.metrics import FIGURES, Interval, mean_interval, paired_difference, precision_difference
 from coatnet.evaluation.plots import read_series
-from coatnet.evaluation.report_html import Line, blocks, data_uri, line_chart, page, text
 from coatnet.system.document import Document, Section, Table
 from coatnet.system.json_reader import flatten, read_json_object
 

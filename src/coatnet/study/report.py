@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coatnet.errors import counted
-from coatnet.evaluation.report_html import blocks, page, text
+from coatnet.evaluation.html_page import blocks, page, text
 from coatnet.study.plots import draw_curves, draw_gap
 from coatnet.study.record import CURVES_PLOT, GAP_PLOT, HTML_PAGE, MARKDOWN_PAGE, Member, Study
 from coatnet.study.results import (

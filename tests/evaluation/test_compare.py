@@ -17,9 +17,16 @@ from tests.training.trainers import RecordingConsole
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import Answers, find_duplicates, find_slices, look_at, read_answers, read_array
 from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
+from coatnet.evaluation.predictions import (
+    Predictions,
+    find_duplicates,
+    find_slices,
+    read_array,
+    read_predictions,
+    read_properties,
+)
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.system.document import Table, print_table
@@ -27,15 +34,15 @@ from coatnet.training.config import Recipe
 from coatnet.training.trainer import train
 
 
-def answers_of(predicted: list[str], truth: str = "aabbccaabb", start: int = 0) -> Answers:
+def predictions_of(predicted: list[str], truth: str = "aabbccaabb", start: int = 0) -> Predictions:
     images = tuple(f"folder/{start + number}.png" for number in range(len(predicted)))
     probability = np.linspace(0.5, 0.9, len(predicted))
-    return Answers(images, tuple(truth), tuple(predicted), probability, -np.log(probability))
+    return Predictions(images, tuple(truth), tuple(predicted), probability, -np.log(probability))
 
 
 def write_run(folder: Path, predicted: str, start: int = 0, truth: str = "aabbccaabb", **recipe: object) -> Path:
     """The files of a finished run, as far as a comparison reads them."""
-    report = replace(report_of(("a", "b", "c")), answers=answers_of(list(predicted), truth, start))
+    report = replace(report_of(("a", "b", "c")), predictions=predictions_of(list(predicted), truth, start))
     write_report(report, folder)
     (folder / "bundle").mkdir()
     (folder / "bundle" / "config.json").write_text(json.dumps({"record": {"recipe": recipe}}))
@@ -216,9 +223,9 @@ def test_headings_are_names_and_no_markup(capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_table_of_answers_comes_back_whatever_the_names(tmp_path: Path) -> None:
     names = ('a,"b"', "line\nbreak", "=1+1", "\u202eabc", "", "tab\t", "a\rb")
-    given = Answers(names, names[::-1], names, np.linspace(0, 1, 7), np.linspace(0, 9, 7))
+    given = Predictions(names, names[::-1], names, np.linspace(0, 1, 7), np.linspace(0, 9, 7))
     (tmp_path / "predictions.csv").write_text(given.to_csv(), encoding="utf-8", newline="")
-    found = read_answers(tmp_path / "predictions.csv")
+    found = read_predictions(tmp_path / "predictions.csv")
     assert (found.images, found.truth, found.predicted) == (names, names[::-1], names)
     np.testing.assert_allclose(found.nll, given.nll, rtol=1e-5)
 
@@ -249,7 +256,7 @@ def test_copies_of_training_images_are_counted_and_left_out() -> None:
     training = ArrayDataset("some", ("a", "b"), images[:30], np.zeros(30, np.int64))
     held_out = ArrayDataset("some", ("a", "b"), images[27:], np.zeros(13, np.int64))
     correct = np.arange(13) < 6
-    found = find_duplicates(correct, look_at(held_out), training)
+    found = find_duplicates(correct, read_properties(held_out), training)
     assert (found.count, found.others, found.accuracy) == (3, 10, 0.3)
     report = replace(report_of(("a", "b")), duplicates=found)
     learned = "an image of the training split of some images"
@@ -267,14 +274,14 @@ def test_near_copies_of_training_images_are_counted_apart_and_left_out() -> None
     near = np.clip(images[:4].astype(int) + random.integers(-3, 4, (4, 32, 32)), 0, 255).astype(np.uint8)
     training = ArrayDataset("some", ("a", "b"), images[:30], np.zeros(30, np.int64))
     held_out = ArrayDataset("some", ("a", "b"), np.concatenate([images[28:], near, near[:1]]), np.zeros(17, np.int64))
-    found = find_duplicates(np.arange(17) < 7, look_at(held_out), training)
+    found = find_duplicates(np.arange(17) < 7, read_properties(held_out), training)
     assert (found.count, found.near, found.others, found.accuracy) == (2, 5, 10, 0.5)
     said = to_markdown(replace(report_of(("a", "b")), duplicates=found))
     learned = "an image of the training split of some images"
     assert f"2 of these images have the same pixels as {learned}, 5 more nearly; without them 50.0 % of 10" in said
     said = to_markdown(replace(report_of(("a", "b")), duplicates=replace(found, count=0, near=1)))
     assert f"1 of these images has nearly the same pixels as {learned}; without it 50.0 %" in said
-    unseen = find_duplicates(np.arange(17) < 7, look_at(held_out, near=False), training)
+    unseen = find_duplicates(np.arange(17) < 7, read_properties(held_out, near=False), training)
     assert (unseen.count, unseen.near, unseen.others) == (2, None, 15)
 
 
@@ -284,8 +291,8 @@ def test_labels_that_look_wrong_are_listed_in_the_report() -> None:
     probability = np.array([0.95, 0.9, 0.55, 0.85, 0.75, 0.9])
     given = np.array([0.95, 0.9, 0.45, 0.85, 0.75, 0.1])
     names = tuple(f"{n}.png" for n in range(6))
-    answers = Answers(names, truth, predicted, probability, -np.log(given))
-    report = replace(report_of(("a", "b")), answers=answers)
+    predictions = Predictions(names, truth, predicted, probability, -np.log(given))
+    report = replace(report_of(("a", "b")), predictions=predictions)
     assert report.suspects() == [("5.png", "b", "a", pytest.approx(0.1))]  # 0.55 is below (0.85 + 0.75 + 0.1) / 3
     assert "## Labels that look wrong" in to_markdown(report) and "| 5.png | b | a | 10.0 % |" in to_markdown(report)
     assert "Labels that look wrong" in to_html(report)
@@ -297,11 +304,13 @@ def test_labels_that_look_wrong_are_listed_in_the_report() -> None:
 def test_groups_of_images_have_intervals_for_all_of_them_at_once() -> None:
     size = 300
     images = [np.full((8 if n < 150 else 32, 8, 3), n % 250, np.uint8) for n in range(size)]
-    looks = [look for image in images for look in look_at(ArrayDataset("d", ("a", "b"), image[None], np.zeros(1)))]
+    properties = [
+        each for image in images for each in read_properties(ArrayDataset("d", ("a", "b"), image[None], np.zeros(1)))
+    ]
     names = tuple(f"{'a' if n % 2 else 'b'}/{'camera' if n % 3 else 'phone'}/{n}.png" for n in range(size))
     truth = tuple("a" if n % 2 else "b" for n in range(size))
     predicted = tuple("a" if n < 150 else label for n, label in enumerate(truth))
-    found = find_slices(Answers(names, truth, predicted, np.ones(size), np.ones(size)), looks)
+    found = find_slices(Predictions(names, truth, predicted, np.ones(size), np.ones(size)), properties)
     groups = {(each.kind, each.name): each for each in found}
     assert groups["image size", "up to 8 pixels"].accuracy == 0.5
     assert groups["image size", "8 to 16 pixels"].accuracy == 1

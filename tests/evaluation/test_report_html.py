@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, expect
 from tests.evaluation.test_report import report_of
 from tests.server.page.visiting import Visit
 
-from coatnet.evaluation.answers import Answers, Duplicates, Slice, choose_examples
+from coatnet.evaluation.predictions import Duplicates, Predictions, Slice, choose_examples
 from coatnet.evaluation.reliability import ClassSets, Refusals, Reliability, SelectiveAccuracy
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
@@ -28,22 +28,22 @@ HOSTILE = (
 Open = Callable[..., Visit]
 
 
-def with_answers(report: Report, matrix: np.ndarray, side: int = 28) -> Report:
+def with_predictions(report: Report, matrix: np.ndarray, side: int = 28) -> Report:
     """The report with an answer to each image as the matrix counts them, and noise as images."""
     random = np.random.default_rng(0)
     cells = [(int(i), int(j)) for i, j in np.argwhere(matrix) for _ in range(matrix[i, j])]
-    answers = Answers(
+    predictions = Predictions(
         tuple(f"{HOSTILE[1]}/{number}.png" for number in range(len(cells))),
         tuple(report.classes[truth] for truth, _ in cells),
         tuple(report.classes[predicted] for _, predicted in cells),
         random.random(len(cells)),
         random.random(len(cells)),
     )
-    examples = [(row, random.integers(0, 255, (side, side, 3), np.uint8)) for row in choose_examples(answers)]
+    examples = [(row, random.integers(0, 255, (side, side, 3), np.uint8)) for row in choose_examples(predictions)]
     return replace(
         report,
         confusion=tuple(map(tuple, matrix.tolist())),
-        answers=answers,
+        predictions=predictions,
         examples=tuple(examples),
         heat_maps=report.thumbnails,
         duplicates=Duplicates(3, 117, 0.5, (0.4, 0.6)),
@@ -74,7 +74,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = report_of(HOSTILE)
     assert report.confusion is not None
-    page = to_html(with_answers(report, np.array(report.confusion)), folder / "metrics.jsonl")
+    page = to_html(with_predictions(report, np.array(report.confusion)), folder / "metrics.jsonl")
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
@@ -175,7 +175,7 @@ def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_ten_megabyt
     matrix = np.zeros((1_000, 1_000), int)
     np.add.at(matrix, (labels, predicted), 1)
     matrix[7, 900] = 40
-    page = to_html(with_answers(report_of(names, num_images=1_000), matrix, side=96))
+    page = to_html(with_predictions(report_of(names, num_images=1_000), matrix, side=96))
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
     assert 2e6 < path.stat().st_size < 10e6

@@ -13,7 +13,7 @@ from coatnet.system.terminal import echo
 if TYPE_CHECKING:
     import numpy as np
 
-    from coatnet.evaluation.answers import Answers
+    from coatnet.evaluation.predictions import Predictions
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -59,8 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(folder: Path, device: str) -> tuple[Mapping[str, Any], "Answers"]:
-    """Report and answers of a run of an earlier release, by its bundle and the data that its recipe names."""
+def _evaluate(folder: Path, device: str) -> tuple[Mapping[str, Any], "Predictions"]:
+    """Report and predictions of a run of an earlier release, by its bundle and the data that its recipe names."""
     from coatnet.evaluation import evaluate
     from coatnet.system.progress import ProgressBar
 
@@ -72,8 +72,8 @@ def _evaluate(folder: Path, device: str) -> tuple[Mapping[str, Any], "Answers"]:
         )
     with ProgressBar(f"evaluating {folder}") as bar:
         report = evaluate(folder / "bundle", data, device=device, progress=bar.update, with_images=False)
-    assert report.answers is not None
-    return report.to_dict(), report.answers
+    assert report.predictions is not None
+    return report.to_dict(), report.predictions
 
 
 def _thumbnails(folder: Path, names: Sequence[str]) -> dict[str, "np.ndarray"]:

@@ -48,7 +48,7 @@ from coatnet.system.parents import end_with_parent
 from coatnet.system.terminal import warn
 
 Item = TypeVar("Item")
-LookAt = Callable[[Sequence[Image] | NDArray[np.uint8]], list[Any]]  # an array holds images of one size
+InspectImages = Callable[[Sequence[Image] | NDArray[np.uint8]], list[Any]]  # an array holds images of one size
 
 CHECK_SECONDS = 5.0  # between two checks that all workers are alive; a forkserver does not report their death
 SHARED_MEMORY = "/dev/shm"
@@ -245,7 +245,7 @@ def evaluation_batches(
     first: int = 0,
     every: int = 1,
     pin_memory: bool = False,
-    look: LookAt | None = None,
+    inspect: InspectImages | None = None,
 ) -> Generator[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Any]], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
@@ -257,17 +257,17 @@ def evaluation_batches(
         first: number of the first batch to make.
         every: distance to the next.
         pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
-        look: called with decoded images, where they are decoded; what it gives for each is yielded as a list of B.
+        inspect: called with decoded images, where they are decoded; what it gives for each is yielded as a list of B.
 
     Raises:
         UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
     """
     dataset = with_scale(dataset, preprocessing.scale)
-    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing), look)
+    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing), inspect)
     for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images, pin_memory):
         if len(batch.indices):
             found = (batch.images, batch.labels, batch.indices)
-            yield found if look is None else (*found, batch.looks)
+            yield found if inspect is None else (*found, batch.inspected)
 
 
 def sampler_of(dataset: Dataset, seed: int, balanced: bool = False) -> Sampler:
@@ -342,18 +342,18 @@ def require_readable(dataset: Dataset, purpose: str) -> None:
 
 @dataclass
 class _Batch:
-    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), the reason for each bad image by name, and what `look`
-    gave for each image, if anything."""
+    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), the reason for each bad image by name, and what
+    `inspect` gave for each image, if anything."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     bad: dict[str, str] = field(default_factory=dict)
-    looks: list[Any] = field(default_factory=list)
+    inspected: list[Any] = field(default_factory=list)
 
     def pin_memory(self) -> "_Batch":
         """The same in pinned memory; DataLoader calls it in a thread."""
-        return _Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices, self.bad, self.looks)
+        return _Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices, self.bad, self.inspected)
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ class _EvaluationBatches:
     dataset: Dataset
     batch_size: int
     transform: EvaluationTransform
-    look: LookAt | None = None
+    inspect: InspectImages | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -387,7 +387,7 @@ class _EvaluationBatches:
         def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
             return self.transform.batch(pixels, out)
 
-        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, 1, self.look)
+        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, 1, self.inspect)
 
 
 @dataclass(frozen=True)
@@ -432,7 +432,7 @@ def _make_batch(
     preprocessing: Preprocessing,
     transform: Callable[[Tensor, slice, Tensor | None], Tensor],
     candidates: int,
-    look: LookAt | None = None,
+    inspect: InspectImages | None = None,
 ) -> _Batch:
     """Read, decode and transform images (B,); a bad one is replaced by the first good one of so many candidates.
 
@@ -444,11 +444,11 @@ def _make_batch(
         if scale is not None:
             pixels = to_levels(pixels if pixels.ndim == 4 else pixels[..., None], dataset.name, scale)
         images = transform(as_images(pixels), slice(None), None)
-        looks = look(pixels if isinstance(pixels, np.ndarray) else list(pixels)) if look else []
-        return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), looks=looks)
+        inspected = inspect(pixels if isinstance(pixels, np.ndarray) else list(pixels)) if inspect else []
+        return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), inspected=inspected)
 
     images = _empty_images(len(indices), preprocessing)
-    labels, used, bad, looks = [], [], {}, []
+    labels, used, bad, inspected = [], [], {}, []
     for position, index in enumerate(indices.tolist()):
         for number in range(index, index + candidates):
             candidate = number % len(dataset)
@@ -461,12 +461,12 @@ def _make_batch(
             transform(as_images(image)[None], slice(position, position + 1), images[filled : filled + 1])
             labels.append(label)
             used.append(candidate)
-            if look:
-                looks += look([image])
+            if inspect:
+                inspected += inspect([image])
             break
     if not used:
         return _Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64), bad)
-    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad, looks)
+    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad, inspected)
 
 
 def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:

@@ -32,10 +32,9 @@ from coatnet.bundle.calibration import (
     set_scores,
 )
 from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, TableDataset, evenly_spaced, select
-from coatnet.data.loader import BadImages, LookAt
+from coatnet.data.loader import BadImages, InspectImages
 from coatnet.data.splits import Splits, choose_training
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import Look
 from coatnet.evaluation.evaluate import (
     EVALUATED_TOGETHER,
     KEPT_IMAGES,
@@ -47,6 +46,7 @@ from coatnet.evaluation.evaluate import (
     open_recorded,
 )
 from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
+from coatnet.evaluation.predictions import ImageProperties
 from coatnet.evaluation.reliability import PROBABILITY_FIGURES
 from coatnet.evaluation.report import Report
 from coatnet.inference.graph import to_probabilities
@@ -205,13 +205,13 @@ def calibrate_and_evaluate(
     if len(held_out.logits) >= MIN_IMAGES:
         if reference is None:
             began = len(images)
-            reference, images.training_looks = sample_outputs(
+            reference, images.training_properties = sample_outputs(
                 bundle,
                 (training,),
                 MAX_TRAINING_IMAGES,
                 num_workers,
                 lambda done: advance(began + done),
-                images.look,
+                images.inspect,
                 balanced=True,
             )
         bundle = with_calibration(bundle, held_out, reference)
@@ -332,10 +332,10 @@ def sample_outputs(
     most: int,
     num_workers: int | None,
     advance: Callable[[int], None],
-    look: LookAt | None = None,
+    inspect: InspectImages | None = None,
     *,
     balanced: bool = False,
-) -> tuple[Outputs, list[Look]]:
+) -> tuple[Outputs, list[ImageProperties]]:
     """Run a bundle over at most `most` images, all of them if they are no more. Only then, they are looked at.
 
     Of more, evenly spaced ones are taken, or if `balanced` as many of each class as there are; of shards, and of other
@@ -354,13 +354,13 @@ def sample_outputs(
         num_workers=num_workers,
         bad_images=BadImages(num_images),
         means=True,
-        look=look if complete else None,
+        inspect=inspect if complete else None,
         every=every,
         progress=advance,
     )
     with closing(batches):
         found = list(batches)
-    return Outputs.of(bundle, found), [each for batch in found for each in batch.looks or []]
+    return Outputs.of(bundle, found), [each for batch in found for each in batch.properties or []]
 
 
 def _sample(dataset: Dataset, count: int, balanced: bool) -> Dataset:

@@ -11,10 +11,10 @@ import numpy as np
 
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
-from coatnet.evaluation.answers import PROBABILITIES, Answers, read_answers, read_array
 from coatnet.evaluation.html_page import Line, blocks, data_uri, line_chart, page, text
 from coatnet.evaluation.metrics import FIGURES, Interval, mean_interval, paired_difference, precision_difference
 from coatnet.evaluation.plots import read_series
+from coatnet.evaluation.predictions import PROBABILITIES, Predictions, read_array, read_predictions
 from coatnet.system.document import Document, Section, Table
 from coatnet.system.json_reader import flatten, read_json_object
 
@@ -24,19 +24,19 @@ MAX_LISTED, MAX_SHOWN = 20, 48  # images on which runs disagree: as text, and on
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run with the answers of its model, as `open_run` finds them.
+    """A run with the predictions of its model, as `open_run` finds them.
 
     Attributes:
         name: as it was given.
         report: the content of its report.json.
-        answers: to its held-out images.
+        predictions: for its held-out images.
         recipe: the configuration of its training.
         metrics: its log, which need not exist.
     """
 
     name: str
     report: Mapping[str, Any]
-    answers: Answers
+    predictions: Predictions
     recipe: Mapping[str, Any]
     metrics: Path
 
@@ -80,7 +80,7 @@ class Comparison:
         images: names of the N images that all of them answered.
         correct: whether each run is right, (number of runs, N) of bool.
         differences: each other run against the first.
-        disagreements: numbers of the images on which predictions differ; where the surest answers clash first.
+        disagreements: numbers of the images on which predictions differ; where the surest clash first.
         settings: configuration values that differ, by dotted name, in the order of the runs.
     """
 
@@ -90,7 +90,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     disagreements: tuple[int, ...]
     settings: Mapping[str, tuple[Any, ...]]
-    rows: tuple[tuple[int, ...], ...] = field(repr=False)  # number of each image in the answers of each run
+    rows: tuple[tuple[int, ...], ...] = field(repr=False)  # number of each image in the predictions of each run
 
     def to_json(self) -> str:
         """All findings as indented JSON."""
@@ -109,18 +109,18 @@ class Comparison:
                 ],
                 "differences": [vars(each) for each in self.differences],
                 "num_disagreements": len(self.disagreements),
-                "disagreements": [self._answers_to(number) for number in self.disagreements],
+                "disagreements": [self._predictions_for(number) for number in self.disagreements],
                 "configuration": {name: list(values) for name, values in self.settings.items()},
             }
         )
 
-    def _answers_to(self, number: int) -> dict[str, Any]:
-        answers = [run.answers for run in self.runs]
+    def _predictions_for(self, number: int) -> dict[str, Any]:
+        predictions = [run.predictions for run in self.runs]
         rows = [rows[number] for rows in self.rows]
         return {
             "image": self.images[number],
-            "truth": answers[0].truth[rows[0]],
-            "predicted": [each.predicted[row] for each, row in zip(answers, rows, strict=True)],
+            "truth": predictions[0].truth[rows[0]],
+            "predicted": [each.predicted[row] for each, row in zip(predictions, rows, strict=True)],
         }
 
     def document(self) -> Document:
@@ -130,7 +130,7 @@ class Comparison:
             (run.name, *_main_figure(run.report), f"{100 * right.mean():.2f} %")
             for run, right in zip(self.runs, self.correct, strict=True)
         ]
-        listed = [self._answers_to(number) for number in self.disagreements[:MAX_LISTED]]
+        listed = [self._predictions_for(number) for number in self.disagreements[:MAX_LISTED]]
         more = f" The first {MAX_LISTED}:" if len(self.disagreements) > MAX_LISTED else ""
         settings = [(name, *("none" if v is None else str(v) for v in vs)) for name, vs in self.settings.items()]
         right = "all labels right" if self.runs[0].report.get("multilabel") else "right"
@@ -162,7 +162,7 @@ class Comparison:
             each.map_difference is not None for each in self.differences
         ):
             return []
-        missing = [run.name for run in self.runs if run.answers.probabilities is None]
+        missing = [run.name for run in self.runs if run.predictions.probabilities is None]
         reason = (
             f"no {PROBABILITIES} in {shorten(missing)}, as of an earlier release; "
             "`coatnet evaluate RUN --data X --out FOLDER` writes it, and such folders can be compared."
@@ -180,7 +180,7 @@ class Comparison:
         found = self.document()
         sections = {"": f"<p class='figure'>{text(found.headline)}</p>" + blocks(found.sections[0])}
         sections |= {section.title: blocks(section) for section in found.sections[1:]}
-        shown = [self._answers_to(number) for number in self.disagreements[:MAX_SHOWN]]
+        shown = [self._predictions_for(number) for number in self.disagreements[:MAX_SHOWN]]
         images = thumbnails([each["image"] for each in shown]) if thumbnails is not None else {}
         pictures = "".join(
             f'<li><img class="pixels" src="{data_uri(images[each["image"]])}" alt="{text(each["image"][:200])}">'
@@ -214,12 +214,12 @@ _CURVES = {"nll": "Held-out loss", "top1": "Held-out top-1 accuracy, %", "loss":
            "mean_average_precision": "Held-out mean average precision, %"}  # fmt: skip
 
 
-def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[str, Any], Answers]]) -> Run:
-    """Read the figures and answers in a folder of `train` or `evaluate --out`.
+def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[str, Any], Predictions]]) -> Run:
+    """Read the figures and predictions in a folder of `train` or `evaluate --out`.
 
     Args:
         path: the folder.
-        evaluate_again: gives report and answers of a finished run without predictions.csv, of an earlier release.
+        evaluate_again: gives report and predictions of a finished run without predictions.csv, of an earlier release.
 
     Raises:
         UserError: it is no such folder, or the run is not finished.
@@ -234,13 +234,13 @@ def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[st
         record = config.get("record")
         recipe = record.get("recipe") or {} if isinstance(record, dict) else {}
     if (folder / "predictions.csv").is_file():
-        answers = read_answers(folder / "predictions.csv")
+        predictions = read_predictions(folder / "predictions.csv")
         if report.get("multilabel") and isinstance(classes := report.get("classes"), list):
-            table = read_array(folder / PROBABILITIES, (len(answers.images), len(classes)), np.float32)
-            answers = replace(answers, probabilities=table)
+            table = read_array(folder / PROBABILITIES, (len(predictions.images), len(classes)), np.float32)
+            predictions = replace(predictions, probabilities=table)
     else:
-        report, answers = evaluate_again(folder)
-    return Run(str(path), report, answers, recipe if isinstance(recipe, dict) else {}, folder / "metrics.jsonl")
+        report, predictions = evaluate_again(folder)
+    return Run(str(path), report, predictions, recipe if isinstance(recipe, dict) else {}, folder / "metrics.jsonl")
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -251,7 +251,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """
     if len(runs) < 2:
         raise UserError("a comparison takes two runs or more")
-    numbers = [_numbers(run.answers) for run in runs]
+    numbers = [_numbers(run.predictions) for run in runs]
     common = [key for key in numbers[0] if all(key in other for other in numbers[1:])]
     if not common:
         raise UserError(
@@ -259,7 +259,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
             "them on the same data with `coatnet evaluate --out`, and compare those folders"
         )
     rows = tuple(tuple(found[key] for key in common) for found in numbers)
-    truth = [[run.answers.truth[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    truth = [[run.predictions.truth[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
     for run, theirs in zip(runs[1:], truth[1:], strict=True):
         differing = [key[0] for key, ours, other in zip(common, truth[0], theirs, strict=True) if ours != other]
         if differing:
@@ -270,10 +270,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     correct, nll, sure = (
         np.stack([column[list(chosen)] for column, chosen in zip(columns, rows, strict=True)])
         for columns in zip(
-            *((run.answers.correct, run.answers.nll, run.answers.probability) for run in runs), strict=True
+            *((run.predictions.correct, run.predictions.nll, run.predictions.probability) for run in runs), strict=True
         )
     )
-    predicted = [[run.answers.predicted[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    predicted = [[run.predictions.predicted[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
     unequal = [number for number, given in enumerate(zip(*predicted, strict=True)) if len(set(given)) > 1]
     unequal.sort(key=lambda number: (correct[:, number].any() == correct[:, number].all(), -sure[:, number].min()))
     return Comparison(
@@ -346,14 +346,14 @@ def _difference(
 
 def _precision(run: Run, reference: Run, rows: Sequence[int], reference_rows: Sequence[int]) -> dict[str, Any]:
     """The difference of mean average precisions and its interval, by the names in `Difference`; {} if it is unknown."""
-    ours, theirs = run.answers.probabilities, reference.answers.probabilities
+    ours, theirs = run.predictions.probabilities, reference.predictions.probabilities
     classes = reference.report.get("classes")
     if ours is None or theirs is None or run.report.get("classes") != classes or not classes:
         return {}
     columns = {name: column for column, name in enumerate(classes)}
     labels = np.zeros((len(rows), len(classes)), dtype=bool)
     for number, row in enumerate(reference_rows):
-        for name in filter(None, reference.answers.truth[row].split(";")):
+        for name in filter(None, reference.predictions.truth[row].split(";")):
             if name not in columns:  # a name with a semicolon of its own
                 return {}
             labels[number, columns[name]] = True
@@ -361,11 +361,11 @@ def _precision(run: Run, reference: Run, rows: Sequence[int], reference_rows: Se
     return {"map_difference": difference, "map_interval": interval}
 
 
-def _numbers(answers: Answers) -> dict[tuple[str, int], int]:
+def _numbers(predictions: Predictions) -> dict[tuple[str, int], int]:
     """The number of each image by its name, and by how often the name has occurred before."""
     seen: Counter[str] = Counter()
     numbers = {}
-    for number, name in enumerate(answers.images):
+    for number, name in enumerate(predictions.images):
         numbers[name, seen[name]] = number
         seen[name] += 1
     return numbers

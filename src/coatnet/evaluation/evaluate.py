@@ -23,17 +23,17 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import (
-    Answers,
-    Look,
+from coatnet.evaluation.metrics import Interval, Metrics
+from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
+from coatnet.evaluation.predictions import (
+    ImageProperties,
+    Predictions,
     choose_examples,
-    choose_look,
+    choose_properties,
     few_enough,
     find_duplicates,
     find_slices,
 )
-from coatnet.evaluation.metrics import Interval, Metrics
-from coatnet.evaluation.outputs import ImageOutputs, compute_outputs
 from coatnet.evaluation.reliability import PROBABILITY_FIGURES, ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.inference.explanation import Explanation, layercam
@@ -112,7 +112,7 @@ class Measured:
         split: name of the split, or `all`.
         datasets: in order.
         training: the images of the training, among which copies are looked for; None for no search.
-        training_looks: what these look like, as far as it is known.
+        training_properties: what these look like, as far as it is known.
         bad_images: those that could not be read.
         seconds: that computing took, the last time.
 
@@ -133,8 +133,8 @@ class Measured:
         data = open_recorded(data, bundle)
         self.name, self.datasets, self.split = choose_datasets(data, split, bundle)
         self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None
-        self.training_looks: Sequence[Look] = ()
-        self.look = choose_look(self.datasets, self.training)
+        self.training_properties: Sequence[ImageProperties] = ()
+        self.inspect = choose_properties(self.datasets, self.training)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.bad_images = BadImages(len(self))
         self.seconds = 0.0
@@ -164,7 +164,7 @@ class Measured:
             num_workers=self.num_workers,
             bad_images=self.bad_images,
             means=self._means,
-            look=self.look,
+            inspect=self.inspect,
             progress=progress,
         )
         with closing(batches):
@@ -210,7 +210,7 @@ def measure(
     worst: list[_Wrong] = []
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
-    looks: list[Look] = []
+    properties: list[ImageProperties] = []
     total = len(images)
     with closing(images.outputs(lambda done: progress(done, total))) as outputs:
         for batch in outputs:
@@ -221,18 +221,18 @@ def measure(
                     metrics.update(own, batch.labels)
             fitted.update(logits, batch.labels)
             places += batch.places
-            looks += batch.looks or []
+            properties += batch.properties or []
             wrong = _find_mistakes(logits, batch.labels, batch.places, bundle)
             worst = heapq.nsmallest(NUM_MISTAKES, [*worst, *wrong], key=lambda each: (-each[0], each[1]))
 
-    answers = _answers(metrics, fitted, bundle, [datasets[number].describe(index) for number, index in places])
+    predictions = _predictions(metrics, fitted, bundle, [datasets[number].describe(index) for number, index in places])
     thumbnails, heat_maps = [], []
     for _, (number, index), _, _, decision in worst:
         image = read_image(datasets[number], index)[0]
         thumbnails.append(thumbnail(image))
         if with_images:
             heat_maps.append(_heat_map(bundle, image, decision, thumbnails[-1]))
-    shown = choose_examples(answers) if with_images and not several else []
+    shown = choose_examples(predictions) if with_images and not several else []
     confusion, (figures, intervals) = metrics.confusion(), combine_figures(metrics, fitted)
     return Report(
         data=images.name,
@@ -259,15 +259,15 @@ def measure(
         seconds=images.seconds,
         reliability=None if reliability is None else reliability.compute(),
         duplicates=(
-            find_duplicates(answers.correct, looks, images.training, images.training_looks)
-            if looks and images.training is not None and few_enough(*datasets, images.training)
+            find_duplicates(predictions.correct, properties, images.training, images.training_properties)
+            if properties and images.training is not None and few_enough(*datasets, images.training)
             else None
         ),
-        slices=find_slices(answers, looks) if looks else (),
+        slices=find_slices(predictions, properties) if properties else (),
         training=bundle.record.get("training") or {},
         recipe=without_places(bundle.record).get("recipe") or {},
         thumbnails=tuple(thumbnails),
-        answers=answers,
+        predictions=predictions,
         metrics=(metrics, fitted),
         heat_maps=tuple(heat_maps),
         examples=tuple(
@@ -344,8 +344,8 @@ def _recorded_values(bundle: Bundle) -> Mapping[str, Any] | None:
     return next((each for each in recorded if "validation_fraction" in each), None)
 
 
-def _answers(metrics: Metrics, fitted: Metrics, bundle: Bundle, images: Sequence[str]) -> Answers:
-    """The answer to each image; its likelihood is that of probabilities that were not fitted to it."""
+def _predictions(metrics: Metrics, fitted: Metrics, bundle: Bundle, images: Sequence[str]) -> Predictions:
+    """The prediction for each image; its likelihood is that of probabilities that were not fitted to it."""
     labels, predicted, probability, *_ = metrics.per_image()
     nll = fitted.per_image()[4]
 
@@ -354,7 +354,7 @@ def _answers(metrics: Metrics, fitted: Metrics, bundle: Bundle, images: Sequence
             return tuple(";".join(bundle.classes[k] for k in np.flatnonzero(row)) for row in column)
         return tuple(bundle.classes[k] for k in column)
 
-    return Answers(tuple(images), named(labels), named(predicted), probability, nll, metrics.probabilities())
+    return Predictions(tuple(images), named(labels), named(predicted), probability, nll, metrics.probabilities())
 
 
 def _find_mistakes(

@@ -240,19 +240,19 @@ def _learned(
     bundle: Bundle, known: Splits | None, arriving: Splits, images: Measured | None, num_workers: int | None
 ) -> Outputs:
     """What the network makes of the training images: at most 4,000 old ones, and all that arrive."""
-    parts, looks, complete = list[Outputs](), [], True
+    parts, properties, complete = list[Outputs](), [], True
     for splits, most in ((known, MAX_TRAINING_IMAGES), (arriving, KEPT_IMAGES)):
         if splits is None or not len(splits.training):
             continue
-        look, total = images.look if images else None, min(most, len(splits.training))
+        inspect, total = images.inspect if images else None, min(most, len(splits.training))
         with ProgressBar(f"features of {splits.name}") as bar:
             advance = lambda done: bar.update(min(done, total), total)  # noqa: B023, E731
-            found, seen = sample_outputs(bundle, (splits.training,), most, num_workers, advance, look, balanced=True)
+            found, seen = sample_outputs(bundle, (splits.training,), most, num_workers, advance, inspect, balanced=True)
         parts.append(found)
-        looks += seen
+        properties += seen
         complete = complete and len(splits.training) <= most
     if images is not None and complete:
-        images.training_looks = looks
+        images.training_properties = properties
     return Outputs(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import BadImages, LookAt
+from coatnet.data.loader import BadImages, InspectImages
 from coatnet.errors import UserError
-from coatnet.evaluation.answers import Look
+from coatnet.evaluation.predictions import ImageProperties
 from coatnet.inference.logits import infer, workers_for
 
 
@@ -28,14 +28,14 @@ class ImageOutputs(NamedTuple):
         labels: (B,) or (B, K), in the order of the bundle's classes.
         places: of each image: the number of its dataset, and its index in it.
         digests: with means, a hash of each image as the network sees it, (B,).
-        looks: what is seen of each image without a network; None unless asked for.
+        properties: what is seen of each image without a network; None unless asked for.
     """
 
     features: Tensor
     labels: Tensor
     places: list[tuple[int, int]]
     digests: Tensor | None
-    looks: list[Look] | None
+    properties: list[ImageProperties] | None
 
     def logits(self, bundle: Bundle) -> Tensor:
         """What the classifier of a bundle makes of the features, (B, K) in float32."""
@@ -57,7 +57,7 @@ def compute_outputs(
     num_workers: int | None,
     bad_images: BadImages,
     means: bool,
-    look: LookAt | None = None,
+    inspect: InspectImages | None = None,
     every: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Generator[ImageOutputs, None, None]:
@@ -65,7 +65,7 @@ def compute_outputs(
 
     Args:
         means: whether the means of all feature maps, and digests, are wanted, as calibration does.
-        look: called with decoded images, where they are decoded.
+        inspect: called with decoded images, where they are decoded.
         every: compute every so manieth batch of each dataset.
         progress: called after each batch with the number of images done.
 
@@ -86,12 +86,12 @@ def compute_outputs(
             bad_images=bad_images,
             output="features and means" if means else "features",
             every=every,
-            look=look,
+            inspect=inspect,
         )
         with closing(batches):
-            for features, labels, indices, digests, looks in batches:
+            for features, labels, indices, digests, properties in batches:
                 places = [(number, index) for index in indices.tolist()]
-                yield ImageOutputs(features, translate(labels), places, digests, looks)
+                yield ImageOutputs(features, translate(labels), places, digests, properties)
                 progress(done := done + len(places))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from coatnet.bundle.config import readable_json
 from coatnet.errors import counted
-from coatnet.evaluation.answers import Answers, Duplicates, Slice, find_suspects
 from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics, main_figure
+from coatnet.evaluation.predictions import Duplicates, Predictions, Slice, find_suspects
 from coatnet.evaluation.reliability import Reliability
 from coatnet.public_names import warn_renamed
 
@@ -20,7 +20,7 @@ MAX_SUSPECTS = 100  # in report.json
 
 @dataclass(frozen=True)
 class Mistake:
-    """A misclassified image; `probability` is that of the wrong answer."""
+    """A misclassified image; `probability` is that of the wrong class."""
 
     image: str
     truth: str
@@ -31,7 +31,7 @@ class Mistake:
 @dataclass(frozen=True)
 class Report:
     """What `evaluate` returns. Two reports are equal if the figures and what they are of are equal: neither durations,
-    machines and recipes nor images and the answers to each of them are compared.
+    machines and recipes nor images and the predictions for each of them are compared.
 
     Attributes:
         data: name of the data.
@@ -58,9 +58,9 @@ class Report:
         training: how the model came about: epochs, steps, minutes, images, hardware, software; empty if unknown.
         recipe: the configuration of its training; empty if unknown.
         thumbnails: the images of `mistakes`, uint8 (H, W, 3), at most 160 pixels a side.
-        answers: the answer to each image, in the order of the data.
-        examples: images of the confusion matrix: number in `answers`, pixels uint8 (H, W, 3) up to 96 a side.
-        heat_maps: `thumbnails` with what mattered to the wrong answer laid over (LayerCAM).
+        predictions: that for each image, in the order of the data.
+        examples: images of the confusion matrix: number in `predictions`, pixels uint8 (H, W, 3) up to 96 a side.
+        heat_maps: `thumbnails` with what mattered to the wrong class laid over (LayerCAM).
         metrics: the numbers of each image behind the figures, and behind those of probabilities.
     """
 
@@ -87,7 +87,7 @@ class Report:
     training: Mapping[str, Any] = field(default_factory=dict, compare=False)
     recipe: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     thumbnails: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
-    answers: Answers | None = field(default=None, compare=False, repr=False)
+    predictions: Predictions | None = field(default=None, compare=False, repr=False)
     examples: tuple[tuple[int, np.ndarray], ...] = field(default=(), compare=False, repr=False)
     heat_maps: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
     metrics: tuple[Metrics, Metrics] | None = field(default=None, compare=False, repr=False)
@@ -132,12 +132,12 @@ class Report:
     def suspects(self) -> list[tuple[str, str, str, float]]:
         """Images whose label looks wrong, the most suspect first: name, label, the class that it is rather of, the
         probability of the label. None of the split training, or of images that may have several labels."""
-        if self.answers is None or self.multilabel or self.split == "training":
+        if self.predictions is None or self.multilabel or self.split == "training":
             return []
-        answers = self.answers
+        found = self.predictions
         return [
-            (answers.images[row], answers.truth[row], answers.predicted[row], float(np.exp(-answers.nll[row])))
-            for row in find_suspects(answers)
+            (found.images[row], found.truth[row], found.predicted[row], float(np.exp(-found.nll[row])))
+            for row in find_suspects(found)
         ]
 
     def network_figures(self) -> dict[str, float]:
@@ -183,7 +183,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fractions not percent: the content of report.json and of a bundle's record."""
-        left_out = {"thumbnails", "per_class", "reliability", "recipe", "answers", "examples", "heat_maps", "metrics"}
+        left_out = {
+            "thumbnails",
+            "per_class",
+            "reliability",
+            "recipe",
+            "predictions",
+            "examples",
+            "heat_maps",
+            "metrics",
+        }
         left_out |= {name for name in ("notes", "slices", "duplicates", "training") if not getattr(self, name)}
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]

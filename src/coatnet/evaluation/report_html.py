@@ -167,15 +167,15 @@ def _matrix_data(report: Report) -> dict[str, Any]:
     cells = [[int(i), int(j), int(matrix[i, j])] for i, j in np.argwhere(matrix)]
     index = {name: number for number, name in enumerate(report.classes)}
     examples: dict[str, list[list[Any]]] = defaultdict(list)
-    answers, total = report.answers, 0
+    predictions, total = report.predictions, 0
     for row, pixels in report.examples:
-        assert answers is not None
+        assert predictions is not None
         source = data_uri(pixels)
         total += len(source)
         if total > MAX_IMAGE_BYTES:
             break
-        key = f"{index[answers.truth[row]]},{index[answers.predicted[row]]}"
-        name, probability = one_line(answers.images[row])[:200], round(float(answers.probability[row]), 4)
+        key = f"{index[predictions.truth[row]]},{index[predictions.predicted[row]]}"
+        name, probability = one_line(predictions.images[row])[:200], round(float(predictions.probability[row]), 4)
         examples[key].append([name, probability, source, int(max(pixels.shape[:2]) <= 64)])
     return {"classes": [one_line(name) for name in report.classes], "cells": cells, "examples": examples}
 

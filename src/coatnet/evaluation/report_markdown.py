@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coatnet.evaluation.answers import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_mistakes
+from coatnet.evaluation.predictions import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_sections import document
@@ -36,12 +36,12 @@ def write_report(report: Report, folder: str | Path) -> None:
     with atomic_files(folder / "calibration.png") as (staged,):
         draw_calibration(report.calibration, staged)
     # Names of files need not be Unicode; what is not is written as JSON would escape it.
-    if report.answers is not None:
-        table = report.answers.probabilities
+    if report.predictions is not None:
+        table = report.predictions.probabilities
         if table is not None and table.size <= MAX_PROBABILITIES:
             with atomic_files(folder / PROBABILITIES) as (staged,), open(staged, "wb") as file:
                 np.save(file, table)
-        atomic_write(folder / "predictions.csv", report.answers.to_csv(), errors="backslashreplace")
+        atomic_write(folder / "predictions.csv", report.predictions.to_csv(), errors="backslashreplace")
     atomic_write(folder / "report.html", to_html(report, folder / "metrics.jsonl"), errors="backslashreplace")
     atomic_write(folder / "report.md", to_markdown(report, with_plots=True), errors="backslashreplace")
     atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")  # last: then all is there

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coatnet.bundle.calibration import means_of
 from coatnet.data.datasets import Dataset
-from coatnet.data.loader import BadImages, LookAt, evaluation_batches
+from coatnet.data.loader import BadImages, InspectImages, evaluation_batches
 from coatnet.data.transforms import Preprocessing
 from coatnet.model.network import CoAtNet
 
@@ -29,14 +29,14 @@ class OutputBatch(NamedTuple):
         labels: class indices (B,), or 0 and 1 per class (B, K), in the dataset's own order of classes.
         indices: place of each image in the dataset, (B,).
         digests: with "features and means", a hash of each image as the network sees it, int64 (B,).
-        looks: what `look` gave for each image.
+        inspected: what `inspect` gave for each image.
     """
 
     outputs: Tensor
     labels: Tensor
     indices: Tensor
     digests: Tensor | None = None
-    looks: list[Any] | None = None
+    inspected: list[Any] | None = None
 
 
 def infer(
@@ -51,7 +51,7 @@ def infer(
     bf16: bool = False,
     first: int = 0,
     every: int = 1,
-    look: LookAt | None = None,
+    inspect: InspectImages | None = None,
 ) -> Generator[OutputBatch, None, None]:
     """Run a model over every image of a dataset, once and in order.
 
@@ -64,7 +64,7 @@ def infer(
         bf16: whether matrix products are computed in bf16 (`torch.autocast`).
         first: number of the first batch to compute, such as the rank of this process.
         every: distance to the next, such as the number of processes.
-        look: as in `evaluation_batches`.
+        inspect: as in `evaluation_batches`.
 
     Raises:
         UserError: batch_size is below 1, or `bad_images` is over its budget.
@@ -80,14 +80,14 @@ def infer(
         first=first,
         every=every,
         pin_memory=device.type == "cuda",
-        look=look,
+        inspect=inspect,
     )
     with in_evaluation(model), closing(batches):
-        for images, labels, indices, *looks in batches:
+        for images, labels, indices, *inspected in batches:
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
             digests = _digests(images) if output == "features and means" else None
-            yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *looks)
+            yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *inspected)
 
 
 @contextmanager

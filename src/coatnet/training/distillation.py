@@ -22,7 +22,7 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError, shorten
-from coatnet.evaluation.answers import read_array
+from coatnet.evaluation.predictions import read_array
 from coatnet.inference.graph_cache import fingerprint
 from coatnet.inference.logits import infer
 from coatnet.model.network import CoAtNet

@@ -1,4 +1,4 @@
-"""The answer to each image of an evaluation: kept as a table, compared by groups of images and with the training."""
+"""The prediction for each image of an evaluation: kept as a table, compared by groups and with the training images."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ import numpy as np
 
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
-from coatnet.data.loader import LookAt, read_image
+from coatnet.data.loader import InspectImages, read_image
 from coatnet.data.near_duplicates import Fingerprint, fingerprint, fingerprints, near_pairs, pixel_digest
 from coatnet.data.transforms import Image, as_images
 from coatnet.errors import UserError
@@ -35,8 +35,8 @@ EXAMPLES_IN_A_CELL, MAX_EXAMPLES = 8, 800  # chosen: of 96 pixels, a few MB
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model answered to N images, in the order of the data.
+class Predictions:
+    """What a model predicted for N images, in the order of the data.
 
     Attributes:
         images: their names within the data.
@@ -69,8 +69,11 @@ class Answers:
         return text.getvalue()
 
 
-def read_answers(path: Path) -> Answers:
-    """Read the table that `Answers.to_csv` wrote. Raises UserError if it is another, OSError if it cannot be read."""
+def read_predictions(path: Path) -> Predictions:
+    """Read the table that `Predictions.to_csv` wrote.
+
+    Raises UserError if it is another, OSError if it cannot be read.
+    """
     text = read_regular(path, MAX_LOG_BYTES).decode(errors="replace")
     try:
         header, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -80,7 +83,7 @@ def read_answers(path: Path) -> Answers:
         probability, nll = (np.array(column, dtype=float) for column in numbers)
     except (ValueError, csv.Error):
         raise UserError(f"{path} is damaged: it is not a table with the columns {', '.join(HEADER)}") from None
-    return Answers(images, truth, predicted, probability, nll)
+    return Predictions(images, truth, predicted, probability, nll)
 
 
 def read_array(path: Path, shape: tuple[int, int], dtype: type[np.floating]) -> np.ndarray | None:
@@ -132,7 +135,7 @@ class Duplicates:
     near: int | None = None
 
 
-class Look(NamedTuple):
+class ImageProperties(NamedTuple):
     """What is seen of an image without a model: a digest of its pixels, its size, its mean from 0 (black) to 1, and by
     what near copies are found, if they are looked for."""
 
@@ -143,8 +146,8 @@ class Look(NamedTuple):
     fingerprint: Fingerprint | None = None
 
 
-def look(images: Sequence[Image] | np.ndarray, *, near: bool = True) -> list[Look]:
-    """Look at images, or at an array of images of one size; with `near`, at their fingerprints as well."""
+def image_properties(images: Sequence[Image] | np.ndarray, *, near: bool = True) -> list[ImageProperties]:
+    """Properties of images, or of an array of images of one size; with `near`, their fingerprints as well."""
     marks: Iterable[Fingerprint | None] = [None] * len(images)
     if isinstance(images, np.ndarray):
         pixels = as_images(images)  # (B, 3 or 1, H, W)
@@ -153,35 +156,35 @@ def look(images: Sequence[Image] | np.ndarray, *, near: bool = True) -> list[Loo
         pixels = [as_images(each) for each in images]
         marks = map(fingerprint, pixels) if near else marks
     return [
-        Look(pixel_digest(image), each.shape[1], each.shape[2], float(each.numpy().mean()) / 255, mark)
+        ImageProperties(pixel_digest(image), each.shape[1], each.shape[2], float(each.numpy().mean()) / 255, mark)
         for image, each, mark in zip(images, pixels, marks, strict=True)
     ]
 
 
-def look_at(dataset: Dataset, *, near: bool = True) -> list[Look | None]:
+def read_properties(dataset: Dataset, *, near: bool = True) -> list[ImageProperties | None]:
     """Decode and look at all images; None for one that cannot be read."""
 
-    def read(index: int) -> Look | None:
+    def read(index: int) -> ImageProperties | None:
         try:
-            return look([read_image(dataset, index)[0]], near=near)[0]
+            return image_properties([read_image(dataset, index)[0]], near=near)[0]
         except BadImage:
             return None
 
     if dataset.in_memory:
         parts = np.array_split(np.arange(len(dataset)), max(1, -(-len(dataset) // READ_TOGETHER)))
-        return [each for part in parts for each in look(dataset.read_batch(part)[0], near=near)]
+        return [each for part in parts for each in image_properties(dataset.read_batch(part)[0], near=near)]
     if not dataset.thread_safe:
         return list(map(read, range(len(dataset))))
     with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(read, range(len(dataset))))
 
 
-def choose_look(datasets: Sequence[Dataset], training: Dataset | None) -> LookAt | None:
-    """How to look at images that are measured, which takes time: None where they are too many."""
+def choose_properties(datasets: Sequence[Dataset], training: Dataset | None) -> InspectImages | None:
+    """How to find the properties of images that are measured, which takes time: None where they are too many."""
     if not few_enough(*datasets):
         return None
     every = [*datasets, training] if training is not None else []
-    return partial(look, near=0 < sum(map(len, every)) <= MAX_FILES_READ)
+    return partial(image_properties, near=0 < sum(map(len, every)) <= MAX_FILES_READ)
 
 
 def few_enough(*datasets: Dataset) -> bool:
@@ -190,39 +193,44 @@ def few_enough(*datasets: Dataset) -> bool:
 
 
 def find_duplicates(
-    correct: np.ndarray, looks: Sequence[Look], training: Dataset, training_looks: Sequence[Look] = ()
+    correct: np.ndarray,
+    properties: Sequence[ImageProperties],
+    training: Dataset,
+    training_properties: Sequence[ImageProperties] = (),
 ) -> Duplicates | None:
     """Compare measured images, whether they are right (N,) and what they look like, with those of the training, which
     are read if they have not been; None without any. Near copies are looked for if the images have fingerprints."""
     if not len(training):
         return None
-    near = looks[0].fingerprint is not None
-    learned = {each.digest: each.fingerprint for each in training_looks or look_at(training, near=near) if each}
-    copied = np.array([each.digest in learned for each in looks])
-    close = np.zeros(len(looks), bool)
+    near = properties[0].fingerprint is not None
+    learned = {
+        each.digest: each.fingerprint for each in training_properties or read_properties(training, near=near) if each
+    }
+    copied = np.array([each.digest in learned for each in properties])
+    close = np.zeros(len(properties), bool)
     if near:
-        others = {each.digest: each.fingerprint for each in looks if each.digest not in learned}
+        others = {each.digest: each.fingerprint for each in properties if each.digest not in learned}
         marks = [each for each in (*learned.values(), *others.values()) if each is not None]
         digests = np.array([*learned, *others], dtype=object)
         found = set(digests[near_pairs(marks, between=len(learned))[:, 1]])
-        close = np.array([each.digest in found for each in looks])
+        close = np.array([each.digest in found for each in properties])
     rest = correct[~(copied | close)]
     right = int(rest.sum())
     measured = (right / len(rest), wilson_interval(right, len(rest))) if len(rest) else (None, None)
     return Duplicates(int(copied.sum()), len(rest), *measured, near=int(close.sum()) if near else None)
 
 
-def find_slices(answers: Answers, looks: Sequence[Look]) -> tuple[Slice, ...]:
+def find_slices(predictions: Predictions, properties: Sequence[ImageProperties]) -> tuple[Slice, ...]:
     """Accuracy by image size, brightness and folder, where the images differ in it."""
-    correct = answers.correct
+    correct = predictions.correct
     if len(correct) < MIN_SLICED_IMAGES:
         return ()
-    sides = np.array([math.sqrt(each.height * each.width) for each in looks])
-    lights = np.array([100 * each.brightness for each in looks])
+    sides = np.array([math.sqrt(each.height * each.width) for each in properties])
+    lights = np.array([100 * each.brightness for each in properties])
     groups = [
         *(("image size", *group) for group in _thirds(sides, "pixels")),
         *(("brightness", *group) for group in _thirds(lights, "% of white")),
-        *(("folder", *group) for group in _folders(answers)),
+        *(("folder", *group) for group in _folders(predictions)),
     ]
     level = NormalDist().inv_cdf(1 - 0.05 / (2 * max(1, len(groups))))
     return tuple(
@@ -244,10 +252,12 @@ def _thirds(values: np.ndarray, unit: str) -> Iterator[tuple[str, np.ndarray]]:
         yield from ((name, mask) for name, mask in groups.items() if mask.any())
 
 
-def _folders(answers: Answers) -> Iterator[tuple[str, np.ndarray]]:
+def _folders(predictions: Predictions) -> Iterator[tuple[str, np.ndarray]]:
     """The most frequent folders that the images come from, the folder of their class apart."""
-    paths = [PurePosixPath(image).parent.parts for image in answers.images]
-    names = ["/".join(part for part in path if part != truth) for path, truth in zip(paths, answers.truth, strict=True)]
+    paths = [PurePosixPath(image).parent.parts for image in predictions.images]
+    names = [
+        "/".join(part for part in path if part != truth) for path, truth in zip(paths, predictions.truth, strict=True)
+    ]
     found = Counter(names)
     if len(found) > 1:
         kept = [name for name, _ in found.most_common(MAX_FOLDERS if len(found) <= MAX_FOLDERS else MAX_FOLDERS - 1)]
@@ -256,29 +266,31 @@ def _folders(answers: Answers) -> Iterator[tuple[str, np.ndarray]]:
         yield from ((title, groups == number) for number, title in enumerate(titles) if (groups == number).any())
 
 
-def find_suspects(answers: Answers) -> list[int]:
+def find_suspects(predictions: Predictions) -> list[int]:
     """Numbers of the images whose label looks wrong, the least probable label first, by confident learning (Northcutt
     et al., 2021): another class is predicted, as surely as images of that class are of it on average."""
-    truth, predicted = np.array(answers.truth, dtype=object), np.array(answers.predicted, dtype=object)
-    given = np.exp(-answers.nll)
-    usual = {name: given[truth == name].mean() for name in set(answers.truth)}
-    limits = np.array([usual.get(name, np.inf) for name in answers.predicted])
-    found = np.flatnonzero((truth != predicted) & (answers.probability >= limits))
+    truth, predicted = np.array(predictions.truth, dtype=object), np.array(predictions.predicted, dtype=object)
+    given = np.exp(-predictions.nll)
+    usual = {name: given[truth == name].mean() for name in set(predictions.truth)}
+    limits = np.array([usual.get(name, np.inf) for name in predictions.predicted])
+    found = np.flatnonzero((truth != predicted) & (predictions.probability >= limits))
     return found[np.argsort(given[found], kind="stable")].tolist()
 
 
-def choose_examples(answers: Answers) -> list[int]:
+def choose_examples(predictions: Predictions) -> list[int]:
     """Numbers of the images to show of the cells of a confusion matrix: of each of the most frequent cells a few.
 
-    Of a cell of mistakes the surest, up to three quarters of all; of right answers the least sure.
+    Of a cell of mistakes the surest, up to three quarters of all; of right ones the least sure.
     """
     cells: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for number, cell in enumerate(zip(answers.truth, answers.predicted, strict=True)):
+    for number, cell in enumerate(zip(predictions.truth, predictions.predicted, strict=True)):
         cells[cell].append(number)
     chosen: dict[bool, list[int]] = {False: [], True: []}
     for cell in sorted(cells, key=lambda cell: -len(cells[cell])):
         right = cell[0] == cell[1]
         sign = 1 if right else -1
-        chosen[right] += sorted(cells[cell], key=lambda number: sign * answers.probability[number])[:EXAMPLES_IN_A_CELL]
+        chosen[right] += sorted(cells[cell], key=lambda number: sign * predictions.probability[number])[
+            :EXAMPLES_IN_A_CELL
+        ]
     wrong = chosen[False][: MAX_EXAMPLES * 3 // 4]
     return wrong + chosen[True][: MAX_EXAMPLES - len(wrong)]

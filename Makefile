@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 SYSTEM_PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 # Exact versions, for a repeatable installation; empty for the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-# All but mlflow and wandb, which no test needs.
+# All but mlflow and wandb, which no test needs, and executorch, ray and spark, whose tests are skipped without them.
 EXTRAS := heic,tiff,hub,parquet,shards,datasets,tensorboard,openvino,onnx,int8,serve,tune,sklearn,benchmarks
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 OLDEST := .venv-oldest/bin/python
@@ -26,7 +26,7 @@ help:
 	@echo 'make demo           train on 10,000 images of clothes, report, classify three: four minutes'
 	@echo 'make test           the tests (make test-slow: those of more than some ten seconds;'
 	@echo '                    make test-docs: the programs of the documentation and the examples;'
-	@echo '                    make test-nightly: those of minutes, and of large optional packages;'
+	@echo '                    make test-nightly: those of minutes, and of large packages, if installed;'
 	@echo '                    make test-faults: kills, full disks, lost processes, with a table of outcomes)'
 	@echo 'make fuzz           hostile inputs for every reader, a minute (FUZZ_SECONDS=3600 make fuzz: an hour)'
 	@echo 'make test-gpu       what a GPU computes beside a CPU, on a machine that has one'

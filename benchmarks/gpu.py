@@ -1,14 +1,14 @@
 """What one GPU computes a second: our networks beside timm's, eager and compiled, and the time to an accuracy.
 
-    python benchmarks/gpu.py                              # the table, some ten minutes
+    python benchmarks/gpu.py                              # the table, ten to twenty minutes
     python benchmarks/gpu.py --networks coatnet_0 --mode eager
     python benchmarks/gpu.py --accuracy 94                # then minutes to 94 % on Fashion-MNIST too
     python benchmarks/gpu.py --networks --files 4096      # whether loading image files keeps up with training
 
 All networks run in bf16 and channels-last, alternately, and the median of the rounds is printed. "of the matrix rate"
 is the rate of the multiply-accumulates of timm's or our network over that of a large matrix product in bf16, "of the
-bandwidth" that of the bytes of its activations and weights, each once, over that of a large copy, both measured in the
-same process. `--device cpu` runs it without a GPU, to try it.
+bandwidth" that of the bytes of the outputs of all its layers, each written and read once, over that of a large copy,
+both measured in the same process. `--device cpu` runs it without a GPU, to try it.
 """
 
 import argparse

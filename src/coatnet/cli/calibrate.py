@@ -12,8 +12,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "calibrate",
         "Fit a trained model to images that it was not trained on: temperatures, so that its probabilities are right\n"
         "as often as they say; a score of novelty, by which it answers `unknown` (predict --reject); thresholds for\n"
-        "sets of classes that hold the truth (predict --set). `coatnet train` does this at its end. The most likely\n"
-        "class of an image stays the same.",
+        "sets of classes that hold the truth (predict --set). `coatnet train` does this at its end. With one\n"
+        "label an image, the most likely class stays the same.",
         "examples:\n"
         "  coatnet calibrate runs/mine --data path/to/folder               # the model is replaced, all or nothing\n"
         f"  coatnet calibrate runs/mine --data other/images --split all --out calibrated\n\n{DATA_HELP}",

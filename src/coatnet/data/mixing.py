@@ -19,7 +19,7 @@ class Mixing:
 
     mixup_alpha: NonNegativeFloat = 0.0
     """MixUp draws the weight of one of two blended images from Beta(alpha, alpha), 0 for none; by default
-    0.2 for photographs without `init`, else 0."""
+    0.2 for photographs without `init` in 25 epochs or more, else 0."""
     cutmix_alpha: NonNegativeFloat = 0.0
     """CutMix draws the area that stays of an image from Beta(alpha, alpha), 0 for none."""
     label_smoothing: FractionBelowOne = 0.0

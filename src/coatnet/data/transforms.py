@@ -150,7 +150,8 @@ class Augmentation:
     """`crop` cuts out a random part and resizes it, for photographs; `shift` moves a small image on black;
     by default shift up to 64 pixels, else crop."""
     crop_scale: Annotated[tuple[PositiveFraction, PositiveFraction], _ASCENDING] = (0.08, 1.0)
-    """For `crop`: least and greatest area of the part, as a fraction of the image; by default [0.35,1]."""
+    """For `crop`: least and greatest area of the part, as a fraction of the image; by default [0.35,1], or [0.6,1] in
+    runs of less than 25 epochs without `init`."""
     crop_ratio: Annotated[tuple[PositiveFloat, PositiveFloat], _ASCENDING] = (3 / 4, 4 / 3)
     """For `crop`: least and greatest width over height of the part."""
     shift: Annotated[Integer, Field(ge=0, le=1024)] = 2
@@ -161,13 +162,15 @@ class Augmentation:
     """`random`: by `flip_rate` each time; `alternating`: on every second of its epochs, from a random start, without
     `flip_rate`."""
     rand_augment_layers: Annotated[Integer, Field(ge=0, le=16)] = 0
-    """Operations of RandAugment on each image; by default 2 for photographs, 0 for small images."""
+    """Operations of RandAugment on each image; by default 2 for photographs, but 0 in runs of less than
+    25 epochs without `init`; 0 for small images."""
     rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 15
     """Strength of these operations, 0 to 30; by default 9 for photographs (the paper: "2, 15"); RandAugment alone."""
     trivial_augment: Boolean = False
     """Whether TrivialAugment, one operation of random strength on each image, takes the place of RandAugment."""
     erasing_rate: Probability = 0.0
-    """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more."""
+    """Probability that a random box of an image is erased; by default 0.5 for 20,000 small images or more in runs of 25
+    epochs or more."""
 
     @property
     def varies_colors(self) -> bool:

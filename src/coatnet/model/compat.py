@@ -19,8 +19,8 @@ def from_coatnet_pytorch(
 ) -> CoAtNet:
     """Create a network from the arguments of `CoAtNet(...)` in `chinhsuanwu/coatnet-pytorch`.
 
-    The network follows the paper where that implementation does not, so its weights do not fit; the guide "From
-    coatnet-pytorch" lists the differences.
+    The network follows the paper where that implementation does not, so its weights do not fit; the guide
+    "Coming from coatnet-pytorch" lists the differences.
 
     Args:
         image_size: height and width in pixels; the relative biases belong to the larger of them. Images of any other

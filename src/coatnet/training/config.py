@@ -90,7 +90,7 @@ class TrainingConfig:
     """Trained model whose answers the network follows: a bundle, or an id of the hub; by default none."""
     resolution: Size
     """Side of the square images that the model sees, pixels, or their height and width, such as 192x320; by default
-    that of small images, else 128 or 224."""
+    that of small images, else 128 or 224, or 96 if `max_minutes` leaves fewer than 7 epochs."""
     channels: Annotated[Integer, Field(ge=1, le=MAX_CHANNELS)]
     """Channels of these images: 1 (gray), 3 (color), or any up to 16; by default those of the data."""
     epochs: Annotated[PositiveFloat, AT_MOST, CHANGEABLE]
@@ -114,7 +114,8 @@ class TrainingConfig:
     activation_checkpointing: Annotated[Recomputed, CHANGEABLE] = "none"
     """Blocks that are computed again in the backward pass to save memory."""
     stochastic_depth: FractionBelowOne
-    """Rate of stochastic depth at the last block, growing from 0 in a line; by default 0 up to 64 pixels, else 0.1."""
+    """Rate of stochastic depth at the last block, growing from 0 in a line; by default 0 up to 64 pixels and in
+    runs of less than 25 epochs without `init`, else 0.1."""
     ema_decay: FractionBelowOne
     """Decay of the exponential average of the weights for each step, 0 for none; by default over 3 % of the run."""
     loss: Literal["softmax", "sigmoid"]

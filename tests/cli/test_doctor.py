@@ -80,6 +80,40 @@ def test_suspects_go_to_a_table_that_training_takes_back_and_to_a_page(folder, b
     assert text.index("light, rather dark") and text.count("data:image/webp;base64,") >= 2
 
 
+def test_a_model_that_cannot_judge_is_refused_before_images_are_read(folder, bundle, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("coatnet.data.inspection.inspect", lambda *_, **__: pytest.fail("images were read"))
+    assert main(["doctor", str(folder), "--labels", "--model", str(bundle.parent / "bundel")]) == 2
+    assert "bundel" in capsys.readouterr().err
+    table = folder / "several.csv"
+    table.write_text("path,labels\n" + "".join(f"light/{number}.png,a;b\n" for number in range(1, 4, 2)))
+    assert main(["doctor", str(table), "--labels", "--model", str(bundle)]) == 2
+    assert "images have several labels" in capsys.readouterr().err
+
+
+def test_findings_are_printed_where_labels_cannot_be_judged(make_images, bundle, capsys) -> None:
+    root = make_images({"a": 2, "b": 2})
+    assert main(["doctor", str(root), "--labels", "--model", str(bundle)]) == 2
+    out, err = capsys.readouterr()
+    assert "4 images" in out and "coatnet: error: " in err
+
+
+def test_labels_of_a_test_split_have_no_score(folder, bundle, tmp_path, capsys) -> None:
+    rows = [
+        (path.relative_to(folder), path.parent.name, number) for number, path in enumerate(sorted(folder.glob("*/*")))
+    ]
+    table = folder / "given.csv"
+    table.write_text(
+        "path,label,split\n"
+        + "".join(f"{name},{label},{('test', 'val', 'train', 'train')[number % 4]}\n" for name, label, number in rows)
+    )
+    fixed = folder / "fixed.csv"
+    assert main(["doctor", str(table), "--labels", "--model", str(bundle), "--write", str(fixed)]) in (0, 1)
+    with fixed.open() as file:
+        written = list(csv.DictReader(file))
+    assert {row["split"] for row in written if row["score"] == ""} == {"test"}
+    assert not any(row["score"] for row in written if row["split"] == "test")
+
+
 def test_json_has_all_findings(folder, bundle, capsys) -> None:
     assert main(["doctor", str(folder), "--labels", "--model", str(bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

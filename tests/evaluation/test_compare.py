@@ -182,6 +182,8 @@ def test_compare_and_runs_on_the_command_line(
     assert "Held-out loss" in written and "<svg" in written and "http" not in written.split("</style>")[1]
     assert main(["compare", first, second, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_disagreements"] == 3
+    assert main(["compare", first, second, "--out", str(page / "below-a-file.html")]) == 2  # costs the page alone
+    assert "McNemar" in capsys.readouterr().out
     assert main(["compare", first]) == 2 and main(["compare", first, str(unfinished)]) == 2
     assert "is not finished" in capsys.readouterr().err
 

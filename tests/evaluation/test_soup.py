@@ -178,6 +178,17 @@ def test_a_uniform_average_takes_all(folders, tmp_path, capsys):
     (folders["one"].parent / "recipe.yaml").write_text("data: digits\n")
 
 
+def test_a_full_disk_costs_the_model_and_not_the_figures(folders, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(Bundle, "save", full)
+    models = [str(folders["one"]), str(folders["two"])]
+    assert main(["soup", *models, "--data", "digits", "--out", str(tmp_path / "made")]) == 2
+    printed = capsys.readouterr()
+    assert "no space left" in printed.err and "of 2 models: " in printed.out and "The averaged model" not in printed.out
+
+
 def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, capsys):
     one = coatnet.load(folders["one"])
     seen = replace(one, preprocessing=replace(one.preprocessing, crop_fraction=0.9))

@@ -1,6 +1,7 @@
 """The estimators train, predict and compose as scikit-learn's do, on real images."""
 
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from coatnet import Predictor, UserError
 from coatnet.data.builtin import open_fashion_mnist_small
 from coatnet.data.decode import Scale
 from coatnet.integrations.sklearn import CoAtNetClassifier, CoAtNetFeatures, _Images
+from coatnet.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"model": "coatnet-femto-16", "resolution": 16, "recipe": {"num_workers": 0}}
 
@@ -129,6 +131,19 @@ def test_unreadable_images_have_their_name_in_the_error(fitted: CoAtNetClassifie
             call([str(tmp_path / "cut.png")])
     with pytest.raises(UserError, match="rescipe"):
         CoAtNetClassifier(recipe={"rescipe": 1}).fit(np.zeros((4, 5, 5), np.uint8), [0, 1, 0, 1])
+
+
+def test_ctrl_c_ends_the_call_and_not_the_session(garments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.step
+
+    def interrupted(trainer: Trainer, *batch: Any) -> tuple[float, float]:
+        signal.raise_signal(signal.SIGINT)
+        return step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    images, labels = garments
+    with pytest.raises(KeyboardInterrupt):
+        CoAtNetClassifier(epochs=1, **TINY).fit(images, labels)
 
 
 def as_images(X: Any) -> Any:

@@ -60,6 +60,11 @@ def test_torchrun_and_train_parse_the_command(launcher: str, launch: Launch) -> 
     assert (recipe.micro_batch_size, recipe.parallelism) == (16, "hsdp")
 
 
+def test_an_option_that_older_torchruns_lack_is_named() -> None:
+    for launcher in LAUNCHERS:
+        assert "since torch 2.12" in script(launcher, MACHINE) and "2.12" not in script(launcher, ONE)
+
+
 def test_one_gpu_needs_no_torchrun() -> None:
     assert command("torchrun", ONE) == ["coatnet", *ARGUMENTS, "--data", "$DATA", "--out", "$RUN"]
 

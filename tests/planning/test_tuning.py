@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from torch import Tensor
 
 import coatnet
 from coatnet import Recipe, UserError
@@ -20,7 +21,7 @@ from coatnet.evaluation.metrics import paired_difference
 from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
 from coatnet.training.config import MAY_CHANGE, TrainingConfig
 from coatnet.training.defaults import resolve
-from coatnet.training.trainer import Pace
+from coatnet.training.trainer import NotFinite, Pace, Trainer
 
 # Few images a step and few held out, so that trials are short.
 SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
@@ -124,6 +125,40 @@ def test_the_trial_that_all_are_compared_with_is_repeated_if_it_was_cut_off(tmp_
     assert found["without_search"] == 1 and found["trials"][0]["number"] == 1
     assert found["default_score"] == found["trials"][0]["score"] and found["trials"][0]["steps"] == 9
     assert "Trial 1 has the values without a search" in (out / "tuning.md").read_text()
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_trial_that_diverges_is_the_worst_unless_its_budget_leaves_the_step_out(
+    budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    monkeypatch.setattr("coatnet.planning.tuning.measure_pace", lambda *_: Pace(0.01, 0.0))
+    trainers, real_step = list[Trainer](), Trainer.step
+
+    def step(trainer: Trainer, *batch: Tensor) -> tuple[float, float]:
+        if trainer not in trainers:
+            trainers.append(trainer)
+        total = trainer.duration.total_steps
+        if len(trainers) == 2 and trainer.state.step == total - 1 and not trainer.state.left_out:
+            raise NotFinite("step 8: loss nan")
+        return real_step(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr("optuna.Trial.should_prune", lambda self: False)
+    out = tmp_path / "run"
+    tune(Recipe(data="digits", **SMALL, non_finite_budget=budget), out, 0.1, console=Console(quiet=True))
+    second = json.loads((out / "tuning.json").read_text())["trials"][1]
+    journal = JournalStorage(JournalFileBackend(str(out / "tuning.journal")))
+    trial = optuna.load_study(study_name="tuning", storage=journal).trials[1]
+    assert second["score"] > 0
+    if budget:
+        assert second["outcome"] == "whole" and trial.value == second["score"]
+    else:
+        assert second["outcome"] == "diverged" and trial.value == 0.0
+        assert second["score"] in trial.intermediate_values.values() and trial.intermediate_values[9] == 0.0
 
 
 def test_a_search_in_which_all_diverge_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.training.configs import SMALL_COLOR_IMAGES
 from tests.training.trainers import RecordingConsole, trainer_for
@@ -113,6 +114,11 @@ def test_reading_the_files_again_is_part_of_the_end_of_a_run(recipe, monkeypatch
     assert trainer.duration.num_other_final_images == len(splits.training)
     with cached_images(trainer.config, splits) as (trainer.images, _):
         assert 0.02 <= trainer.reading_seconds() < 2.0
+
+
+def test_a_quiet_run_shows_no_bar_of_decoding(recipe, tmp_path, capfd):
+    train(recipe, tmp_path / "run", console=Console(quiet=True))
+    assert capfd.readouterr().err == ""
 
 
 def test_images_in_memory_are_not_kept_again():

@@ -49,11 +49,13 @@ def run(arguments: Sequence[str]) -> int:
 
     paths = [user_path(path) for path in given.runs]
     found = compare([open_run(path, lambda folder: _evaluate(folder, given.device)) for path in paths])
-    if given.out:
-        with translate_write_errors(given.out):
-            page = found.to_html(lambda names: _thumbnails(paths[0], names))
-            atomic_write(output_path(given.out), page, errors="backslashreplace")
-    show(found.document(), json=found.to_json() if given.json else "", markdown=given.markdown)
+    try:
+        if given.out:
+            with translate_write_errors(given.out):
+                page = found.to_html(lambda names: _thumbnails(paths[0], names))
+                atomic_write(output_path(given.out), page, errors="backslashreplace")
+    finally:  # a full disk costs the page, not the figures
+        show(found.document(), json=found.to_json() if given.json else "", markdown=given.markdown)
     if given.out:
         echo(f"coatnet: the page is {given.out}", error=True)
     return 0

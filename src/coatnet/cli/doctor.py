@@ -75,17 +75,20 @@ def run(arguments: Sequence[str]) -> int:
     splits = open_dataset(given.data)
     if given.write:
         require_files(given.write, splits)
-    inspection, check = inspect(splits, strict=given.strict), None
+    opened = None
     if given.labels:
-        from coatnet.evaluation.label_check import check_labels
+        from coatnet.evaluation.label_check import check_opened, open_for_labels
 
-        check = check_labels(given.model, inspection.splits, device=given.device)
+        opened = open_for_labels(given.model, splits, given.device)
+    inspection, check = inspect(splits, strict=given.strict), None
     try:
+        if opened is not None:
+            check = check_opened(opened._replace(splits=inspection.splits))
         if given.write:
             write_table(given.write, inspection, check)
         if given.html:
             write_page(given.html, inspection, check)
-    finally:  # a full disk costs the files, not the findings
+    finally:  # a full disk costs the files, too few images the judgement of labels, and neither the findings
         if given.json:
             labels = {"labels": check.to_dict()} if check else {}
             echo(readable_json(inspection.to_dict() | labels), end="", is_json=True)
@@ -123,11 +126,12 @@ def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None")
         dataset = splits.parts[split]
         assert isinstance(dataset, FileDataset)
         key = split, dataset.describe(index)
-        judged = (suggested.get(key, ""), round(check.scores.get(key, 1.0), 6)) if check else ()
+        score = check.scores.get(key) if check else None  # a test split is not judged
+        judged = (suggested.get(key, ""), "" if score is None else round(score, 6)) if check else ()
         side = {"training": "train", "validation": "val"}.get(split, split)
         rows.append((dataset.path(index), dataset.label_name(index), *judged, side))
     if check:
-        rows.sort(key=lambda row: (not row[2], row[3]))  # the suspects first
+        rows.sort(key=lambda row: (not row[2], row[3] == "", row[3]))  # the suspects first, what was not judged last
     columns = ("suggested", "score", "split") if check else ("split",)
     write_manifest(path, columns, rows, multilabel=splits.multilabel)
 

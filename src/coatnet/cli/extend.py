@@ -43,9 +43,10 @@ def run(arguments: Sequence[str]) -> int:
     target = require_bundle_place(given.out, sources=[given.bundle])
     options = {} if given.max_drop is None else {"max_drop": given.max_drop}
     made = extend(given.bundle, given.data, old=given.old, device=given.device, **options)
-    made.bundle.save(target)
-    if given.json:
-        echo_summary(readable_json(made.bundle.record["extension"]).rstrip())
-    else:
-        echo_summary(f"{made.to_text()}The model of {len(made.bundle.classes)} classes is {given.out}.")
+    try:
+        made.bundle.save(target)
+    finally:  # a full disk costs the model, not the figures
+        echo_summary((readable_json(made.bundle.record["extension"]) if given.json else made.to_text()).rstrip())
+    if not given.json:
+        echo_summary(f"The model of {len(made.bundle.classes)} classes is {given.out}.")
     return 0

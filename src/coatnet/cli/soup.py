@@ -49,11 +49,12 @@ def run(arguments: Sequence[str]) -> int:
         echo(f"coatnet: {recorded} is not there any more, so nothing is measured", error=True)
         data = None
     made = soup(given.models, data, uniform=given.uniform, device=given.device)
-    made.bundle.save(target)
-    if given.json:
-        echo_summary(readable_json(made.bundle.record["soup"]).rstrip())
-    else:
-        echo_summary(f"{made.to_text()}The averaged model is {given.out}.")
+    try:
+        made.bundle.save(target)
+    finally:  # a full disk costs the model, not the figures
+        echo_summary((readable_json(made.bundle.record["soup"]) if given.json else made.to_text()).rstrip())
+    if not given.json:
+        echo_summary(f"The averaged model is {given.out}.")
     return 0
 
 

@@ -20,7 +20,7 @@ from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import wilson_interval
-from coatnet.evaluation.probe import fit_linear, open_for_probe
+from coatnet.evaluation.probe import Opened, fit_linear, open_for_probe
 from coatnet.system.progress import track
 
 NUM_FOLDS = 5
@@ -120,9 +120,19 @@ def check_labels(
     Raises:
         UserError: images have several labels, fewer than two classes have enough images, or as `extract_features`.
     """
+    return check_opened(open_for_labels(bundle, splits, device), batch_size=batch_size)
+
+
+def open_for_labels(bundle: Bundle | str | Path, splits: Splits, device: str | None) -> Opened:
+    """Open the model for `check_labels`, which refuses these images or this model before any image is read."""
     if splits.multilabel:
         raise UserError(f"{splits.name}: images have several labels; labels are checked where each image has one")
-    source, bundle, splits, _ = open_for_probe(bundle, splits, device)
+    return open_for_probe(bundle, splits, device)
+
+
+def check_opened(opened: Opened, *, batch_size: int = 64) -> LabelCheck:
+    """`check_labels` with a model that is open."""
+    source, bundle, splits, _ = opened
     parts = []
     for split in ("training", "validation"):
         if len(getattr(splits, split)):

@@ -9,6 +9,7 @@ classifier.fit(paths, labels)
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from coatnet.errors import UserError, import_extra
 from coatnet.evaluation.features import extract_features
 from coatnet.inference.predictor import Predictor
 from coatnet.training.config import Recipe
+from coatnet.training.interruption import Interrupted, exit_code
 from coatnet.training.trainer import train
 
 import_extra("sklearn", "sklearn", "coatnet.integrations.sklearn")
@@ -153,6 +155,7 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
         Raises:
             ValueError: X or y is no such thing, they differ in length, or y has one class only.
             UserError: the images cannot be read or trained on, or a field of the recipe is wrong.
+            KeyboardInterrupt: Ctrl-C; nothing of the training is kept.
         """
         if y is None:
             raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
@@ -188,7 +191,12 @@ class CoAtNetClassifier(ClassifierMixin, _ImageEstimator):
         recipe = Recipe(data="X", **{**asked, **(self.recipe or {})})
         with tempfile.TemporaryDirectory(prefix="coatnet-") as folder:
             console = None if self.verbose else Console(quiet=True)
-            self.report_ = train(recipe, folder, splits=Splits("X", training, validation), console=console)
+            try:
+                self.report_ = train(recipe, folder, splits=Splits("X", training, validation), console=console)
+            except Interrupted as stopped:
+                if stopped.code == exit_code(signal.SIGINT):  # Ctrl-C must not end a Python session
+                    raise KeyboardInterrupt from None
+                raise
             self.bundle_ = load(Path(folder) / "bundle")
         return self
 

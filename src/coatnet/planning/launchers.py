@@ -193,7 +193,10 @@ def _command(launch: Launch, rendezvous: str) -> str:
 def _exports(launch: Launch, settings: Sequence[str]) -> str:
     """Lines of `export`; `settings` are `NAME=value`, quoted if necessary."""
     environment = ENVIRONMENT | (MULTI_NODE_ENVIRONMENT if launch.num_nodes > 1 else {})
-    return "\n".join(f"export {each}" for each in (*settings, *(f"{k}={v}" for k, v in environment.items())))
+    lines = [f"export {each}" for each in (*settings, *(f"{k}={v}" for k, v in environment.items()))]
+    if launch.num_nodes * launch.gpus_per_node > 1:
+        lines.append("# torchrun has --shutdown-timeout since torch 2.12; leave it out before.")
+    return "\n".join(lines)
 
 
 def _script(*lines: str) -> str:

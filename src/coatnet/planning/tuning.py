@@ -97,7 +97,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
         with deterministic_on_cpu(config.device), translate_write_errors(folder.path), ExitStack() as cleanup:
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             strongest = tuned_config(config, {**DEFAULT_FACTORS, "augmentation": AUGMENTATION_STRENGTHS[1]})
-            images, kept = cleanup.enter_context(cached_images(strongest, splits))
+            images, kept = cleanup.enter_context(cached_images(strongest, splits, quiet=progress.console.quiet))
             if kept:
                 progress.say(kept)
             search = Search(given, _asked(recipe), config, splits, images, init, folder, 60 * minutes, progress)
@@ -322,6 +322,8 @@ class Search:
                 trial.set_user_attr("outcome", outcome)
                 if outcome == "whole":
                     self.study.tell(trial, self.study.trials[trial.number].intermediate_values[RUNGS[-1]])
+                elif outcome == "diverged":
+                    self.study.tell(trial, 0.0)  # of a pruned trial the sampler would take the last figure for good
                 else:
                     self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 self.progress.say(self._describe(self._trials()[-1]))
@@ -338,8 +340,11 @@ class Search:
                 try:
                     trainer.step(*batch)
                 except NotFinite:
-                    trial.report(0.0, RUNGS[0])
-                    return "diverged"
+                    if trainer.state.left_out >= trainer.config.non_finite_budget:
+                        reported = self.study.trials[trial.number].intermediate_values
+                        trial.report(0.0, next(rung for rung in RUNGS if rung not in reported))
+                        return "diverged"
+                    trainer.leave_out_step()
                 step, seconds = trainer.state.step, time.monotonic() - started
                 self.progress.moved(step, total, max(0.0, self.limit_seconds - self.spent - seconds))
                 if sync.stop is not None:
@@ -348,7 +353,9 @@ class Search:
                     metrics = trainer.validation_metrics(sync)
                     if metrics is None:
                         break
-                    trial.report(metrics.compute()[main_figure(metrics.multilabel)], rungs[step])
+                    score = metrics.compute()[main_figure(metrics.multilabel)]
+                    trial.report(score, rungs[step])
+                    trial.set_user_attr("score", score)
                     trial.set_user_attr("steps", step)
                     if step == total:
                         trial.set_user_attr("correct", _packed(metrics))
@@ -362,7 +369,7 @@ class Search:
 
     def _whole_trials(self) -> list[Any]:
         """The trials that took all their steps."""
-        return [trial for trial in self.study.trials if trial.state.name == "COMPLETE"]
+        return [trial for trial in self.study.trials if trial.user_attrs.get("outcome") == "whole"]
 
     def _trials(self) -> list[Trial]:
         """All trials that ended, in their order."""
@@ -371,7 +378,7 @@ class Search:
                 trial.number,
                 **{name: _rounded(trial.params[name]) for name in DEFAULT_FACTORS},
                 steps=trial.user_attrs["steps"],
-                score=trial.intermediate_values[max(trial.intermediate_values)] if trial.user_attrs["steps"] else None,
+                score=trial.user_attrs.get("score"),
                 outcome=trial.user_attrs["outcome"],
             )
             for trial in self.study.trials

@@ -16,13 +16,18 @@ from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
 
 @contextmanager
 def cached_images(
-    config: TrainingConfig, splits: Splits, processes: Processes = SINGLE_PROCESS, *, num_steps: int | None = None
+    config: TrainingConfig,
+    splits: Splits,
+    processes: Processes = SINGLE_PROCESS,
+    *,
+    num_steps: int | None = None,
+    quiet: bool = False,
 ) -> Iterator[tuple[Splits, str]]:
     """Give the splits with the images that training and its evaluations look at, kept as `config.cache` says, and a
     line about them, for the duration of a block; without a cache, the splits as they are and an empty line.
 
     All processes must enter it together. With `num_steps`, to try something, only the images of so many steps are kept,
-    in memory.
+    in memory; `quiet` shows no progress bar.
     """
     if config.cache == "none" or splits.training.in_memory:
         yield splits, ""
@@ -33,7 +38,7 @@ def cached_images(
         Reduction(config.preprocessing),
     ]
     where = "disk" if config.cache == "disk" and num_steps is None else "memory"
-    shown, indices = processes.is_main, [None, None]
+    shown, indices = processes.is_main and not quiet, [None, None]
     if num_steps is not None:
         order = sampler_of(splits.training, config.seed, config.balance == "sampler")
         indices = [np.unique(order.indices(np.arange(num_steps * config.batch_size))).tolist(), []]

@@ -457,8 +457,12 @@ class Trainer:
             if state.left_out >= config.non_finite_budget:
                 raise self.processes.error_on_main(error) from None
             self.progress.say(f"warning: {error}; the step is left out")
-            state.step += 1
-            state.left_out += 1
+            self.leave_out_step()
+
+    def leave_out_step(self) -> None:
+        """Go on behind a step whose loss was not finite, as one of the `non_finite_budget`."""
+        self.state.step += 1
+        self.state.left_out += 1
 
     def warn_of_bad_images(self) -> None:
         """Say that images cannot be used, at the first one and whenever their number is ten times as large."""
@@ -851,7 +855,9 @@ def run_training(
                 progress.say(advice)
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(trainer.cores.threads)
-            trainer.images, kept = cleanup.enter_context(cached_images(config, splits, processes))
+            trainer.images, kept = cleanup.enter_context(
+                cached_images(config, splits, processes, quiet=progress.console.quiet)
+            )
             trainer.duration.reading_seconds = trainer.reading_seconds()
             if kept:
                 progress.say(kept)

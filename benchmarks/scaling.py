@@ -38,7 +38,12 @@ def measure(model: str, batch_size: int, parallelism: str, num_steps: int) -> fl
     with distributed_processes() as processes:
         splits = open_dataset("fashion-mnist-small")
         recipe = Recipe(
-            data="fashion-mnist-small", model=model, batch_size=batch_size, parallelism=parallelism, ema_decay=0.99
+            data="fashion-mnist-small",
+            model=model,
+            batch_size=batch_size,
+            parallelism=parallelism,
+            ema_decay=0.99,
+            optimizer={"algorithm": "adamw"},
         )
         config = resolve(recipe, splits)
         # The folder is never written.

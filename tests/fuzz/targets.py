@@ -306,7 +306,7 @@ def file_target(path: Path, seeds: tuple[bytes, ...], read: Callable[[Path], obj
 def texts(folder: Path) -> dict[str, Target]:
     """Recipes, plans and checkpoints."""
     recipe = Recipe(data="digits", epochs=3, optimizer={"learning_rate": 1e-3}).to_yaml().encode()
-    plan = Plan("model", "images", 100, "torch", "fp32", "one", 5)
+    plan = Plan("model", "torch", "images", 100, "torch", "fp32", "one", 5)
     staged = stage(folder / "checkpoints", "step-1", {})
     name, step = part_name(0, 1), folder / "checkpoints" / "step-1"
     publish(staged, step, {name: write_part(staged / name, {"weight": torch.zeros(2)})}, {"position": {"step": 1}})

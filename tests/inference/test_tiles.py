@@ -14,6 +14,7 @@ from coatnet.data.decode import MAX_MEGAPIXELS, BadImage, Scale
 from coatnet.data.transforms import Preprocessing
 from coatnet.data.windows import open_windows
 from coatnet.errors import UserError
+from coatnet.evaluation.calibrate import calibrate
 from coatnet.inference.predictor import Predictor
 from coatnet.inference.tiles import classify_tiles, starts
 from coatnet.model.network import create_model
@@ -157,6 +158,23 @@ def test_what_cannot_be_tiled_is_one_line(tmp_path: Path) -> None:
         classify_tiles(predictor, tmp_path / "a.png", overlap=1.0)
     with pytest.raises(BadImage, match="tiles on a side"):
         starts(10**9, 16, 0.25, "a.tif")
+
+
+def test_a_tile_is_refused_and_has_a_set_of_classes_as_an_image_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=10, in_channels=1, resolution=8).eval()
+    seen = Preprocessing(resolution=8, mean=(0.5,), std=(0.3,), crop_fraction=1.0)
+    bundle = calibrate(Bundle(model, tuple("0123456789"), seen), "digits")
+    predictor = Predictor(bundle, "torch", "fp32", reject=0.05, coverage=0.9)
+    pixels = RANDOM.integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = classify_tiles(predictor, tmp_path / "a.png", side=20, overlap=0)
+    alone = [predictor(pixels[top : top + 20, left : left + 20])[0] for top in (0, 20) for left in (0, 20)]
+    for tile, expected in zip(found.each(), alone, strict=True):
+        assert tile.novelty == pytest.approx(expected.novelty, abs=0.01) and tile.novelty is not None
+        assert (
+            tile.unknown == expected.unknown and tile.class_set and set(tile.class_set) == set(expected.class_set or ())
+        )
 
 
 def test_the_command_prints_tiles_and_draws_their_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,10 +67,6 @@ class Dataset(Protocol):
         """The name of an image in messages and reports, such as its path below the folder of the data."""
         ...
 
-    def whole_name(self, index: int) -> str:
-        """The name of an image with the place of the data, for continuing what an earlier release began."""
-        return self.describe(index)
-
     def key(self, index: int) -> str:
         """The name by whose hash an image is held out or not."""
         return self.describe(index)
@@ -215,8 +211,8 @@ class FileDataset(Dataset):
         return printable(self._prefix + self._name(index))
 
     def identity(self) -> Iterator[bytes]:
-        for index in range(len(self)):  # with the folder, as in unfinished batch predictions of earlier releases
-            yield f"{self.whole_name(index)}\n".encode()
+        for index in range(len(self)):
+            yield f"{printable(str(self.path(index)))}\n".encode()
 
     def state(self) -> Iterator[bytes]:
         for index in range(len(self)):
@@ -225,9 +221,6 @@ class FileDataset(Dataset):
                 yield f"{found.st_size} {found.st_mtime_ns}\n".encode()
             except (OSError, ValueError):
                 yield b"missing\n"
-
-    def whole_name(self, index: int) -> str:
-        return printable(str(self.path(index)))
 
 
 class TableDataset(Dataset):

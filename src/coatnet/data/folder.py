@@ -385,11 +385,10 @@ def open_images(paths: Iterable[str | Path], left_out: Counter[str] | None = Non
         if error is not None:
             raise UserError(f"{printable(str(path))}: {error}")
         files.append(str(path))
-    # The name is part of what identifies the images of a batch prediction, so unfinished ones of version 0.1 go on.
     given = all(map(os.path.lexists, sources))  # else some are patterns
     folders = [str(source if source.is_dir() else source.parent) for source in sources] if given else ()
     root, names = below_one_folder(files, folders)
-    return FileDataset("pictures", (), root, names, np.full(len(files), -1))
+    return FileDataset("images", (), root, names, np.full(len(files), -1))
 
 
 def describe_left_out(files: Mapping[str, int]) -> str:

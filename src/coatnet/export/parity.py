@@ -42,6 +42,7 @@ from coatnet.export.signature import Run, Signature
 from coatnet.inference.graph import to_probabilities
 
 MAX_CHECKED_IMAGES = 64
+LEAST_CHECKED_IMAGES, MAX_CHECKED_BYTES = 8, 5e8  # of photographs fewer, since they are held at full size
 BATCH_SIZES = (1, 2, 5)
 PROBABILITY_LIMIT = 1e-3  # chosen: rounding in float32 gives 1e-6 to 1e-5, a wrong pixel or weight far more
 NOVELTY_LIMIT = 0.01  # it has steps of 0.001, and rounding may move an image by some
@@ -391,7 +392,9 @@ def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tenso
         data = "digits" if set(bundle.classes) == set(map(str, range(10))) else "fashion-mnist-small"
     splits = open_dataset(data, evaluation=True)
     dataset = splits.validation if len(splits.validation) else splits.training
-    images = [image for image, _ in spread_images(dataset, bundle.preprocessing, MAX_CHECKED_IMAGES)]
+    first = next((image for image, _ in spread_images(dataset, bundle.preprocessing, MAX_CHECKED_IMAGES)), None)
+    most = MAX_CHECKED_IMAGES if first is None else max(LEAST_CHECKED_IMAGES, int(MAX_CHECKED_BYTES / first.nbytes))
+    images = [image for image, _ in spread_images(dataset, bundle.preprocessing, min(most, MAX_CHECKED_IMAGES))]
     if not images:
         raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")
     return splits.name, images

@@ -33,13 +33,14 @@ def cached_graph(bundle: Bundle, file: str, version: str, write: Callable[[Path]
     def make(staged: Path) -> None:
         write(staged / file)
 
-    return cached_folder("graphs", fingerprint(bundle, file, version), make, most=MAX_CACHED_GRAPHS) / file
+    key = fingerprint(bundle, __version__, torch.__version__, file, version)
+    return cached_folder("graphs", key, make, most=MAX_CACHED_GRAPHS) / file
 
 
 def fingerprint(bundle: Bundle, *more: str) -> str:
-    """SHA-256 of all that the result of a bundle depends on, as 32 hex digits; 1.2 GB of weights a second."""
+    """SHA-256 of a bundle and of what else is given, as 32 hex digits; 1.2 GB of weights a second."""
     config = config_json(bundle.model, bundle.classes, bundle.preprocessing, bundle.multilabel, {})
-    digest = hashlib.sha256("\n".join((config, __version__, torch.__version__, *more)).encode(errors="surrogatepass"))
+    digest = hashlib.sha256("\n".join((config, *more)).encode(errors="surrogatepass"))
     more_tensors = bundle.calibration.tensors() if bundle.calibration is not None else {}
     for name, tensor in {**bundle.model.state_dict(), **more_tensors}.items():
         digest.update(name.encode())

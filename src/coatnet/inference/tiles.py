@@ -6,7 +6,7 @@ Shapes: N tiles, K classes; H, W the image; h, w its thumbnail.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
 from coatnet.errors import UserError, nearest, reason_of
 from coatnet.inference.explanation import heat_colors
-from coatnet.inference.predictor import Prediction, Predictor, most_probable
+from coatnet.inference.predictor import Prediction, Predictor
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -41,7 +41,8 @@ class TiledPrediction:
         size: (H, W) of the image in pixels.
         boxes: top, left, height and width of each tile, (N, 4).
         probabilities: of each tile, (N, K).
-        classes: names of the K classes.
+        novelties: of each tile, (N,); None if the model is not calibrated.
+        predictor: the model, with what it refuses.
         thumbnail: the image, uint8 (h, w, 3).
     """
 
@@ -49,14 +50,21 @@ class TiledPrediction:
     size: tuple[int, int]
     boxes: NDArray[np.int64]
     probabilities: NDArray[np.float32]
-    classes: tuple[str, ...]
+    novelties: NDArray[np.float32] | None
+    predictor: Predictor = field(repr=False)
     thumbnail: NDArray[np.uint8]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the K classes."""
+        return self.predictor.classes
 
     def each(self, top_k: int = 5) -> Iterator[Prediction]:
         """The answer to each tile, named `image.tif[top:bottom,left:right]`."""
-        for (top, left, height, width), row in zip(self.boxes.tolist(), self.probabilities, strict=True):
+        for number, (top, left, height, width) in enumerate(self.boxes.tolist()):
+            novelty = None if self.novelties is None else float(self.novelties[number])
             name = f"{self.prediction.name}[{top}:{top + height},{left}:{left + width}]"
-            yield Prediction(name, *most_probable(self.classes, row, top_k))
+            yield replace(self.predictor.describe(self.probabilities[number], novelty, top_k), name=name)
 
     def heat(self, target: str | None = None) -> NDArray[np.float32]:
         """The probability of a class over the thumbnail, (h, w): the mean over the tiles that show a place.
@@ -141,11 +149,12 @@ def classify_tiles(
                 novelties.append(novelty)
         thumbnail = to_shown(drawn.round().byte() if predictor.scale is None else drawn).permute(1, 2, 0).numpy()
     answers, places = np.concatenate(rows), np.array(boxes, np.int64)
-    novelty = float(np.concatenate(novelties).mean()) if novelties else None
-    together = replace(predictor.describe(answers.mean(axis=0), novelty, top_k), name=str(path))
+    novelty = np.concatenate(novelties) if novelties else None
+    mean_novelty = None if novelty is None else float(novelty.mean())
+    together = replace(predictor.describe(answers.mean(axis=0), mean_novelty, top_k), name=str(path))
     if together.error is not None:
         raise BadImage(str(path), together.error)
-    return TiledPrediction(together, windows.size, places, answers, predictor.classes, thumbnail)
+    return TiledPrediction(together, windows.size, places, answers, novelty, predictor, thumbnail)
 
 
 def starts(length: int, tile: int, overlap: float, name: str) -> list[int]:

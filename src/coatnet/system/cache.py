@@ -94,8 +94,12 @@ def _kept(home: Path, key: str, make: Callable[[Path], None], most: int | None) 
                 (staged / CHECKSUMS).write_text("".join(f"{sha256_of(staged / n)}  {n}\n" for n in _files(staged)))
     remove_leftovers(home, LEFTOVER_SECONDS)
     if most is not None:
-        kept = sorted((path for path in home.glob("[!.]*") if path.is_dir()), key=lambda path: path.stat().st_mtime_ns)
-        for path in kept[:-most]:
+        used = dict[Path, int]()
+        for path in home.glob("[!.]*"):
+            with suppress(FileNotFoundError):  # another process has removed it
+                if path.is_dir():
+                    used[path] = path.stat().st_mtime_ns
+        for path in sorted(used, key=lambda path: used[path])[:-most]:
             shutil.rmtree(path, ignore_errors=True)
     return folder
 

@@ -1,6 +1,6 @@
 """Parts of a batch prediction cover every image once, for any number of processes."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from coatnet.inference.batch.parts import Parts, Plan
 from coatnet.inference.batch.samples import Row
 from coatnet.system.files import file_lock
 
-PLAN = Plan("a", "b", 1000, "torch", "fp32", "one", 5)
+PLAN = Plan("a", "torch 2", "b", 1000, "torch", "fp32", "one", 5)
 
 
 @given(st.integers(1, 10**10))
@@ -37,6 +37,8 @@ def test_parts_are_contiguous(num_images: int) -> None:
 def test_plans_describe_their_difference() -> None:
     assert PLAN.difference(PLAN.to_json()) is None
     assert PLAN.difference(replace(PLAN, model="c").to_json()) == "another model"
+    assert PLAN.difference(replace(PLAN, versions="torch 1").to_json()) == "torch 1 where this has torch 2"
+    assert PLAN.difference(replace(PLAN, versions="torch 1").to_json(), finished=True) is None
     assert PLAN.difference(replace(PLAN, num_images=9).to_json()) == "other images"
     assert PLAN.difference(replace(PLAN, top_k=1).to_json()) == "top k 1 where this has 5"
     assert PLAN.difference("[]") == PLAN.difference("{") == "an unreadable plan"
@@ -83,10 +85,26 @@ def test_another_batch_size_is_refused_once_a_part_is_there(tmp_path: Path) -> N
     parts.write(0, rows(parts.plan.part(0)))
     with pytest.raises(UserError, match="was begun with batch size 8 where this has 32"):
         parts_of(tmp_path)
-    values = json.loads((parts.folder / "plan.json").read_text())
-    del values["batch_size"]  # as of an earlier release, whose rows have whole paths
-    (parts.folder / "plan.json").write_text(json.dumps(values))
-    assert parts_of(tmp_path, batch_size=4).by_earlier_release
+
+
+def test_parts_are_joined_though_two_processes_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process writes the last part, and finds the lock taken, while this one has it and has counted."""
+    pytest.importorskip("pyarrow")
+    this, other = parts_of(tmp_path), parts_of(tmp_path)
+    this.write(0, rows(this.plan.part(0)))
+    count = Parts.missing
+
+    def counted(parts: Parts, numbers: Sequence[int]) -> list[int]:
+        found = count(parts, numbers)
+        if parts is this and not other.missing([0]) and other.missing([1]):
+            other.write(1, rows(other.plan.part(1)))
+            other.join_if_complete()
+        return found
+
+    monkeypatch.setattr(Parts, "missing", counted)
+    this.join_if_complete()
+    finished = this.finished()
+    assert finished is not None and finished.num_images == 100
 
 
 @pytest.mark.parametrize("damage", ["", "[" * 100_000, "[]", '{"model": [], "images": {}}', "\0" * 999])

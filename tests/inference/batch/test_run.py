@@ -45,7 +45,7 @@ def test_rows_equal_predictions_in_the_order_of_the_folder(predictor: Predictor,
     reasons = {Path(row["path"]).name: row["error"].partition(":")[0] for row in rows if row["error"]}
     assert reasons == {"70.png": "truncated", "page.jpg": "format"}
     plan = json.loads(parquet.read_schema(tmp_path / "new" / "out.parquet").metadata[b"coatnet"])
-    assert (plan["num_pictures"], plan["engine"], plan["precision"], plan["top_k"]) == (151, "torch", "fp32", 3)
+    assert (plan["num_images"], plan["engine"], plan["precision"], plan["top_k"]) == (151, "torch", "fp32", 3)
 
 
 def test_a_csv_has_the_rows_of_the_parquet_file(predictor: Predictor, images: Path, tmp_path: Path) -> None:

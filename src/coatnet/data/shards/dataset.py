@@ -183,9 +183,6 @@ class ShardDataset(Dataset):
         key = printable(os.fsdecode(self._samples(shard)[row]["key"]))
         return f"{self.shard_name(shard)}/{key}"
 
-    def whole_name(self, index: int) -> str:
-        return f"{self._files}/{self.describe(index)}"
-
     def shard_name(self, shard: int) -> str:
         """The file name of a shard."""
         return self.table["name"][shard].decode()

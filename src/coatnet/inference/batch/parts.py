@@ -30,7 +30,6 @@ ROW_GROUP_ROWS = 65_536  # chosen: large enough to be read fast, some 10 MB of m
 MAX_NAMED_IMAGES = 20
 _CSV_BLOCK_BYTES = 1 << 25  # chosen: a row must fit; all 21,841 classes of ImageNet-21k are 1 MB
 _PLAN_METADATA = b"coatnet"  # the key of the plan in the metadata of the file
-_PLAN_KEYS = {"images": "pictures", "num_images": "num_pictures"}  # names in files, of which unfinished ones may exist
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Plan:
 
     Attributes:
         model: fingerprint of the bundle.
+        versions: of the packages that compute, whose sums may differ in their last bits.
         images: hash of the images' names, from `SampleSource.identity`.
         num_images: number of images.
         engine: name of the engine.
@@ -54,6 +54,7 @@ class Plan:
     """
 
     model: str
+    versions: str
     images: str
     num_images: int
     engine: str
@@ -81,24 +82,26 @@ class Plan:
 
     def to_dict(self) -> dict[str, str | int | float | None]:
         """The plan as plan.json and the metadata of the file store it."""
-        return {_PLAN_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        return asdict(self)
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict())
 
-    def difference(self, other: str) -> str | None:
-        """Describe the first difference of another plan, given as JSON; None if there is none."""
+    def difference(self, other: str, *, finished: bool = False) -> str | None:
+        """Describe the first difference of another plan, given as JSON; None if there is none.
+
+        What is `finished` has the rows of one version, whichever that is.
+        """
         try:
             values = require_object(parse_json(other, "plan"), "plan")
         except UserError:
             return "an unreadable plan"
         for name, value in self.to_dict().items():
-            if name == "batch_size" and name not in values:
-                continue  # begun by an earlier release, which did not note it
-            if values.get(name) != value:
-                known = {"model": "another model", "pictures": "other images", "num_pictures": "other images"}
-                return known.get(name) or f"{name.replace('_', ' ')} {values.get(name)} where this has {value}"
+            if values.get(name) != value and not (finished and name == "versions"):
+                known = {"model": "another model", "images": "other images", "num_images": "other images"}
+                words = "" if name == "versions" else f"{name.replace('_', ' ')} "
+                return known.get(name) or f"{words}{values.get(name)} where this has {value}"
         return None
 
 
@@ -180,11 +183,6 @@ class Parts:
             return False
         return True
 
-    @property
-    def by_earlier_release(self) -> bool:
-        """Whether its first parts were written by a release that named images by their whole path."""
-        return b'"batch_size"' not in read_regular(self.folder / "plan.json")
-
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of the parts that are not written yet."""
         found = set(os.listdir(self.folder)) if self.folder.exists() else set()
@@ -202,10 +200,15 @@ class Parts:
             checksum.write_text(sha256_of(staged))
 
     def join_if_complete(self) -> None:
-        """Join the parts if all are there, unless another process does or did."""
+        """Join the parts if all are there, unless another process does or did.
+
+        They are counted before the lock is asked for, so that whoever holds it has seen all of them, and joins them.
+        """
         try:
+            if self.missing(range(self.plan.num_parts)):
+                return
             with file_lock(self.folder / "joining", wait=False):
-                if not self.missing(range(self.plan.num_parts)):
+                if not self.out.exists():
                     self._join()
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -233,7 +236,7 @@ class Parts:
             ) from error
         with file:
             plan = (file.schema_arrow.metadata or {}).get(_PLAN_METADATA)
-            if plan is None or (difference := self.plan.difference(plan.decode(errors="replace"))):
+            if plan is None or (difference := self.plan.difference(plan.decode(errors="replace"), finished=True)):
                 why = f"made with {difference}" if plan else "not made by this program"
                 raise UserError(f"{exists}, {why}; give another name, or remove it first")
             num_bad, bad = 0, []
@@ -249,7 +252,7 @@ class Parts:
         exists, plan = f"{self.out} is there already", self.folder / "plan.json"
         if not self._checksum.exists() or read_regular(self._checksum).decode(errors="replace") != sha256_of(self.out):
             raise UserError(f"{exists}, not made by this program or changed; give another name, or remove it first")
-        if difference := self.plan.difference(read_regular(plan).decode(errors="replace")):
+        if difference := self.plan.difference(read_regular(plan).decode(errors="replace"), finished=True):
             raise UserError(f"{exists}, made with {difference}; give another name, or remove it first")
         import pyarrow
         from pyarrow import csv

@@ -8,6 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_table
 from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
@@ -16,6 +18,7 @@ from coatnet.inference.predictor import Predictor, check_at_least_one
 from coatnet.system.files import only_process
 from coatnet.system.launcher import read_launcher
 from coatnet.system.progress import ProgressBar
+from coatnet.version import __version__
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,6 +56,7 @@ def predict_to_file(
     engine = predictor.engine
     plan = Plan(
         model=fingerprint(predictor.bundle),
+        versions=f"coatnet {__version__} and torch {torch.__version__}",
         images=samples.identity(),
         num_images=len(samples),
         engine=engine.name,
@@ -75,7 +79,6 @@ def predict_to_file(
             # Checked again, now that the folder is there: another process may have joined and removed it meanwhile.
             if finished := parts.finished():
                 return finished
-            samples.whole_paths = parts.by_earlier_release
             total = sum(len(plan.part(number)) for number in share)
             with ProgressBar("predicting", total, "images", shown=rank == 0) as bar:  # shares are about equal
                 bar.advance(total - sum(len(plan.part(number)) for number in missing))

@@ -44,8 +44,6 @@ class Sample(NamedTuple):
 class SampleSource:
     """The images of some datasets, one dataset after the other, in the order in which they are stored."""
 
-    whole_paths = False  # whether images are named by their whole path, as in rows of earlier releases
-
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self._datasets = tuple(datasets)
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
@@ -60,7 +58,7 @@ class SampleSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         dataset, index = self._datasets[number], index - (int(self._ends[number - 1]) if number else 0)
         with self._lock:
-            name = dataset.whole_name(index) if self.whole_paths else dataset.describe(index)
+            name = dataset.describe(index)
             try:
                 image, label = dataset.read(index)
             except BadImage as error:

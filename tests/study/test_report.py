@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -215,6 +217,32 @@ def test_a_study_that_has_not_begun_is_a_plan(tmp_path: Path) -> None:
     assert "Nothing is finished yet: 50 runs planned, 25 minutes one after the other" in page
     assert "## Networks" in page and "## What is missing" in page and "What came out" not in page and ".png" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["study.html", "study.json", "study.md"]
+
+
+def test_the_last_page_has_the_runs_of_all_that_draw_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def draw(found: object, path: Path) -> None:
+        path.touch()
+        if not drawing.is_set():  # the first, which is slow
+            drawing.set()
+            go_on.wait(60)
+
+    monkeypatch.setattr("coatnet.study.report.draw_curves", draw)
+    monkeypatch.setattr("coatnet.study.report.draw_gap", lambda gaps, accuracies, path: path.touch())
+    study = study_of(sizes=(600,))
+    without(study, lambda run: run.folder == study.runs[-1].folder).write(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(write_report, tmp_path)
+        assert drawing.wait(60)
+        study.write(tmp_path)  # the last run has ended
+        second = pool.submit(write_report, tmp_path)
+        wait([second], timeout=1)  # it is done only if it does not wait for the first
+        go_on.set()
+        first.result(), second.result()
+    for page in ("study.md", "study.html"):
+        assert "25 of 25 runs finished" in (tmp_path / page).read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_unequal_budgets_are_named() -> None:

@@ -119,9 +119,3 @@ def test_kendall_counts_every_order_of_five_with_ties() -> None:
 def test_equal_values_have_no_order() -> None:
     assert kendall([1, 1, 1], [1, 2, 3]) is None
     assert kendall([1, 2, 3], [2, 2, 2]) is None
-
-
-def test_the_p_of_many_networks_is_drawn() -> None:
-    found = kendall(list(range(12)), list(range(12)))
-    assert found is not None and found.tau == 1 and found.p < 1e-3
-    assert kendall(list(range(12)), list(range(12))) == found

@@ -24,7 +24,7 @@ from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Run, Study
-from coatnet.study.run import Part, Worker, _Progress, measure_steps, recipe_of
+from coatnet.study.run import Part, Worker, _Progress, _result, measure_steps, recipe_of
 from coatnet.training import trainer
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
@@ -259,7 +259,7 @@ def test_a_single_round_lasts_as_long_as_its_slowest_run(tmp_path: Path, monkeyp
     monkeypatch.setattr("coatnet.study.plan.measure_steps", lambda *_: measured)
     at_once = plan(tmp_path, minutes=3, jobs=2)
     assert 150 <= max(run.seconds for run in at_once.runs) <= 180
-    assert "2 runs to go, 2 at once: about 3 minutes" in describe_plan(at_once, 2)
+    assert "2 runs to go, 2 at once: about 3 minutes" in describe_plan(at_once, 2, Part())
     in_turn = [run.seconds for run in plan(tmp_path, minutes=3, jobs=1).runs]
     assert 150 <= sum(in_turn) <= 180
     plain = plan(tmp_path, steps=10)
@@ -540,3 +540,176 @@ def test_decoding_is_timed_by_some_images(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "read_image", slowly)
     assert 0.005 <= trainer.seconds_to_read(open_dataset(tmp_path).training) < 0.1
+
+
+def write_images(folder: Path) -> Path:
+    """A folder of 24 gray images of 8 x 8 pixels in three classes."""
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = folder / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Plans take a step of two members to be a tenth of a second; the jobs and threads that each would have measured
+    with."""
+    asked: list[tuple[int, int]] = []
+
+    def measure(recipes: object, jobs: int, threads: int, devices: object) -> list[float]:
+        asked.append((jobs, threads))
+        return [0.1, 0.1, 0.0, 0.0]
+
+    monkeypatch.setattr("coatnet.study.plan.measure_steps", measure)
+    return asked
+
+
+def test_images_are_kept_in_memory_where_all_runs_at_once_have_room(
+    unmeasured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(write_images(tmp_path / "images"))
+    monkeypatch.setattr("coatnet.training.defaults.memory_room", lambda: ("anywhere", 4_000))  # images take 1,536
+    caches = [plan(tmp_path, data=data, sizes=("100%",), steps=1, jobs=jobs).recipe["cache"] for jobs in (1, 2, 4)]
+    assert caches == ["memory", "memory", "none"]
+    own = "{members: {a: {}, b: {}}, match: false, recipe: {cache: auto}}"  # no run chooses for itself
+    assert plan(tmp_path, own, data=data, sizes=("100%",), steps=1, jobs=4).recipe["cache"] == "none"
+
+
+def test_data_is_the_same_however_its_path_is_written(
+    unmeasured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = str(write_images(tmp_path / "images").resolve())
+    options = Options("bias", "images", sizes=("100%",), seeds=1, steps=3, jobs=1)
+    study = open_study(options, tmp_path / "study", print)
+    assert (study.data, study.recipe["data"], study.asked["data"]) == ("images", whole, whole)
+    for written in ("images/", "./images", whole):
+        again = replace(options, data=written)
+        assert open_study(again, tmp_path / "study", print) == study
+        assert open_study(again, tmp_path / "new", print, dry_run=True).recipe == study.recipe
+    extended = open_study(replace(options, seeds=2), tmp_path / "study", print)
+    assert "--data images " in extended.command
+    # As earlier releases wrote it.
+    record = tmp_path / "study" / "study.json"
+    change(record, asked=study.asked | {"data": "images"}, recipe=study.recipe | {"data": "images"}, content=None)
+    assert len(open_study(options, tmp_path / "study", print).runs) == 4
+    with pytest.raises(UserError, match=r"a study with data .*images, not digits"):
+        open_study(replace(options, data="digits"), tmp_path / "study", print)
+
+
+def test_a_finished_run_is_found_however_the_path_of_its_data_is_written(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    study = Study.read(finished)
+    recipe = recipe_of(study, study.runs[0]).to_dict()
+    result = json.loads((finished / study.runs[0].folder / "figures.json").read_text())
+    (tmp_path / "figures.json").write_text(json.dumps(result | {"recipe": recipe | {"data": "images"}}))
+    whole = str((tmp_path / "images").resolve())
+    assert _result(tmp_path, recipe | {"data": whole}) is not None
+    assert _result(tmp_path, recipe | {"data": f"{whole}-2"}) is None
+
+
+def test_a_study_is_not_extended_on_other_images(unmeasured: list, tmp_path: Path) -> None:
+    images, folder = write_images(tmp_path / "images"), tmp_path / "study"
+    options = Options("bias", str(images), sizes=("100%",), seeds=1, steps=3, jobs=1)
+    study = open_study(options, folder, print)
+    assert {split: each.images for split, each in study.content.items()} == {
+        "training": study.sizes[0],
+        "validation": study.held_out,
+    }
+    more = replace(options, seeds=5)
+    assert len(open_study(more, folder, print, dry_run=True).runs) == 10
+    _, splits = open_splits(Recipe.from_dict(study.recipe), print)
+    corrected = images / splits.training.describe(0)
+    corrected.rename(images / "c" / "corrected.png")
+    record = (folder / "study.json").read_bytes()
+    for asked in (options, more, replace(more, sizes=("50%",))):
+        with pytest.raises(UserError, match=r"study of other images: .* now has .* images") as error:
+            open_study(asked, folder, print)
+        assert "\n" not in str(error.value) and "another folder" in str(error.value)
+    assert (folder / "study.json").read_bytes() == record
+    (images / "c" / "corrected.png").rename(corrected)
+    assert len(open_study(more, folder, print).runs) == 10
+
+
+def test_what_changed_of_the_images_is_named_and_a_finished_study_needs_none(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((copied / "study.json").read_text())["content"]
+    fewer = content["validation"] | {"images": 3}
+    change(copied / "study.json", content={"training": content["training"] | {"sha256": "0"}, "validation": fewer})
+    assert main([*AGAIN, "--out", "own"]) == 0  # nothing is left to be trained
+    assert main([*AGAIN, "--seeds", "2", "--dry_run", "--out", "own"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("coatnet: error: ")]
+    assert "digits now has other names or labels of its training images and " in error
+    assert f"{content['validation']['images']:,} held-out images where it had 3" in error
+    change(copied / "study.json", content=None)  # of an earlier release
+    assert main([*AGAIN, "--seeds", "2", "--dry_run", "--out", "own"]) == 0
+
+
+def test_processes_of_torchrun_plan_for_as_many_runs_at_once_as_they_make(
+    unmeasured: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("coatnet.study.plan.num_cores", lambda: 8)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    command = ["study", "bias", "--data", "digits", "--sizes", "40", "--seeds", "6", "--minutes", "10", "--dry_run"]
+    command += ["--device", "cpu", "--out", str(tmp_path / "study")]
+    for jobs, at_once, minutes in ((None, 1, 9), (3, 3, 9)):
+        assert main([*command, *(["--jobs", str(jobs)] if jobs else [])]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "to go" in line)
+        makes = f"of which process 2 of 2 makes 6, {at_once} at once"
+        assert line == f"12 runs to go, {makes}: about {minutes} minutes on this machine"
+    assert unmeasured == [(2, 4), (6, 1)]  # runs at once on the machine, and threads of each
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        (["layouts", "--data", "digits", "--seeds", "5"], "QUESTION, --data, --seeds"),
+        (["--keep_weights"], "--keep_weights"),
+        (["--device", "cpu", "--dry_run"], "--device, --dry_run"),
+    ],
+)
+def test_pages_are_drawn_again_without_other_options(
+    options: list[str], left_out: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (copied / "study.html").stat().st_mtime_ns
+    assert main(["study", *options, "--report", "own"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith(f"trains nothing: leave out {left_out}")
+    assert main(["study", "--report", ""]) == 2
+    assert (copied / "study.html").stat().st_mtime_ns == before
+
+
+def test_pages_are_drawn_again_below_the_home_folder_and_before_a_run_is_finished(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(copied.parent))
+    study = Study.read(copied)
+    runs = tuple(replace(run, status="planned", figures=None) for run in study.runs)
+    replace(study, runs=runs).write(copied)
+    (copied / "study.html").unlink()
+    assert main(["study", "--report", "~/own"]) == 0
+    assert "study.html" in capsys.readouterr().out
+    assert "Nothing is finished yet" in (copied / "study.html").read_text(encoding="utf-8")
+
+
+def test_runs_of_a_study_are_listed_with_their_figures(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = Study.read(copied).runs
+    change(copied / second.folder / "figures.json", figures={"top1": 5})
+    assert main(["runs", "own", "--json"]) == 0
+    listed = {each["run"]: each for each in json.loads(capsys.readouterr().out)}
+    found, damaged = listed[first.folder], listed[second.folder]
+    assert first.figures is not None and found["state"] == "finished"
+    assert (found["figure"], found["value"], found["n"]) == ("top1", first.figures.top1, first.figures.n)
+    assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    assert damaged["state"].startswith("damaged: top1 must be 0 to 1") and damaged["value"] is None
+    (copied / first.folder / "figures.json").unlink()
+    assert main(["runs", "own", "--json"]) == 0
+    listed = {each["run"]: each for each in json.loads(capsys.readouterr().out)}
+    assert listed[first.folder]["state"] == "can be resumed"

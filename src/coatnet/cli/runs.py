@@ -73,6 +73,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     """
     from coatnet.bundle.bundle import place_name
     from coatnet.evaluation.plots import read_series
+    from coatnet.study.record import FIGURES
     from coatnet.system.json_reader import read_json
     from coatnet.training.config import read_yaml
 
@@ -87,6 +88,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
                 found |= {"epochs": round(float(seconds[-1, 0]), 2), "minutes": round(float(seconds[-1, 1]) / 60, 2)}
         if (folder / "report.json").is_file() and (folder / "bundle").is_dir():
             found |= {"state": "finished", **_figures(read_json(folder / "report.json"))}
+        elif (folder / FIGURES).is_file():  # of a study, which keeps no more of its runs
+            found |= {"state": "finished", **_study_figures(read_json(folder / FIGURES))}
     except (UserError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         found["state"] = f"damaged: {first_line(error)}"
     return found
@@ -102,6 +105,15 @@ def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
         "interval": interval and [float(bound) for bound in interval],
         "n": int(figures["n"]),
     }
+
+
+def _study_figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    from coatnet.evaluation.metrics import wilson_interval
+    from coatnet.study.record import Figures
+
+    figures = Figures(**result["figures"])
+    interval = wilson_interval(round(figures.top1 * figures.n), figures.n)
+    return {"figure": "top1", "value": figures.top1, "interval": list(interval), "n": figures.n}
 
 
 def _row(each: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coatnet.cli.parser import DATA_HELP, FAILED, Parser
-from coatnet.errors import UserError, counted
+from coatnet.errors import UserError, counted, shorten
 from coatnet.system.files import output_path
 from coatnet.system.terminal import echo, echo_summary
 
@@ -62,14 +62,22 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep_weights", action="store_true", help="keep the models, and not their figures only")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, and train nothing")
     parser.add_argument("--report", metavar="STUDY", help="draw the pages of a study again, and train nothing")
-    return parser.parse(arguments)
+    given = parser.parse(arguments)
+    if given.report == "":
+        parser.error("--report is empty: give a path")
+    if given.report:
+        others = [name for name, value in vars(given).items() if name != "report" and value != parser.get_default(name)]
+        if others:
+            shown = shorten(["QUESTION" if name == "question" else f"--{name}" for name in others])
+            raise UserError(f"--report draws the pages of a study again, and trains nothing: leave out {shown}")
+    return given
 
 
 def run(arguments: Sequence[str]) -> int:
     """Make a study, or go on with it, and write its pages."""
     given = parse_arguments(arguments)
     if given.report:
-        return _report(Path(given.report), shared=False)
+        return _report(output_path(given.report), shared=False)
     for name in ("question", "data"):
         if not getattr(given, name):
             option = "a question, such as layouts" if name == "question" else f"--{name}"
@@ -82,6 +90,8 @@ def run(arguments: Sequence[str]) -> int:
     asked: dict[str, Any] = {
         name: getattr(given, name) for name in (*names, "resolution", "precision", "jobs", "device")
     }
+    if part.local_world_size > 1:  # of torchrun, each of which makes one run at once unless more are asked for
+        asked["jobs"] = part.local_world_size * (1 if given.jobs is None else given.jobs)
     asked = {
         name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value is not None
     }
@@ -97,13 +107,10 @@ def _make(options: "Options", folder: Path, part: "Part", given: argparse.Namesp
 
     study = open_study(options, folder, _say, dry_run=given.dry_run)
     jobs, devices = choose_jobs(options)
-    if part.local_world_size > 1:  # of torchrun, each of which has its own core or GPU
-        jobs = given.jobs or 1
+    if part.local_world_size > 1:  # each process has its own core or GPU
+        jobs //= part.local_world_size
         devices = [devices[part.local_rank % len(devices)]]
-    echo(describe_plan(study, jobs))
-    if part.count > 1:
-        mine = len(study.runs[part.index :: part.count])
-        echo(f"this is process {part.index + 1} of {part.count}, which makes {counted(mine, 'run')} of these")
+    echo(describe_plan(study, jobs, part))
     if given.dry_run:
         echo("Nothing was trained or written.")
         return 0
@@ -132,9 +139,8 @@ def _report(folder: Path, *, shared: bool) -> int:
     failed = [run for run in study.runs if run.status == "failed"]
     for each in failed:
         echo(f"coatnet: error: {each.folder}: {each.reason}", error=True)
-    if study.finished():
-        write_report(folder)
-        echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
+    write_report(folder)
+    echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
     if left:
         echo_summary(f"Still to be made, by the same command: {len(left)} of {counted(len(study.runs), 'run')}.")
     return FAILED if failed and not (shared and left) else 0

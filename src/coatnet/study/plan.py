@@ -21,8 +21,8 @@ from coatnet.model.config import Variant
 from coatnet.model.registry import find_variant
 from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
 from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
-from coatnet.study.record import PAGES, RECORD, Member, Run, Study
-from coatnet.study.run import MAX_TRAINING_IMAGES, Part, measure_steps, recipe_of
+from coatnet.study.record import PAGES, RECORD, Member, Run, SplitContent, Study
+from coatnet.study.run import MAX_TRAINING_IMAGES, Part, data_path, measure_steps, recipe_of
 from coatnet.system.files import file_lock, only_process, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
 from coatnet.training.config import Recipe
@@ -61,7 +61,7 @@ class Options:
         resolution: side of the images in pixels; None chooses by the images.
         device: where to compute.
         precision: as of a recipe.
-        jobs: runs at once; None for one on each core, or on each GPU.
+        jobs: runs at once on this machine; None for one on each core, or on each GPU.
     """
 
     question: str
@@ -120,7 +120,8 @@ class Options:
     def asked(self) -> dict[str, Any]:
         """What a plan follows from, apart from what may be extended: sizes, seeds and learning rates."""
         free = ("sizes", "seeds", "learning_rates", "jobs", "device")
-        return {name: value for name, value in vars(self).items() if name not in free and value is not None}
+        values = {**vars(self), "data": data_path(self.data)}
+        return {name: value for name, value in values.items() if name not in free and value is not None}
 
 
 def own_question(options: Options) -> Question | None:
@@ -173,13 +174,14 @@ def choose_jobs(options: Options) -> tuple[int, list[str]]:
     return options.jobs or len(devices), devices
 
 
-def shared_recipe(options: Options, question: Question, splits: Splits, given: Recipe) -> Recipe:
+def shared_recipe(options: Options, question: Question, splits: Splits, given: Recipe, jobs: int) -> Recipe:
     """The recipe of all members: AdamW, mild augmentation, no smoothing and no averaging, whatever the size.
 
-    Everything that would follow from the number of images or of steps is settled here, on all images.
+    Everything that would follow from the number of images or of steps is settled here, on all images, and whether each
+    of `jobs` runs at once may keep them decoded in memory.
     """
     asked: dict[str, Any] = {
-        "data": options.data,
+        "data": given.data,
         "kept_together": given.to_dict().get("kept_together", []),
         "resolution": options.resolution,
         "batch_size": options.batch_size,
@@ -192,7 +194,7 @@ def shared_recipe(options: Options, question: Question, splits: Splits, given: R
         "schedule": {"minimum_learning_rate": 1e-5},
     }
     start = Recipe.from_dict({name: value for name, value in asked.items() if value is not None})
-    config = resolve(start.changed(question.recipe), splits)
+    config = resolve(start.changed(question.recipe), splits, runs_at_once=jobs)
     flip = config.augmentation.flip_rate
     side = max(config.preprocessing.size)
     small = side <= SMALL_IMAGE_PIXELS
@@ -208,10 +210,9 @@ def shared_recipe(options: Options, question: Question, splits: Splits, given: R
         "channels": config.channels,
         "augmentation": mild,
         "mixing": {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0},
-        "cache": config.cache,
         "loss": "softmax",
     }
-    return start.changed(settled).changed(question.recipe)
+    return start.changed(settled).changed(question.recipe).changed({"cache": config.cache})
 
 
 def matched_members(question: Question, options: Options, problem: Problem) -> tuple[str, tuple[Member, ...]]:
@@ -260,12 +261,13 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
     own = own_question(options)
     if own is None:
         find_question(options.question, base_row(32, None, 1.0))  # its name, before the data is opened
-    given, splits = open_splits(Recipe(data=options.data).changed(own.recipe if own else {}), say)
+    given, splits = open_splits(Recipe(data=data_path(options.data)).changed(own.recipe if own else {}), say)
     if splits.multilabel:
         raise UserError(f"{splits.name} has several labels an image; a study compares accuracy, and needs one")
     choices = candidates(options, splits, say)
     sizes, seeds = choices[0]
-    recipe = shared_recipe(options, own or Question("", "", ()), splits, given)
+    jobs, devices = choose_jobs(options)
+    recipe = shared_recipe(options, own or Question("", "", ()), splits, given, jobs)
     config = resolve(recipe, splits)
     require_outside(folder, config.data)
     if not isinstance(config.resolution, int):
@@ -292,8 +294,8 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         seeds=tuple(range(seeds)),
         learning_rates=tuple(sorted(rates)),
         asked=options.asked() | ({} if own is None else {"file": own.asked()}),
+        content=content_of(splits),
     )
-    jobs, devices = choose_jobs(options)
     threads = max(1, num_cores() // jobs)
     study = replace(study, threads=threads)
     # With a step each, every member is resolved as its runs will be; what is impossible is said before anything starts.
@@ -464,10 +466,13 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     if options.steps == steps:  # as the command of an extended study has them, whatever they were planned by
         durations: dict[str, Any] = {name: study.asked.get(name) for name in ("steps", "epochs", "minutes")}
         options = replace(options, **durations)
+    asked = dict(study.asked)
+    if isinstance(data := asked.get("data"), str):  # earlier releases kept it as it was typed
+        asked["data"] = data_path(data)
     for name, value in options.asked().items():
-        if study.asked.get(name) != value:
+        if asked.get(name) != value:
             raise UserError(
-                f"{folder} holds a study with {name} {study.asked.get(name, 'not given')}, not {value}: give the same "
+                f"{folder} holds a study with {name} {asked.get(name, 'not given')}, not {value}: give the same "
                 "to go on, or another folder for a new study"
             )
     for name in ("steps", "epochs", "minutes"):
@@ -480,9 +485,9 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
                 "go on, or another folder for a new study"
             )
         study = replace(study, title=own.title)
-    sizes: tuple[int, ...] = ()
+    sizes, splits = (), None
     if options.sizes:
-        _, splits = open_splits(Recipe.from_dict(study.recipe), lambda text: None)
+        splits = _open(study)
         sizes = parse_sizes(options.sizes, splits)
     # A rate that is shown the same is the same, such as the default rate copied from the plan.
     rates = {f"{rate:g}": rate for rate in (*options.learning_rates, *study.learning_rates)}
@@ -503,7 +508,36 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
         seconds = sum(planned[member.name]) / len(planned[member.name])
         run = _run(wider, member.name, size, seed, rate, steps, seconds)
         runs.append(before.get(run.folder, run))
+    if any(run.status != "finished" for run in runs):  # of a finished study the images may be gone
+        _require_same_images(study, splits or _open(study), folder)
     return replace(wider, runs=tuple(runs))
+
+
+def content_of(splits: Splits) -> dict[str, SplitContent]:
+    """What study.json keeps of the images."""
+    content: dict[str, Any] = splits.content
+    return {split: SplitContent(**values) for split, values in content.items()}
+
+
+def _open(study: Study) -> Splits:
+    """The images of a study. Raises UserError as `open_dataset`."""
+    return open_splits(Recipe.from_dict(study.recipe), lambda text: None)[1]
+
+
+def _require_same_images(study: Study, splits: Splits, folder: Path) -> None:
+    """Raise UserError if the images are others than when the study began: its runs could not be compared."""
+    found = []
+    for split, now in content_of(splits).items():
+        before, what = study.content.get(split, now), "held-out" if split == "validation" else split
+        if before.images != now.images:
+            found.append(f"{now.images:,} {what} images where it had {before.images:,}")
+        elif before != now:
+            found.append(f"other names or labels of its {what} images")
+    if found:
+        raise UserError(
+            f"{folder} holds a study of other images: {study.data} now has {' and '.join(found)}; undo that to go on, "
+            "or give another folder for a new study"
+        )
 
 
 def _differences(study: Study, question: Question) -> str:
@@ -527,7 +561,8 @@ def _differences(study: Study, question: Question) -> str:
 def _command(study: Study, folder: Path) -> str:
     """The command that makes a whole study with the steps of its plan, also on a machine of another speed."""
     names = {each.name for each in fields(Options)}.difference(("steps", "epochs", "minutes"))
-    options = Options(**{name: value for name, value in study.asked.items() if name in names})
+    asked = {name: value for name, value in study.asked.items() if name in names}
+    options = Options(**asked | {"data": study.data})
     default = (default_learning_rate(options.batch_size),)
     options = replace(
         options,
@@ -539,8 +574,8 @@ def _command(study: Study, folder: Path) -> str:
     return options.command(folder)
 
 
-def describe_plan(study: Study, jobs: int) -> str:
-    """Members with their counts, and how many runs there are and how long they take."""
+def describe_plan(study: Study, jobs: int, part: Part) -> str:
+    """Members with their counts, how many runs there are, and how long those of a part take, so many at once."""
     first = study.members[0]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("member", "parameters", "to the first", "MACs", "to the first", "seconds a run"):
@@ -558,7 +593,9 @@ def describe_plan(study: Study, jobs: int) -> str:
     console = Console(width=110, highlight=False)
     with console.capture() as captured:
         console.print(table)
-    todo = [run for run in study.runs if run.status != "finished"]
+    left = [run for run in study.runs if run.status != "finished"]
+    todo = [run for run in study.runs[part.index :: part.count] if run.status != "finished"]
+    makes = f", of which process {part.index + 1} of {part.count} makes {len(todo):,}" if part.count > 1 else ""
     jobs = min(jobs, max(1, len(todo)))
     rounds = -(-len(todo) // jobs)
     minutes = rounds * _of_a_round([run.seconds for run in todo], rounds) / 60 if todo else 0.0
@@ -571,6 +608,6 @@ def describe_plan(study: Study, jobs: int) -> str:
         f"{counted(len(study.runs), 'run')}: {len(study.members)} members, sizes "
         f"{', '.join(f'{size:,}' for size in study.sizes)}, {counted(len(study.seeds), 'seed')}, learning rates "
         f"{rates}; {steps:,} steps of {study.recipe['batch_size']} images each",
-        f"{counted(len(todo), 'run')} to go, {jobs} at once: about {minutes:.0f} minutes on this machine",
+        f"{counted(len(left), 'run')} to go{makes}, {jobs} at once: about {minutes:.0f} minutes on this machine",
     ]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from coatnet.system.validated import (
 
 RECORD = "study.json"
 PAGES = HTML_PAGE, MARKDOWN_PAGE, CURVES_PLOT, GAP_PLOT = ("study.html", "study.md", "curves.png", "gap.png")
+FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 FORMAT = 1
 _WAY_OUT = "move it out of the folder, and the same command plans the study again with the runs that are there"
 
@@ -127,6 +128,16 @@ class Run:
 
 
 @validated
+class SplitContent:
+    """The images of a split, as `Splits.content` describes them."""
+
+    images: NonNegativeInt
+    """How many there are."""
+    sha256: Text
+    """Hash of their names and labels."""
+
+
+@validated
 class Study:
     """A study: its question, its data, its members, and all its runs."""
 
@@ -137,7 +148,7 @@ class Study:
     title: Text
     """The question in words."""
     data: Text
-    """Where the images come from."""
+    """Where the images come from, as it was given first."""
     held_out: PositiveInt
     """Number of held-out images."""
     resolution: tuple[PositiveInt, PositiveInt]
@@ -164,6 +175,8 @@ class Study:
     """Threads of a run on CPUs; with another number the last bits of its sums may differ."""
     asked: dict[str, Any] = field(default_factory=dict)
     """Options of the command that the plan follows from; `file` is what its YAML file asks, see `Question.asked`."""
+    content: dict[str, SplitContent] = field(default_factory=dict)
+    """The images of each split; empty in a study that an earlier release began."""
     runs: tuple[Run, ...] = ()
     """All trainings, in the order in which they are made."""
 

@@ -23,7 +23,7 @@ from coatnet.study.results import (
 )
 from coatnet.study.statistics import Estimate, estimate
 from coatnet.system.document import Document, Plot, Section, Table
-from coatnet.system.files import atomic_files, atomic_write
+from coatnet.system.files import atomic_files, atomic_write, file_lock
 from coatnet.system.json_reader import flatten
 
 CURVES = Plot("Training loss and held-out accuracy by steps, mean and 95 % band over seeds", CURVES_PLOT)
@@ -33,6 +33,8 @@ GAPS = Plot("Generalization gap and held-out accuracy by number of training imag
 def write_report(folder: Path) -> None:
     """Write study.md and study.html of a study into its folder, and curves.png and gap.png if a run is finished.
 
+    Of several processes that do so at once, each waits for the one before, so that the last pages have all runs.
+
     Args:
         folder: has study.json; nothing else in it is read.
 
@@ -40,6 +42,15 @@ def write_report(folder: Path) -> None:
         UserError: there is no study.json, or it is damaged.
         OSError: the disk refuses.
     """
+    Study.read(folder)  # a folder without a study gets no lock file
+    with file_lock(lock := folder / ".report.lock"):
+        try:
+            _write_pages(folder)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _write_pages(folder: Path) -> None:
     results = Results(Study.read(folder))
     if results.sizes:
         with atomic_files(folder / CURVES.file, folder / GAPS.file) as (curves, gap):

@@ -21,17 +21,18 @@ from rich.console import Console
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
 from coatnet.data.loader import BadImages
+from coatnet.data.open import NAMES
 from coatnet.data.splits import choose_training
 from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
 from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
-from coatnet.study.record import Curves, Figures, Run, Study
+from coatnet.study.record import FIGURES, Curves, Figures, Run, Study
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, file_lock, read_regular
 from coatnet.system.json_reader import read_json_object
 from coatnet.system.launcher import read_launcher
 from coatnet.system.parents import end_with_parent
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import open_splits, resolve
+from coatnet.training.defaults import absolute_path_or_name, open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
 from coatnet.training.trainer import (
@@ -43,11 +44,15 @@ from coatnet.training.trainer import (
     seconds_to_read,
 )
 
-FIGURES = "figures.json"  # in a run folder: what the study keeps of the run, and the mark of its end
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
 MAX_POINTS = 100  # of the curve of the training loss
 MEASURED_SECONDS = 100.0  # of which `measure_pace` takes a fiftieth for each member
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def data_path(data: str) -> str:
+    """The full path of a folder or file of images; a name or URL as it is."""
+    return data if data in NAMES else absolute_path_or_name(data)
 
 
 def recipe_of(study: Study, run: Run) -> Recipe:
@@ -380,11 +385,17 @@ def _result(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
             "figures": Figures(**found["figures"]),
             "seconds": max(0.0, float(found["seconds"])),
         }
-        trained = {**found["recipe"], "device": None}
+        trained = _comparable(found["recipe"])
     except (KeyError, TypeError, ValueError) as error:  # a UserError is a ValueError
         what = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{path} is damaged: {what}") from None
-    return result if trained == {**json.loads(json.dumps(dict(recipe))), "device": None} else None
+    return result if trained == _comparable(json.loads(json.dumps(dict(recipe)))) else None
+
+
+def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the device, which may change, and with the full path of the data, which earlier releases kept as
+    it was typed."""
+    return {**recipe, "device": None, "data": data_path(str(recipe["data"]))}
 
 
 def _damage(folder: Path, study: Study, run: Run) -> str | None:

@@ -68,8 +68,9 @@ class DataFacts:
     measured: Measured | None = None
 
     @classmethod
-    def of(cls, splits: Splits, channels: int | None = None) -> "DataFacts":
-        """Measured on a sample of the training images, which have or are to have so many channels."""
+    def of(cls, splits: Splits, channels: int | None = None, runs_at_once: int = 1) -> "DataFacts":
+        """Measured on a sample of the training images, which have or are to have so many channels; so many runs share
+        the memory."""
         measured = measure_if_deep(splits.training, channels)
         if measured is not None:
             splits = splits.with_scale(measured.scale)
@@ -86,7 +87,7 @@ class DataFacts:
             mean=mean,
             std=std,
             num_held_out=len(splits.validation),
-            cache_room=0 if splits.training.in_memory else memory_room()[1],
+            cache_room=0 if splits.training.in_memory else memory_room()[1] // runs_at_once,
             measured=measured,
         )
 
@@ -111,7 +112,12 @@ def brightness(dataset: Dataset) -> tuple[float, float]:
 
 
 def resolve(
-    recipe: Recipe, splits: Splits, init: Bundle | None = None, *, epochs_that_fit: float = math.inf
+    recipe: Recipe,
+    splits: Splits,
+    init: Bundle | None = None,
+    *,
+    epochs_that_fit: float = math.inf,
+    runs_at_once: int = 1,
 ) -> TrainingConfig:
     """The configuration of a run; asked for again by its own values, it is the same.
 
@@ -121,6 +127,7 @@ def resolve(
         init: the model to start from.
         epochs_that_fit: the epochs that a limit in minutes leaves room for. The values that depend on the length of
             the run are chosen for these.
+        runs_at_once: how many runs on these images this machine makes at once, each of which keeps its own decoded.
 
     Raises:
         UserError: the recipe contradicts the data, or the bundle to start from.
@@ -130,7 +137,7 @@ def resolve(
     check_teacher(recipe)
     scale = None if init is None else init.preprocessing.scale
     channels = scale.channels if scale is not None else recipe.channels
-    return resolve_for(recipe, DataFacts.of(splits, channels), init, epochs_that_fit)
+    return resolve_for(recipe, DataFacts.of(splits, channels, runs_at_once), init, epochs_that_fit)
 
 
 def resolve_for(

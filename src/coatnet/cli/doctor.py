@@ -77,12 +77,14 @@ def run(arguments: Sequence[str]) -> int:
         require_files(given.write, splits)
     opened = None
     if given.labels:
-        from coatnet.evaluation.label_check import check_opened, open_for_labels
+        from coatnet.evaluation.label_check import open_for_labels
 
         opened = open_for_labels(given.model, splits, given.device)
     inspection, check = inspect(splits, strict=given.strict), None
     try:
         if opened is not None:
+            from coatnet.evaluation.label_check import check_opened
+
             check = check_opened(opened._replace(splits=inspection.splits))
         if given.write:
             write_table(given.write, inspection, check)

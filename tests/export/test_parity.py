@@ -1,6 +1,7 @@
 """An export that says something else than its bundle is an error with figures, and nothing of it stays."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
 from coatnet.errors import UserError
 from coatnet.export import onnx as writer
-from coatnet.export.parity import Parity, Reference, compare, open_check_images, require_parity
+from coatnet.export.parity import Parity, Reference, check_batches, compare, open_check_images, require_parity
 from coatnet.export.quantization import Quantization
 from coatnet.export.signature import Signature, run_with_torch
 
@@ -99,6 +101,35 @@ def test_own_images_are_checked_with(clothes: Bundle, tmp_path: Path, monkeypatc
     assert len(open_check_images(clothes, str(tmp_path))[1]) <= 8
     reference = Reference(clothes, Signature())
     assert reference.given(images[0][None]).shape == (1, *images[0].shape[1:], 3)
+
+
+def test_images_to_check_with_are_bounded_in_bytes_though_the_first_is_small(
+    clothes: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, side in [("train/a/0", 8), ("train/b/0", 8), ("val/a/0", 8), *((f"val/b/{k}", 100) for k in range(30))]:
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side)).save(path)
+    monkeypatch.setattr("coatnet.export.parity.MAX_CHECKED_BYTES", 300_000)
+    images = open_check_images(clothes, str(tmp_path))[1]
+    assert len(images) >= 8 and sum(image.nbytes for image in images) <= 300_000 + 3 * 100 * 100
+
+
+def test_batches_are_not_held_together(clothes: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, most = set[int](), 0
+
+    def tracked(images: list[Tensor]) -> Iterator[Tensor]:
+        nonlocal most
+        for number, batch in enumerate(check_batches(images)):
+            held.add(number)
+            weakref.finalize(batch, held.discard, number)
+            most = max(most, len(held))
+            yield batch
+
+    bundle, signature, run, name, images = run_of(clothes, lambda rows: rows)
+    monkeypatch.setattr("coatnet.export.parity.check_batches", tracked)
+    assert compare(bundle, signature, run, name, images * 4).num_images == 32  # twelve batches
+    assert most <= 5  # three that are timed, this one and the one before
 
 
 def test_the_keys_of_parity_json_stay() -> None:

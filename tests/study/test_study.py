@@ -582,6 +582,7 @@ def test_data_is_the_same_however_its_path_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     whole = str(write_images(tmp_path / "images").resolve())
+    (tmp_path / "study").mkdir()
     options = Options("bias", "images", sizes=("100%",), seeds=1, steps=3, jobs=1)
     study = open_study(options, tmp_path / "study", print)
     assert (study.data, study.recipe["data"], study.asked["data"]) == ("images", whole, whole)
@@ -615,6 +616,7 @@ def test_a_finished_run_is_found_however_the_path_of_its_data_is_written(
 
 def test_a_study_is_not_extended_on_other_images(unmeasured: list, tmp_path: Path) -> None:
     images, folder = write_images(tmp_path / "images"), tmp_path / "study"
+    folder.mkdir()
     options = Options("bias", str(images), sizes=("100%",), seeds=1, steps=3, jobs=1)
     study = open_study(options, folder, print)
     assert {split: each.images for split, each in study.content.items()} == {

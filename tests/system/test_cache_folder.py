@@ -97,3 +97,30 @@ def test_without_any_place_it_is_one_line(cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with pytest.raises(CacheUnusable, match=r"neither the cache .* nor a temporary folder .* TMPDIR"):
         cached_folder("things", "key", write_two)
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_no_failure(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = cached_folder("things", "old", write_two, most=1)
+    stat = Path.stat
+
+    def stat_and_remove(path: Path, **options: bool) -> os.stat_result:
+        found = stat(path, **options)
+        if path == old:
+            shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat_and_remove)
+    folder = cached_folder("things", "new", write_two, most=1)
+    assert folder == cache / "things" / "new" and is_whole(folder) and not old.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_only_the_process_that_makes_a_folder_removes_others(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cached_folder("things", "first", write_two, most=2)
+    second = cached_folder("things", "second", write_two, most=2)
+    answers = iter((False, True))  # it was missing before the lock, and another process has made it since
+    monkeypatch.setattr("coatnet.system.cache.is_whole", lambda folder: next(answers))
+    assert cached_folder("things", "second", never, most=1) == second
+    assert is_whole(first)

@@ -178,9 +178,11 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
     """
     reference = Reference(bundle, signature)
     batches = check_batches(images)
-    batches = list(resize_batches(batches, bundle.preprocessing) if signature.any_size else batches)
-    ours, theirs, novelty = [], [], []
+    batches = resize_batches(batches, bundle.preprocessing) if signature.any_size else batches
+    ours, theirs, novelty, timed = [], [], [], []
     for batch in batches:
+        if len(timed) < len(BATCH_SIZES):
+            timed.append(batch)
         ours.append(reference.logits(batch))
         found, also = split_outputs(attempt(run, reference.given(batch)), bundle)
         theirs.append(found)
@@ -207,7 +209,7 @@ def compare(bundle: Bundle, signature: Signature, run: Run, data: str, images: l
         logit_difference=float(apart.abs().max()),
         logit_limit=LOGIT_LIMIT * max(1.0, float(logits.abs().max())),
         agreement=float((found.argmax(1) == expected.argmax(1)).float().mean()),
-        latency=tuple(measure(reference, run, batch) for batch in (batches[0], batches[min(2, len(batches) - 1)])),
+        latency=tuple(measure(reference, run, batch) for batch in (timed[0], timed[-1])),
     )
 
 
@@ -394,7 +396,12 @@ def open_check_images(bundle: Bundle, data: str | None) -> tuple[str, list[Tenso
     dataset = splits.validation if len(splits.validation) else splits.training
     first = next((image for image, _ in spread_images(dataset, bundle.preprocessing, MAX_CHECKED_IMAGES)), None)
     most = MAX_CHECKED_IMAGES if first is None else max(LEAST_CHECKED_IMAGES, int(MAX_CHECKED_BYTES / first.nbytes))
-    images = [image for image, _ in spread_images(dataset, bundle.preprocessing, min(most, MAX_CHECKED_IMAGES))]
+    images, num_bytes = list[Tensor](), 0
+    for image, _ in spread_images(dataset, bundle.preprocessing, min(most, MAX_CHECKED_IMAGES)):
+        images.append(image)
+        num_bytes += image.nbytes
+        if num_bytes > MAX_CHECKED_BYTES and len(images) >= LEAST_CHECKED_IMAGES:
+            break  # they are larger than the first
     if not images:
         raise UserError(f"{data}: none of its validation images can be read; give other --data to check with")
     return splits.name, images

@@ -92,16 +92,21 @@ def _kept(home: Path, key: str, make: Callable[[Path], None], most: int | None) 
             with atomic_folder(folder, replace=True) as staged:
                 make(staged)
                 (staged / CHECKSUMS).write_text("".join(f"{sha256_of(staged / n)}  {n}\n" for n in _files(staged)))
-    remove_leftovers(home, LEFTOVER_SECONDS)
-    if most is not None:
-        used = dict[Path, int]()
-        for path in home.glob("[!.]*"):
-            with suppress(FileNotFoundError):  # another process has removed it
-                if path.is_dir():
-                    used[path] = path.stat().st_mtime_ns
-        for path in sorted(used, key=lambda path: used[path])[:-most]:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_leftovers(home, LEFTOVER_SECONDS)
+            if most is not None:
+                _remove_least_used(home, most)
     return folder
+
+
+def _remove_least_used(home: Path, most: int) -> None:
+    """Leave the `most` folders that were used last, while other processes may be removing some as well."""
+    used = dict[Path, int]()
+    for path in home.glob("[!.]*"):
+        with suppress(OSError):  # removed meanwhile
+            if path.is_dir():
+                used[path] = path.stat().st_mtime_ns
+    for path in sorted(used, key=lambda path: used[path])[:-most]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def is_whole(folder: Path) -> bool:

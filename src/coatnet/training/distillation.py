@@ -30,6 +30,7 @@ from coatnet.system.files import atomic_files
 from coatnet.system.progress import ProgressBar
 from coatnet.system.validated import NonNegativeFloat, PositiveFloat, Probability, validated
 from coatnet.training.distributed.processes import Processes
+from coatnet.version import __version__
 
 BATCH_OF_ANSWERS = 64  # images; always as many, so that the last bit of an answer does not depend on the run
 MAX_STORED_BYTES = 16 << 30  # chosen: 1.2 million images of 1,000 classes take 2.4 GB
@@ -144,7 +145,7 @@ class Teacher:
         device = next(student.parameters()).device
         self.model = bundle.model.to(device).requires_grad_(False).eval()
         self.settings, self.multilabel, self.num_classes = settings, bundle.multilabel, len(bundle.classes)
-        self.key = fingerprint(bundle)
+        self.key = fingerprint(bundle, __version__, torch.__version__)  # other versions answer a little differently
         self.preprocessing, self._seen = bundle.preprocessing, preprocessing
         self._order = torch.tensor([bundle.classes.index(name) for name in dataset.classes], device=device)
         self.answers: NDArray[np.float16] | None = None

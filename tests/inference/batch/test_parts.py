@@ -70,7 +70,6 @@ def test_one_flipped_bit_of_a_part_is_found(tmp_path: Path) -> None:
         assert not path.exists() and not parts.out.exists()
     parts.write(1, rows(parts.plan.part(1)))
     assert path.read_bytes() == whole
-    (parts.folder / "part-000000.sha256").unlink()  # as of an earlier release
     parts.join_if_complete()
     finished = parts.finished()
     assert finished is not None and finished.num_images == 100 and not parts.folder.exists()
@@ -107,11 +106,27 @@ def test_parts_are_joined_though_two_processes_end_at_once(tmp_path: Path, monke
     assert finished is not None and finished.num_images == 100
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_parts_are_joined_once(tmp_path: Path, name: str) -> None:
+    """Another process may count the parts while they are joined, and get the lock afterwards."""
+    pytest.importorskip("pyarrow")
+    parts = Parts(tmp_path / name, replace(PLAN, num_images=100))
+    parts.begin()
+    for number in range(2):
+        parts.write(number, rows(parts.plan.part(number)))
+    parts.join_if_complete()
+    joined = parts.out.stat()
+    parts.join_if_complete()
+    assert parts.out.stat() == joined
+    finished = parts.finished()
+    assert finished is not None and finished.num_images == 100
+
+
 @pytest.mark.parametrize("damage", ["", "[" * 100_000, "[]", '{"model": [], "images": {}}', "\0" * 999])
 def test_a_damaged_plan_is_one_line(tmp_path: Path, damage: str) -> None:
     pytest.importorskip("pyarrow")
     parts = parts_of(tmp_path)
     parts.write(0, rows(parts.plan.part(0)))
     (parts.folder / "plan.json").write_text(damage)
-    with pytest.raises(UserError, match=r"was begun with .*: continue with the same command, or remove"):
+    with pytest.raises(UserError, match=r"was begun with .*: continue as it was begun, or remove"):
         parts_of(tmp_path)

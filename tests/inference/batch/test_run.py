@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.data.shards.range_server import RangeServer
 
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.folder import expand_paths
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
-from coatnet.inference.batch.parts import PredictionFile
+from coatnet.inference.batch.parts import Parts, PredictionFile
 from coatnet.inference.batch.run import predict_to_file
 from coatnet.inference.batch.samples import SampleSource, open_samples, prepare_ahead
 from coatnet.inference.predictor import Predictor
@@ -196,6 +197,22 @@ def test_parts_of_another_plan_are_refused(predictor: Predictor, images: Path, t
     with pytest.raises(UserError, match="begun with another model"):
         predict_to_file(predictor, open_samples([str(images)]), tmp_path / "out.parquet")
     assert json.loads((staged / "plan.json").read_text()) == plan
+
+
+def test_another_version_is_told_from_another_model(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, out = open_samples([str(images)]), tmp_path / "out.parquet"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Parts, "join_if_complete", lambda parts: None)
+        assert predict_to_file(predictor, samples, out) is None
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr(torch, "__version__", "9.9")
+        with pytest.raises(UserError, match=r"was begun with coatnet \S+ and torch \S+ where this has .* torch 9\.9: "):
+            predict_to_file(predictor, samples, out)
+    written = predict_to_file(predictor, samples, out)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert written is not None and predict_to_file(predictor, samples, out) == written  # finished, of one version
 
 
 def test_prepared_images_in_memory_are_limited(predictor: Predictor) -> None:

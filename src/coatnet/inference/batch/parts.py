@@ -167,7 +167,7 @@ class Parts:
             atomic_write(path, self.plan.to_json())  # other processes of this run may do so too, with the same text
         elif difference := self.plan.difference(stored):
             raise UserError(
-                f"{self.out} was begun with {difference}: continue with the same command, or remove {self.folder}"
+                f"{self.out} was begun with {difference}: continue as it was begun, or remove {self.folder}"
             )
 
     def _is_unused(self) -> bool:
@@ -304,9 +304,9 @@ class Parts:
         from pyarrow import parquet
 
         path = self._path(number)
-        checksum = path.with_suffix(".sha256")  # parts of earlier releases have none
+        checksum = path.with_suffix(".sha256")
         try:
-            if not checksum.exists() or read_regular(checksum).decode(errors="replace") == sha256_of(path):
+            if checksum.exists() and read_regular(checksum).decode(errors="replace") == sha256_of(path):
                 table = parquet.read_table(path, schema=schema())
                 if len(table) == len(self.plan.part(number)):
                     return table

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from coatnet.data.idx import read_idx
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from coatnet.data.builtin import read_idx
 
 EMBEDDED = Path(__file__).parents[1] / "src/coatnet/data/embedded"
 COLUMNS = 100

@@ -154,6 +154,12 @@ def test_a_trial_that_diverges_is_the_worst_unless_its_budget_leaves_the_step_ou
     journal = JournalStorage(JournalFileBackend(str(out / "tuning.journal")))
     trial = optuna.load_study(study_name="tuning", storage=journal).trials[1]
     assert second["score"] > 0
+    study = optuna.load_study(study_name="tuning", storage=journal)
+    cut_off = study.ask()  # killed before it was told
+    cut_off.set_user_attr("outcome", "whole")
+    cut_off.set_user_attr("steps", 1)
+    (out / "tuning.json").unlink()
+    tune(Recipe(data="digits", **SMALL, non_finite_budget=budget), out, 0.1, console=Console(quiet=True))
     if budget:
         assert second["outcome"] == "whole" and trial.value == second["score"]
     else:

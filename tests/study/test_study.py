@@ -590,6 +590,13 @@ def test_data_is_the_same_however_its_path_is_written(
         again = replace(options, data=written)
         assert open_study(again, tmp_path / "study", print) == study
         assert open_study(again, tmp_path / "new", print, dry_run=True).recipe == study.recipe
+    (tmp_path / "moved").mkdir()  # images and study together
+    for name in ("images", "study"):
+        shutil.copytree(tmp_path / name, tmp_path / "moved" / name)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path / "moved")
+        moved = open_study(options, tmp_path / "moved" / "study", print)
+    assert moved.recipe["data"] == str((tmp_path / "moved" / "images").resolve())
     extended = open_study(replace(options, seeds=2), tmp_path / "study", print)
     assert "--data images " in extended.command
     # As earlier releases wrote it.

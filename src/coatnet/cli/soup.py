@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from coatnet.cli.parser import DATA_HELP, Parser
@@ -49,10 +50,14 @@ def run(arguments: Sequence[str]) -> int:
         echo(f"coatnet: {recorded} is not there any more, so nothing is measured", error=True)
         data = None
     made = soup(given.models, data, uniform=given.uniform, device=given.device)
+    figures = (readable_json(made.bundle.record["soup"]) if given.json else made.to_text()).rstrip()
     try:
         made.bundle.save(target)
-    finally:  # a full disk costs the model, not the figures
-        echo_summary((readable_json(made.bundle.record["soup"]) if given.json else made.to_text()).rstrip())
+    except UserError:  # a full disk costs the model, not the figures
+        with suppress(OSError):
+            echo(figures)
+        raise
+    echo_summary(figures)
     if not given.json:
         echo_summary(f"The averaged model is {given.out}.")
     return 0

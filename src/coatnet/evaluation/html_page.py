@@ -48,6 +48,7 @@ def page(title: str, sections: Mapping[str, str], data: Mapping[str, Any] | None
     )
     shown = {heading: content for heading, content in sections.items() if content}
     links = "".join(f'<li><a href="#s{n}">{text(heading)}</a></li>' for n, heading in enumerate(shown) if heading)
+    navigation = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if links else ""
     body = "".join(
         f'<section id="s{n}"><h2>{text(heading)}</h2>{content}</section>'
         if heading
@@ -59,7 +60,7 @@ def page(title: str, sections: Mapping[str, str], data: Mapping[str, Any] | None
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{text(title)}</title>'
         f"<style>{style}</style></head><body><header><h1>{text(title)}</h1>"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main>'
+        f"{navigation}</header><main>{body}</main>"
         f"{scripts}</body></html>\n"
     )
 

@@ -433,8 +433,8 @@ def check_batches(images: list[Tensor]) -> Iterator[Tensor]:
 
 
 def resize_batches(batches: Iterator[Tensor], preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """The batches resized to the model's resolution and, three by three in turn, to a size that is not square."""
+    """The batches resized to the model's resolution and to a size that is not square, in turn."""
     height, width = preprocessing.size
     sizes = ((height, width), (height * 5 // 4, width * 3 // 2))
     for number, batch in enumerate(batches):
-        yield resize(batch, sizes[number // len(BATCH_SIZES) % 2], preprocessing.interpolation)
+        yield resize(batch, sizes[number % 2], preprocessing.interpolation)

@@ -6,7 +6,7 @@ Shapes: N tiles, K classes; H, W the image; h, w its thumbnail.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from coatnet.data.decode import BadImage
 from coatnet.data.windows import Windows, open_windows
 from coatnet.errors import UserError, nearest, reason_of
 from coatnet.inference.explanation import heat_colors
-from coatnet.inference.predictor import Prediction, Predictor
+from coatnet.inference.predictor import Prediction, Predictor, most_probable
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -42,7 +42,9 @@ class TiledPrediction:
         boxes: top, left, height and width of each tile, (N, 4).
         probabilities: of each tile, (N, K).
         novelties: of each tile, (N,); None if the model is not calibrated.
-        predictor: the model, with what it refuses.
+        unknown: whether each tile is refused, (N,) of bool.
+        class_sets: of each tile; None if no sets were asked for.
+        classes: names of the K classes.
         thumbnail: the image, uint8 (h, w, 3).
     """
 
@@ -51,20 +53,18 @@ class TiledPrediction:
     boxes: NDArray[np.int64]
     probabilities: NDArray[np.float32]
     novelties: NDArray[np.float32] | None
-    predictor: Predictor = field(repr=False)
+    unknown: NDArray[np.bool_]
+    class_sets: tuple[tuple[str, ...] | None, ...]
+    classes: tuple[str, ...]
     thumbnail: NDArray[np.uint8]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the K classes."""
-        return self.predictor.classes
 
     def each(self, top_k: int = 5) -> Iterator[Prediction]:
         """The answer to each tile, named `image.tif[top:bottom,left:right]`."""
         for number, (top, left, height, width) in enumerate(self.boxes.tolist()):
-            novelty = None if self.novelties is None else float(self.novelties[number])
+            novelty = None if self.novelties is None else round(float(self.novelties[number]), 6)
             name = f"{self.prediction.name}[{top}:{top + height},{left}:{left + width}]"
-            yield replace(self.predictor.describe(self.probabilities[number], novelty, top_k), name=name)
+            found = most_probable(self.classes, self.probabilities[number], top_k)
+            yield Prediction(name, *found, None, novelty, bool(self.unknown[number]), self.class_sets[number])
 
     def heat(self, target: str | None = None) -> NDArray[np.float32]:
         """The probability of a class over the thumbnail, (h, w): the mean over the tiles that show a place.
@@ -154,7 +154,18 @@ def classify_tiles(
     together = replace(predictor.describe(answers.mean(axis=0), mean_novelty, top_k), name=str(path))
     if together.error is not None:
         raise BadImage(str(path), together.error)
-    return TiledPrediction(together, windows.size, places, answers, novelty, predictor, thumbnail)
+    refused = [predictor.is_unknown(None if novelty is None else float(novelty[row])) for row in range(len(answers))]
+    return TiledPrediction(
+        together,
+        windows.size,
+        places,
+        answers,
+        novelty,
+        np.array(refused, bool),
+        tuple(map(predictor.class_set, answers)),
+        predictor.classes,
+        thumbnail,
+    )
 
 
 def starts(length: int, tile: int, overlap: float, name: str) -> list[int]:

@@ -105,7 +105,7 @@ class GELU(nn.GELU):
     # chosen: not the tanh approximation of the authors, which is slower on CPUs (19 ms forward and backward each).
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
+        if input.device.type != "cpu" or torch.compiler.is_compiling() or input.ndim != 4:
             return super().forward(input)
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

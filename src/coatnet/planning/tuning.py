@@ -369,7 +369,11 @@ class Search:
 
     def _whole_trials(self) -> list[Any]:
         """The trials that took all their steps."""
-        return [trial for trial in self.study.trials if trial.user_attrs.get("outcome") == "whole"]
+        return [
+            trial
+            for trial in self.study.trials
+            if trial.state.name == "COMPLETE" and trial.user_attrs.get("outcome") == "whole"
+        ]
 
     def _trials(self) -> list[Trial]:
         """All trials that ended, in their order."""

@@ -466,9 +466,12 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
     if options.steps == steps:  # as the command of an extended study has them, whatever they were planned by
         durations: dict[str, Any] = {name: study.asked.get(name) for name in ("steps", "epochs", "minutes")}
         options = replace(options, **durations)
-    asked = dict(study.asked)
-    if isinstance(data := asked.get("data"), str):  # earlier releases kept it as it was typed
-        asked["data"] = data_path(data)
+    asked, data = dict(study.asked), data_path(options.data)
+    # Earlier releases kept the path as it was typed; and images and study may have moved together.
+    if options.data == study.data or data == data_path(str(asked.get("data"))):
+        asked["data"] = data
+        if Path(data).is_absolute():  # else a name, or the images are gone
+            study = replace(study, asked=asked, recipe={**study.recipe, "data": data})
     for name, value in options.asked().items():
         if asked.get(name) != value:
             raise UserError(
@@ -509,7 +512,9 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
         run = _run(wider, member.name, size, seed, rate, steps, seconds)
         runs.append(before.get(run.folder, run))
     if any(run.status != "finished" for run in runs):  # of a finished study the images may be gone
-        _require_same_images(study, splits or _open(study), folder)
+        splits = splits or _open(study)
+        _require_same_images(study, splits, folder)
+        wider = replace(wider, content=content_of(splits))
     return replace(wider, runs=tuple(runs))
 
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -393,9 +393,8 @@ def _result(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _comparable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the device, which may change, and with the full path of the data, which earlier releases kept as
-    it was typed."""
-    return {**recipe, "device": None, "data": data_path(str(recipe["data"]))}
+    """A recipe without the device, which may change, and with the name of the data's folder, which may have moved."""
+    return {**recipe, "device": None, "data": PurePath(str(recipe["data"])).name}
 
 
 def _damage(folder: Path, study: Study, run: Run) -> str | None:

@@ -15,6 +15,8 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
+MAX_RANKED = 8  # networks whose orders, 40,320, are counted in a moment
+
 
 def student_probability(t: float, degrees: int) -> float:
     """The probability that Student's t lies within -t and t, for t >= 0."""
@@ -128,11 +130,13 @@ class RankCorrelation:
 
 
 def kendall(values: Sequence[float], ranks: Sequence[float]) -> RankCorrelation | None:
-    """Kendall's tau-b with its exact p value; None if all values, or all ranks, are equal.
+    """Kendall's tau-b with its exact p value; None if all values, or all ranks, are equal, or there are more than 8.
 
     All orders are counted: 120 of the five networks that a question of the paper has at most.
     """
     n = len(values)
+    if n > MAX_RANKED:
+        return None
     first, second = np.triu_indices(n, 1)
     of_values, of_ranks = (
         np.sign(np.subtract.outer(each, each)).astype(int) for each in map(np.array, (values, ranks))

@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
             write_table(given.write, inspection, check)
         if given.html:
             write_page(given.html, inspection, check)
-    finally:  # a full disk costs the files, too few images the judgement of labels, and neither the findings
+    finally:  # the findings are printed even if labels cannot be checked or files not written
         if given.json:
             labels = {"labels": check.to_dict()} if check else {}
             echo(readable_json(inspection.to_dict() | labels), end="", is_json=True)

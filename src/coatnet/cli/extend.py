@@ -2,11 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from contextlib import suppress
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, Parser
-from coatnet.errors import UserError
-from coatnet.system.terminal import echo, echo_summary
+from coatnet.system.terminal import echo_summary, summary_of_a_write
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -46,13 +44,8 @@ def run(arguments: Sequence[str]) -> int:
     options = {} if given.max_drop is None else {"max_drop": given.max_drop}
     made = extend(given.bundle, given.data, old=given.old, device=given.device, **options)
     figures = (readable_json(made.bundle.record["extension"]) if given.json else made.to_text()).rstrip()
-    try:
+    with summary_of_a_write(figures):
         made.bundle.save(target)
-    except UserError:  # a full disk costs the model, not the figures
-        with suppress(OSError):
-            echo(figures)
-        raise
-    echo_summary(figures)
     if not given.json:
         echo_summary(f"The model of {len(made.bundle.classes)} classes is {given.out}.")
     return 0

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from coatnet.cli.parser import DATA_HELP, Parser
 from coatnet.errors import UserError
-from coatnet.system.terminal import echo, echo_summary
+from coatnet.system.terminal import echo, echo_summary, summary_of_a_write
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -51,13 +50,8 @@ def run(arguments: Sequence[str]) -> int:
         data = None
     made = soup(given.models, data, uniform=given.uniform, device=given.device)
     figures = (readable_json(made.bundle.record["soup"]) if given.json else made.to_text()).rstrip()
-    try:
+    with summary_of_a_write(figures):
         made.bundle.save(target)
-    except UserError:  # a full disk costs the model, not the figures
-        with suppress(OSError):
-            echo(figures)
-        raise
-    echo_summary(figures)
     if not given.json:
         echo_summary(f"The averaged model is {given.out}.")
     return 0

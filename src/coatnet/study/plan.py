@@ -22,11 +22,11 @@ from coatnet.model.registry import find_variant
 from coatnet.study.matching import TOLERANCE, Network, Problem, build, match, variations_of
 from coatnet.study.questions import Choice, Question, base_row, find_question, read_question
 from coatnet.study.record import PAGES, RECORD, Member, Run, SplitContent, Study
-from coatnet.study.run import MAX_TRAINING_IMAGES, Part, data_path, measure_steps, recipe_of
+from coatnet.study.run import MAX_TRAINING_IMAGES, Part, measure_steps, recipe_of
 from coatnet.system.files import file_lock, only_process, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import default_learning_rate, open_splits, resolve
+from coatnet.training.defaults import data_path, default_learning_rate, open_splits, resolve
 from coatnet.training.duration import EVALUATION_COST
 from coatnet.version import __version__
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
 from coatnet.data.loader import BadImages
-from coatnet.data.open import NAMES
 from coatnet.data.splits import choose_training
 from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
 from coatnet.evaluation.metrics import Metrics
@@ -32,7 +31,7 @@ from coatnet.system.json_reader import read_json_object
 from coatnet.system.launcher import read_launcher
 from coatnet.system.parents import end_with_parent
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import absolute_path_or_name, open_splits, resolve
+from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
 from coatnet.training.trainer import (
@@ -48,11 +47,6 @@ MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
 MAX_POINTS = 100  # of the curve of the training loss
 MEASURED_SECONDS = 100.0  # of which `measure_pace` takes a fiftieth for each member
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def data_path(data: str) -> str:
-    """The full path of a folder or file of images; a name or URL as it is."""
-    return data if data in NAMES else absolute_path_or_name(data)
 
 
 def recipe_of(study: Study, run: Run) -> Recipe:

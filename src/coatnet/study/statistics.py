@@ -130,7 +130,8 @@ class RankCorrelation:
 
 
 def kendall(values: Sequence[float], ranks: Sequence[float]) -> RankCorrelation | None:
-    """Kendall's tau-b with its exact p value; None if all values, or all ranks, are equal, or there are more than 8.
+    """Kendall's tau-b with its exact p value; None if all values, or all ranks, are equal, or for more than
+    8 values.
 
     All orders are counted: 120 of the five networks that a question of the paper has at most.
     """

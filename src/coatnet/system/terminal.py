@@ -12,10 +12,10 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from coatnet.errors import UNPRINTABLE, one_line
+from coatnet.errors import UNPRINTABLE, UserError, one_line
 
 REPORTED_WAIT_SECONDS = 2.0
 
@@ -46,6 +46,19 @@ def echo_summary(text: str) -> None:
         raise
     except OSError as error:
         warn(f"{error.filename}: {error.strerror}; the work is done")
+
+
+@contextmanager
+def summary_of_a_write(text: str) -> Iterator[None]:
+    """Print what a command has found behind a block that writes it; also where the block fails, such as on a full disk,
+    and then nothing is said if it cannot be printed."""
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):
+            echo(text)
+        raise
+    echo_summary(text)
 
 
 class StandardStream(io.FileIO):

@@ -190,7 +190,7 @@ def resolve_for(
         if asked.get("augmentation", {}).get("trivial_augment"):
             chosen["augmentation"]["rand_augment_layers"] = 0
     settled: dict[str, Any] = {
-        "data": recipe.data if recipe.data in NAMES else absolute_path_or_name(recipe.data),
+        "data": data_path(recipe.data),
         "model": model,
         "init": absolute_path_or_name(recipe.init) if recipe.init else "",
         "teacher": absolute_path_or_name(recipe.teacher) if recipe.teacher else "",
@@ -260,6 +260,11 @@ def check_teacher(recipe: Recipe) -> None:
         and Distillation(**recipe.to_dict()["distillation"]) != Distillation()
     ):
         raise UserError("distillation is for a network that follows another: give teacher as well, or leave it out")
+
+
+def data_path(data: str) -> str:
+    """The full path of a folder or file of images; the name of a data set or a URL as it is."""
+    return data if data in NAMES else absolute_path_or_name(data)
 
 
 def absolute_path_or_name(source: str) -> str:

@@ -202,7 +202,8 @@ class Parts:
     def join_if_complete(self) -> None:
         """Join the parts if all are there, unless another process does or did.
 
-        They are counted before the lock is asked for, so that whoever holds it has seen all of them, and joins them.
+        The parts are counted before the lock is taken: a process that finds it taken may leave, since its holder found
+        all parts and joins them.
         """
         try:
             if self.missing(range(self.plan.num_parts)):

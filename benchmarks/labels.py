@@ -24,7 +24,7 @@ from coatnet.evaluation.label_check import confident_suspects, judge, out_of_fol
 from coatnet.evaluation.probe import fit_linear
 from coatnet.evaluation.suggest import certainty, pick
 from coatnet.training.recipes import named_recipe
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 WRONG = 0.05
 ROUNDS, FIRST_LABELS = 4, 20

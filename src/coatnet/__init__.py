@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from coatnet.training.config import TrainingConfig as TrainingConfig
     from coatnet.training.interruption import Interrupted as Interrupted
     from coatnet.training.recipes import named_recipe as named_recipe
-    from coatnet.training.trainer import train as train
+    from coatnet.training.run import train as train
 
 switch_off_telemetry()
 
@@ -71,7 +71,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "open_dataset": "coatnet.data.open",
         "probe": "coatnet.evaluation.probe",
         "soup": "coatnet.evaluation.soup",
-        "train": "coatnet.training.trainer",
+        "train": "coatnet.training.run",
         "write_report": "coatnet.evaluation.report_markdown",
     },
 )

@@ -110,6 +110,10 @@ class UserError(ValueError):
         )
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or an output of the model is NaN or infinite."""
+
+
 def without_credentials(text: str) -> str:
     """A text with user, password, query and fragment cut out of every URL in it."""
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if ":/" in text else text
@@ -234,7 +238,7 @@ def explain_memory_shortage(error: BaseException) -> str:
             f"the address space of a process is limited to {limit / 1e9:.1f} GB{reason}; this needs about "
             f"{_ENOUGH_ADDRESS_SPACE / 1e9:.0f} GB: `ulimit -v {_ENOUGH_ADDRESS_SPACE / 1e3:.0f}` or unlimited"
         )
-    return f"there is not enough memory{reason}: give fewer images at once (--batch-size), or end other programs"
+    return f"there is not enough memory{reason}: end other programs, or give a smaller batch size where there is one"
 
 
 def address_space() -> float:

@@ -162,6 +162,15 @@ def test_sizes_are_those_of_images_that_decode_and_the_consequence_is_told(make_
 
 
 @pytest.mark.slow
+def test_an_image_of_other_channels_is_a_bad_one(tmp_path):
+    for index in range(8):
+        place = tmp_path / "images" / ("ant" if index % 2 else "bee") / f"{index}.npy"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, np.full((6, 6, 3 if index == 5 else 4), index, np.uint16))
+    inspection = inspect(tmp_path / "images")
+    assert list(inspection.bad) == ["ant/5.npy"] and "channels" in inspection.bad["ant/5.npy"]
+
+
 def test_the_embedded_sets_are_healthy():
     assert inspect("digits").healthy
     assert inspect("fashion-mnist-small").healthy

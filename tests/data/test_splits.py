@@ -82,7 +82,7 @@ def test_summary_of_unreadable_files_is_refused_with_a_reason(tmp_path):
 def test_description_says_images_classes_sizes_balance_and_split():
     splits = Splits("some", arrays((8, 6), np.arange(30) % 3), arrays((8, 6), np.arange(6) % 3), ("mind the gap",))
     assert splits.describe().splitlines() == [
-        "some: 36 images, 3 classes, one label an image",
+        "some: 36 images, 3 classes, one label per image",
         "  split    30 for training, 6 for validation",
         "  images   6 x 8 pixels, gray",
         "  classes  class0, class1, class2",
@@ -153,8 +153,8 @@ def test_a_test_split_takes_its_part_of_both_sides():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (SplitRule(fold="6/5"), "fold '6/5' is none"),
-        (SplitRule(fold="one"), "fold 'one' is none"),
+        (SplitRule(fold="6/5"), "fold '6/5' is not valid"),
+        (SplitRule(fold="one"), "fold 'one' is not valid"),
         (SplitRule(test_fraction=0.95), "test_fraction must be 0 or more and leave images"),
     ],
 )

@@ -21,7 +21,7 @@ from rich.console import Console
 from tests.faults.running import RECIPE
 
 from coatnet.training.checkpoint import latest_checkpoint, load_checkpoint, published
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 BRIEF = replace(RECIPE, epochs=1.6, evaluate_every=0.4)  # 81 steps
 MOMENTS = ("any", "any", "staged", "complete but for its name", "removing")

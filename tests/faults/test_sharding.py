@@ -7,7 +7,7 @@ import pytest
 from tests.faults.running import LAST_STEP, PROGRAM, RECIPE, event, last_step, log, run
 from tests.training import launching
 
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 SHARDED = replace(RECIPE, parallelism="fsdp", stochastic_depth=0.0)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.data.loaders import train
 from tests.faults.running import RECIPE, event, last_step, run
 
-from coatnet.data import loader
+from coatnet.data import worker_processes
 from coatnet.data.folder import open_folder
 from coatnet.data.loader import BadImages
 from coatnet.errors import UserError
@@ -77,7 +77,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(images, tmp_path):
 
 @pytest.mark.fault("B1", "a worker hangs (a file system does not answer)", "one line that names the image")
 def test_a_hanging_worker_ends_the_run_after_a_timeout(images, monkeypatch):
-    monkeypatch.setattr(loader, "BATCH_TIMEOUT_SECONDS", 3.0)
+    monkeypatch.setattr(worker_processes, "BATCH_TIMEOUT_SECONDS", 3.0)
     dataset = Hanging(open_folder(images, 0.1).training)
     with pytest.raises(UserError, match=r"no batch for 3 s: a worker process hangs.*\.png"):
         train(dataset, num_workers=2)

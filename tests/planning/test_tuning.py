@@ -17,11 +17,13 @@ import coatnet
 from coatnet import Recipe, UserError
 from coatnet.cli.main import main
 from coatnet.data.transforms import Augmentation
+from coatnet.errors import NotFinite
 from coatnet.evaluation.metrics import paired_difference
 from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
 from coatnet.training.config import MAY_CHANGE, TrainingConfig
 from coatnet.training.defaults import resolve
-from coatnet.training.trainer import NotFinite, Pace, Trainer
+from coatnet.training.pace import Pace
+from coatnet.training.trainer import Trainer
 
 # Few images a step and few held out, so that trials are short.
 SMALL = {"batch_size": 8, "epochs": 0.1, "validation_fraction": 0.02, "num_workers": 0}
@@ -165,6 +167,37 @@ def test_a_trial_that_diverges_is_the_worst_unless_its_budget_leaves_the_step_ou
     else:
         assert second["outcome"] == "diverged" and trial.value == 0.0
         assert second["score"] in trial.intermediate_values.values() and trial.intermediate_values[9] == 0.0
+
+
+def test_a_search_goes_on_with_more_minutes_than_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.planning.tuning.measure_pace", lambda *_: Pace(0.01, 0.0))
+    recipe, out, quiet = Recipe(data="digits", **SMALL), tmp_path / "run", Console(quiet=True)
+    tune(recipe, out, 0.03, console=quiet)
+    first, journal = json.loads((out / "tuning.json").read_text()), (out / "tuning.journal").read_bytes()
+    tune(recipe, out, 0.02, console=quiet)
+    assert (out / "tuning.journal").read_bytes() == journal
+    longer = tune(recipe, out, first["minutes"] + 0.1, console=quiet)
+    found = json.loads((out / "tuning.json").read_text())
+    assert (out / "tuning.journal").read_bytes().startswith(journal) and longer == recipe.changed(found["values"])
+    assert found["trials"][: len(first["trials"])] == first["trials"] and len(found["trials"]) > len(first["trials"])
+
+
+def test_a_trial_whose_outputs_are_not_finite_has_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatnet.planning.tuning.measure_pace", lambda *_: Pace(0.01, 0.0))
+    trainers, real = list[Trainer](), Trainer.validation_metrics
+
+    def metrics(trainer: Trainer, sync: object) -> object:
+        if trainer not in trainers:
+            trainers.append(trainer)
+        if len(trainers) == 2:
+            for parameter in trainer.average.whole().parameters():
+                parameter.data.fill_(float("nan"))
+        return real(trainer, sync)
+
+    monkeypatch.setattr(Trainer, "validation_metrics", metrics)
+    tune(Recipe(data="digits", **SMALL), tmp_path / "run", 0.05, console=Console(quiet=True))
+    trials = json.loads((tmp_path / "run/tuning.json").read_text())["trials"]
+    assert trials[1]["outcome"] == "diverged" and trials[0]["outcome"] == "whole"
 
 
 def test_a_search_in_which_all_diverge_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

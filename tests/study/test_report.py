@@ -301,7 +301,7 @@ def test_a_record_that_contradicts_itself_is_one_error(tmp_path: Path) -> None:
     for values, said in (
         ({"members": []}, "members must be one or more"),
         ({"members": [asdict(study.members[0])] * 2}, "with different names"),
-        ({"runs": [asdict(study.runs[0]) | {"member": "other"}]}, "runs name 'other', which is no member"),
+        ({"runs": [asdict(study.runs[0]) | {"member": "other"}]}, "runs name 'other', which is not a member"),
         ({"runs": [asdict(study.runs[0]) | {"curves": {"step": [1, 2], "train_loss": [0.5]}}]}, "1 values for 2 steps"),
     ):
         (tmp_path / "study.json").write_text(json.dumps(asdict(study) | values))

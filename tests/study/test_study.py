@@ -20,12 +20,12 @@ from PIL import Image
 
 from coatnet.cli import study as cli
 from coatnet.cli.main import main
+from coatnet.data import loader
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Run, Study
 from coatnet.study.run import Part, Worker, _Progress, _result, measure_steps, recipe_of
-from coatnet.training import trainer
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.run_folder import RunFolder
@@ -532,14 +532,14 @@ def test_decoding_is_timed_by_some_images(tmp_path, monkeypatch):
         path = tmp_path / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
-    read = trainer.read_image
+    read = loader.read_image
 
     def slowly(images, index):
         time.sleep(0.005)
         return read(images, index)
 
-    monkeypatch.setattr(trainer, "read_image", slowly)
-    assert 0.005 <= trainer.seconds_to_read(open_dataset(tmp_path).training) < 0.1
+    monkeypatch.setattr(loader, "read_image", slowly)
+    assert 0.005 <= loader.seconds_to_read(open_dataset(tmp_path).training) < 0.1
 
 
 def write_images(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation import evaluate
 from coatnet.training.config import Recipe
 from coatnet.training.cross_validation import cross_validate
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 RECIPE = {"model": "coatnet-femto-16", "resolution": 8, "channels": 1, "epochs": 1, "batch_size": 16, "num_workers": 0}
 

@@ -23,7 +23,8 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.distillation import change_preprocessing, divergence
 from coatnet.training.interruption import Interrupted
-from coatnet.training.trainer import step_seed, train
+from coatnet.training.run import train
+from coatnet.training.trainer import step_seed
 
 MIXED = {"mixup_alpha": 0.8, "label_smoothing": 0.1}
 BRIEF = {"data": "digits", "model": "coatnet-femto-16", "epochs": 0.1, "batch_size": 32, "micro_batch_size": 20}
@@ -69,7 +70,7 @@ def test_a_step_adds_the_divergence_from_the_teacher_on_the_mixed_images(views, 
     splits = splits_of(noise(48, 8, 8))
     trainer = trainer_for(recipe, splits)
     trainer.folder.path = tmp_path
-    trainer.ask_teacher()
+    trainer.compute_teacher_logits()
     images, labels, indices = batch(trainer)
     student, teacher = copy.deepcopy(trainer.model), coatnet.load(home)
     student.get_classifier()._forward_pre_hooks.clear()
@@ -145,7 +146,7 @@ def test_several_labels_an_image_are_followed_class_by_class(tmp_path):
     trainer = trainer_for(Recipe(data="x", teacher=str(tmp_path / "t"), model="coatnet-femto-16"), splits)
     targets = trainer.prepare_batch(*batch(trainer))[1]
     assert targets.shape[1] == 20 and float((targets[:, 10:].sum(1) - 1).abs().min()) > 0.01  # no softmax
-    with pytest.raises(UserError, match="pictures has one label an image, but the teacher learned with several"):
+    with pytest.raises(UserError, match="pictures has one label per image, but the teacher learned with several"):
         trainer_for(Recipe(data="x", teacher=str(tmp_path / "t")), splits_of(noise(40, 8, 8)))
 
 
@@ -167,7 +168,7 @@ def test_a_teacher_of_other_classes_is_refused(classes, message, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"distillation": {"weight": 0.5}}, "distillation is for a network that follows another: give teacher as well"),
+        ({"distillation": {"weight": 0.5}}, "distillation needs a teacher: give teacher as well"),
         ({"teacher": "no/such"}, "no/such is not a bundle"),
         ({"teacher": "t", "distillation": {"weight": 1.5}}, "distillation.weight must be 0 to 1, got 1.5"),
         ({"teacher": "t", "distillation": {"temperature": 0}}, "distillation.temperature must be above 0, got 0"),
@@ -185,7 +186,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(asked, message, tmp_path):
 
 def test_answers_that_take_too_much_memory_are_refused(home, monkeypatch):
     monkeypatch.setattr(distillation, "MAX_STORED_BYTES", 20_000)
-    with pytest.raises(UserError, match=r"views fixed would keep 0 GiB of answers.*give views same"):
+    with pytest.raises(UserError, match=r"views fixed would keep 0 GiB of logits.*give views same"):
         trainer_for(following(home, views="fixed"))
 
 
@@ -230,7 +231,7 @@ def test_another_teacher_is_noted_when_a_run_is_resumed(tmp_path):
     teacher.save(tmp_path / "t")
     text = stop(following(tmp_path / "t", views="fixed"), tmp_path / "run", after=4)
     assert "the teacher t, or the release of coatnet or torch, is another than when the run began" in text
-    assert len(list((tmp_path / "run").glob("teacher-*.npy"))) == 2  # the new one has answered anew
+    assert len(list((tmp_path / "run").glob("teacher-*.npy"))) == 2  # the new one has its own
 
 
 def test_a_teacher_of_another_width_is_refused_where_features_have_been_followed(tmp_path):
@@ -246,7 +247,7 @@ def test_the_answers_are_those_of_the_teachers_own_evaluation(home, tmp_path):
     trainer = trainer_for(following(home, views="fixed"), splits)
     trainer.folder.path = tmp_path
     assert trainer.teacher.stored(torch.arange(3)).isnan().all()  # of a dry run, which follows the labels
-    trainer.ask_teacher()
+    trainer.compute_teacher_logits()
     batches = infer(
         teacher.model,
         splits.training,
@@ -258,9 +259,9 @@ def test_the_answers_are_those_of_the_teachers_own_evaluation(home, tmp_path):
     found = trainer.teacher.stored(torch.arange(len(splits.training)))
     torch.testing.assert_close(found, (expected / 2).softmax(1), rtol=0, atol=2e-3)
 
-    trainer.teacher.answers = np.array(trainer.teacher.answers)
+    trainer.teacher.logits = np.array(trainer.teacher.logits)
     images, labels, indices = batch(trainer)
-    trainer.teacher.answers[indices[4]] = np.nan  # an image that could not be read
+    trainer.teacher.logits[indices[4]] = np.nan  # an image that could not be read
     targets = trainer.prepare_batch(images, labels, indices)[1]
     labels_only = [4, 5]  # 5 is mixed with it
     assert targets.isfinite().all() and torch.equal(targets[labels_only, :10], targets[labels_only, 10:])

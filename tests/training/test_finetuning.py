@@ -26,7 +26,7 @@ from coatnet.training.defaults import resolve
 from coatnet.training.interruption import Interrupted
 from coatnet.training.optimizer import Optimization, parameter_groups
 from coatnet.training.recipes import named_recipe
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 DIGITS = tuple(str(digit) for digit in range(10))
 LETTERS = tuple("abcdefghij")
@@ -338,9 +338,9 @@ def test_a_frozen_classifier_cannot_learn_first():
 
 def test_the_same_classes_with_labels_of_another_kind_are_refused_and_other_classes_are_not():
     tagged = splits_of(noise(40, 8, 8), multilabel=True)
-    with pytest.raises(UserError, match="pictures has several labels an image, but init learned the same classes"):
+    with pytest.raises(UserError, match="pictures has several labels per image, but init learned the same classes"):
         resolve(finetune("x"), tagged, learned(DIGITS))
-    with pytest.raises(UserError, match="pictures has one label an image, but init learned the same classes"):
+    with pytest.raises(UserError, match="pictures has one label per image, but init learned the same classes"):
         resolve(finetune("x"), splits_of(noise(40, 8, 8)), learned(DIGITS, multilabel=True))
     trainer = trainer_for(finetune("x"), tagged, learned(LETTERS))
     assert trainer.config.loss == "sigmoid"

@@ -22,7 +22,7 @@ from coatnet.training.defaults import resolve_for
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.image_cache import cached_images
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 
 @pytest.fixture(scope="module")

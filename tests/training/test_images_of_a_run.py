@@ -17,7 +17,8 @@ from coatnet.errors import UserError
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.optimizer import balancing_weights
-from coatnet.training.trainer import Trainer, train
+from coatnet.training.run import train
+from coatnet.training.trainer import Trainer
 
 QUIET = Console(quiet=True)
 BRIEF = Recipe(model="coatnet-femto-16", epochs=2, batch_size=8, num_workers=0, mixing={"label_smoothing": 0.0})
@@ -108,7 +109,7 @@ def test_a_run_is_not_resumed_on_classes_in_another_order(folder, tmp_path):
 
 def test_a_run_among_its_own_images_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match=r"runs/mine lies in .*pictures, where what is drawn would become images"):
+    with pytest.raises(UserError, match=r"runs/mine is inside .*pictures: plots written there would be read as images"):
         train(replace(BRIEF, data="."), "runs/mine", console=QUIET)
     assert not (folder / "runs").exists()
 

@@ -12,7 +12,7 @@ from coatnet.errors import UserError
 from coatnet.training import loggers
 from coatnet.training.config import Recipe
 from coatnet.training.loggers import Loggers, check_loggers, open_loggers
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 CONFIG = {"name": "scratch", "optimizer": {"learning_rate": 0.002, "betas": [0.9, 0.999]}}
 

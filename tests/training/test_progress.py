@@ -16,7 +16,7 @@ from rich.console import Console
 from coatnet.training import progress
 from coatnet.training.config import Recipe
 from coatnet.training.progress import TrainingProgress
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 COMMAND = [sys.executable, "-m", "coatnet", "train", "--data", "digits", "--epochs", "0.5"]
 

@@ -8,7 +8,8 @@ import torch
 from coatnet import Recipe, UserError, load
 from coatnet.training.duration import Duration
 from coatnet.training.progressive_resizing import ProgressiveResizing
-from coatnet.training.trainer import Trainer, train
+from coatnet.training.run import train
+from coatnet.training.trainer import Trainer
 
 GROWING = {"initial_scale": 0.5, "delay_fraction": 0.25, "finetune_fraction": 0.25}
 

@@ -7,7 +7,9 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
+from tests.training.checkpoints import save
 from tests.training.configs import SMALL_COLOR_IMAGES, config_of
 
 from coatnet.data.near_duplicates import MAX_SEARCHED
@@ -63,7 +65,7 @@ def test_a_run_of_an_earlier_release_resumes_with_its_own_values(tmp_path):
     with pytest.raises(UserError, match="holds a trained model, and no checkpoint to go on from"):
         run.start()
     assert (tmp_path / "report.json").exists()
-    (tmp_path / "checkpoints" / step_name(1)).mkdir()
+    save(tmp_path / "checkpoints", step_name(1), {"weight": torch.ones(1)}, {})
     run.start()
     assert TrainingConfig.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == run.config
     assert None not in yaml.safe_load((tmp_path / "recipe.yaml").read_text()).values()

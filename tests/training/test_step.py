@@ -7,10 +7,10 @@ import pytest
 import torch
 from tests.training.trainers import CONSTANT, trainer_for
 
-from coatnet.errors import UserError
+from coatnet.errors import NotFinite, UserError
 from coatnet.training.config import Recipe
 from coatnet.training.interruption import Interruption
-from coatnet.training.trainer import NotFinite, explain_out_of_memory
+from coatnet.training.trainer import explain_out_of_memory
 
 RECIPE = Recipe(data="digits", stochastic_depth=0.0, precision="fp32", ema_decay=0.9)
 

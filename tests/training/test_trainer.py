@@ -23,15 +23,16 @@ import coatnet
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.system.hardware import num_cores
-from coatnet.training import trainer
+from coatnet.training import pace, trainer
 from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.distributed.parallelize import compile_in_training
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted
+from coatnet.training.run import train
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import Trainer, train
+from coatnet.training.trainer import Trainer
 
 # Everything that could make a difference between two runs is switched on.
 EVERYTHING = Recipe(
@@ -188,12 +189,12 @@ def test_processes_of_unequal_shares_plan_the_same_epochs(tmp_path, monkeypatch)
     recipe = replace(BRIEF, epochs=50, max_minutes=1)
     splits, given = open_dataset(recipe.data), []
     processes = SimpleNamespace(broadcast=lambda value: given.append(value) or value, collective=contextlib.nullcontext)
-    monkeypatch.setattr(trainer, "measure_pace", lambda *_: trainer.Pace(1.0, 2.0))
+    monkeypatch.setattr(pace, "measure_pace", lambda *_: pace.Pace(1.0, 2.0))
     config = resolve(recipe, splits)
-    found = trainer.resolve_within_limit(
+    found = pace.resolve_within_limit(
         config, recipe, splits, None, processes, SimpleNamespace(say=lambda _: None), time.monotonic()
     )
-    assert trainer.Pace(1.0, 2.0) in given and config.cache in given and found.ema_decay < config.ema_decay
+    assert pace.Pace(1.0, 2.0) in given and config.cache in given and found.ema_decay < config.ema_decay
 
 
 def test_evaluations_on_the_way_take_no_more_images_at_once_than_a_pass(tmp_path, monkeypatch):
@@ -447,26 +448,26 @@ def test_reading_and_a_teacher_count_in_what_fits_into_a_limit(tmp_path, monkeyp
     for path in data.rglob("*.png"):
         Image.new("RGB", (16, 16)).save(path)
     splits = open_dataset(str(data))
-    monkeypatch.setattr(trainer, "seconds_to_read", lambda *_: 0.5)
+    monkeypatch.setattr(pace, "seconds_to_read", lambda *_: 0.5)
 
-    def pace(**given):
+    def pace_of(**given):
         recipe = Recipe(data=str(data), epochs=3, batch_size=8, **given)
-        return trainer.measure_pace(resolve(recipe, splits), recipe, splits, None, SINGLE_PROCESS, 60.0)
+        return pace.measure_pace(resolve(recipe, splits), recipe, splits, None, SINGLE_PROCESS, 60.0)
 
     cores, num_images = num_cores(), len(splits.training) + len(splits.validation)
-    decoded = pace(cache="none", num_workers=0)
+    decoded = pace_of(cache="none", num_workers=0)
     assert decoded.step > 8 * 0.5 / cores and decoded.beside == 0
-    assert pace(cache="none", num_workers=1).step >= 4.0  # which the worker takes for a batch
-    kept = pace(cache="memory")
+    assert pace_of(cache="none", num_workers=1).step >= 4.0  # which the worker takes for a batch
+    kept = pace_of(cache="memory")
     assert kept.step < decoded.step and kept.beside == pytest.approx(0.5 * (num_images / cores + num_images))
     train(Recipe(data=str(data), epochs=0.5, batch_size=8), tmp_path / "teacher")
-    with_teacher = pace(cache="memory", teacher=str(tmp_path / "teacher/bundle"), distillation={"views": "fixed"})
+    with_teacher = pace_of(cache="memory", teacher=str(tmp_path / "teacher/bundle"), distillation={"views": "fixed"})
     assert with_teacher.beside > kept.beside + 0.5 * len(splits.training) / cores
     in_memory = Recipe(data="digits", epochs=3, batch_size=8, model="coatnet-femto-16")
     train(replace(in_memory, epochs=0.1), tmp_path / "of digits")
     digits = open_dataset("digits")
     following = replace(in_memory, teacher=str(tmp_path / "of digits/bundle"), distillation={"views": "fixed"})
-    assert trainer.measure_pace(resolve(following, digits), following, digits, None, SINGLE_PROCESS, 60.0).beside > 0
+    assert pace.measure_pace(resolve(following, digits), following, digits, None, SINGLE_PROCESS, 60.0).beside > 0
 
 
 @pytest.mark.slow

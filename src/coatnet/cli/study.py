@@ -21,7 +21,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "study",
         "Train networks of equal cost on the same images in the same order, and tell which is better, and how sure\n"
-        "that is. The same command again goes on where it stopped; more seeds, sizes or learning rates extend it.",
+        "that is. The same command again resumes it; more seeds, sizes or learning rates extend it.",
         "examples:\n"
         "  coatnet study layouts --data fashion-mnist-small --out studies/layouts --minutes 10\n"
         "  coatnet study attention --data path/to/folder --out studies/attention --sizes 10% 100% --seeds 5\n"
@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="one of those below, or a YAML file")
     parser.add_argument("--data", metavar="DATA", help="what to learn from, see below")
-    parser.add_argument("--out", metavar="STUDY", help="folder of the study, new or to go on with (studies/QUESTION)")
+    parser.add_argument("--out", metavar="STUDY", help="folder of the study, new or to be resumed (studies/QUESTION)")
     parser.add_argument(
         "--sizes", nargs="+", metavar="N", help="numbers or percentages of training images (10%% 100%%)"
     )
@@ -50,13 +50,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, metavar="M", help="instead: what the whole study may take here")
     parser.add_argument("--batch_size", type=int, metavar="N", help="images of a step (64)")
     parser.add_argument(
-        "--learning_rates", nargs="+", type=float, metavar="X", help="of AdamW (2e-3 for 128 images, by their root)"
+        "--learning_rates", nargs="+", type=float, metavar="X", help="of AdamW (2e-3 x the root of batch size / 128)"
     )
-    parser.add_argument("--model", metavar="NAME", help="row with four stages that members vary (by the image size)")
-    parser.add_argument("--width", type=float, metavar="F", help="factor on its widths (1)")
+    parser.add_argument("--model", metavar="NAME", help="four-stage variant that all are made from (by the image size)")
+    parser.add_argument("--width", type=float, metavar="F", help="width multiplier (1)")
     parser.add_argument("--resolution", type=int, metavar="R", help="side of the images in pixels (by the images)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (the cores, or the GPUs)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of matrix products (auto)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where the hardware has it")
     parser.add_device()
     parser.add_max_megapixels()
     parser.add_argument("--keep_weights", action="store_true", help="keep the models, and not their figures only")
@@ -66,7 +66,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if given.report == "":
         parser.error("--report is empty: give a path")
     if given.report:
-        others = [name for name, value in vars(given).items() if name != "report" and value != parser.get_default(name)]
+        names = (name for name, value in vars(given).items() if name != "report" and value != parser.get_default(name))
+        others = sorted(names, key=lambda name: name != "question")
         if others:
             shown = shorten(["QUESTION" if name == "question" else f"--{name}" for name in others])
             raise UserError(f"--report draws the pages of a study again, and trains nothing: leave out {shown}")

@@ -172,7 +172,7 @@ def run(arguments: Sequence[str]) -> int:
 
         echo(dry_run(recipe, price=program.price, lr_range=program.lr_range).describe())
         return 0
-    from coatnet.training.trainer import train
+    from coatnet.training.run import train
 
     if program.tune is not None:
         from coatnet.planning.tuning import tune

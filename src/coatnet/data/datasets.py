@@ -240,7 +240,7 @@ class JoinedDataset(Dataset):
     Args:
         name: how messages and reports name the images.
         classes: the names of the K classes, with all those of the datasets.
-        datasets: of one label an image.
+        datasets: of one label per image.
     """
 
     def __init__(self, name: str, classes: Sequence[str], datasets: Sequence[Dataset]) -> None:

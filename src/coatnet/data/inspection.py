@@ -10,7 +10,7 @@ import numpy as np
 
 from coatnet.data.datasets import Dataset, links_outside
 from coatnet.data.decode import BadImage, jpeg_warning
-from coatnet.data.loader import read_image
+from coatnet.data.loader import to_image
 from coatnet.data.near_duplicates import Fingerprint, fingerprint, near_pairs, pixel_digest
 from coatnet.data.open import open_dataset
 from coatnet.data.shortcuts import Shortcut, find_shortcuts, properties_of
@@ -271,8 +271,9 @@ def _measure(
     """Yield the index of each image and what is measured; None for one that cannot be read, which is added to `bad`."""
     for index in range(len(dataset)):
         try:
-            image, _ = read_image(dataset, index)
-            if strict and (text := jpeg_warning(dataset.read(index)[0])):
+            encoded, _ = dataset.read(index)
+            image = to_image(dataset, index, encoded)
+            if strict and (text := jpeg_warning(encoded)):
                 warnings[dataset.describe(index)] = text
         except BadImage as error:
             bad[error.name] = error.reason

@@ -1,33 +1,23 @@
 """From a dataset to batches of tensors: in this process for arrays, in worker processes for files.
 
 A batch is a pure function of its number: the same whatever the workers, and a run resumes by its step number alone.
-Batch b of size B takes the positions [b * B, (b + 1) * B) of the endless sequence of epochs. Worker processes are
-shielded from the signals that launchers and schedulers send to every process of a run, since the main process needs
-them to finish its step and save; they do not outlive the run, nor fill a shared memory that is too small.
+Batch b of size B takes the positions [b * B, (b + 1) * B) of the endless sequence of epochs.
 """
 
-import functools
 import math
-import multiprocessing
-import os
-import re
-import shutil
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from coatnet.data.augmentation import alternate
 from coatnet.data.channels import as_values, read_pixels, to_levels, with_scale
@@ -42,101 +32,15 @@ from coatnet.data.transforms import (
     TrainingTransform,
     as_images,
 )
-from coatnet.errors import UserError, first_line
+from coatnet.data.worker_processes import load_in_workers, may_start_processes, workers_that_fit
+from coatnet.errors import UserError
 from coatnet.system.hardware import num_cores
-from coatnet.system.parents import end_with_parent
-from coatnet.system.terminal import warn
 
-Item = TypeVar("Item")
 InspectImages = Callable[[Sequence[Image] | NDArray[np.uint8]], list[Any]]  # an array holds images of one size
 
-CHECK_SECONDS = 5.0  # between two checks that all workers are alive; a forkserver does not report their death
-SHARED_MEMORY = "/dev/shm"
-PREFETCHED_BATCHES = 2  # per worker, as in torch
 CLOSE_SECONDS = 5.0  # that an end waits for the batch that a thread is making
-
-
-@contextmanager
-def block_signals() -> Iterator[None]:
-    """Processes started in the block ignore SIGTERM and SIGUSR1. This one handles them after the block."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # where Python starts it later, it unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class WorkerReaper:
-    """Kills the processes that were started inside `starting`."""
-
-    def __init__(self) -> None:
-        self._processes: set[multiprocessing.process.BaseProcess] = set()
-
-    @contextmanager
-    def starting(self) -> Iterator[None]:
-        """Register the processes that are started in the block."""
-        before = set(multiprocessing.active_children())
-        try:
-            yield
-        finally:
-            self._processes |= set(multiprocessing.active_children()) - before
-
-    def kill(self) -> None:
-        """Kill them without waiting: one that hangs would never end, and they hold nothing but batches."""
-        for process in self._processes:
-            process.kill()
-
-
-def with_timeout(produced: Iterator[Item], seconds: float) -> Iterator[Item]:
-    """Yield the items of a DataLoader with `timeout=CHECK_SECONDS`, waiting up to `seconds` for each.
-
-    With one long timeout, the DataLoader would notice dead workers only at its end.
-    """
-    while True:
-        began = time.monotonic()
-        while True:
-            try:
-                item = next(produced)
-                break
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "timed out" not in str(error) or time.monotonic() - began >= seconds:
-                    raise
-        yield item
-
-
-def may_start_processes() -> bool:
-    """Whether Python lets this process start others; if not, as in a worker of Celery or of a Pool, a line says so."""
-    return not multiprocessing.current_process().daemon or _told_that_none_start(os.getpid())
-
-
-@functools.cache
-def _told_that_none_start(_: int) -> Literal[False]:
-    """Tell it once in a process."""
-    warn("this process is daemonic and cannot start workers: it decodes by itself")
-    return False
-
-
-def require_shared_memory(num_workers: int, bytes_per_batch: int) -> None:
-    """Raise a UserError if the batches that workers prefetch do not fit into shared memory: a worker would crash."""
-    if not os.path.isdir(SHARED_MEMORY):
-        return
-    needed, free = num_workers * PREFETCHED_BATCHES * bytes_per_batch, shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"{SHARED_MEMORY} has room for {free / 1e6:.0f} MB, but the batches of {num_workers} worker processes "
-            f"take {needed / 1e6:.0f} MB: give fewer num_workers or a smaller batch_size, or more shared memory "
-            "(docker run --shm-size 2g)"
-        )
-
-
 MAX_WORKERS = 8
-BATCH_TIMEOUT_SECONDS = 900.0  # chosen: far above what slow storage takes, far below a night
+TIMED_IMAGES = 64  # read to see how long reading takes: drawings differ in size by a factor of a hundred
 MAX_REPLACEMENTS = 64  # candidates for one bad image; after as many in a row the batch stays short
 MAX_LISTED = 20
 
@@ -340,6 +244,20 @@ def require_readable(dataset: Dataset, purpose: str) -> None:
     raise UserError(f"{dataset.name}: none of the images for {purpose} can be used, the last one {failure}")
 
 
+def seconds_to_read(images: Dataset, transform: Callable[[Image], object] = lambda image: None) -> float:
+    """Seconds to read and decode an image, and to do with it what `transform` does, found with some of them.
+
+    They are spread evenly, but those of shards are neighbors, as a training reads them: each would fetch a whole block.
+    """
+    shares_blocks = hasattr(images, "block_size")
+    chosen = range(min(TIMED_IMAGES, len(images))) if shares_blocks else evenly_spaced(len(images), TIMED_IMAGES)
+    started = time.monotonic()
+    for index in chosen:
+        with suppress(BadImage):
+            transform(read_image(images, index)[0])
+    return (time.monotonic() - started) / len(chosen)
+
+
 @dataclass
 class _Batch:
     """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), the reason for each bad image by name, and what
@@ -482,6 +400,11 @@ def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:
     return torch.empty(0).set_(shared, 0, (size,), (1,)).view(shape).movedim(-1, 1)  # (B, C, H, W)
 
 
+def bytes_of_batch(num_images: int, preprocessing: Preprocessing) -> int:
+    """Bytes of the float32 images of a batch."""
+    return 4 * num_images * preprocessing.channels * math.prod(preprocessing.size)
+
+
 def _load(
     batches: _TrainingBatches | _EvaluationBatches,
     numbers: range,
@@ -491,14 +414,15 @@ def _load(
 ) -> Iterator[_Batch]:
     """Make the batches with these numbers, in order, and check the budget of bad images after each."""
     in_memory = getattr(batches.dataset, "in_memory", False)
+    bytes_per_batch = bytes_of_batch(batches.num_images, batches.transform.preprocessing)
     if in_memory:
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
-        num_workers = max(0, min(MAX_WORKERS, num_cores(), len(numbers) - 1))
+        num_workers = max(0, int(min(MAX_WORKERS, num_cores(), len(numbers) - 1, workers_that_fit(bytes_per_batch))))
     if num_workers and not may_start_processes():
         num_workers = 0
     if num_workers:
-        loaded = _from_workers(batches, numbers, num_workers, pin_memory)
+        loaded = load_in_workers(batches, numbers, num_workers, bytes_per_batch=bytes_per_batch, pin_memory=pin_memory)
     else:
         made = (batches[number] for number in numbers) if in_memory else _from_thread(batches, numbers)
         loaded = (batch.pin_memory() for batch in made) if pin_memory else made
@@ -534,76 +458,3 @@ def _from_thread(batches: _TrainingBatches | _EvaluationBatches, numbers: range)
         # The garbage collector may close an abandoned generator in its own thread, which cannot wait for itself.
         if thread and thread is not threading.current_thread():
             thread.join(CLOSE_SECONDS)
-
-
-def _from_workers(
-    batches: _TrainingBatches | _EvaluationBatches, numbers: range, num_workers: int, pin_memory: bool
-) -> Iterator[_Batch]:
-    # Fork would copy the locks of threads that do not exist in the child; a forkserver has no threads.
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "coatnet.data.loader"])
-    loader: Any = DataLoader(
-        batches,  # pyrefly: ignore[bad-argument-type]  # a class with __getitem__ is all it needs
-        batch_size=None,  # an item is a whole batch
-        sampler=numbers,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCHED_BATCHES,
-        timeout=CHECK_SECONDS,
-        multiprocessing_context=context,
-        worker_init_fn=_start_worker,
-        collate_fn=_identity,
-        pin_memory=pin_memory,
-    )
-    preprocessing = batches.transform.preprocessing
-    bytes_per_image = 4 * preprocessing.channels * math.prod(preprocessing.size)
-    require_shared_memory(num_workers, batches.num_images * bytes_per_image)
-    workers, num_received = WorkerReaper(), 0
-    try:
-        with hide_main_script(unless_it_defines=type(batches.dataset)), block_signals(), workers.starting():
-            produced = iter(loader)
-        for batch in with_timeout(produced, BATCH_TIMEOUT_SECONDS):
-            num_received += 1
-            yield batch
-    except UserError as error:  # without the traceback that torch puts around a worker's message
-        own = str(error).rpartition("UserError: ")[2]
-        raise UserError(re.split(r"\n|\\nwhile reading image ", own)[0]) from error
-    except (RuntimeError, OSError, EOFError) as error:  # which one depends on what the worker did when it was killed
-        if str(error).startswith("Caught "):  # raised in a worker that is alive
-            raise
-        reason = first_line(error)
-        name = batches.dataset.describe(batches.first_index(numbers[min(num_received, len(numbers) - 1)]))
-        if "timed out" in reason:
-            raise UserError(
-                f"no batch for {BATCH_TIMEOUT_SECONDS:g} s: a worker process hangs, or reads too slowly ({name})"
-            ) from error
-        raise UserError(f"a worker process stopped, perhaps for lack of memory: {reason} (near {name})") from error
-    finally:
-        workers.kill()
-
-
-@contextmanager
-def hide_main_script(unless_it_defines: type) -> Iterator[None]:
-    """Keep processes that are started in the block from running the user's script again.
-
-    Without a `__main__` guard the script would train again. The workers need nothing from it, unless it defines the
-    class of the dataset.
-    """
-    names = vars(sys.modules["__main__"])
-    shown = {name: names[name] for name in ("__spec__", "__file__") if name in names}
-    if unless_it_defines.__module__ != "__main__":
-        names.update(dict.fromkeys(shown))
-    try:
-        yield
-    finally:
-        names.update(shown)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # The terminal sends Ctrl-C to the workers too; the main process finishes its step and stops them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def _identity(batch: Any) -> Any:
-    return batch

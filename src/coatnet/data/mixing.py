@@ -23,7 +23,7 @@ class Mixing:
     cutmix_alpha: NonNegativeFloat = 0.0
     """CutMix draws the area that stays of an image from Beta(alpha, alpha), 0 for none."""
     label_smoothing: FractionBelowOne = 0.0
-    """Part of each target spread evenly over the classes; by default 0.1, and 0 for several labels an image."""
+    """Part of each target spread evenly over the classes; by default 0.1, and 0 for several labels per image."""
 
 
 def mix(images: Tensor, labels: Tensor, *, num_classes: int, mixing: Mixing, seed: int) -> tuple[Tensor, Tensor]:

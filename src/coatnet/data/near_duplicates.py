@@ -20,7 +20,7 @@ from torch import Tensor
 from coatnet.data.channels import to_shown
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
-from coatnet.data.loader import read_image
+from coatnet.data.loader import to_image
 from coatnet.data.splits import SplitRule, Splits, divide
 from coatnet.data.transforms import Image, as_images
 from coatnet.system.hardware import num_cores
@@ -181,7 +181,7 @@ def groups_to_keep_together(splits: Splits) -> tuple[tuple[str, ...], ...]:
 def _identify(dataset: Dataset, index: int) -> tuple[bytes, Fingerprint] | None:
     """Digest and fingerprint of an image; None if it cannot be read."""
     try:
-        pixels = as_images(read_image(dataset, index)[0])
+        pixels = as_images(to_image(dataset, index, dataset.read(index)[0]))
     except BadImage:
         return None
     return pixel_digest(pixels), fingerprint(pixels)

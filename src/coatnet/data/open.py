@@ -18,10 +18,15 @@ from coatnet.data.shards.dataset import is_shard_folder, open_remote_shards, ope
 from coatnet.data.splits import SplitRule, Splits, divide
 from coatnet.errors import UserError, nearest
 from coatnet.system.credentials import conceal
-from coatnet.system.files import user_path
+from coatnet.system.files import absolute_path_or_name, user_path
 from coatnet.system.terminal import report_wait
 
 NAMES = ("digits", "fashion-mnist", "fashion-mnist-small")
+
+
+def data_path(data: str) -> str:
+    """The full path of a folder or file of images; the name of a data set or a URL as it is."""
+    return data if data in NAMES else absolute_path_or_name(data)
 
 
 def open_dataset(
@@ -108,4 +113,4 @@ def _open(source: str | Path, validation_fraction: float, evaluation: bool, mult
         return open_folder(path, validation_fraction, evaluation=evaluation)
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return open_manifest(path, validation_fraction, evaluation=evaluation, multilabel=multilabel)
-    raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; a single image is no dataset")
+    raise UserError(f"{path} is neither a folder nor a .csv, .tsv or .parquet file; a single image is not a dataset")

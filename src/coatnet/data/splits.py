@@ -163,7 +163,7 @@ class Splits:
         summary = summary or self.summary
         counts = self.training.class_counts
         num_images = len(self.training) + len(self.validation)
-        kind = "several labels an image" if self.multilabel else "one label an image"
+        kind = "several labels per image" if self.multilabel else "one label per image"
         shown = ", ".join(self.classes[:10])
         if len(self.classes) > 10:
             shown += f", ... ({len(self.classes) - 10} more)"
@@ -259,7 +259,7 @@ def divide(splits: Splits, rule: SplitRule, *, evaluation: bool = False) -> Spli
         evaluation: the rule is that of a training, perhaps on other images, which may have a split of their own.
 
     Raises:
-        UserError: the source says itself which images are held out, the fold is none, or there are fewer images to
+        UserError: the source says itself which images are held out, the fold is not valid, or there are fewer images to
             learn from than asked for.
     """
     divided = _divide(splits, rule, evaluation=evaluation)
@@ -336,7 +336,7 @@ def _divide(splits: Splits, rule: SplitRule, *, evaluation: bool) -> Splits:
     if rule.fold:
         number, _, count = rule.fold.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) >= 2):
-            raise UserError(f"fold {rule.fold!r:.40} is none; 2/5 is the second of five")
+            raise UserError(f"fold {rule.fold!r:.40} is not valid: write 2/5 for the second of five folds")
         if int(count) > len(units) and not evaluation:
             raise UserError(f"fold {rule.fold!r:.40} of {counted(len(units), 'image')}: some folds would be empty")
         held_out[units] = assign_folds(keys[units].tolist(), labels[units], int(count)) == int(number) - 1

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coatnet.bundle import Bundle, load
-from coatnet.bundle.bundle import without_places
+from coatnet.bundle.bundle import place_name, without_places
 from coatnet.data.channels import to_rgb, with_scale
 from coatnet.data.datasets import Dataset
+from coatnet.data.decode import BadImage
+from coatnet.data.hugging_face import SCHEME
 from coatnet.data.loader import BadImages, read_image
-from coatnet.data.open import open_dataset
+from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
@@ -228,10 +230,10 @@ def measure(
     predictions = _predictions(metrics, fitted, bundle, [datasets[number].describe(index) for number, index in places])
     thumbnails, heat_maps = [], []
     for _, (number, index), _, _, decision in worst:
-        image = read_image(datasets[number], index)[0]
+        image = _read_again(datasets[number], index)
         thumbnails.append(thumbnail(image))
         if with_images:
-            heat_maps.append(_heat_map(bundle, image, decision, thumbnails[-1]))
+            heat_maps.append(thumbnails[-1] if image is None else _heat_map(bundle, image, decision, thumbnails[-1]))
     shown = choose_examples(predictions) if with_images and not several else []
     confusion, (figures, intervals) = metrics.confusion(), combine_figures(metrics, fitted)
     return Report(
@@ -271,7 +273,7 @@ def measure(
         metrics=(metrics, fitted),
         heat_maps=tuple(heat_maps),
         examples=tuple(
-            (row, thumbnail(read_image(datasets[number], index)[0], EXAMPLE_PIXELS))
+            (row, thumbnail(_read_again(datasets[number], index), EXAMPLE_PIXELS))
             for row, (number, index) in ((row, places[row]) for row in shown)
         ),
     )
@@ -313,6 +315,9 @@ def choose_datasets(
     if split == "test" and data.test is None:
         raise UserError(f"{data.name}: there is no test split beside training and validation")
     datasets = (data.training, data.validation) if split == "all" else (getattr(data, split),)
+    # The test split of a training is measured once, at its end; of other images none are left out.
+    if split == "all" and data.test is not None and data.by_name and not was_trained_on(bundle, data.name):
+        datasets += (data.test,)
     if not any(map(len, datasets)):
         advice = "; --split all takes those of training and validation" if split != "all" else ""
         raise UserError(f"{data.name}: the {split} split holds no images{advice}")
@@ -334,9 +339,11 @@ def recorded_rule(bundle: Bundle) -> SplitRule:
     return rule if rule.validation_fraction else replace(rule, validation_fraction=SplitRule.validation_fraction)
 
 
-def has_recorded_rule(bundle: Bundle) -> bool:
-    """Whether the record of a model says how images were held out."""
-    return _recorded_values(bundle) is not None
+def was_trained_on(bundle: Bundle, data: str | Path) -> bool:
+    """Whether a model learned from images of this name, or at this place, and held out others, by its record."""
+    recorded = place_name(str((_recorded_values(bundle) or {}).get("data")))
+    names = (recorded, Path(recorded).stem, recorded.removeprefix(SCHEME))  # the last two as `Splits.name` has them
+    return place_name(data_path(str(data))) in names
 
 
 def _recorded_values(bundle: Bundle) -> Mapping[str, Any] | None:
@@ -385,8 +392,18 @@ def _heat_map(bundle: Bundle, image: Image, decision: int, small: np.ndarray) ->
     return np.array(Explanation("", heat=heat, box=box).overlay(PIL.Image.fromarray(small)))
 
 
-def thumbnail(image: Image, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
-    """An image, uncropped, with so many pixels a side at most: uint8 (H, W, 3)."""
+def _read_again(dataset: Dataset, index: int) -> Image | None:
+    """An image that was measured, to show it; None if it cannot be read any more, which costs no figure."""
+    try:
+        return read_image(dataset, index)[0]
+    except BadImage:
+        return None
+
+
+def thumbnail(image: Image | None, side: int = THUMBNAIL_PIXELS) -> np.ndarray:
+    """An image, uncropped, with so many pixels a side at most: uint8 (H, W, 3); for None a gray square."""
+    if image is None:
+        return np.full((side, side, 3), 128, np.uint8)
     pixels = to_rgb(as_images(image))  # (3, H, W)
     scale = side / max(pixels.shape[1:])
     if scale < 1:

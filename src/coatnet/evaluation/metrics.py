@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from coatnet.errors import UserError
+from coatnet.errors import NotFinite
 
 Interval = tuple[float, float]
 
@@ -206,7 +206,7 @@ class Metrics:
             labels: class indices (B,); or 0 and 1 per class (B, K) for multi-label.
 
         Raises:
-            UserError: a logit is NaN or infinite.
+            NotFinite: a logit is NaN or infinite.
             ValueError: shapes or labels do not fit the classes.
         """
         scores = logits.detach().cpu().double().numpy()
@@ -218,7 +218,7 @@ class Metrics:
                 f"multilabel={self.multilabel}"
             )
         if not np.isfinite(scores).all():
-            raise UserError("the model's output is not finite (NaN or infinity): its weights are broken")
+            raise NotFinite("the model's output is not finite (NaN or infinity): its weights are broken")
         self._counts.update(scores, truth)
 
     @property

@@ -19,11 +19,11 @@ from coatnet.bundle.bundle import place_name
 from coatnet.bundle.config import readable_json
 from coatnet.bundle.timm.selection import is_auto, load_pretrained
 from coatnet.data.near_duplicates import keep_copies_together
-from coatnet.data.open import NAMES, open_dataset
+from coatnet.data.open import NAMES, data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, has_recorded_rule, load_model, open_recorded, recorded_rule
+from coatnet.evaluation.evaluate import Measured, load_model, open_recorded, recorded_rule, was_trained_on
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics, main_figure
 from coatnet.evaluation.report_markdown import write_report
@@ -155,7 +155,7 @@ def probe(
         report = replace(report, bad_images=found.bad_images)
         about = {
             "model": source,
-            "data": splits.name,
+            "data": splits.name if isinstance(data, Splits) else place_name(data_path(str(data))),
             "num_training": found.num_training,
             "l2": found.l2,
             **{name: value for name, value in asdict(rule).items() if value},
@@ -177,21 +177,25 @@ class Opened(NamedTuple):
 
 
 def open_for_probe(bundle: Bundle | str | Path, data: str | Path | Splits, device: str | None) -> Opened:
-    """Open a model (`auto` is chosen) and images, divided as for its training if that is known.
+    """Open a model (`auto` is chosen) and images: those of its training divided as they were then.
 
-    Otherwise they are divided as a new training does, which may start from the probe: with copies on one side.
+    Others are divided as a new training does, which may start from the probe: with copies on one side.
     """
     source = bundle.model.variant.name if isinstance(bundle, Bundle) else str(bundle)
-    is_divided = isinstance(data, Splits)
+    given = data
     if is_auto(bundle):
         data = data if isinstance(data, Splits) else open_dataset(data, evaluation=True)
         device = device or "auto"
         source, bundle = load_pretrained(data, device, _say)
     bundle = load_model(bundle, device)
-    opened, rule = open_recorded(data, bundle), recorded_rule(bundle)
+    is_new = isinstance(given, str | Path) and not was_trained_on(bundle, given)
+    rule = SplitRule() if is_new else recorded_rule(bundle)
+    if is_new and isinstance(data, str | Path):
+        data = open_dataset(data, evaluation=True)
+    opened = open_recorded(data, bundle)
     if not isinstance(opened, Splits):
         raise UserError(f"{opened.name} is one dataset; a probe is fitted on one split and measured on another")
-    if not is_divided and not has_recorded_rule(bundle):
+    if is_new:
         opened, groups = keep_copies_together(opened, rule, _say)
         rule = replace(rule, kept_together=[list(group) for group in groups])
     return Opened(place_name(source), bundle, opened, rule)

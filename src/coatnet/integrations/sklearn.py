@@ -29,7 +29,7 @@ from coatnet.evaluation.features import extract_features
 from coatnet.inference.predictor import Predictor
 from coatnet.training.config import Recipe
 from coatnet.training.interruption import Interrupted, exit_code
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 import_extra("sklearn", "sklearn", "coatnet.integrations.sklearn")
 

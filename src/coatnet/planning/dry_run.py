@@ -9,24 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coatnet.data.loader import seconds_to_read
 from coatnet.data.pixel_cache import CachedDataset
 from coatnet.errors import UserError, counted
 from coatnet.planning.lr_range import LearningRateRange, find_range
 from coatnet.system.hardware import num_cores
 from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import open_splits, resolve
-from coatnet.training.distributed.processes import SINGLE_PROCESS
+from coatnet.training.distributed.processes import SINGLE_PROCESS, require_single_process
 from coatnet.training.image_cache import cached_images
-from coatnet.training.initialization import load_init, suggest_init
+from coatnet.training.initialization import suggest_init
 from coatnet.training.progress import TrainingProgress
+from coatnet.training.run import prepare
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import (
-    NOT_WRITTEN,
-    Trainer,
-    deterministic_on_cpu,
-    resolve_within_limit,
-    seconds_to_read,
-)
+from coatnet.training.trainer import NOT_WRITTEN, Trainer, deterministic_on_cpu
 
 MEASURED_SECONDS = 10.0  # at least two steps, at most those of this time
 MAX_MEASURED_STEPS = 30
@@ -100,19 +95,17 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         lr_range: whether to test learning rates as well, which takes half a minute at most.
 
     Raises:
-        UserError: as `train` does for a recipe and data that do not fit together, or a price is negative.
+        UserError: as `train` does for a recipe and data that do not fit together, a price is negative, or several
+            processes were started.
     """
+    require_single_process("dry_run")
     if price is not None and not 0 <= price < math.inf:
         raise UserError(f"price must be that of an hour, 0 or more, got {price:g}")
     progress, began = TrainingProgress(None), time.monotonic()
-    recipe, splits = open_splits(recipe, progress.say)
-    recipe, init = load_init(recipe, splits, progress.say)
-    config = resolve(recipe, splits, init)
-    config = resolve_within_limit(config, recipe, splits, init, SINGLE_PROCESS, progress, began)
+    recipe, splits, init, config = prepare(recipe, None, SINGLE_PROCESS, progress, began)
     if suggestion := suggest_init(recipe, splits):
         progress.say(suggestion)
     beforehand = time.monotonic() - began  # seconds before the first step
-    splits = splits.with_scale(config.preprocessing.scale)
     with deterministic_on_cpu(config.device), ExitStack() as cleanup:
         trainer = Trainer(config, splits, RunFolder(NOT_WRITTEN, recipe), init=init)
         description = f"{splits.describe()}\n{trainer.describe()}"
@@ -121,15 +114,15 @@ def dry_run(recipe: Recipe, *, price: float | None = None, lr_range: bool = Fals
         torch.set_num_threads(trainer.cores.threads)
         num_steps, started = min(MAX_MEASURED_STEPS, trainer.duration.recipe_steps), time.monotonic()
         trainer.images, kept = cleanup.enter_context(cached_images(config, splits, num_steps=num_steps))
-        trainer.duration.reading_seconds = trainer.reading_seconds()
         if kept:  # all images are decoded
             images = len(splits.training) + len(splits.validation)
             decoded = min(len(splits.training), num_steps * config.batch_size)
             beforehand += (time.monotonic() - started) * images / decoded
+        trainer.duration.reading_seconds = trainer.reading_seconds()
         counted_steps, last_images = time_steps(trainer)
         if trainer.teacher is not None:
             reading = 0.0 if splits.training.in_memory else seconds_to_read(splits.training) / num_cores()
-            beforehand += trainer.answering_seconds(last_images, reading) * len(splits.training)
+            beforehand += trainer.teacher_seconds(last_images, reading) * len(splits.training)
         memory = memory_of(trainer)
         learning_rates = None
         if lr_range:
@@ -182,7 +175,7 @@ def time_steps(trainer: Trainer) -> tuple[list[float], Tensor]:
     with closing(trainer.batches()) as batches:
         started = before = time.monotonic()
         for batch in batches:
-            trainer.step(*batch)
+            trainer.step_or_skip(*batch)
             now = time.monotonic()
             durations.append(now - before)
             before = now

@@ -13,10 +13,11 @@ import numpy as np
 
 from coatnet.bundle import Bundle
 from coatnet.data.splits import Splits
+from coatnet.errors import NotFinite
 from coatnet.training.config import Recipe, TrainingConfig
 from coatnet.training.progressive_resizing import ProgressiveResizing
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NOT_WRITTEN, NotFinite, Trainer
+from coatnet.training.trainer import NOT_WRITTEN, Trainer
 
 STEPS = (30, 100)  # fewer leave no curve, more tell nothing new
 MAX_SECONDS = 30.0

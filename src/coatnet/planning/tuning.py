@@ -7,7 +7,6 @@ values come from a tree-structured Parzen estimator (Bergstra et al., 2011). Bot
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -20,22 +19,22 @@ import torch
 from rich.console import Console
 
 from coatnet.bundle import Bundle
-from coatnet.data.loader import require_readable
 from coatnet.data.splits import Splits
-from coatnet.errors import UserError, counted, import_extra
+from coatnet.errors import NotFinite, UserError, counted, import_extra
 from coatnet.evaluation.metrics import Interval, Metrics, main_figure, paired_difference, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
 from coatnet.system.json_reader import read_json_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
-from coatnet.training.defaults import num_steps, open_splits, resolve
-from coatnet.training.distributed.processes import SINGLE_PROCESS
+from coatnet.training.defaults import num_steps, resolve
+from coatnet.training.distributed.processes import SINGLE_PROCESS, require_single_process
 from coatnet.training.duration import EVALUATION_COST
 from coatnet.training.image_cache import cached_images
-from coatnet.training.initialization import load_init
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
+from coatnet.training.pace import measure_pace
 from coatnet.training.progress import TrainingProgress
+from coatnet.training.run import prepare
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import NotFinite, Trainer, deterministic_on_cpu, measure_pace, resolve_within_limit
+from coatnet.training.trainer import Trainer, deterministic_on_cpu
 
 # Factors on what recipe and defaults say, so that what short trials find holds for the whole run as well.
 LEARNING_RATE_FACTORS = (1 / 6, 6.0)
@@ -53,8 +52,9 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     """Search for `minutes` and give the recipe with the best values found; the next run in `out` may begin with it.
 
     `out` gets tuning.journal, from which an interrupted search goes on, and at the end tuning.json and tuning.md. With
-    tuning.json there the search is over, and its values are given. A trial that was cut off is repeated. The held-out
-    images choose the values, so figures on them are too favorable afterwards; reports say so.
+    tuning.json there the search is over, and its values are given; with more minutes than it had, it goes on. A trial
+    that was cut off is repeated. The held-out images choose the values, so figures on them are too favorable
+    afterwards; reports say so.
 
     Args:
         recipe: what is asked of the run.
@@ -67,14 +67,13 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
             several processes train together.
         Interrupted: a stop signal arrived; the same call goes on.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("tune is for one process: tune without torchrun, then train with the values that it found")
+    require_single_process("tune")
     if not 0 < minutes < math.inf:
         raise UserError(f"tune must be minutes above 0, such as 30, got {minutes:g}")
     progress = TrainingProgress(console)
     folder = RunFolder(out, recipe)
     result = folder.tuning
-    if result.exists():
+    if result.exists() and (folder.resumed is not None or minutes <= 1.01 * _limit_of(result)):
         return _with_values(recipe, result, progress)
     if folder.resumed is not None:
         raise UserError(
@@ -83,13 +82,7 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
         )
     import_extra("optuna", "tune", "tune")
     began = time.monotonic()
-    given, splits = open_splits(recipe, progress.say)
-    given, init = load_init(given, splits, progress.say)
-    config = resolve(given, splits, init)
-    config = resolve_within_limit(config, given, splits, init, SINGLE_PROCESS, progress, began)
-    config = folder.check_config(config, splits.classes, splits.content)
-    splits = splits.with_scale(config.preprocessing.scale)
-    require_readable(splits.validation, "validation")
+    given, splits, init, config = prepare(recipe, folder, SINGLE_PROCESS, progress, began)
     with translate_write_errors(folder.path, "choose another folder for out"):
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.hold()
@@ -106,6 +99,12 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
     finally:
         folder.release()
     return _with_values(recipe, result, progress)
+
+
+def _limit_of(result: Path) -> float:
+    """The minutes that the search of a tuning.json was given; infinite for one of an earlier release."""
+    limit = read_json_object(result).get("limit_minutes")
+    return float(limit) if isinstance(limit, int | float) else math.inf
 
 
 def _with_values(recipe: Recipe, result: Path, progress: TrainingProgress) -> Recipe:
@@ -271,7 +270,7 @@ class Search:
         trainer = Trainer(config, self.splits, self.folder, init=self.init)
         trainer.images = self.images
         torch.set_num_threads(trainer.cores.threads)
-        trainer.ask_teacher()
+        trainer.compute_teacher_logits()
         return trainer
 
     def _plan(self) -> None:
@@ -313,7 +312,12 @@ class Search:
                     "weight_decay": trial.suggest_float("weight_decay", *WEIGHT_DECAY_FACTORS, log=True),
                     "augmentation": trial.suggest_float("augmentation", *AUGMENTATION_STRENGTHS),
                 }
-                outcome = self._try(trial, factors, sync, started)
+                try:
+                    outcome = self._try(trial, factors, sync, started)
+                except NotFinite:
+                    reported = self.study.trials[trial.number].intermediate_values
+                    trial.report(0.0, next(rung for rung in RUNGS if rung not in reported))
+                    outcome = "diverged"
                 trial.set_user_attr("seconds", time.monotonic() - started)  # of one that is cut off, too
                 if sync.stop is not None:
                     self.progress.say(f"stopped by {sync.stop.name}; the same command goes on with the search")
@@ -337,14 +341,7 @@ class Search:
         compared_with = factors == DEFAULT_FACTORS  # by all others, so it is never stopped
         with closing(trainer.batches()) as batches:
             for batch in batches:
-                try:
-                    trainer.step(*batch)
-                except NotFinite:
-                    if trainer.state.left_out >= trainer.config.non_finite_budget:
-                        reported = self.study.trials[trial.number].intermediate_values
-                        trial.report(0.0, next(rung for rung in RUNGS if rung not in reported))
-                        return "diverged"
-                    trainer.leave_out_step()
+                trainer.step_or_skip(*batch)
                 step, seconds = trainer.state.step, time.monotonic() - started
                 self.progress.moved(step, total, max(0.0, self.limit_seconds - self.spent - seconds))
                 if sync.stop is not None:
@@ -426,6 +423,7 @@ class Search:
             "without_search": None if default is None else default.number,
             "factors": {name: _rounded(value) for name, value in best.params.items()},
             "minutes": round(self.spent / 60, 2),
+            "limit_minutes": self.limit_seconds / 60,
             "steps": self.steps,
             "num_images": num_images,
             "score": best.value,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coatnet.data.open import data_path
 from coatnet.data.splits import SMALL_IMAGE_PIXELS, Splits, choose_few
 from coatnet.errors import UserError, counted
 from coatnet.model.config import Variant
@@ -26,7 +27,7 @@ from coatnet.study.run import MAX_TRAINING_IMAGES, Part, measure_steps, recipe_o
 from coatnet.system.files import file_lock, only_process, output_path, require_outside, translate_write_errors
 from coatnet.system.hardware import choose_device, describe_device, num_cores
 from coatnet.training.config import Recipe
-from coatnet.training.defaults import data_path, default_learning_rate, open_splits, resolve
+from coatnet.training.defaults import default_learning_rate, open_splits, resolve
 from coatnet.training.duration import EVALUATION_COST
 from coatnet.version import __version__
 
@@ -263,7 +264,7 @@ def plan_study(options: Options, folder: Path, say: Callable[[str], None]) -> St
         find_question(options.question, base_row(32, None, 1.0))  # its name, before the data is opened
     given, splits = open_splits(Recipe(data=data_path(options.data)).changed(own.recipe if own else {}), say)
     if splits.multilabel:
-        raise UserError(f"{splits.name} has several labels an image; a study compares accuracy, and needs one")
+        raise UserError(f"{splits.name} has several labels per image; a study compares accuracy, and needs one")
     choices = candidates(options, splits, say)
     sizes, seeds = choices[0]
     jobs, devices = choose_jobs(options)
@@ -378,7 +379,7 @@ def _with_runs(study: Study, options: Options, pace: _Pace, choices: Sequence[tu
         seconds = before + pace.steps[member.name] * (steps + evaluations * evaluation + ending[size])
         runs.append(_run(study, member.name, size, seed, rate, steps, seconds))
     if len({run.folder for run in runs}) < len(runs):
-        raise UserError("names of members differ in signs only, which folders cannot show: give other names")
+        raise UserError("names of members differ in punctuation only, which folders leave out: give other names")
     return replace(study, runs=tuple(runs))
 
 

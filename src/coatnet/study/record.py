@@ -185,7 +185,7 @@ class Study:
         if not names or len(set(names)) < len(names):
             raise UserError("members must be one or more, with different names")
         if unknown := {run.member for run in self.runs}.difference(names):
-            raise UserError(f"runs name {min(unknown)!r}, which is no member")
+            raise UserError(f"runs name {min(unknown)!r}, which is not a member")
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset, select
-from coatnet.data.loader import BadImages
+from coatnet.data.loader import BadImages, seconds_to_read
 from coatnet.data.splits import choose_training
-from coatnet.errors import UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
+from coatnet.errors import NotFinite, UserError, counted, explain_memory_shortage, first_line, is_memory_shortage
 from coatnet.evaluation.metrics import Metrics
 from coatnet.inference.logits import infer
 from coatnet.study.record import FIGURES, Curves, Figures, Run, Study
@@ -34,14 +34,9 @@ from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits, resolve
 from coatnet.training.distributed.processes import SINGLE_PROCESS
 from coatnet.training.interruption import Interrupted, Interruption, exit_code
-from coatnet.training.trainer import (
-    NotFinite,
-    Trainer,
-    deterministic_on_cpu,
-    measure_pace,
-    run_training,
-    seconds_to_read,
-)
+from coatnet.training.pace import measure_pace
+from coatnet.training.run import run_training, write_results
+from coatnet.training.trainer import Trainer, deterministic_on_cpu
 
 MAX_TRAINING_IMAGES = 10_000  # that the training loss is measured on at the end
 MAX_POINTS = 100  # of the curve of the training loss
@@ -103,7 +98,7 @@ def train_run(recipe: Mapping[str, Any], folder: Path, keep_weights: bool) -> No
         }
         atomic_write(folder / FIGURES, json.dumps(result))
         if keep_weights:
-            trainer.finish(bundle)
+            write_results(trainer, bundle)
 
     run_training(Recipe.from_dict(recipe), folder, finish, console=Console(quiet=True))
     if not keep_weights:

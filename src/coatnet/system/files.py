@@ -387,7 +387,7 @@ def translate_write_errors(path: str | Path, advice: str = "") -> Iterator[None]
 def checked_path(path: str | Path) -> Path:
     """The path. Raises UserError for a NUL, which no file name can hold."""
     if "\0" in os.fspath(path):
-        raise UserError(f"{path} is no path: it holds a NUL")
+        raise UserError(f"{path} is not a path: it holds a NUL")
     return Path(path)
 
 
@@ -407,12 +407,13 @@ def require_outside(path: Path, data: str) -> None:
     """Raise UserError if results would be written among the images of `data`, the whole path of a folder or a name."""
     if os.path.isabs(data) and path.resolve().is_relative_to(os.path.realpath(data)):
         raise UserError(
-            f"{path} lies in {data}, where what is drawn would become images of a class: give a folder outside for out"
+            f"{path} is inside {data}: plots written there would be read as images of a class; give a folder outside "
+            "for out"
         )
 
 
 def require_outside_images(folder: Path, images: Iterable[str | Path]) -> None:
-    """Raise UserError if pictures would be written into one of the folders among these paths of images."""
+    """Raise UserError if images would be written into one of the folders among these paths of images."""
     for path in map(user_path, images):
         if path.is_dir():
             require_outside(folder.absolute(), str(path.absolute()))
@@ -430,3 +431,9 @@ def user_path(path: str | Path) -> Path:
         return checked_path(path).expanduser()
     except RuntimeError:
         raise UserError(f"{path}: there is no home folder for ~; write the whole path") from None
+
+
+def absolute_path_or_name(source: str) -> str:
+    """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
+    path = user_path(source)
+    return str(path.resolve()) if source and path.exists() else source

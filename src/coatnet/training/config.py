@@ -87,7 +87,7 @@ class TrainingConfig:
     head_first_epochs: Annotated[NonNegativeFloat, AT_MOST] = 0.0
     """With `init`: epochs at the start in which only the classifier learns; by default 0."""
     teacher: Source = ""
-    """Trained model whose answers the network follows: a bundle, or an id of the hub; by default none."""
+    """Teacher for knowledge distillation: a bundle, or an id of the hub; by default none."""
     resolution: Size
     """Side of the square images that the model sees, pixels, or their height and width, such as 192x320; by default
     that of small images, else 128 or 224, or 96 if `max_minutes` leaves fewer than 7 epochs."""
@@ -119,7 +119,7 @@ class TrainingConfig:
     ema_decay: FractionBelowOne
     """Decay of the exponential average of the weights for each step, 0 for none; by default over 3 % of the run."""
     loss: Literal["softmax", "sigmoid"]
-    """Cross-entropy over classes, or for each class; by default sigmoid for several labels an image."""
+    """Cross-entropy over classes, or for each class; by default sigmoid for several labels per image."""
     balance: Literal["none", "sampler", "weights"] = "none"
     """What equalizes rare and frequent classes: how often images are drawn, or weights in the loss."""
     optimizer: Optimization
@@ -135,7 +135,7 @@ class TrainingConfig:
     preprocessing: Preprocessing
     """What the model sees of an image; it is stored with the weights. With `init`, by default that of the bundle."""
     distillation: Distillation = Distillation()
-    """With `teacher`: how the network learns from its answers."""
+    """With `teacher`: how the network learns from its outputs."""
     patience: Annotated[NonNegativeInt, CHANGEABLE] = 0
     """Evaluations without a better top-1 (or mAP) that end the run, with its best weights; by default none do (0)."""
     max_minutes: Annotated[NonNegativeFloat, AT_MOST, CHANGEABLE] = 0.0

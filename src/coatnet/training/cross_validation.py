@@ -7,9 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from coatnet.bundle import load
 from coatnet.bundle.config import readable_json
+from coatnet.bundle.timm.selection import is_auto
+from coatnet.data.near_duplicates import MAX_SEARCHED
 from coatnet.errors import UserError, counted
-from coatnet.evaluation.evaluate import combine_figures
+from coatnet.evaluation.evaluate import combine_figures, was_trained_on
 from coatnet.evaluation.metrics import FIGURES, ClassFigures, Metrics
 from coatnet.evaluation.report import Report
 from coatnet.system.files import atomic_write, translate_write_errors
@@ -17,9 +20,10 @@ from coatnet.system.launcher import is_main_process
 from coatnet.system.terminal import escape_markdown
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import open_splits
+from coatnet.training.distributed.processes import distributed_processes
 from coatnet.training.progress import TrainingProgress
+from coatnet.training.run import SELECTED_BY_SEARCH, train
 from coatnet.training.run_folder import FOLDS, RunFolder
-from coatnet.training.trainer import train
 
 MAX_FOLDS = 100  # chosen: each is a whole training
 
@@ -45,13 +49,20 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     if not 2 <= num_folds <= MAX_FOLDS:
         raise UserError(f"folds is {num_folds}; it must be 2 to {MAX_FOLDS}")
     folder, progress = RunFolder(out, recipe), TrainingProgress(console if is_main_process() else Console(quiet=True))
-    if folder.resumed is not None:  # the training after the folds has begun: only its copies are theirs, too
-        recipe = replace(recipe, kept_together=folder.given.kept_together)
-    recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), progress.say)
+    place, reports = folder.path / FOLDS, list[Report]()
+    for begun in (folder, RunFolder(place / f"1-of-{num_folds}", recipe)):
+        if begun.resumed is not None:  # its copies are those of all folds
+            recipe = replace(recipe, kept_together=begun.given.kept_together)
+    with distributed_processes() as processes:
+        recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), progress.say, processes)
     num_images = len(splits.training) + len(splits.validation)
     if not len(splits.validation) or num_images < 2 * num_folds:
         raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
-    place, reports = folder.path / FOLDS, []
+    if recipe.init and not is_auto(recipe.init) and was_trained_on(load(recipe.init), recipe.data):
+        raise UserError(
+            f"init {recipe.init} was trained on images of {splits.name}, which the folds measure on: give a model that "
+            "was not, or leave folds out"
+        )
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
         fold = replace(recipe, fold=f"{number}/{num_folds}")
@@ -60,7 +71,8 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
         reports.append(train(fold, run, splits=replace(splits, test=None), console=console))
     if is_main_process():
         with translate_write_errors(place):
-            _write(place, reports)
+            searched = not splits.training.in_memory and num_images <= MAX_SEARCHED
+            _write(place, reports, searched=searched, tuned=folder.tuning.exists())
     return replace(recipe, fold="")
 
 
@@ -71,8 +83,13 @@ def pool(metrics: Sequence[Metrics]) -> Metrics:
     return found
 
 
-def _write(place: Path, reports: Sequence[Report]) -> None:
-    """Put the numbers of all images together, and write the report."""
+def _write(place: Path, reports: Sequence[Report], *, searched: bool, tuned: bool) -> None:
+    """Put the numbers of all images together, and write the report.
+
+    Args:
+        searched: whether copies were looked for.
+        tuned: whether a search on some of the images chose values of the recipe.
+    """
     found = [each.metrics for each in reports if each.metrics is not None]
     ranks, probabilities = (pool(each) for each in zip(*found, strict=True))
     figures, intervals = combine_figures(ranks, probabilities if reports[0].multilabel else ranks)
@@ -88,8 +105,9 @@ def _write(place: Path, reports: Sequence[Report]) -> None:
     lines = [
         f"# {escape_markdown(reports[0].model)} on {escape_markdown(reports[0].data)}, {len(reports)} folds",
         f"**{headline}**",
-        "Each image was measured once, by a model that has not learned from it or from a copy of it. The interval "
-        "takes the images as independent; it says nothing about other trainings.",
+        f"Each image was measured once, by a model that has not learned from it{' or from a copy of it' * searched}. "
+        "The interval takes the images as independent; it says nothing about other trainings.",
+        *([SELECTED_BY_SEARCH] if tuned else []),
         "\n".join(["| figure | all folds | 95 % interval |", "|---|---:|---:|", *rows]),
         "\n".join(f"- fold {number}: {report.headline()}" for number, report in enumerate(reports, start=1)),
         _table_of_classes(classes, per_class),

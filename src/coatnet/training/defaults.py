@@ -16,15 +16,16 @@ from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.near_duplicates import keep_copies_together
-from coatnet.data.open import NAMES, open_dataset
+from coatnet.data.open import data_path, open_dataset
 from coatnet.data.pixel_cache import Reduction, memory_room
-from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits
+from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits, divide
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.registry import default_variant
-from coatnet.system.files import user_path
+from coatnet.system.files import absolute_path_or_name
 from coatnet.training.config import Recipe, TrainingConfig, merge
 from coatnet.training.distillation import Distillation
+from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
 from coatnet.training.recipes import find_recipe
 
 SHORT_RUN_EPOCHS = 25  # below, an untrained network learns less from photographs that vary much
@@ -234,7 +235,7 @@ def check_start(recipe: Recipe, splits: Splits, init: Bundle | None) -> None:
         raise UserError(f"model is {recipe.model!r}, but init holds a {init.model.variant.name}: leave model out")
     if set(init.classes) == set(splits.classes) and init.multilabel != splits.multilabel:
         # More often a stray separator in a table than intended.
-        kinds = {True: "several labels an image", False: "one label an image"}
+        kinds = {True: "several labels per image", False: "one label per image"}
         raise UserError(
             f"{splits.name} has {kinds[splits.multilabel]}, but init learned the same classes with "
             f"{kinds[init.multilabel]}: give data of the same kind"
@@ -248,29 +249,18 @@ def check_labels(recipe: Recipe, splits: Splits) -> None:
     for name, given, instead in (("balance", "sampler", "weights"), ("loss", "softmax", "sigmoid")):
         if getattr(recipe, name) == given:
             raise UserError(
-                f"{name} {given} is for one label an image, but {splits.name} has several: give {name} {instead}"
+                f"{name} {given} is for one label per image, but {splits.name} has several: give {name} {instead}"
             )
 
 
 def check_teacher(recipe: Recipe) -> None:
-    """Raises UserError if a recipe says how to follow a teacher, but not which."""
+    """Raises UserError if a recipe has options of distillation, but no teacher."""
     if (
         not recipe.teacher
         and recipe.distillation
         and Distillation(**recipe.to_dict()["distillation"]) != Distillation()
     ):
-        raise UserError("distillation is for a network that follows another: give teacher as well, or leave it out")
-
-
-def data_path(data: str) -> str:
-    """The full path of a folder or file of images; the name of a data set or a URL as it is."""
-    return data if data in NAMES else absolute_path_or_name(data)
-
-
-def absolute_path_or_name(source: str) -> str:
-    """A folder or file by its full path; anything else, such as a URL or an id of the hub, as it is."""
-    path = user_path(source)
-    return str(path.resolve()) if source and path.exists() else source
+        raise UserError("distillation needs a teacher: give teacher as well, or leave distillation out")
 
 
 def choose_preprocessing(
@@ -413,19 +403,34 @@ def head_first_steps(config: TrainingConfig, num_images: int) -> int:
     return num_steps(config.head_first_epochs, num_images, config.batch_size) if config.head_first_epochs else 0
 
 
-def open_splits(recipe: Recipe, say: Callable[[str], None]) -> tuple[Recipe, Splits]:
+def open_splits(
+    recipe: Recipe, say: Callable[[str], None], processes: Processes = SINGLE_PROCESS
+) -> tuple[Recipe, Splits]:
     """The images of a recipe, and the recipe with the copies that stay on one side of the split.
 
-    Copies are looked for once, where images have no split of their own; the recipe of the run names them.
+    Copies are looked for once, by the first process, where images have no split of their own; the recipe of the run
+    names them.
 
     Raises:
         UserError: as `open_dataset`.
     """
-    rule = SplitRule.of(recipe.to_dict())
-    if recipe.kept_together is not None:
-        return recipe, open_dataset(recipe.data, rule=rule)
-    splits = open_dataset(recipe.data, rule=replace(rule, test_fraction=0.0, fold="", training_images=0))
+    rule, is_divided = SplitRule.of(recipe.to_dict()), recipe.kept_together is not None
+    whole = rule if is_divided else replace(rule, test_fraction=0.0, fold="", training_images=0)
+    with processes.collective():
+        splits = open_dataset(recipe.data, rule=whole)
+    if is_divided:
+        return recipe, splits
     if recipe.validation_fraction is not None and not splits.by_name:
         say(f"note: validation_fraction is not used, since {splits.name} is divided already")
-    splits, groups = keep_copies_together(splits, rule, say)
-    return replace(recipe, kept_together=groups), splits
+
+    def find_copies() -> tuple[tuple[str, ...], ...] | UserError:
+        try:
+            return keep_copies_together(splits, rule, say)[1]
+        except UserError as error:
+            return UserError(str(error))
+
+    groups = processes.run_on_main(find_copies)
+    if isinstance(groups, UserError):
+        raise processes.error_on_main(groups)
+    with processes.collective():
+        return replace(recipe, kept_together=groups), divide(splits, replace(rule, kept_together=groups))

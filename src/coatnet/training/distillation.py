@@ -1,4 +1,4 @@
-"""Distillation: beside the labels, a network learns from the answers of a trained one, its teacher.
+"""Distillation: beside the labels, a network learns from the outputs of a trained one, its teacher.
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": the probabilities of the teacher at a temperature.
 Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent": both see the same view of an
@@ -32,7 +32,7 @@ from coatnet.system.validated import NonNegativeFloat, PositiveFloat, Probabilit
 from coatnet.training.distributed.processes import Processes
 from coatnet.version import __version__
 
-BATCH_OF_ANSWERS = 64  # images; always as many, so that the last bit of an answer does not depend on the run
+LOGITS_BATCH = 64  # images; always as many, so that the last bit of a logit does not depend on the run
 MAX_STORED_BYTES = 16 << 30  # chosen: 1.2 million images of 1,000 classes take 2.4 GB
 PROJECTION = "teacher.projection"  # its name in checkpoints
 
@@ -41,10 +41,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @validated
 class Distillation:
-    """With `teacher`: how the network learns from its answers."""
+    """With `teacher`: how the network learns from its outputs."""
 
     weight: Probability = 0.9
-    """Part of the teacher's answers in the loss, 0 to 1; the labels have the rest."""
+    """Part of the teacher's probabilities in the loss, 0 to 1; the labels have the rest."""
     temperature: PositiveFloat = 2.0
     """What logits are divided by before they are compared; the higher, the more the unlikely classes count."""
     views: Literal["same", "fixed"] = "same"
@@ -112,12 +112,12 @@ class Teacher:
     """A trained model in evaluation mode, which nothing here changes, and what a network learns from it.
 
     The targets of a step get more columns: after those of the labels (B, K) the teacher's probabilities at the
-    temperature (B, K) and, where features are followed, its normalized features (B, D). `loss` takes such targets.
+    temperature (B, K) and, with a feature weight, its normalized features (B, D). `loss` takes such targets.
     With several processes each holds the whole teacher.
 
     Attributes:
-        answers: for fixed views, the logits of all training images, (N, K) in half precision; rows of NaN for images
-            that could not be read. None until `answer` has made them.
+        logits: for fixed views, those of all training images, (N, K) in half precision; rows of NaN for images that
+            could not be read. None until `compute_logits`.
         key: a hash of the teacher.
     """
 
@@ -139,24 +139,24 @@ class Teacher:
             )
         if settings.views == "fixed" and (stored := 2 * len(dataset) * len(bundle.classes)) > MAX_STORED_BYTES:
             raise UserError(
-                f"distillation.views fixed would keep {stored / 2**30:,.0f} GiB of answers, of which there may be "
+                f"distillation.views fixed would keep {stored / 2**30:,.0f} GiB of logits, of which there may be "
                 f"{MAX_STORED_BYTES >> 30}: give views same"
             )
         device = next(student.parameters()).device
         self.model = bundle.model.to(device).requires_grad_(False).eval()
         self.settings, self.multilabel, self.num_classes = settings, bundle.multilabel, len(bundle.classes)
-        self.key = fingerprint(bundle, __version__, torch.__version__)  # other versions answer a little differently
+        self.key = fingerprint(bundle, __version__, torch.__version__)  # other versions compute other last digits
         self.preprocessing, self._seen = bundle.preprocessing, preprocessing
         self._order = torch.tensor([bundle.classes.index(name) for name in dataset.classes], device=device)
-        self.answers: NDArray[np.float16] | None = None
+        self.logits: NDArray[np.float16] | None = None
         self._projection: nn.Parameter | None = None
         self._features: Tensor | None = None
         if settings.feature_weight:
-            self._follow_features(student, device)
+            self._add_projection(student, device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, images_per_pass: int) -> Tensor:
-        """What the teacher says of images as the network sees them, (B, C, R, R): columns of targets, (B, K + D)."""
+        """Columns of targets (B, K + D), for images as the network sees them, (B, C, R, R)."""
         columns = []
         for part in images.split(images_per_pass):
             maps = self.model.forward_features(change_preprocessing(part, self._seen, self.preprocessing))
@@ -172,10 +172,10 @@ class Teacher:
         return scaled.sigmoid() if self.multilabel else scaled.softmax(dim=-1)
 
     def stored(self, indices: Tensor) -> Tensor:
-        """The probabilities (B, K) of images by their place in the dataset; NaN where there is no answer."""
-        if self.answers is None:
+        """The probabilities (B, K) of images by their place in the dataset; NaN where there are none."""
+        if self.logits is None:
             return torch.full((len(indices), self.num_classes), torch.nan, device=self._order.device)
-        rows = torch.from_numpy(self.answers[indices.cpu().numpy()])
+        rows = torch.from_numpy(self.logits[indices.cpu().numpy()])
         return self.probabilities(rows.to(self._order.device))
 
     def loss(self, label_loss: Loss) -> Loss:
@@ -194,7 +194,7 @@ class Teacher:
 
     # Fixed views
 
-    def answer(
+    def compute_logits(
         self,
         dataset: Dataset,
         processes: Processes,
@@ -205,50 +205,50 @@ class Teacher:
         num_workers: int | None,
         quiet: bool = False,
     ) -> None:
-        """Let the teacher see every image once, as its own evaluation does, unless `path` holds the answers already.
+        """Compute the logits of every image once, as in an evaluation of the teacher, unless `path` holds them already.
 
         The processes share the work, and the first one writes the file.
 
         Raises:
-            UserError: an answer is not finite.
-            OSError: the file cannot be written; the answers are there all the same.
+            UserError: a logit is not finite.
+            OSError: the file cannot be written; the logits are there all the same.
         """
-        self.answers = read_array(path, (len(dataset), self.num_classes), np.float16)
-        if all(processes.gather(self.answers is not None)):
+        self.logits = read_array(path, (len(dataset), self.num_classes), np.float16)
+        if all(processes.gather(self.logits is not None)):
             return
         own = []
         batches = infer(
             self.model,
             dataset,
             preprocessing=self.preprocessing,
-            batch_size=BATCH_OF_ANSWERS,
+            batch_size=LOGITS_BATCH,
             bad_images=bad_images,
             num_workers=num_workers,
             bf16=bf16,
             first=processes.rank,
             every=processes.world_size,
         )
-        bar = ProgressBar("the teacher answers", len(dataset), "images", shown=processes.is_main and not quiet)
+        bar = ProgressBar("teacher", len(dataset), "images", shown=processes.is_main and not quiet)
         with processes.collective(), bar, closing(batches):
             for logits, _, indices, *_ in batches:
                 logits = logits[:, self._order.cpu()]
                 if not logits.isfinite().all():
                     first = dataset.describe(int(indices[0]))
-                    raise UserError(f"the teacher's answer to {first} or an image after it is not finite")
+                    raise UserError(f"the teacher's output for {first} or an image after it is not finite")
                 if not self.multilabel:  # the same probabilities, and the likely classes to more digits
                     logits = logits - logits.amax(dim=1, keepdim=True)
                 own.append((indices.numpy(), logits.clamp(-6e4, 6e4).half().numpy()))
                 bar.advance(len(indices) * processes.world_size)
-        self.answers = np.full((len(dataset), self.num_classes), np.nan, dtype=np.float16)
+        self.logits = np.full((len(dataset), self.num_classes), np.nan, dtype=np.float16)
         for indices, rows in (batch for of_process in processes.gather(own) for batch in of_process):
-            self.answers[indices] = rows
+            self.logits[indices] = rows
         if processes.is_main:
             with atomic_files(path) as (staged,), open(staged, "wb") as file:
-                np.save(file, self.answers)
+                np.save(file, self.logits)
 
     # Features
 
-    def _follow_features(self, student: CoAtNet, device: torch.device) -> None:
+    def _add_projection(self, student: CoAtNet, device: torch.device) -> None:
         """Make the projection, drawn by a generator of its own, and keep what the student's classifier gets."""
         shape = (self.model.num_features, student.num_features)
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
@@ -286,7 +286,7 @@ class Teacher:
             (began, _), (now, _) = stored[PROJECTION].shape, self._projection.shape
             if began != now:
                 raise UserError(
-                    f"the run began with a teacher of {began} features, which it learns to follow, and this one has "
+                    f"the run began with a teacher of {began} features, and this one has "
                     f"{now}: give the one that it began with, or begin a new run"
                 )
 
@@ -296,8 +296,8 @@ class Teacher:
 
 
 def check_classes(bundle: Bundle, dataset: Dataset) -> None:
-    """Raises UserError unless a teacher answers with the classes of a dataset, in any order, and of the same kind."""
-    kinds = {True: "several labels an image", False: "one label an image"}
+    """Raises UserError unless a teacher has the classes of a dataset, in any order, and the same kind of labels."""
+    kinds = {True: "several labels per image", False: "one label per image"}
     if bundle.multilabel != dataset.multilabel:
         raise UserError(
             f"{dataset.name} has {kinds[dataset.multilabel]}, but the teacher learned with {kinds[bundle.multilabel]}: "

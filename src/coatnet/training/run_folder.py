@@ -25,7 +25,7 @@ from coatnet.system.files import (
     require_outside,
 )
 from coatnet.system.json_reader import read_json
-from coatnet.training.checkpoint import published
+from coatnet.training.checkpoint import latest_checkpoint, published
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
 from coatnet.training.recipes import find_recipe
 
@@ -43,10 +43,11 @@ class RunFolder:
         given: The recipe that was given; for a run to be resumed, what it leaves open as in that run.
         warn: Takes a line about what cannot be written, for the user.
         notes: What `check_config` found different and took, in a line each.
+        report_notes: What a reader of the report should know of the start, in a sentence each.
     """
 
     def __init__(self, path: str | Path, given: Recipe) -> None:
-        """Raises UserError if the folder holds anything but a run, or is no folder."""
+        """Raises UserError if the folder holds anything but a run, or is not a folder."""
         self.path = output_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.bundle = self.path / "bundle"
@@ -55,6 +56,7 @@ class RunFolder:
         self._recipe_file, self._classes_file = self.path / "recipe.yaml", self.path / "classes.json"
         self._images_file, self._images = self.path / "images.json", {}
         self.notes: list[str] = []
+        self.report_notes: list[str] = []
         self._held: ExitStack | None = None
         self._log_failed = False
         self.warn: Callable[[str], None] = warnings.warn
@@ -166,7 +168,7 @@ class RunFolder:
         if before == self._classes:
             return
         if not isinstance(before, list) or not all(isinstance(name, str) for name in before):
-            raise UserError(f"{self._classes_file} is damaged: it is no list of names; give another folder")
+            raise UserError(f"{self._classes_file} is damaged: it is not a list of names; give another folder")
         now, then = set(self._classes), set(before)
         gone, new = [name for name in before if name not in now], [name for name in self._classes if name not in then]
         found = [f"without {shorten(gone)}"] * bool(gone) + [f"with the new {shorten(new)}"] * bool(new)
@@ -180,7 +182,7 @@ class RunFolder:
 
         Raises UserError if it cannot be written, or holds a trained model without a checkpoint to go on from.
         """
-        if self.bundle.exists() and not published(self.checkpoints):
+        if self.bundle.exists() and latest_checkpoint(self.checkpoints, lambda text: None) is None:
             raise UserError(
                 f"{self.path} holds a trained model, and no checkpoint to go on from: give another folder for a new "
                 f"run, which init {self.bundle} would start from this model"
@@ -318,4 +320,4 @@ def difference(name: str, theirs: Any, ours: Any) -> str:
         for key in {**theirs, **ours}:
             if theirs.get(key) != ours.get(key):
                 return difference(f"{name}.{key}", theirs.get(key), ours.get(key))
-    return f"{name} {'none' if theirs == '' else theirs}, not {'none' if ours == '' else ours}"
+    return f"{name} {'none' if theirs == '' else f'{theirs!s:.80}'}, not {'none' if ours == '' else f'{ours!s:.80}'}"

@@ -1,4 +1,4 @@
-"""Training from a recipe to an evaluated bundle: state, step and loop, resumable to the last bit.
+"""The training of a network: state, step, loop, evaluation and checkpoints, resumable to the last bit.
 
 Shapes: B images of a batch on this process, C channels, R side of the images, K classes.
 """
@@ -7,13 +7,12 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,30 +22,22 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name, without_places
-from coatnet.data.datasets import Dataset, evenly_spaced
-from coatnet.data.decode import BadImage
-from coatnet.data.loader import BadImages, read_image, require_readable, sampler_of, training_batches
+from coatnet.data.loader import BadImages, bytes_of_batch, sampler_of, seconds_to_read, training_batches
 from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
-from coatnet.data.transforms import EvaluationTransform, Image
-from coatnet.errors import UserError, counted, is_memory_shortage
-from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, evaluate
-from coatnet.evaluation.metrics import Metrics, main_figure, wilson_interval
-from coatnet.evaluation.plots import draw_curves
-from coatnet.evaluation.report import Report
-from coatnet.evaluation.report_markdown import write_report
+from coatnet.data.transforms import EvaluationTransform
+from coatnet.data.worker_processes import require_shared_memory
+from coatnet.errors import NotFinite, UserError, is_memory_shortage
+from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES
+from coatnet.evaluation.metrics import Metrics, main_figure
 from coatnet.inference.logits import infer, workers_for
 from coatnet.model.network import create_model
-from coatnet.system.files import atomic_files, translate_write_errors
 from coatnet.system.hardware import (
     choose_device,
     describe_device,
     explain_compiler,
-    keep_freed_memory,
     multiplies_bf16,
-    num_cores,
 )
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
@@ -58,31 +49,26 @@ from coatnet.training.checkpoint import (
     open_checkpoint,
     step_name,
 )
-from coatnet.training.config import Recipe, TrainingConfig
-from coatnet.training.defaults import head_first_steps, open_splits, resolve
+from coatnet.training.config import TrainingConfig
+from coatnet.training.defaults import head_first_steps
 from coatnet.training.distillation import Teacher
 from coatnet.training.distributed.parallelize import build_network, choose_parallelism, parallelize
 from coatnet.training.distributed.processes import (
     SINGLE_PROCESS,
-    CoreShare,
     Processes,
     batch_share,
-    distributed_processes,
     share_cores,
     translate_errors,
 )
 from coatnet.training.distributed.shards import fill
 from coatnet.training.duration import Duration
-from coatnet.training.image_cache import cached_images
 from coatnet.training.initialization import (
     HeadFirst,
     describe_init,
     init_batch_norm_statistics,
-    load_init,
-    suggest_init,
 )
 from coatnet.training.interruption import Interrupted, Interruption, Synchronization, exit_code
-from coatnet.training.loggers import Loggers, check_loggers, open_loggers
+from coatnet.training.loggers import Loggers, open_loggers
 from coatnet.training.optimizer import (
     balancing_weights,
     build_loss,
@@ -94,40 +80,15 @@ from coatnet.training.optimizer import (
     update_weights,
 )
 from coatnet.training.progress import TrainingProgress
-from coatnet.training.progressive_resizing import ProgressiveResizing
-from coatnet.training.run_folder import RunFolder, cross_validated
+from coatnet.training.run_folder import RunFolder
 from coatnet.version import __version__
 
-Value = TypeVar("Value")
-
 LOGS_PER_RUN = 400
-FEW_MEASURED = 100  # chosen: a figure of 80 % is within 8 points either way
-ADVISED_FOLDS = 5  # each with two images or more
 MIN_EVALUATION_BATCH = 64  # images
 INITIALIZATION_STEP = -1  # the step number whose random numbers the untrained weights are drawn from
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of AdamW and Muon, for each parameter
-SELECTED_BY_SEARCH = (
-    "A search (tuning.md) chose values of the recipe by these same images, so these figures are too favorable."
-)
-# To see how many epochs fit, at most so many seconds, this share of the limit, and so many steps; of two steps, the
-# first allocates its memory.
-MEASURED_SECONDS, MEASURED_SHARE, MAX_MEASURED_STEPS = 2.0, 0.02, 20
-# What depends on the number of epochs that fit, by field of the configuration.
-CHOSEN_BY_LENGTH = {
-    "augmentation": "augmentation",
-    "mixing": "mixing",
-    "stochastic_depth": "stochastic depth",
-    "schedule": "warm-up",
-    "ema_decay": "averaging",
-}
-TIMED_IMAGES = 64  # read to see how long reading takes: drawings differ in size by a factor of a hundred
-FRACTION_FOR_STEPS = 0.9  # of a limit in minutes; the rest are start, evaluations and report
 NOT_WRITTEN = Path("not written")  # the folder of a trainer that only takes the time
 BEST = "best"  # name of the checkpoint of the best evaluation
-
-
-class NotFinite(UserError):
-    """The loss or a gradient is NaN or infinite; the weights are those of the step before."""
 
 
 class Trainer:
@@ -156,6 +117,9 @@ class Trainer:
         self.cores = share_cores(config.num_workers, processes, on_cpu=self.on_cpu, images=images)
         self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
         self.share = batch_share(config.batch_size, config.mixing, processes)
+        if not splits.training.in_memory:  # all processes of a machine share it
+            bytes_per_batch = bytes_of_batch(len(self.share.positions), config.preprocessing)
+            require_shared_memory(processes.local_world_size * self.cores.workers, bytes_per_batch)
 
         self.parallelism = choose_parallelism(config, init, processes)
         seed_step(config.seed, INITIALIZATION_STEP)
@@ -224,7 +188,7 @@ class Trainer:
             state.seconds += self.processes.broadcast(time.monotonic() - started)
             duration.update(state.step, state.seconds)
             if state.step > state.measured and duration.evaluation_due(state.step, state.seconds):
-                self.evaluate(sync)  # a stop signal interrupted it before
+                self.evaluate(sync)  # a stop signal interrupted it before, unless its interval is chosen by times
                 duration.update(state.step, state.seconds)
             while state.step < duration.total_steps and not self.out_of_patience and sync.stop is None:
                 started, cost = time.monotonic(), math.prod(self.size) / math.prod(config.preprocessing.size)
@@ -304,13 +268,13 @@ class Trainer:
         )
         return height, width
 
-    def ask_teacher(self) -> None:
-        """For fixed views, get the teacher's answers to all training images, from the run folder if they are there."""
+    def compute_teacher_logits(self) -> None:
+        """For fixed views, get the teacher's logits of all training images, from the run folder if they are there."""
         if self.teacher is None or self.config.distillation.views == "same":
             return
         images = str(self.splits.content["training"]["sha256"])
         try:
-            self.teacher.answer(
+            self.teacher.compute_logits(
                 self.splits.training,
                 self.processes,
                 self.folder.path / f"teacher-{self.teacher.key[:16]}-{images[:16]}.npy",
@@ -320,19 +284,23 @@ class Trainer:
                 quiet=self.progress.console.quiet,
             )
         except OSError as error:
-            if self.teacher.answers is None:  # an image, not the file
+            if self.teacher.logits is None:  # an image, not the file
                 raise
-            self.progress.say(f"warning: the teacher's answers cannot be kept ({error}); a resumed run asks again")
+            self.progress.say(
+                f"warning: the teacher's outputs cannot be kept ({error}); a resumed run computes them anew"
+            )
 
-    def answering_seconds(self, images: Tensor, reading_seconds: float) -> float:
-        """Seconds for the teacher's answer to an image for fixed views, found with images (B, C, R, R), each of which
+    def teacher_seconds(self, images: Tensor, reading_seconds: float) -> float:
+        """Seconds for the teacher's logits of an image for fixed views, found with images (B, C, R, R), each of which
         takes `reading_seconds` to read; 0 without."""
         if self.teacher is None or self.config.distillation.views == "same":
             return 0.0
-        started = time.monotonic()
-        with self.autocast():
-            self.teacher(images.to(self.device), self.config.micro_batch_size)
-        return (time.monotonic() - started) / len(images) + reading_seconds
+        for _ in range(2):  # the first call loads libraries
+            started = time.monotonic()
+            with self.autocast():
+                self.teacher(images.to(self.device), self.config.micro_batch_size).cpu()  # which waits for a GPU
+            seconds = time.monotonic() - started
+        return seconds / len(images) + reading_seconds
 
     @property
     def epoch(self) -> float:
@@ -358,7 +326,7 @@ class Trainer:
         All random numbers of a step follow from its number.
 
         Args:
-            indices: the place of each image in the dataset, (B,), for a teacher that has answered already.
+            indices: the place of each image in the dataset, (B,), for a teacher whose logits are stored.
 
         Returns:
             The loss per image and the norm of the gradients before clipping, both of the whole batch.
@@ -398,8 +366,8 @@ class Trainer:
                 buffer.copy_(before)  # BatchNorm has counted the batch already
             raise NotFinite(
                 f"step {state.step}: loss {loss_value:.4g}, gradient norm {norm_value:.4g}; nothing was updated. "
-                "Lower optimizer.learning_rate, or use precision fp32, in another folder if this one has checkpoints; "
-                "non_finite_budget leaves out so many steps, in this one, too"
+                "Give a lower optimizer.learning_rate or precision fp32, in a new folder if this one has checkpoints; "
+                "or resume with non_finite_budget N, which skips up to N such steps"
             )
         clip_gradients(parameters, norm, config.optimizer.grad_clip_norm)
         self.last_learning_rate = self.learning_rate
@@ -427,14 +395,15 @@ class Trainer:
             return blended[extra:], targets[extra:]
         if config.distillation.views == "same":
             with self.autocast():
-                answers = self.teacher(blended, config.micro_batch_size)
+                soft_targets = self.teacher(blended, config.micro_batch_size)
         else:  # probabilities are blended like labels
             assert indices is not None
             unsmoothed = replace(config.mixing, label_smoothing=0.0)
             stored = self.teacher.stored(indices)
-            _, answers = mix(images, stored, num_classes=num_classes, mixing=unsmoothed, seed=mix_seed)
-            answers = torch.where(answers.isfinite(), answers, targets)  # of an image that the teacher could not read
-        return blended[extra:], torch.cat([targets, answers], dim=1)[extra:]
+            _, soft_targets = mix(images, stored, num_classes=num_classes, mixing=unsmoothed, seed=mix_seed)
+            # The teacher could not read some images.
+            soft_targets = torch.where(soft_targets.isfinite(), soft_targets, targets)
+        return blended[extra:], torch.cat([targets, soft_targets], dim=1)[extra:]
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the run: weights in fp32, matrix products in bf16 if so configured."""
@@ -453,14 +422,23 @@ class Trainer:
             first = state.step * config.batch_size
             indices, _ = order.sample(np.arange(first, first + config.batch_size))
             if self.processes.is_main:
-                self.folder.log({"step": state.step + 1, "not_finite": True, "pictures": indices.tolist()})
+                self.folder.log({"step": state.step + 1, "not_finite": True, "indices": indices.tolist()})
             if state.left_out >= config.non_finite_budget:
                 raise self.processes.error_on_main(error) from None
-            self.progress.say(f"warning: {error}; the step is left out")
-            self.leave_out_step()
+            self.progress.say(f"warning: {error}; the step is skipped")
+            self.skip_step()
 
-    def leave_out_step(self) -> None:
-        """Go on behind a step whose loss was not finite, as one of the `non_finite_budget`."""
+    def step_or_skip(self, *batch: Tensor) -> None:
+        """As `step_within_budget`, for steps that are tried: nothing is logged."""
+        try:
+            self.step(*batch)
+        except NotFinite:
+            if self.state.left_out >= self.config.non_finite_budget:
+                raise
+            self.skip_step()
+
+    def skip_step(self) -> None:
+        """Count a step whose loss was not finite, as one of the `non_finite_budget`."""
         self.state.step += 1
         self.state.left_out += 1
 
@@ -480,15 +458,19 @@ class Trainer:
     def evaluate(self, sync: Synchronization) -> None:
         """Evaluate the averaged weights on the validation images; with patience, save them if they are the best so far.
 
-        A stop signal to any process interrupts the evaluation, which is then made when the run is resumed.
+        A stop signal to any process interrupts the evaluation. Outputs that are not finite are a warning.
         """
         state, started = self.state, time.monotonic()
-        metrics = self.validation_metrics(sync)
-        if metrics is None:
-            return
-        figures = metrics.compute()
+        figures: dict[str, float] = {}
+        try:
+            metrics = self.validation_metrics(sync)
+            if metrics is None:
+                return
+            figures = metrics.compute()
+        except NotFinite as error:
+            self.progress.say(f"warning: {error}; training goes on")
         seconds = self.processes.broadcast(time.monotonic() - started)
-        score = figures[main_figure(metrics.multilabel)]
+        score = figures.get(main_figure(self.splits.multilabel), -1.0)
         improved, best_before = score > state.best, state.best
         state.seconds += seconds
         state.best = max(score, state.best)
@@ -498,7 +480,8 @@ class Trainer:
         self.duration.add_evaluation(state.seconds, seconds)
         self.share_bad_images()
         self.log({**figures, "bad_images": len(self.bad_images.records)})
-        self.progress.evaluated(state.step, self.epoch, figures)
+        if figures:
+            self.progress.evaluated(state.step, self.epoch, figures)
         if improved and self.config.patience:
             started = time.monotonic()
             self.writer.finish_or_warn(self.progress.say)
@@ -508,12 +491,19 @@ class Trainer:
             except UserError as error:  # such as a full disk
                 self.progress.say(f"warning: {error}; training goes on")
                 state.best = best_before  # of the weights that are saved
-            state.seconds += self.processes.broadcast(time.monotonic() - started)
+            saving = self.processes.broadcast(time.monotonic() - started)
+            state.seconds += saving
+            seconds += saving
         elif improved and self.processes.is_main:  # weights from when the run had a patience are not the best any more
             shutil.rmtree(self.folder.checkpoints / BEST, ignore_errors=True)
+        self._logged_at += seconds  # in which no step was taken
 
     def validation_metrics(self, sync: Synchronization) -> Metrics | None:
-        """Metrics over all validation images, which the processes share; None if a stop signal came before the end."""
+        """Metrics over all validation images, which the processes share; None if a stop signal came before the end.
+
+        Raises:
+            NotFinite: on all processes, an output of the model is NaN or infinite.
+        """
         processes, dataset = self.processes, self.images.validation
         metrics, first_images = Metrics(len(dataset.classes), dataset.multilabel), []
         batches = infer(
@@ -529,17 +519,23 @@ class Trainer:
             first=processes.rank,
             every=processes.world_size,
         )
-        more, stopped = True, False
+        more, stopped, broken = True, False, None
         with closing(batches):
             while more and not stopped:
                 batch = next(batches, None)
                 if batch is not None:
-                    metrics.update(batch.outputs, batch.labels)
+                    try:
+                        metrics.update(batch.outputs, batch.labels)
+                    except NotFinite as error:
+                        broken = error
                     first_images.append(int(batch.indices[0]))
                 more = processes.sum([batch is not None])[0] > 0
                 stopped = sync.stop_requested()
         if more:
             return None
+        for error in processes.gather(broken and str(broken)):
+            if error:
+                raise NotFinite(error)
         gathered = processes.gather(list(zip(first_images, metrics.batches, strict=True)))
         # In the order of the dataset, so that not even the last bit of a sum depends on the processes.
         in_order = sorted((each for of_process in gathered for each in of_process), key=lambda each: each[0])
@@ -723,293 +719,6 @@ class Trainer:
             model = model.to(self.device).requires_grad_(False).eval()
         return Bundle(model, dataset.classes, self.config.preprocessing, dataset.multilabel, record)
 
-    def finish(self, bundle: Bundle) -> Report:
-        """Calibrate and evaluate the bundle; write bundle, curves and report into the run folder.
-
-        The bundle is written first, and report.json last, which marks the end of the run.
-
-        Raises:
-            UserError: one of them cannot be written. The same command tries again.
-        """
-        folder, num_workers = self.folder, self.config.num_workers
-        workers = None if num_workers == "auto" else num_workers
-        held_out = Measured(bundle, self.splits, num_workers=workers, keep=True)
-        bundle, report = calibrate_and_evaluate(bundle, held_out)
-        notes = notes_on(folder)
-        report = replace(report, bad_images={**self.bad_images.records, **report.bad_images}, notes=notes)
-        if report.bad_images:
-            count = f"{len(report.bad_images):,} of {self.bad_images.num_images:,}"
-            self.progress.say(f"unreadable images: {count}; {folder.path}/report.md names them")
-        self.log({**report.network_figures(), "bad_images": len(report.bad_images)})  # as all those before
-        replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
-        if self.splits.test is not None:  # measured once the model is safe, which then names the figure
-            report = replace(report, notes=(*notes, self._measure_test(bundle)))
-            replace(bundle, record={**bundle.record, "report": report.to_dict()}).save(folder.bundle)
-        try:
-            with atomic_files(folder.path / "curves.png") as (staged,):
-                draw_curves(folder.metrics, staged)
-        except OSError as error:
-            self.progress.say(f"warning: {folder.path}/curves.png cannot be drawn ({error.strerror or error})")
-        try:
-            write_report(report, folder.path)
-        except OSError as error:
-            raise UserError(
-                f"the report cannot be written to {folder.path} ({error.strerror or error}): the trained model is in "
-                f"{folder.bundle}; once that is mended, the same command writes the report"
-            ) from None
-        return report
-
-    def _measure_test(self, bundle: Bundle) -> str:
-        """Measure the test split, write its report, and return its figure in a line."""
-        tested = evaluate(bundle, self.splits, split="test")
-        with translate_write_errors(self.folder.path / "test"):
-            write_report(tested, self.folder.path / "test")
-        return f"Test split, measured once: {tested.headline()}; test/report.md has the rest."
-
-
-def notes_on(folder: RunFolder) -> tuple[str, ...]:
-    """What a reader of the report of a run should know besides: a search, a cross-validation."""
-    return (*([SELECTED_BY_SEARCH] if folder.tuned else []), *cross_validated(folder))
-
-
-def train(recipe: Recipe, out: str | Path, *, splits: Splits | None = None, console: Console | None = None) -> Report:
-    """Train, evaluate, and leave a run folder `out` with recipe, log, curves, report, checkpoints and bundle.
-
-    In the folder of an unfinished run it resumes from the last checkpoint; the result is that of a run that was never
-    interrupted. The bundle holds the averaged weights of the last step, or of the best evaluation if patience ended the
-    run. Started by `torchrun`, all processes share the work, the first of them prints and writes, and each returns the
-    report.
-
-    Args:
-        recipe: what is asked of the run.
-        out: the run folder, new or to be resumed.
-        splits: the images, in place of opening `recipe.data`, which then only names them; the same for a resumed run.
-        console: where progress goes; standard error if None.
-
-    Returns:
-        The evaluation of the bundle on the validation images.
-
-    Raises:
-        UserError: the recipe, the data or the folder do not fit together, or the loss is not finite.
-        Interrupted: SIGINT, SIGTERM or SIGUSR1 arrived; everything is saved, and the same call resumes.
-    """
-    return run_training(recipe, out, Trainer.finish, splits, console)
-
-
-def run_training(
-    recipe: Recipe,
-    out: str | Path,
-    finish: Callable[[Trainer, Bundle], Value],
-    splits: Splits | None = None,
-    console: Console | None = None,
-) -> Value | Report:
-    """As `train`, but `finish` measures the trained model, and writes what stays of it."""
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"recipe must be a coatnet.Recipe, such as Recipe(data='digits'), got {recipe!r:.80}")
-    keep_freed_memory()
-    started = time.monotonic()
-    with distributed_processes() as processes, ExitStack() as cleanup:
-        progress = TrainingProgress(console if processes.is_main else Console(quiet=True))
-        with processes.collective():
-            folder = RunFolder(out, recipe)
-            folder.warn = lambda text: progress.say(f"warning: {text}")
-            cleanup.callback(folder.release)
-            if processes.is_main and folder.stored is not None:
-                with suppress(OSError):  # a finished run may lie where nothing can be written
-                    folder.hold()
-            given = folder.given
-            if splits is None:
-                given, splits = open_splits(given, progress.say)
-            given, init = load_init(given, splits, progress.say)
-            config = resolve(given, splits, init)
-        if folder.resumed is None:  # else the values that were chosen stand in its recipe.yaml
-            config = resolve_within_limit(config, given, splits, init, processes, progress, started)
-        with processes.collective():
-            config = folder.check_config(config, splits.classes, splits.content)
-            splits = splits.with_scale(config.preprocessing.scale)
-            check_loggers(config.loggers)
-            require_readable(splits.validation, "validation")
-            if splits.test is not None:
-                require_readable(splits.test, "the test")
-        config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
-        for note in folder.notes:
-            progress.say(note)
-        if folder.finished:
-            folder.release()
-            progress.say(f"{folder.path} is finished; its bundle is evaluated again (more epochs would extend the run)")
-            return processes.run_on_main(
-                lambda: replace(evaluate(folder.bundle, splits, device=config.device), notes=notes_on(folder))
-            )
-
-        with deterministic_on_cpu(config.device):
-            with processes.collective():
-                trainer = Trainer(config, splits, folder, init=init, processes=processes, progress=progress)
-                if processes.is_main:
-                    folder.start()
-            progress.say(splits.describe())  # only now: a mistake before here is answered by one line
-            if config.preprocessing.scale is not None and config.augmentation.varies_colors:
-                progress.say(
-                    "augmentation moves and erases pixels only: operations on colors mean nothing for these values"
-                )
-            if advice := advise_folds(splits, config):
-                progress.say(advice)
-            cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(trainer.cores.threads)
-            trainer.images, kept = cleanup.enter_context(
-                cached_images(config, splits, processes, quiet=progress.console.quiet)
-            )
-            trainer.duration.reading_seconds = trainer.reading_seconds()
-            if kept:
-                progress.say(kept)
-            trainer.ask_teacher()
-            if folder.resumed is None and (suggestion := suggest_init(given, splits)):
-                progress.say(suggestion)
-            trainer.resume(started)
-            progress.say(f"{trainer.describe()}; {trainer.duration.describe()}; run folder {folder.path}")
-            if trainer.out_of_patience:
-                progress.say(
-                    f"the last {counted(config.patience, 'evaluation')} brought nothing better, so no more steps are "
-                    "taken: a larger patience goes on"
-                )
-            try:
-                trainer.run()
-                progress.say(f"{trainer.epoch:.3g} epochs in {trainer.state.seconds / 60:.1f} minutes")
-                if trainer.out_of_patience:
-                    trainer.restore_best()
-                bundle = trainer.bundle()
-                return processes.run_on_main(lambda: finish(trainer, bundle))
-            finally:
-                trainer.loggers.close()
-
-
-def advise_folds(splits: Splits, config: TrainingConfig) -> str:
-    """A line for who measures on few images; empty for enough of them, or within a cross-validation."""
-    n = len(splits.validation)
-    if config.fold or n >= FEW_MEASURED:
-        return ""
-    low, high, total = *wilson_interval(round(0.8 * n), n), n + len(splits.training)
-    may_fold = splits.by_name and total >= 2 * ADVISED_FOLDS
-    better = f"--folds {ADVISED_FOLDS} measures on all {total:,}" if may_fold else "more would say more"
-    return (
-        f"note: {counted(n, 'image')} to measure on: a figure of 80 % would be certain within {100 * low:.0f} to "
-        f"{100 * high:.0f} %; {better}"
-    )
-
-
-def resolve_within_limit(
-    config: TrainingConfig,
-    recipe: Recipe,
-    splits: Splits,
-    init: Bundle | None,
-    processes: Processes,
-    progress: TrainingProgress,
-    started: float,
-) -> TrainingConfig:
-    """The configuration for the epochs that fit into what is left of `max_minutes`, by the time of some steps that are
-    then forgotten.
-
-    A line says how many fit, if they are not all.
-
-    Args:
-        config: what `resolve` makes of the recipe.
-        started: when the run began, on the monotonic clock; copies may have been looked for since then.
-    """
-    if not config.max_minutes:
-        return config
-    config = replace(config, cache=processes.broadcast(config.cache))  # machines may have other memory
-    with deterministic_on_cpu(config.device):
-        pace = processes.broadcast(measure_pace(config, recipe, splits, init, processes, 60 * config.max_minutes))
-    beside = processes.broadcast(time.monotonic() - started) + pace.beside
-    left = max(pace.step, FRACTION_FOR_STEPS * 60 * config.max_minutes - beside)
-    steps = left / (pace.step * config.progressive_resizing.cost_after(0.0))
-    epochs = steps * config.batch_size / len(splits.training)
-    if epochs >= config.epochs:
-        return config
-    enough = (beside + left * config.epochs / epochs) / FRACTION_FOR_STEPS / 60
-    with processes.collective():
-        shorter = resolve(recipe, splits, init, epochs_that_fit=epochs)
-    changed = [name for field, name in CHOSEN_BY_LENGTH.items() if getattr(config, field) != getattr(shorter, field)]
-    chosen = f", by which {', '.join(changed)} are chosen" if changed else ""
-    progress.say(
-        f"about {epochs:.{0 if epochs >= 10 else 1}f} of {config.epochs:g} epochs fit into {config.max_minutes:g} "
-        f"minutes{chosen}; all would take {enough:,.0f}"
-    )
-    before, after = config.preprocessing, shorter.preprocessing
-    if after.size != before.size:
-        more = epochs * before.side**2 / after.side**2
-        progress.say(
-            f"images are seen at {after.side} pixels instead of {before.side}, of which about {more:.1f} epochs fit; "
-            f"--resolution {before.side} keeps that size"
-        )
-    return shorter
-
-
-class Pace(NamedTuple):
-    """How long the parts of a run take, found with a few steps and images.
-
-    Attributes:
-        step: seconds of a step at full size, or of loading its images where that takes longer.
-        beside: seconds that no step has: decoding the images that are kept, a teacher's answers for fixed views, and
-            reading images again for the report.
-    """
-
-    step: float
-    beside: float
-
-
-def measure_pace(
-    config: TrainingConfig,
-    recipe: Recipe,
-    splits: Splits,
-    init: Bundle | None,
-    processes: Processes,
-    limit_seconds: float,
-) -> Pace:
-    """Find out how fast a run is, in a small part of the time that it has."""
-    whole = replace(config, head_first_epochs=0.0, progressive_resizing=ProgressiveResizing())
-    with processes.collective():
-        trainer = Trainer(whole, splits, RunFolder(NOT_WRITTEN, recipe), init=init, processes=processes)
-    (workers, threads), threads_before = trainer.cores, torch.get_num_threads()
-    trainer.cores = CoreShare(0, threads)  # no worker processes are started for one batch
-    limit = min(MEASURED_SECONDS, MEASURED_SHARE * limit_seconds)
-    durations: list[float] = []
-    torch.set_num_threads(threads)
-    try:
-        with closing(trainer.batches()) as batches:
-            with processes.collective():
-                batch = next(batches)
-            while len(durations) < 2 or (len(durations) < MAX_MEASURED_STEPS and sum(durations) < limit):
-                started = time.monotonic()
-                try:
-                    trainer.step(*batch)
-                except NotFinite as error:
-                    raise processes.error_on_main(error) from None
-                durations.append(processes.broadcast(time.monotonic() - started))
-        step, beside, reading = median(durations[1:]), 0.0, 0.0
-        cores = max(1, num_cores() // processes.local_world_size)
-        if not splits.training.in_memory:
-            with processes.collective():
-                reading = seconds_to_read(splits.training, EvaluationTransform(config.preprocessing))
-        if config.cache == "none":
-            loading = reading * len(trainer.share.positions)
-            step = max(step, loading / workers) if workers else step + loading / cores
-        else:
-            num_kept, num_read_again = len(splits.training) + len(splits.validation), trainer.duration.num_final_images
-            beside += reading * (num_kept / num_cores() + num_read_again)
-        beside += trainer.answering_seconds(batch[0], reading / cores) * len(splits.training) / processes.world_size
-        return Pace(step, beside)
-    finally:
-        torch.set_num_threads(threads_before)
-
-
-def seconds_to_read(images: Dataset, look: Callable[[Image], object] = lambda image: None) -> float:
-    """Seconds to read and decode an image, and to do with it what `look` does, found with some of them."""
-    chosen, started = evenly_spaced(len(images), TIMED_IMAGES), time.monotonic()
-    for index in chosen:
-        with suppress(BadImage):
-            look(read_image(images, index)[0])
-    return (time.monotonic() - started) / len(chosen)
-
 
 def device_of(config: TrainingConfig, processes: Processes) -> torch.device:
     """The device of this process. Raises UserError if it is not there, or is one GPU for several processes."""
@@ -1044,7 +753,7 @@ def explain_out_of_memory(step: int, images_per_pass: int, sides: object) -> Ite
         raise UserError(
             f"step {step}: out of memory with {images_per_pass} images of {sides} pixels at once. Give "
             f"micro_batch_size {max(1, images_per_pass // 2)}, or a smaller resolution, in another folder if this one "
-            "has checkpoints; or activation_checkpointing transformer (or all), in this one, too"
+            "has checkpoints; activation_checkpointing transformer (or all) may be given in this one"
         ) from error
 
 

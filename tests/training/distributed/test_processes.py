@@ -19,7 +19,7 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.distributed.parallelize import check_batch_size
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.interruption import Interrupted
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 pytestmark = pytest.mark.slow
 TIMES = ("seconds", "images_per_second")

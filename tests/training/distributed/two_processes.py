@@ -15,9 +15,10 @@ from tests.training.trainers import trainer_for
 import coatnet
 from coatnet import Bundle, Recipe, train
 from coatnet.data.transforms import Preprocessing
+from coatnet.errors import NotFinite
 from coatnet.training.distributed.processes import Processes, distributed_processes
 from coatnet.training.distributed.shards import full_tensor
-from coatnet.training.trainer import NotFinite, Trainer
+from coatnet.training.trainer import Trainer
 
 # Six steps, an evaluation after every second, and everything on that could make a difference.
 RECIPE = Recipe(

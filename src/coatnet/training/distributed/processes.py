@@ -182,6 +182,12 @@ def share_cores(
     return CoreShare(workers, max(1, min(threads, cores - workers)))
 
 
+def require_single_process(name: str) -> None:
+    """Raises UserError if a launcher has started several processes."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{name} is for one process: give it without torchrun, and train with torchrun afterwards")
+
+
 @contextmanager
 def distributed_processes() -> Iterator[Processes]:
     """The processes that a launcher has started; connects them for the block unless the program has connected them.

@@ -164,7 +164,7 @@ def test_a_source_that_is_not_there_is_refused_with_what_there_is(source, tmp_pa
 
 def test_a_file_that_is_no_dataset_is_refused(tmp_path):
     (tmp_path / "one.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match="a single image is no dataset"):
+    with pytest.raises(UserError, match="a single image is not a dataset"):
         open_dataset(tmp_path / "one.jpg")
 
 

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import tracemalloc
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -226,6 +228,50 @@ def test_files_that_claim_more_than_they_hold_take_no_memory() -> None:
     with pytest.raises(BadImage, match="large: 50 x 37 pixels, it may have"):
         read_values(npy(BANDS), "a.npy", max_pixels=10_000)
     assert decoding_pixels(npy(BANDS), "a.npy") >= 37 * 50
+
+
+def zipped(entries: int, method: int) -> bytes:
+    """An array of nine million zeros in a zip, beside other entries."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for number in range(entries - 1):
+            archive.writestr(f"{number}.txt", b"")
+        archive.writestr("image.npy", npy(np.zeros((3000, 3000), np.uint8)))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npz(np.zeros((3000, 3000))), "pixels: an array of 1 channel of float64, where 8-bit RGB is read"),
+        (npz(np.zeros((3000, 3000, 4), np.uint8)), "pixels: an array of 4 channels of uint8, where 8-bit RGB is read"),
+        (zipped(1, zipfile.ZIP_BZIP2), "format: compression 12 of an .npz is not read; deflate is"),
+        (zipped(1, zipfile.ZIP_LZMA), "format: compression 14 of an .npz is not read; deflate is"),
+        (zipped(5000, zipfile.ZIP_DEFLATED), "corrupt: 5,000 entries in the .npz; an image is one array"),
+    ],
+    ids=["doubles", "four channels", "bzip2", "lzma", "entries"],
+)
+def test_an_archive_is_refused_before_it_is_unpacked(data: bytes, reason: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadImage) as refused:
+            read_pixels(data, "a.npz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused.value.reason.startswith(reason) and peak < 1_000_000
+
+
+def test_an_archive_takes_the_memory_of_its_values_once() -> None:
+    data = npz(np.zeros((1000, 1000, 3), np.uint16))
+    tracemalloc.start()
+    try:
+        values = read_values(data, "a.npz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert values.nbytes == 6_000_000 and peak < 1.6 * values.nbytes  # with what is allocated ahead, and a piece
+    assert decoding_pixels(data, "a.npz") == 1000 * 1000 * 3
 
 
 def test_the_scale_is_that_of_the_sensor_or_of_the_values() -> None:

@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin, features
 
 from coatnet.data import decode as decoding
 from coatnet.data.decode import FORMATS, SNIFFED_BYTES, BadImage, decode, image_size, sniff
+from coatnet.data.inspection import inspect
 
 HEIC = zlib.decompress(
     base64.b64decode(
@@ -76,6 +77,14 @@ def cmyk(photo: np.ndarray) -> Image.Image:
 
 def test_cmyk_jpeg_becomes_rgb(photo, encode, distance):
     assert distance(decode(encode(cmyk(photo), "JPEG", quality=95), "cmyk"), photo) < 3
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+def test_a_whole_cmyk_jpeg_decodes_without_a_warning(subsampling, make_folder, photo, encode):
+    root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
+    (root / "train/a/ink.jpg").write_bytes(encode(cmyk(photo), "JPEG", subsampling=subsampling))
+    inspection = inspect(root, strict=True)
+    assert inspection.healthy and not inspection.warnings
 
 
 def test_ycck_jpeg_becomes_rgb(photo, encode, distance):

@@ -127,6 +127,17 @@ def test_absolute_paths_below_the_manifest_are_fine(write, tmp_path):
     assert open_dataset(write(table(rows))).training.path(0) == tmp_path / "0.png"
 
 
+def test_absolute_paths_by_a_link_to_the_folder_of_the_manifest_are_fine(write, tmp_path, tmp_path_factory):
+    link = tmp_path_factory.mktemp("elsewhere") / "link"
+    link.symlink_to(tmp_path)
+    rows = [(link / path, label, split) for path, label, split in SPLIT]
+    assert open_dataset(write(table(rows))).training.path(0) == tmp_path / "0.png"
+    link.unlink()
+    link.symlink_to(tmp_path.parent)
+    with pytest.raises(UserError, match=r"row 2: the path .* leads out of"):
+        open_dataset(write(table(rows)))
+
+
 def test_some_files_may_be_missing(write):
     missing = [(f"missing/{number}.png", "cat", "train") for number in range(19)]
     for rows in ([*missing, *SPLIT], [*SPLIT, *missing]):

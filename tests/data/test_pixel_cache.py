@@ -3,6 +3,7 @@
 import math
 import os
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from coatnet.data import pixel_cache
-from coatnet.data.datasets import Dataset, FileDataset
+from coatnet.data.datasets import ArrayDataset, Dataset, FileDataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import BadImages, evaluation_batches, training_batches
 from coatnet.data.pixel_cache import Reduction, attach, fingerprint, keep_images
@@ -199,6 +200,28 @@ def test_a_disk_without_room_is_one_line_and_leaves_nothing(varied, tmp_path, mo
     with pytest.raises(UserError, match=r"free room .* COATNET_CACHE_DIR"):
         keep_images(varied, Reduction(COLOR), "disk")
     assert [path for path in (tmp_path / "cache" / "decoded-images").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_images_are_decoded(tmp_path, monkeypatch):
+    read = []
+
+    class Many(ArrayDataset):
+        in_memory = False
+
+        def read(self, index):
+            read.append(index)
+            return super().read(index)
+
+    source = Many("many", ("a", "b"), np.zeros((1000, 12, 16), np.uint8), np.arange(1000) % 2)
+    monkeypatch.setenv("COATNET_CACHE_DIR", str(tmp_path / "cache"))
+    room = SimpleNamespace(free=2 * 900 * 12 * 16 * 3)  # of which half is used: 900 images in color
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    with pytest.raises(UserError, match=r"free room .* COATNET_CACHE_DIR"):
+        keep_images(source, Reduction(COLOR), "disk")
+    assert len(read) == pixel_cache.SAMPLED_IMAGES
+    room.free = 2 * 1000 * 12 * 16 * 3
+    with closing(keep_images(source, Reduction(COLOR), "disk")) as kept:
+        assert kept.kept.all()
 
 
 def test_an_image_that_cannot_be_read_stays_one(varied):

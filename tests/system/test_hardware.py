@@ -1,13 +1,21 @@
-"""Threads sleep while they wait where other programs use the cores, unless the user has decided."""
+"""Threads sleep while they wait where other programs use the cores, and limits of control groups count."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from coatnet.system import hardware
-from coatnet.system.hardware import BUSY_SHARE, busy_share, cpu_times, sleep_while_waiting_if_busy
+from coatnet.system.hardware import (
+    BUSY_SHARE,
+    available_memory,
+    busy_share,
+    cpu_times,
+    num_cores,
+    sleep_while_waiting_if_busy,
+)
 
 STAT = """\
 cpu  999 9 9 9 9 9 9 9 0 0
@@ -60,3 +68,52 @@ def test_commands_that_compute_ask_before_torch_is_imported() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout == "asked False\n"
+
+
+def write_groups(own: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system have control groups with these files, and this process be in the groups that `own` names."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    monkeypatch.setattr(hardware, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(hardware, "CONTROL_GROUP", tmp_path / "groups")
+
+
+@pytest.mark.parametrize("lowest", ["a/b", "a", "."])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_memory_of_the_own_group_and_those_above_counts(
+    version: int, lowest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version == 1:
+        own, prefix = "5:cpu,cpuacct:/\n4:memory:/a/b\n0::/\n", "memory/"
+        limit, used = "limit_in_bytes", "usage_in_bytes"
+        unlimited, stat = f"{2**63 - 4096}\n", "inactive_file 7\nactive_file 8\ntotal_inactive_file 1000\n"
+    else:
+        own, prefix, limit, used = "0::/a/b\n", "", "max", "current"
+        unlimited, stat = "max\n", "active_file 8\ninactive_file 1000\n"
+    files = {}
+    for group in (".", "a", "a/b", "a/other"):
+        files[f"{prefix}{group}/memory.{limit}"] = {lowest: "9000\n", "a/other": "5000\n"}.get(group, unlimited)
+        files[f"{prefix}{group}/memory.{used}"] = "5000\n"
+        files[f"{prefix}{group}/memory.stat"] = stat
+    write_groups(own, files, tmp_path, monkeypatch)
+    assert available_memory() == 5000
+
+
+@pytest.mark.parametrize(
+    ("quotas", "cores"),
+    [
+        ({"a/b": "150000 100000"}, 2),
+        ({"a/b": "300000 100000", "a": "50000 100000", ".": "max 100000"}, 1),
+        ({"a/b": "1600000 100000", "a/other": "100000 100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_the_cpu_time_of_the_own_group_and_those_above_counts(
+    quotas: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    files = {f"{group}/cpu.max": f"{text}\n" for group, text in quotas.items()}
+    write_groups("0::/a/b\n", files, tmp_path, monkeypatch)
+    assert num_cores() == cores

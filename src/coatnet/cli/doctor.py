@@ -71,8 +71,12 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.bundle.config import readable_json
     from coatnet.data.inspection import inspect
     from coatnet.data.open import open_dataset
+    from coatnet.data.shards.dataset import ShardDataset
 
     splits = open_dataset(given.data)
+    for part in splits.parts.values():
+        if isinstance(part, ShardDataset):
+            part.verify_when_read()
     if given.write:
         require_files(given.write, splits)
     opened = None

@@ -12,7 +12,6 @@ import logging
 import math
 import mmap
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -32,26 +31,32 @@ from coatnet.data.decode import (
     Scale,
     above_pillows_limit,
     allowed_pixels,
+    array_header,
     check_tiff,
     decode,
     format_of,
     is_deep_tiff,
     open_with_pillow,
+    open_zipped_array,
     orientation_of,
+    pixels_of,
     turned,
     weight_of,
 )
 from coatnet.data.image_headers import NpyHeader, array_layout, read_directory, read_jpeg_header, read_npy_header
-from coatnet.errors import UserError, counted, first_line, import_extra
+from coatnet.errors import UserError, counted, first_line, import_extra, reason_of
 
 D = TypeVar("D", bound=Dataset)
 
 SAMPLED_IMAGES = 256  # chosen: a few seconds of reading; the same number as for the brightness of small images
 MEASURED_PIXELS = 1_000_000  # of each; of larger ones every n-th row and column
 FULL_SCALES = (255, 1023, 4095, 16_383, 65_535)  # of sensors of 8, 10, 12, 14 and 16 bits
-_JPEG = 7
+_JPEG = 7  # compression of a TIFF
+_ALPHA = 2  # extra sample of a TIFF: an opacity by which the colors are not multiplied
 _LONGEST_HEADER = 2**16  # of a NumPy file, in bytes
+_PIECE_BYTES = 2**20  # of an array that are unpacked at once
 _COMPRESSIONS = {1: "", 5: "LZW", _JPEG: "JPEG", 8: "deflate", 32_946: "deflate", 32_773: "PackBits", 50_000: "zstd"}
+_KEPT_BY_PILLOW = ("PNG", "TIFF", "PPM", "BMP")  # formats whose channels and depth it keeps, or most of them
 _DEEP_SUFFIXES = (".tif", ".tiff", ".npy", ".npz")  # what may hold more than 8-bit RGB can show
 _PNG_COLOR_OF_16_BITS = (2, 4, 6)  # with more than one channel: Pillow drops their lower 8 bits
 
@@ -70,15 +75,18 @@ def read_pixels(data: bytes, name: str, scale: Scale | None = None, *, reduces: 
     """
     if scale is not None:
         return to_levels(read_values(data, name, scale.channels, reduces=reduces), name, scale)
-    if format_of(data, name).name not in ("NPY", "NPZ"):
+    kind = format_of(data, name)
+    if kind.name not in ("NPY", "NPZ"):
         return decode(data, name, reduces=reduces)
-    values = read_values(data, name)
-    if values.dtype != np.uint8 or values.shape[-1] not in (1, 3):
+    header = _checked(array_header(data, kind, name), Limits(name, allowed_pixels()), None)
+    count = array_layout(header.shape, None)[2]
+    if header.dtype != np.uint8 or count not in (1, 3):  # before the values are read
         raise BadImage(
             name,
-            f"pixels: an array of {counted(values.shape[-1], 'channel')} of {values.dtype}, where 8-bit RGB is read: a "
-            f"model that was trained with --channels {values.shape[-1]} takes it",
+            f"pixels: an array of {counted(count, 'channel')} of {header.dtype.name}, where 8-bit RGB is read: a "
+            f"model that was trained with --channels {count} takes it",
         )
+    values = read_values(data, name)
     return torch.from_numpy(np.broadcast_to(values, (*values.shape[:2], 3)).copy()).permute(2, 0, 1)
 
 
@@ -110,18 +118,17 @@ def read_values(
         if kind.name in ("NPY", "NPZ"):
             read = _read_zipped_array if kind.name == "NPZ" else map_array
             values = read(data, limits, channels)
-            return values.astype(values.dtype.newbyteorder("="))
+            return values.astype(values.dtype.newbyteorder("="), copy=False)
         if kind.name == "PNG" and data[24:25] == b"\x10" and data[25] in _PNG_COLOR_OF_16_BITS:
             return _read_deep_png(data, limits)
         if kind.name == "TIFF" and _needs_tifffile(data, limits, channels):
             with TiffValues(io.BytesIO(data), limits, channels) as file:
                 height, width = file.shape[:2]
                 values = turned(file.read(0, 0, height, width), read_directory(data).numbers.get(274, 1))
-        elif kind.name in ("PNG", "TIFF", "PPM", "BMP"):
+        elif kind.name in _KEPT_BY_PILLOW:
             values = _read_with_pillow(data, kind, limits)
         else:  # 8 bits always
-            values = decode(data, name, max_pixels=limits.max_pixels, reduces=reduces).permute(1, 2, 0).numpy()
-            values = values[..., :1] if channels == 1 and _is_gray(values) else values
+            values = _of_colors(decode(data, name, max_pixels=limits.max_pixels, reduces=reduces), channels)
     except BadImage:
         raise
     except UserError as error:  # a package is missing
@@ -133,8 +140,27 @@ def read_values(
     return values
 
 
-def _is_gray(values: NDArray) -> bool:
-    return bool((values[..., :1] == values[..., 1:]).all())
+def values_of(image: Image.Image, name: str, channels: int | None = None) -> NDArray:
+    """The values of an image that Pillow has opened or made, by the rules of `read_values`: (H, W, C).
+
+    Raises BadImage as `pixels_of` does.
+    """
+    if image.format is not None and image.format not in _KEPT_BY_PILLOW:
+        return _of_colors(pixels_of(image, name), channels)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return _values(image, Limits(name, allowed_pixels()))
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(name, f"corrupt: {reason_of(error)}") from error
+
+
+def _of_colors(pixels: Tensor, channels: int | None) -> NDArray:
+    """RGB (3, H, W) to values (H, W, 3), or (H, W, 1) of gray where one channel is wanted."""
+    values = pixels.permute(1, 2, 0).numpy()
+    is_gray = channels == 1 and bool((values[..., :1] == values[..., 1:]).all())
+    return values[..., :1] if is_gray else values
 
 
 # NumPy
@@ -152,23 +178,21 @@ def map_array(data: bytes | mmap.mmap, limits: Limits, channels: int | None) -> 
         BadImage: the array is no image within the limits, or the file ends before it.
         ValueError: the header cannot be read.
     """
-    return _view(data, _read_header(data[:_LONGEST_HEADER], limits, channels), limits, channels)
+    return _view(data, _checked(read_npy_header(data[:_LONGEST_HEADER]), limits, channels), limits, channels)
 
 
 def _read_zipped_array(data: bytes, limits: Limits, channels: int | None) -> NDArray:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = [each for each in archive.namelist() if each.endswith(".npy")]
-        if len(names) != 1:
-            raise BadImage(limits.name, f"corrupt: {len(names)} arrays in the .npz; an image is one")
-        with archive.open(names[0]) as file:
-            header = _read_header(start := file.read(_LONGEST_HEADER), limits, channels)
-            rest = file.read(max(0, header.offset + header.num_bytes - len(start)))
-    return _view(start + rest, header, limits, channels)
+    with open_zipped_array(data, limits.name) as file:
+        start = file.read(_LONGEST_HEADER)
+        header = _checked(read_npy_header(start), limits, channels)
+        array, size = bytearray(start), header.offset + header.num_bytes
+        while len(array) < size and (piece := file.read(min(_PIECE_BYTES, size - len(array)))):
+            array += piece  # in place: zipfile would join a copy
+    return _view(array, header, limits, channels)
 
 
-def _read_header(start: bytes, limits: Limits, channels: int | None) -> NpyHeader:
+def _checked(header: NpyHeader, limits: Limits, channels: int | None) -> NpyHeader:
     """The header of an array, if it is that of an image within the limits."""
-    header = read_npy_header(start)
     if header.dtype.kind not in "biuf" or len(header.shape) not in (2, 3) or 0 in header.shape:
         raise BadImage(
             limits.name,
@@ -181,7 +205,7 @@ def _read_header(start: bytes, limits: Limits, channels: int | None) -> NpyHeade
     return header
 
 
-def _view(data: bytes | mmap.mmap, header: NpyHeader, limits: Limits, channels: int | None) -> NDArray:
+def _view(data: bytes | bytearray | mmap.mmap, header: NpyHeader, limits: Limits, channels: int | None) -> NDArray:
     if len(data) < header.offset + header.num_bytes:
         raise BadImage(limits.name, f"truncated: {len(data):,} bytes for an array of {header.num_bytes:,}")
     values = np.ndarray(header.shape, header.dtype, data, header.offset, order="F" if header.fortran else "C")
@@ -213,15 +237,20 @@ def _read_with_pillow(data: bytes, kind: ImageFormat, limits: Limits) -> NDArray
 
 def _attempt(data: bytes, kind: ImageFormat, limits: Limits) -> NDArray:
     with warnings.catch_warnings(action="ignore"), open_with_pillow(data, kind, limits.name) as image:
-        limits.check(*image.size, weight_of(len(image.getbands()), 4))
-        image.load()
-        if image.mode in ("P", "PA"):
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        elif image.mode == "1":
-            image = image.convert("L")
-        values = turned(np.asarray(image), orientation_of(image))
-        if image.mode == "I" and kind.name != "TIFF":  # Pillow's type for 16 bits of some formats
-            values = values.astype(np.uint16)
+        return _values(image, limits)
+
+
+def _values(image: Image.Image, limits: Limits) -> NDArray:
+    limits.check(*image.size, weight_of(len(image.getbands()), 4))
+    image.load()
+    turn = orientation_of(image)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    values = turned(np.asarray(image), turn)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow's type for 16 bits of some formats
+        values = values.astype(np.uint16)
     return values.reshape(*values.shape[:2], -1)
 
 
@@ -265,7 +294,7 @@ class TiffValues:
         if self.dtype.kind not in "biuf" or page.imagedepth != 1 or 0 in self.shape:
             raise BadImage(limits.name, f"pixels: values of {page.dtype} in {page.imagedepth} layers are not read")
         if any((each.shaped, each.dtype) != (page.shaped, page.dtype) for each in self._pages):
-            raise BadImage(limits.name, "channels: its pages differ in size or type, so they are no channels")
+            raise BadImage(limits.name, "channels: its pages differ in size or type, so they are not channels")
         if separate and (more := self._next_page()) and (more.shaped, more.dtype) == (page.shaped, page.dtype):
             raise BadImage(
                 limits.name, f"channels: it has more than {counted(samples, 'channel')}, one a page; {samples} are read"
@@ -322,8 +351,11 @@ class TiffValues:
 
     @property
     def plain_colors(self) -> bool:
-        """Whether 8-bit values are gray or RGB as they stand, white as the largest."""
-        return int(self._pages[0].photometric) in (1, 2) or self._pages[0].compression == _JPEG
+        """Whether 8-bit values are gray, RGB or RGBA as they stand, white as the largest."""
+        page = self._pages[0]
+        if self.shape[2] == 4:
+            return int(page.photometric) == 2 and tuple(map(int, page.extrasamples)) == (_ALPHA,)
+        return self.shape[2] in (1, 3) and (int(page.photometric) in (1, 2) or page.compression == _JPEG)
 
     def close(self) -> None:
         """Let the file go."""

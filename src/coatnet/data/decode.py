@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from coatnet.data.image_headers import (
     TIFF_EXIF,
     Directory,
     JpegHeader,
+    NpyHeader,
     Webp,
     array_layout,
     count_jpeg2000_pieces,
@@ -81,6 +82,7 @@ MAX_MEGAPIXELS = "COATNET_MAX_MEGAPIXELS"
 _JPEG2000_PIECES = (
     5_000_000  # half a gigabyte in the decoder; an image of 64 megapixels in blocks of 8 x 8 has one million
 )
+_ZIP_ENTRIES = 100  # in an .npz, where one is usual
 _EXIF_HEADERS = 16  # in a HEIF container, where one and that of a maker's note are usual
 _STRIP_PIXELS = 4_000_000  # converted to RGB at once
 
@@ -254,21 +256,22 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     return _header(data, format_of(data, name), name)
 
 
-def decoding_pixels(data: bytes, name: str) -> int:
+def decoding_pixels(data: bytes, name: str, scale: Scale | None = None) -> int:
     """The pixels of an image by its header, as many times as they take the memory of 8-bit RGB: three times in formats
-    whose decoder takes so much, and by channels and bits where there are more.
+    whose decoder takes so much, by channels and bits where there are more, and as levels for a model with a scale.
 
     Raises BadImage as `decode` does.
     """
     kind = format_of(data, name)
-    return math.prod(_header(data, kind, name)) * max(kind.weight, _weight(data, kind))
+    levels = 1 if scale is None else weight_of(min(4, scale.channels), 4)  # what Pillow decodes to has no more
+    return math.prod(_header(data, kind, name)) * max(kind.weight, _weight(data, kind, name), levels)
 
 
 def jpeg_warning(data: object) -> str:
     """The warning of the JPEG library about an image that it decodes nevertheless, such as flipped bytes, or ""."""
     import simplejpeg
 
-    if isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff"):
+    if isinstance(data, bytes) and data.startswith(b"\xff\xd8\xff") and _suits_simplejpeg(read_jpeg_header(data)):
         try:
             simplejpeg.decode_jpeg(data)
         except ValueError as error:
@@ -294,7 +297,7 @@ def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:
     if kind.name == "WEBP":
         return _webp(data, name).canvas
     if kind.name in ("NPY", "NPZ"):
-        return _array_size(data, name, zipped=kind.name == "NPZ")
+        return array_layout(array_header(data, kind, name).shape, None)[:2]
     if kind.name == "TIFF":
         check_tiff(data, Limits(name, 2**63, 2**63))
         directory = read_directory(data)
@@ -304,16 +307,39 @@ def _header(data: bytes, kind: ImageFormat, name: str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _array_size(data: bytes, name: str, *, zipped: bool) -> tuple[int, int]:
+def array_header(data: bytes, kind: ImageFormat, name: str) -> NpyHeader:
+    """The header of a NumPy file, of an .npz that of its array, with two or three axes.
+
+    Raises BadImage if it cannot be read.
+    """
+    start = data
     try:
-        if zipped:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                first = next(each for each in archive.namelist() if each.endswith(".npy"))
-                with archive.open(first) as file:
-                    data = file.read(2**16)
-        return array_layout(read_npy_header(data).shape, None)[:2]
+        if kind.name == "NPZ":
+            with open_zipped_array(data, name) as file:
+                start = file.read(2**16)
+        header = read_npy_header(start)
+        array_layout(header.shape, None)
+        return header
+    except BadImage:
+        raise
     except Exception as error:  # of zipfile almost anything
         raise BadImage(name, f"corrupt: no NumPy header can be read in {len(data):,} bytes") from error
+
+
+def open_zipped_array(data: bytes, name: str) -> IO[bytes]:
+    """The array of an .npz, opened for reading.
+
+    Raises BadImage if there is not one array, or its compression is not one of NumPy's; of zipfile almost anything.
+    """
+    if (entries := data.count(b"PK\1\2")) > _ZIP_ENTRIES:  # zipfile takes half a kilobyte for each
+        raise BadImage(name, f"corrupt: {entries:,} entries in the .npz; an image is one array")
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    arrays = [each for each in archive.infolist() if each.filename.endswith(".npy")]
+    if len(arrays) != 1:
+        raise BadImage(name, f"corrupt: {len(arrays)} arrays in the .npz; an image is one")
+    if arrays[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others unbounded
+        raise BadImage(name, f"format: compression {arrays[0].compress_type} of an .npz is not read; deflate is")
+    return archive.open(arrays[0])
 
 
 def weight_of(channels: int, item_bytes: int) -> int:
@@ -321,13 +347,13 @@ def weight_of(channels: int, item_bytes: int) -> int:
     return max(1, math.ceil(channels * (item_bytes + 4) / 6))
 
 
-def _weight(data: bytes, kind: ImageFormat) -> int:
+def _weight(data: bytes, kind: ImageFormat, name: str) -> int:
     """How many times a pixel of a TIFF or NumPy file takes the memory of 8-bit RGB; 1 if that is unknown."""
     with suppress(*HEADER_ERRORS):
         if kind.name == "TIFF" and is_deep_tiff(directory := read_directory(data)):
             return weight_of(min(MAX_CHANNELS, directory.numbers.get(277, 1)), min(8, -(-directory.bits // 8)))
-        if kind.name == "NPY":
-            header = read_npy_header(data)
+        if kind.name in ("NPY", "NPZ"):
+            header = array_header(data, kind, name)
             return weight_of(min(MAX_CHANNELS, array_layout(header.shape, None)[2]), header.dtype.itemsize)
     return 1
 
@@ -351,9 +377,14 @@ def _decode_jpeg(data: bytes, limits: Limits) -> Pixels:
     return turned(pixels, header.turn)
 
 
+def _suits_simplejpeg(header: JpegHeader | None) -> bool:
+    """Whether simplejpeg supports the kind of JPEG: one or three components, of 8 bits."""
+    return header is not None and header.bits == 8 and header.components in (1, 3)
+
+
 def _decode_with_simplejpeg(data: bytes, header: JpegHeader, limits: Limits) -> Pixels | None:
     """None if simplejpeg does not support the kind of JPEG or rejects it: then Pillow decides."""
-    if header.bits != 8 or header.components not in (1, 3):
+    if not _suits_simplejpeg(header):
         return None
     import simplejpeg
 

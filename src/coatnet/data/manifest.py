@@ -316,8 +316,10 @@ def _below(root: Path, where: str, image: str) -> str:
         raise UserError(f"{where}: {image!r:.80} is a URL, which is not opened: fetch the images and give their paths")
     if "\\" in image and os.sep == "/" and not os.path.exists(os.path.join(root, image)):
         image = image.replace("\\", "/")  # written on Windows
-    whole = os.path.normpath(os.path.join(root, image))
-    if whole == str(root) or not is_below(whole, [str(root), *trusted_roots()]):
+    whole, roots = os.path.normpath(os.path.join(root, image)), [str(root), *trusted_roots()]
+    if not is_below(whole, roots):  # perhaps by way of a link to a folder above; one to the file itself is kept
+        whole = os.path.join(os.path.realpath(os.path.dirname(whole)), os.path.basename(whole))
+    if whole == str(root) or not is_below(whole, roots):
         raise UserError(
             f"{where}: the path {image!r:.200} leads out of {root}; keep the images below the manifest, or name their "
             f"folder in {TRUSTED_ROOTS}"

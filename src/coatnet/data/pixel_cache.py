@@ -28,9 +28,9 @@ import torch
 from numpy.typing import NDArray
 
 from coatnet.data.channels import with_scale
-from coatnet.data.datasets import Dataset
-from coatnet.data.decode import BadImage
-from coatnet.data.loader import SHARED_MEMORY, read_image, to_image
+from coatnet.data.datasets import Dataset, evenly_spaced
+from coatnet.data.decode import BadImage, image_size
+from coatnet.data.loader import read_image, to_image
 from coatnet.data.sampler import EpochSampler
 from coatnet.data.transforms import (
     Augmentation,
@@ -41,6 +41,7 @@ from coatnet.data.transforms import (
     resize,
     resize_with_margin,
 )
+from coatnet.data.worker_processes import SHARED_MEMORY
 from coatnet.errors import UserError
 from coatnet.system.cache import cached_folder
 from coatnet.system.hardware import available_memory, num_cores
@@ -48,6 +49,7 @@ from coatnet.system.progress import ProgressBar
 
 SHARE_OF_MEMORY = 1 / 4  # chosen: of what is available; auto keeps images in so much
 SHARE_OF_DISK = 1 / 2  # chosen: of the free room of the file system that holds the file
+SAMPLED_IMAGES = 200  # chosen: enough for their mean size
 KEPT_ON_DISK = 8  # chosen: training and held-out images of four data sets or sizes
 FORMAT = 2  # of what is on the disk
 _KIND, _PIXELS, _TABLE = "decoded-images", "pixels.bin", "table.npy"
@@ -292,14 +294,27 @@ def fingerprint(source: Dataset, reduction: Reduction) -> str:
 
 def _write(folder: Path, source: Dataset, reduction: Reduction, shown: bool) -> None:
     room = int(SHARE_OF_DISK * shutil.disk_usage(folder).free)
-    with open(folder / _PIXELS, "wb", buffering=0) as file:
-        table, all_fit = _fill(file.fileno(), source, reduction, range(len(source)), room, shown)
-    if not all_fit:
-        raise UserError(
-            f"cache disk: the decoded images need more than {room / 1e9:.1f} GB, half of the free room of "
-            f"{folder.parent}: free some, name another folder by COATNET_CACHE_DIR, or take cache none"
-        )
-    np.save(folder / _TABLE, table)
+    if _expected_bytes(source, reduction) <= room:
+        with open(folder / _PIXELS, "wb", buffering=0) as file:
+            table, all_fit = _fill(file.fileno(), source, reduction, range(len(source)), room, shown)
+        if all_fit:
+            np.save(folder / _TABLE, table)
+            return
+    raise UserError(
+        f"cache disk: the decoded images need more than {room / 1e9:.1f} GB, half of the free room of "
+        f"{folder.parent}: free some, name another folder by COATNET_CACHE_DIR, or take cache none"
+    )
+
+
+def _expected_bytes(source: Dataset, reduction: Reduction) -> int:
+    """About what all images take, by the headers of some, evenly spread."""
+    indices, num_bytes = evenly_spaced(len(source), SAMPLED_IMAGES), 0
+    for index in indices:
+        with contextlib.suppress(BadImage):
+            image, _ = source.read(index)
+            size = image_size(image, source.describe(index)) if isinstance(image, bytes) else image.shape[:2]
+            num_bytes += reduction.bytes_of(*size)
+    return len(source) * num_bytes // max(1, len(indices))
 
 
 def _fill(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from coatnet.data.channels import TiffValues, map_array, read_pixels, to_levels
@@ -23,7 +24,7 @@ from coatnet.data.decode import (
     sniff,
     weight_of,
 )
-from coatnet.errors import UserError, first_line
+from coatnet.errors import UserError, first_line, import_extra
 from coatnet.system.files import open_regular
 
 _ANY_SIZE = 2**62
@@ -34,12 +35,10 @@ class Windows(Protocol):
 
     Attributes:
         size: (H, W) of the whole image in pixels.
-        held: whether the whole image is in memory.
         most_pixels: that a window may have.
     """
 
     size: tuple[int, int]
-    held: bool
     most_pixels: int
 
     def read(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -49,8 +48,6 @@ class Windows(Protocol):
 
 class _Whole:
     """An image in memory."""
-
-    held = True
 
     def __init__(self, pixels: Tensor) -> None:
         self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[2])
@@ -63,8 +60,6 @@ class _Whole:
 class _Tiff:
     """A TIFF, by its strips or tiles."""
 
-    held = False
-
     def __init__(self, values: TiffValues, scale: Scale | None) -> None:
         self._values, self._scale, self.size = values, scale, values.shape[:2]
         self.most_pixels = values.limits.max_pixels // weight_of(values.shape[2], values.dtype.itemsize)
@@ -73,13 +68,16 @@ class _Tiff:
         values = self._values.read(top, left, height, width)
         if self._scale is not None:
             return to_levels(values, self._values.limits.name, self._scale)
+        if values.shape[2] == 4:
+            image = Image.fromarray(values)
+            page = Image.new("RGBA", image.size, "white")
+            page.alpha_composite(image)
+            values = np.array(page)[..., :3]
         return torch.from_numpy(values).permute(2, 0, 1).expand(3, -1, -1)
 
 
 class _Array:
     """A NumPy file, mapped into memory."""
-
-    held = False
 
     def __init__(self, values: NDArray, limits: Limits, scale: Scale) -> None:
         self._values, self._limits, self._scale, self.size = values, limits, scale, values.shape[:2]
@@ -95,11 +93,12 @@ class _Array:
 def open_windows(path: Path, scale: Scale | None) -> Iterator[Windows]:
     """Open an image file for reading windows of it, as a model with this scale reads images.
 
-    TIFF of any size are read from the disk where their compression allows it, and NumPy files for models with a scale.
-    Everything else is decoded whole, within the limit of pixels.
+    Read window by window are upright TIFF, without a scale those of 8-bit gray, RGB or RGBA values, and with a scale
+    `.npy`. Everything else is decoded whole, within the limit of pixels.
 
     Raises:
-        BadImage: the file cannot be read, or is too large for what must be decoded whole.
+        BadImage: the file cannot be read, is too large for what must be decoded whole, or needs a package that is not
+            installed to be read window by window.
     """
     with ExitStack() as held:
         try:
@@ -118,6 +117,7 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
     limits = Limits(name, allowed_pixels(), _ANY_SIZE)  # of a window
     file = held.enter_context(open(path, "rb", opener=open_regular))  # noqa: SIM115
     kind = sniff(file.read(SNIFFED_BYTES))
+    missing: UserError | None = None
     if kind is not None and kind.name in ("NPY", "TIFF"):
         data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with what is read from it
         if kind.name == "NPY" and scale is not None:
@@ -125,22 +125,34 @@ def _open(path: Path, scale: Scale | None, held: ExitStack) -> Windows:
         if kind.name == "TIFF":
             upright = check_tiff(data, Limits(name, _ANY_SIZE, _ANY_SIZE)).numbers.get(274, 1) == 1
             file.seek(0)
-            if upright and (values := _tiff_values(file, limits, scale)) is not None:
-                return _Tiff(held.enter_context(values), scale)
-    return _Whole(read_pixels(read_image_file(path, name), name, scale, reduces=False))
+            try:
+                if upright and (values := _tiff_values(file, limits, scale)) is not None:
+                    return _Tiff(held.enter_context(values), scale)
+            except UserError as error:  # a package is not installed; the image may be small enough without it
+                missing = error
+    try:
+        return _Whole(read_pixels(read_image_file(path, name), name, scale, reduces=False))
+    except BadImage as bad:
+        if missing is not None and bad.code in ("large", "unreadable"):
+            raise BadImage(name, f"format: {missing}") from None
+        raise
 
 
 def _tiff_values(file: object, limits: Limits, scale: Scale | None) -> TiffValues | None:
-    """The values of a TIFF where they are those that a model reads; None where it has to be decoded whole."""
+    """The values of a TIFF where they are those that a model reads; None where it has to be decoded whole.
+
+    Raises UserError if tifffile or imagecodecs is not installed.
+    """
+    import_extra("tifffile", "tiff", "a TIFF that is read tile by tile")
     try:
         values = TiffValues(file, limits, None if scale is None else scale.channels)  # pyrefly: ignore
     except BadImage:
         return None
-    except UserError:  # tifffile is not installed; Pillow may read it
-        return None
+    except UserError:
+        raise
     except Exception:  # of a damaged file, which the decoder then names
         return None
-    if scale is None and not (values.dtype == np.uint8 and values.shape[2] in (1, 3) and values.plain_colors):
+    if scale is None and not (values.dtype == np.uint8 and values.plain_colors):
         values.close()
         return None
     return values

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 BUSY_SHARE = 0.2  # chosen: one busy core of five; with fewer cores, part of one
 
 # From glibc's malloc.h.
@@ -39,13 +40,33 @@ def keep_freed_memory() -> bool:
     return all(libc.mallopt(option, value) for option, value in settings.items())
 
 
+def _control_groups(controller: str = "") -> list[Path]:
+    """The folders of the control groups that bound this process, its own first, the root last; some may not exist.
+
+    Args:
+        controller: of version 1, such as "memory"; empty for version 2, which has all in one tree.
+    """
+    root = own = CONTROL_GROUP / controller
+    with suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                own = root / path.lstrip("/")  # not there in a container, which may have its own group as the root
+    return [own, *(group for group in own.parents if group.is_relative_to(root))]
+
+
 def num_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The CPU cores that this process may use: those it is bound to, or fewer where a control group limits its time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in _control_groups():
+        with suppress(OSError, ValueError):  # "max" is no number
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cores = min(cores, max(1, -(-quota // period)))
+    return cores
 
 
 def available_memory() -> int:
-    """Bytes of memory that programs may still take: of the machine, or of the control group that bounds this process.
+    """Bytes of memory that programs may still take: of the machine, or of a control group that bounds this process.
 
     Where the system does not say what is available, it is half of the memory.
     """
@@ -53,13 +74,15 @@ def available_memory() -> int:
         known = [1024 * int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0])]
     except (OSError, IndexError):
         known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
-    versions = ((".", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes"))  # 2 and 1 of control groups
-    for folder, limit, used in versions:
-        group = CONTROL_GROUP / folder
-        with suppress(OSError, ValueError, IndexError):  # "max" is no number
-            free = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{used}").read_text())
-            # What is kept of files that were read counts as used, but is given up when memory is needed.
-            known.append(free + int(re.findall(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[0]))
+    versions = (("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes"))  # 2 and 1 of control groups
+    for controller, limit, used in versions:
+        for group in _control_groups(controller):
+            with suppress(OSError, ValueError, IndexError):  # "max" is no number
+                free = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{used}").read_text())
+                # What is kept of files that were read counts as used, but is given up when memory is needed. Version 1
+                # counts that of the groups below in its last line.
+                kept = re.findall(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+                known.append(free + int(kept[-1]))
     return max(0, min(known))
 
 
@@ -168,5 +191,5 @@ def explain_compiler(alternative: str) -> Iterator[None]:
         if type(error).__module__ not in ("torch._inductor.exc", "torch._dynamo.exc"):
             raise
         raise UserError(
-            f"torch.compile failed ({cut(first_line(error))}): mend the compiler, or {alternative}"
+            f"torch.compile failed ({cut(first_line(error))}): fix the compiler, or {alternative}"
         ) from error

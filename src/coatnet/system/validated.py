@@ -30,7 +30,7 @@ CHECKED = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 def _number(value: Any) -> Any:
     """A number of numpy as one of Python; true and false are refused, which Python counts among the numbers."""
     if isinstance(value, bool | np.bool_):
-        raise ValueError("true and false are no numbers")
+        raise ValueError("true and false are not numbers")
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.data.shards.mounts import run_with_mount
 
 import coatnet
 from coatnet.data.shards.storage import BlockCache, default_cache, parse_bytes
@@ -98,6 +99,55 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match="COATNET_CACHE_DIR names another folder") as caught:
         contents(BlockCache(tmp_path / "file", 1000), "a", 100)
     assert "\n" not in str(caught.value)
+
+
+FULL_DISK = """
+import os, sys
+from contextlib import suppress
+from pathlib import Path
+from coatnet.data.shards.storage import BlockCache
+disk = Path(sys.argv[1])
+cache = BlockCache(disk / "cache", 10_000_000)
+def read(name):
+    descriptor = cache.open(name, 100_000, lambda: name.encode() * 20_000)
+    assert os.pread(descriptor, 100_001, 0) == name.encode() * 20_000, name
+    os.close(descriptor)
+def kept():
+    return [path for path in sorted(cache.folder.iterdir()) if path.is_file()]
+for number in range(9):
+    read(f"bloc{number}")
+print(*(path.name for path in kept()))
+for path in kept():
+    path.unlink()
+with suppress(OSError):
+    (disk / "others").write_bytes(bytes(1_000_000))
+read("more1")
+read("more2")
+print(len(kept()))
+"""
+
+
+def test_a_full_disk_keeps_fewer_blocks_and_ends_no_reading(tmp_path):
+    done = run_with_mount(tmp_path / "disk", FULL_DISK, size="450k")
+    assert (done.returncode, done.stdout) == (0, "bloc5 bloc6 bloc7 bloc8\n0\n"), done.stderr
+    assert done.stderr.count("\n") == 1 and "the disk has no room for a block" in done.stderr
+
+
+READ_ONLY = """
+import os, subprocess, sys
+from pathlib import Path
+from coatnet.data.shards.storage import BlockCache
+cache = BlockCache(Path(sys.argv[1]), 1000)
+os.close(cache.open("a", 100, lambda: b"a" * 100))
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+descriptor = cache.open("a", 100, lambda: sys.exit("fetched again"))
+assert os.pread(descriptor, 101, 0) == b"a" * 100
+"""
+
+
+def test_a_read_only_cache_is_read(tmp_path):
+    done = run_with_mount(tmp_path / "disk", READ_ONLY)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 READER = """

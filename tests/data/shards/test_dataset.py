@@ -14,6 +14,7 @@ import pytest
 import torch
 from tests.data.loaders import evaluate, train
 
+from coatnet.cli.main import main
 from coatnet.data.loader import sampler_of
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.dataset import ShardDataset
@@ -280,6 +281,16 @@ def test_verifying_finds_a_flipped_byte_and_names_the_shard(folder):
     path.write_bytes(data)
     with pytest.raises(UserError, match=re.escape(f"{path}: changed, its checksum differs")):
         list(open_dataset(folder).training.verify())
+
+
+def test_doctor_compares_the_checksum_of_every_shard(folder, capsys):
+    assert main(["doctor", str(folder)]) == 0
+    path = folder / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # behind all images
+    path.write_bytes(data)
+    assert main(["doctor", str(folder)]) == 2
+    assert f"{path}: changed, its checksum differs; fetch or pack it again" in capsys.readouterr().err
 
 
 def test_a_shard_that_shrinks_during_a_run_ends_it_in_one_line(folder):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.data.shards.mounts import run_with_mount
 
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
@@ -199,6 +200,24 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith("coatnet: error: ") and error.count("\n") == 1 and message in error
     assert files_of(tmp_path) == {"there/file": b"mine"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_an_empty_or_a_missing_folder_is_filled_where_it_leads(there, make_folder, tmp_path):
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    pack(make_folder({"cat": 4, "dog": 4}), tmp_path / "link", num_workers=1)
+    assert (tmp_path / "link").is_symlink() and open_dataset(tmp_path / "real").classes == ("cat", "dog")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "link", "real"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path):
+    program = "import sys; from coatnet.cli.main import main; sys.exit(main(['pack', 'digits', sys.argv[1]]))"
+    done = run_with_mount(tmp_path / "disk", program)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(" is a mount point, which no folder can replace; give a new folder below it\n")
+    assert done.stderr.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
 def test_packing_restores_the_number_of_threads(make_folder, tmp_path):

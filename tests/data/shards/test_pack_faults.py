@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import coatnet
+from coatnet.data.datasets import FileDataset
 from coatnet.data.open import open_dataset
 from coatnet.data.shards.pack import pack
+from coatnet.data.splits import Splits
 from coatnet.errors import UserError
 from coatnet.system.files import file_lock
 
@@ -102,6 +104,53 @@ def test_shards_of_another_packing_are_not_used(make_folder, tmp_path):
     pack(root, tmp_path / "packed", shard_bytes=20_000, num_workers=1)
     pack(root, tmp_path / "fresh", shard_bytes=20_000, num_workers=1)
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", ["an image", "the limit"])
+def test_shards_of_images_that_were_replaced_meanwhile_are_not_used(change, make_folder, encode, tmp_path, monkeypatch):
+    root = make_folder({"a": 20, "b": 20, "held out": 6})
+    (root / "a/0.png").write_bytes(encode(np.zeros((50, 50, 3), np.uint8)))
+
+    class Interrupted(FileDataset):
+        reads = 0
+
+        def read(self, index):
+            Interrupted.reads += 1
+            if Interrupted.reads > 6:  # when their size has been measured, and the other shards are written
+                raise KeyboardInterrupt
+            return super().read(index)
+
+    paths = [f"{name}/{number}.png" for name in "ab" for number in range(20)]
+    training = FileDataset("some", ("a", "b"), root, paths, np.repeat([0, 1], 20))
+    paths = [f"held out/{number}.png" for number in range(6)]
+    parts = [kind("some", ("a", "b"), root, paths, np.arange(6) % 2) for kind in (Interrupted, FileDataset)]
+    with pytest.raises(KeyboardInterrupt):
+        pack(Splits("some", training, parts[0]), tmp_path / "packed", num_workers=1)
+    assert list(tmp_path.glob(".packed.packing/train-*.tar"))
+    if change == "an image":
+        (root / "b/3.png").write_bytes(encode(np.full((12, 16, 3), 200, np.uint8)))
+    else:
+        monkeypatch.setenv("COATNET_MAX_MEGAPIXELS", "0.001")
+    for name in ("packed", "fresh"):
+        pack(Splits("some", training, parts[1]), tmp_path / name, num_workers=1)
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "fresh")
+
+
+def test_a_folder_that_another_process_packs_meanwhile_is_found_before_the_work(make_folder, tmp_path):
+    root = make_folder({"a": 4, "b": 4})
+    read = []
+
+    class Late(FileDataset):
+        def read(self, index):
+            read.append(index)
+            (tmp_path / "packed/done").mkdir(parents=True, exist_ok=True)
+            return super().read(index)
+
+    paths = [f"{name}/{number}.png" for name in "ab" for number in range(4)]
+    part = Late("some", ("a", "b"), root, paths, np.repeat([0, 1], 4))
+    with pytest.raises(UserError, match="packed exists already; give a new folder"):
+        pack(Splits("some", part, part), tmp_path / "packed", num_workers=1)
+    assert len(read) == 16  # to measure their size, of both splits
 
 
 def test_two_packings_into_one_folder_do_not_mix(make_folder, tmp_path):

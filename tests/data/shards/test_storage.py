@@ -76,6 +76,13 @@ def test_a_url_equals_the_folder_behind_it(server, packed, suffix):
     assert_equal(open_dataset(server.url + suffix), open_dataset(packed))
 
 
+@pytest.mark.parametrize("suffix", ["", "/", "/coatnet-shards.json"])
+def test_what_a_url_was_given_with_goes_with_every_request(server, suffix):
+    dataset = open_dataset(f"{server.url}{suffix}?sig=planted").training
+    dataset.read(0)
+    assert len(server.log) > 3 and all(path.endswith("?sig=planted") for _, path, _ in server.log)
+
+
 def test_other_file_systems_of_fsspec_work(packed):
     assert_equal(open_dataset(f"file://{packed}"), open_dataset(packed))
 

@@ -38,6 +38,7 @@ from coatnet.data.shards.storage import LocalStorage, RemoteStorage, Storage, ch
 from coatnet.data.shards.webdataset import index_foreign, split_of
 from coatnet.data.splits import Splits
 from coatnet.errors import UserError
+from coatnet.system.credentials import connection
 
 # chosen: 8 MiB a request. Object stores answer in some 50 ms, so a connection gives about 100 MB/s.
 BLOCK_BYTES = 8 << 20
@@ -117,6 +118,7 @@ class ShardDataset(Dataset):
         self._index_files = index_files
         self._starts = np.concatenate([[0], np.cumsum(table["num_samples"])])
         self._opened: OrderedDict[int, NDArray] = OrderedDict()
+        self._unverified: set[int] = set()
         num_bytes = int(table["num_bytes"].sum())
         self.block_size = max(1, round(BLOCK_BYTES * len(self) / max(1, num_bytes)))
 
@@ -144,6 +146,9 @@ class ShardDataset(Dataset):
     def read(self, index: int) -> tuple[bytes, NDArray]:
         """Read an image. Raises BadImage if the disk fails, UserError if a shard is truncated or missing."""
         shard, row = self._find(index)
+        if shard in self._unverified:
+            self._verify(shard)
+            self._unverified.remove(shard)
         samples = self._samples(shard)
         sample = samples[row]
         start = int(self._starts[shard])
@@ -209,12 +214,21 @@ class ShardDataset(Dataset):
     def verify(self) -> Iterator[int]:
         """Read every shard and compare its checksum; yields its size in bytes. Raises UserError if one differs."""
         for number, shard in enumerate(self.table):
-            name, hashed = self.shard_name(number), sha256()
-            for chunk in chunks(self._files, name):
-                hashed.update(chunk)
-            if shard["sha256"] and hashed.hexdigest() != shard["sha256"].decode("ascii", "replace"):
-                raise UserError(f"{self._files}/{name}: changed, its checksum differs; fetch or pack it again")
+            self._verify(number)
             yield int(shard["num_bytes"])
+
+    def verify_when_read(self) -> None:
+        """Compare the checksum of each shard on this machine before its first image is read, which then comes from the
+        page cache. `read` raises UserError if it differs."""
+        if self._files.is_local:  # else each would be fetched twice
+            self._unverified = set(np.flatnonzero(self.table["sha256"]).tolist())
+
+    def _verify(self, number: int) -> None:
+        name, checksum, hashed = self.shard_name(number), self.table["sha256"][number], sha256()
+        for chunk in chunks(self._files, name):
+            hashed.update(chunk)
+        if checksum and hashed.hexdigest() != checksum.decode("ascii", "replace"):
+            raise UserError(f"{self._files}/{name}: changed, its checksum differs; fetch or pack it again")
 
     def _find(self, index: int) -> tuple[int, int]:
         """The shard of a sample and its row in the shard's table."""
@@ -288,7 +302,8 @@ def open_remote_shards(url: str, validation_fraction: float, *, evaluation: bool
 
     `evaluation` as in `open_shard_folder`.
     """
-    return _open(RemoteStorage(url.removesuffix(HEAD), default_cache()), validation_fraction, evaluation)
+    place, query = connection(url)  # as it was given, with its credentials
+    return _open(RemoteStorage(place.removesuffix(HEAD) + query, default_cache()), validation_fraction, evaluation)
 
 
 def _open(files: Storage, validation_fraction: float, evaluation: bool) -> Splits:

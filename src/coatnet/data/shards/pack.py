@@ -9,6 +9,7 @@ bytes.
 """
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,8 +33,7 @@ from PIL import Image
 
 from coatnet.data.channels import read_pixels
 from coatnet.data.datasets import TRUSTED_ROOTS, Dataset, Encoded, count_labels, evenly_spaced, links_outside
-from coatnet.data.decode import BadImage, format_of
-from coatnet.data.loader import hide_main_script, may_start_processes
+from coatnet.data.decode import BadImage, allowed_pixels, format_of
 from coatnet.data.near_duplicates import keep_copies_together
 from coatnet.data.open import open_dataset
 from coatnet.data.sampler import EpochSampler
@@ -53,6 +53,7 @@ from coatnet.data.shards.index import (
     to_npy,
 )
 from coatnet.data.splits import SplitRule, Splits
+from coatnet.data.worker_processes import hide_main_script, may_start_processes
 from coatnet.errors import UserError, counted
 from coatnet.system.files import (
     atomic_files,
@@ -217,7 +218,6 @@ SHARD_BYTES = 256_000_000
 BAD_IMAGES_FILE = "left-out.jsonl"
 SAMPLED_IMAGES = 512  # chosen: enough for their mean size
 SHUFFLE_SEED = 0
-FINGERPRINTED_NAMES = 4096
 
 
 @dataclass(frozen=True)
@@ -263,13 +263,14 @@ def pack(
         num_workers: processes that write; None is one per core.
 
     Raises:
-        UserError: `out` exists, another process is packing there, the disk refuses, or no image can be used.
+        UserError: `out` exists or is a mount point, another process is packing there, the disk refuses, or no image
+            can be used.
     """
     if shard_bytes < 1 or (num_workers is not None and num_workers < 1):
         raise UserError(f"shard_bytes and num_workers must be at least 1, got {shard_bytes} and {num_workers}")
     target = output_path(out).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{out} exists already; give a new folder")
+    target = target.resolve() if target.is_symlink() else target
+    _require_new(target, out)
     if isinstance(source, Splits):
         splits = source
     else:
@@ -295,6 +296,7 @@ def pack(
     with translate_write_errors(out, advice):
         (staged / WORK).mkdir(parents=True, exist_ok=True)
     with translate_write_errors(out, advice), only_process(staged / WORK / "lock", f"packing into {target}"):
+        _require_new(target, out)  # another process may have finished meanwhile
         _begin(staged, {"pieces": [len(pieces)], "splits": {k: _fingerprint(v) for k, v in datasets.items()}})
         _require_space(staged, sum(mean[name] * len(dataset) for name, dataset in datasets.items()), out)
         written = {}
@@ -306,6 +308,14 @@ def pack(
         packed = _finish(staged, target, splits, [(piece, written[piece]) for piece in pieces])
     shutil.rmtree(target / WORK, ignore_errors=True)
     return packed
+
+
+def _require_new(target: Path, out: str | Path) -> None:
+    """Raise UserError unless nothing is at the target, or an empty folder, which a finished one can replace."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{out} exists already; give a new folder")
+    if os.path.ismount(target):
+        raise UserError(f"{out} is a mount point, which no folder can replace; give a new folder below it")
 
 
 def _mean_bytes(dataset: Dataset) -> float:
@@ -327,11 +337,11 @@ def _pieces(split: str, num_images: int, images_per_shard: float) -> Iterator[Pi
 
 
 def _fingerprint(dataset: Dataset) -> str:
-    """A hash of the images' number, labels and names, to continue a packing of the same images only."""
-    hashed = sha256(json.dumps([len(dataset), dataset.classes]).encode())
+    """A hash of what the shards are made of, to continue a packing of the same images, under the same limit, only."""
+    hashed = sha256(json.dumps([len(dataset), dataset.classes, allowed_pixels()]).encode())
     hashed.update(np.ascontiguousarray(dataset.labels).data)
-    for index in evenly_spaced(len(dataset), FINGERPRINTED_NAMES):
-        hashed.update(dataset.describe(index).encode())
+    for part in itertools.chain(dataset.identity(), dataset.state()):
+        hashed.update(part)
     return hashed.hexdigest()
 
 

@@ -3,12 +3,15 @@
 The cache holds blocks of files, is bounded in bytes and shared by processes; the least recently used go first.
 """
 
+import errno
+import functools
 import os
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -20,6 +23,7 @@ from coatnet.errors import UserError, import_extra, reason_of
 from coatnet.system.cache import cache_folder
 from coatnet.system.credentials import conceal, connection
 from coatnet.system.files import atomic_files, file_lock, is_leftover, open_regular
+from coatnet.system.terminal import warn
 
 DEFAULT_CACHE_BYTES = 16_000_000_000
 _NUM_LOCKS = 256
@@ -42,7 +46,8 @@ class BlockCache:
         """Open a block, fetched if it is not there or not whole.
 
         Returns:
-            A file descriptor, for the caller to close; it stays readable even if the block is evicted.
+            A file descriptor, for the caller to close; it stays readable even if the block is evicted. On Linux, a
+            block for which a full disk has no room is in memory alone.
 
         Raises:
             UserError: the block alone is larger than the cache may be, or the cache cannot be written.
@@ -59,13 +64,26 @@ class BlockCache:
                     return descriptor
                 data = fetch()
                 with file_lock(self.folder / "locks" / "eviction"):
-                    self._make_room(num_bytes)
-                    return _write(path, data)
+                    return self._keep(path, data)
         except OSError as error:
             advice = "COATNET_CACHE_DIR names another folder, COATNET_CACHE_SIZE less"
             raise UserError(f"{self.folder}: the cache cannot be written ({error.strerror}); {advice}") from error
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _keep(self, path: Path, data: bytes) -> int:
+        """Write a block, in the place of others where the disk is full, and open it."""
+        for disk_full in (False, True):
+            self._make_room(len(data), disk_full=disk_full)
+            try:
+                return _write(path, data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or (disk_full and not hasattr(os, "memfd_create")):
+                    raise
+        _tell_full_disk(self.folder)
+        descriptor = os.memfd_create("block")
+        os.pwrite(descriptor, data, 0)
+        return descriptor
+
+    def _make_room(self, num_bytes: int, *, disk_full: bool) -> None:
         """Remove the least recently used blocks, and temporary files of killed processes."""
         blocks = []
         for entry in os.scandir(self.folder):
@@ -74,12 +92,21 @@ class BlockCache:
             elif entry.is_file():
                 status = entry.stat()
                 blocks.append((status.st_mtime_ns, status.st_size, entry.path))
-        excess = sum(size for _, size, _ in blocks) + num_bytes - self.max_bytes
+        excess = num_bytes if disk_full else sum(size for _, size, _ in blocks) + num_bytes - self.max_bytes
         for _, size, path in sorted(blocks):
             if excess <= 0:
                 return
             os.unlink(path)
             excess -= size
+
+
+@functools.cache
+def _tell_full_disk(folder: Path) -> None:
+    """Tell it once in a process."""
+    warn(
+        f"{folder}: the disk has no room for a block, so what is read is fetched again each time; free some, or "
+        "COATNET_CACHE_DIR names another folder"
+    )
 
 
 def default_cache() -> BlockCache:
@@ -113,7 +140,8 @@ def _open_whole(path: Path, num_bytes: int) -> int | None:
     if os.fstat(descriptor).st_size != num_bytes:
         os.close(descriptor)
         return None
-    os.utime(path if os.utime not in os.supports_fd else descriptor)
+    with suppress(OSError):  # a read-only cache does not learn what is used
+        os.utime(path if os.utime not in os.supports_fd else descriptor)
     return descriptor
 
 

@@ -202,7 +202,7 @@ def bundles(folder: Path, image: bytes) -> dict[str, Target]:
 
 def protocol(image: bytes) -> Target:
     """The body of a request of the Open Inference Protocol."""
-    predictor: Any = SimpleNamespace(image_shape=(1, 4, 4, 3), scale=None)
+    predictor: Any = SimpleNamespace(image_shape=(1, 4, 4, 3), scale=None, bundle=SimpleNamespace(calibration=None))
     pixels = np.arange(96).reshape(2, 4, 4, 3)
     inputs = (
         ("UINT8", [2, 4, 4, 3], pixels.tolist()),

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet.bundle import Bundle
+from coatnet.data.decode import decode
 from coatnet.data.transforms import Preprocessing, resize_and_crop, seen_box
 from coatnet.errors import UserError
 from coatnet.inference.explanation import attention, attention_rollout, heat_maps, layercam, occlusion
@@ -269,6 +271,19 @@ def test_the_predictor_explains_images_in_any_form(tmp_path: Path) -> None:
     assert [each.target for each in predictor.explain(given[:2], target="cat")] == ["cat", "cat"]
     with pytest.raises(UserError, match="no class 'catt' \\(did you mean"):
         predictor.explain(pixels, target="catt")
+
+
+def test_the_map_is_laid_over_the_image_as_its_exif_data_turns_it(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    turned = PIL.Image.Exif()
+    turned[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png", exif=turned)
+    (explained,) = Predictor(make_bundle(), "torch", "fp32").explain(tmp_path / "a.png")
+    upright = decode((tmp_path / "a.png").read_bytes(), "a.png").permute(1, 2, 0).numpy()
+    assert upright.shape == (90, 40, 3)
+    with PIL.Image.open(tmp_path / "a.png") as image:
+        over = np.asarray(explained.overlay(image))
+    np.testing.assert_array_equal(over, np.asarray(explained.overlay(PIL.Image.fromarray(upright))))
 
 
 def test_of_several_labels_any_can_be_explained() -> None:

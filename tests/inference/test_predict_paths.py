@@ -163,4 +163,4 @@ def test_a_nul_in_what_is_written_is_one_line(
         ["export", saved, "--format", "safetensors", "--out", out],
     ):
         assert main(command) == 2
-        assert capsys.readouterr().err.endswith(" is no path: it holds a NUL\n")
+        assert capsys.readouterr().err.endswith(" is not a path: it holds a NUL\n")

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
 from coatnet.data.decode import BadImage
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
+from coatnet.inference import engines
 from coatnet.inference.engines import ENGINES, open_engine, split_batch
 from coatnet.inference.graph_cache import cached_graph
 from coatnet.inference.predictor import Predictor
@@ -115,6 +116,42 @@ def test_images_of_pillow_follow_the_rules_for_files(tmp_path: Path) -> None:
             np.testing.assert_array_equal(predictor.prepare(image), predictor.prepare(path), str(path))
     with pytest.raises(BadImage, match="pixels: floating-point"):
         predictor.prepare(Image.new("F", (8, 8)))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_pillow_follow_the_rules_for_files_where_a_model_has_a_scale(channels: int, tmp_path: Path) -> None:
+    seen = Preprocessing(resolution=16, mean=(0.5,) * channels, std=(0.3,) * channels, value_range=(0, 255))
+    model = create_model("coatnet-femto-16", num_classes=5, in_channels=channels, resolution=16).eval()
+    predictor = Predictor(Bundle(model, CLASSES, seen), "torch", "fp32")
+    half = Image.new("RGBA", (60, 40), (200, 0, 0, 0))
+    half.paste((0, 200, 0, 255), (0, 0, 30, 40))
+    color, gray, turned = half.convert("RGB"), half.convert("L"), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    images = {
+        1: {
+            "two.png": gray.convert("1"),
+            "gray.jpg": gray,
+            "wide.png": Image.fromarray(np.asarray(gray) * np.uint16(200)),
+        },
+        3: {"turned.png": color, "palette.png": color.quantize(4), "palette.gif": color.quantize(4), "a.jpg": color},
+        4: {"clear.png": half, "palette.png": half.quantize(4)},
+    }[channels]
+    for name, image in images.items():
+        image.save(tmp_path / name, exif=turned)
+        with Image.open(tmp_path / name) as opened:
+            np.testing.assert_array_equal(predictor.prepare(opened), predictor.prepare(tmp_path / name), name)
+
+
+def test_a_truncated_image_of_pillow_is_an_error_of_that_image(tmp_path: Path) -> None:
+    seen = Preprocessing(resolution=16, value_range=(0, 255))
+    model = create_model("coatnet-femto-16", num_classes=5, resolution=16).eval()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1500])
+        with Image.open(tmp_path / name) as opened:
+            broken, whole = Predictor(Bundle(model, CLASSES, seen), "torch", "fp32")([opened, noise])
+        assert broken.error is not None and broken.error.startswith("corrupt: ") and whole.error is None
 
 
 def test_paths_that_cannot_be_images_have_an_error_each(tmp_path: Path) -> None:
@@ -264,6 +301,20 @@ def test_error_about_a_missing_engine_says_how_to_install_it(monkeypatch: pytest
     monkeypatch.setattr("coatnet.inference.engines.find_spec", lambda name: None if name == "openvino" else sys)
     with pytest.raises(UserError, match=r"pip install 'coatnet\[openvino\]'"):
         open_engine(make_bundle(), "openvino")
+
+
+def test_an_engine_whose_graph_needs_another_package_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    find = engines.find_spec
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "openvino" else find(name))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert open_engine(make_bundle(), device="cpu").name == "torch"
+    warning = "engine onnxruntime is left out: an ONNX model needs onnx: pip install 'coatnet[onnx]'"
+    assert capsys.readouterr().err == f"coatnet: warning: {warning}\n"
+    with pytest.raises(UserError, match="an ONNX model needs onnx"):
+        open_engine(make_bundle(), "onnxruntime")
 
 
 def graphs(cache: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from PIL import Image
 from coatnet.bundle import Bundle
 from coatnet.cli.main import main
 from coatnet.data.decode import MAX_MEGAPIXELS, BadImage, Scale
-from coatnet.data.transforms import Preprocessing
+from coatnet.data.transforms import Preprocessing, seen_box
 from coatnet.data.windows import open_windows
 from coatnet.errors import UserError
 from coatnet.evaluation.calibrate import calibrate
@@ -24,7 +24,7 @@ RANDOM = np.random.default_rng(0)
 
 def predictor_for(seen: Preprocessing) -> Predictor:
     torch.manual_seed(0)
-    model = create_model("coatnet-femto-16", num_classes=3, in_channels=seen.channels, resolution=16).eval()
+    model = create_model("coatnet-femto-16", num_classes=3, in_channels=seen.channels, resolution=seen.side).eval()
     return Predictor(Bundle(model, ("ant", "bee", "cat"), seen), "torch", "fp32")
 
 
@@ -65,7 +65,9 @@ def test_one_tile_is_the_image_and_several_are_averaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["npy", "contig", "separate", "strips"])
-def test_windows_of_a_file_are_those_of_the_image_without_holding_it(tmp_path: Path, layout: str) -> None:
+def test_windows_of_a_file_are_those_of_the_image_without_holding_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
     path = tmp_path / ("a.npy" if layout == "npy" else "a.tif")
     if layout == "npy":
         np.save(path, VALUES)
@@ -77,23 +79,40 @@ def test_windows_of_a_file_are_those_of_the_image_without_holding_it(tmp_path: P
         tifffile.imwrite(path, given, photometric="minisblack", planarconfig=config, compression="zlib", **tile)
     scale = DEEP.scale
     assert scale is not None
+    monkeypatch.setattr("coatnet.data.windows.read_image_file", pytest.fail)  # nothing is read whole
     with open_windows(path, scale) as windows:
-        assert windows.size == (70, 90) and not windows.held
+        assert windows.size == (70, 90)
         for top, left, height, width in ((0, 0, 70, 90), (15, 31, 2, 2), (60, 1, 10, 89)):
             part = VALUES[top : top + height, left : left + width]
             assert torch.equal(windows.read(top, left, height, width), scale.levels(part))
 
 
-def test_colors_of_a_tiff_are_read_as_they_are_decoded(tmp_path: Path) -> None:
+def test_colors_of_a_tiff_are_read_as_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr("coatnet.data.windows.read_image_file", pytest.fail)  # nothing is read whole
     pixels = RANDOM.integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for name, options in (("a.tif", {"compression": "lzw"}), ("b.tif", {"compression": "jpeg"})):
         tifffile.imwrite(tmp_path / name, pixels, photometric="rgb", tile=(16, 16), **options)
         with open_windows(tmp_path / name, None) as windows, Image.open(tmp_path / name) as image:
             expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-            assert not windows.held
             apart = (windows.read(3, 5, 40, 60).int() - expected[:, 3:43, 5:65].int()).abs().max()
             assert apart <= (0 if name == "a.tif" else 4)  # two decoders of JPEG
+
+
+@pytest.mark.parametrize("side", [None, 20, 33])
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (16, 16)])
+def test_tiles_have_the_shape_that_the_model_sees_so_that_all_of_the_image_is_seen(
+    tmp_path: Path, size: tuple[int, int], side: int | None
+) -> None:
+    seen = Preprocessing(resolution=size, crop_fraction=1.0)
+    Image.fromarray(RANDOM.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    found = classify_tiles(predictor_for(seen), tmp_path / "a.png", side=side, overlap=0)
+    shown = np.zeros((70, 90), bool)
+    for top, left, height, width in found.boxes:
+        edges = np.array(seen_box(height, width, seen)) * (width, height, width, height)
+        first, upper, last, lower = np.round(edges + np.array([left, top, left, top])).astype(int)
+        shown[upper:lower, first:last] = True
+    assert shown.all() and min(found.boxes[0, 2:]) == (side or 16)
 
 
 def test_an_image_above_the_limit_of_pixels_is_classified_tile_by_tile(

@@ -51,6 +51,14 @@ def make_predictor(**changes: Any) -> Predictor:
     return Predictor(make_bundle(**changes), "torch", "fp32")
 
 
+def make_scaled_predictor(channels: int) -> Predictor:
+    """Of a small network for values from 0 to 255 in so many channels."""
+    torch.manual_seed(0)
+    model = create_model("coatnet-femto-16", num_classes=2, in_channels=channels, resolution=16)
+    seen = Preprocessing(resolution=16, mean=(0.5,) * channels, std=(0.3,) * channels, value_range=(0, 255))
+    return Predictor(Bundle(model.eval(), ("cat", "dog"), seen), "torch", "fp32")
+
+
 def image(seed: int = 0, width: int = 100, height: int = 80, kind: str = "JPEG") -> bytes:
     """Encoded, with something to see in it."""
     coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 10, 3), dtype=np.uint8))

@@ -6,15 +6,19 @@ import socket
 import statistics
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from tests.data.test_channels import npy, npz
 from tests.server.serving import (
     Address,
     FailingEngine,
     eventually,
     image,
     make_predictor,
+    make_scaled_predictor,
     resident_bytes,
     running,
 )
@@ -236,6 +240,37 @@ def test_a_thread_that_waits_for_pixels_is_free_after_the_deadline() -> None:
         decoding.set()
         eventually(lambda: address.predict(image(5)).status == 200)
         assert len(prepared) == 2  # nobody decoded what nobody waits for
+
+
+RESERVED = {
+    "npz": (12, npz(np.zeros((500, 600, 12), np.uint16))),
+    "npz of doubles": (3, npz(np.zeros((500, 600, 3)))),
+    "npy": (12, npy(np.zeros((500, 600, 12), np.uint16))),
+    "PNG": (3, image(0, 600, 500, "PNG")),
+    "JPEG": (3, image(0, 600, 500)),
+}
+
+
+@pytest.mark.parametrize("kind", RESERVED)
+def test_what_an_image_takes_is_reserved(kind: str) -> None:
+    channels, encoded = RESERVED[kind]
+    predictor = make_scaled_predictor(channels)
+    found: list[tuple[int, int]] = []  # bytes that are taken, pixels that are not reserved
+
+    def prepare(encoded: bytes) -> object:
+        tracemalloc.start()
+        try:
+            return type(predictor).prepare_and_locate(predictor, encoded)
+        finally:
+            found.append((tracemalloc.get_traced_memory()[1], address.service.pool._free))
+            tracemalloc.stop()
+
+    predictor.prepare_and_locate = prepare
+    with running(predictor) as address:
+        assert address.predict(encoded).status == 200
+    ((taken, free),) = found
+    reserved = 6 * (Settings.max_decoding_pixels - free)  # bytes
+    assert 15 * 500 * 600 < taken < 1.3 * reserved
 
 
 def test_requests_cut_off_by_the_end_are_told_and_counted() -> None:

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tests.server.serving import HOSTILE, Address, image, make_predictor
+from tests.server.serving import HOSTILE, Address, FailingEngine, image, make_predictor, running
 
 SHAPE = [2, 32, 32, 3]
 PIXELS = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
@@ -120,6 +120,17 @@ def test_what_is_not_of_the_protocol_is_refused_with_its_error_object(server: Ad
     assert answer.status == 400
     error = answer.json["error"]
     assert set(answer.json) == {"error"} and isinstance(error, str) and "\n" not in error and len(error) < 300
+
+
+@pytest.mark.parametrize("name", ["novelty", "unknown"])
+def test_an_output_that_there_is_not_is_refused_before_anything_is_computed(name: str) -> None:
+    predictor = make_predictor()
+    engine = FailingEngine(predictor)
+    with running(predictor) as address:
+        answer = address.infer({**pixels(), "outputs": [{"name": "class"}, {"name": name}]})
+    assert answer.status == 400
+    assert answer.json["error"] == f"outputs: there is no {name}: this model is not calibrated"
+    assert engine.sizes == []
 
 
 def test_a_file_that_is_no_image_fails_its_request(server: Address) -> None:

@@ -60,24 +60,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Explain images, or write the relative biases."""
     given = parse_arguments(arguments)
-    from coatnet.system.files import translate_write_errors, user_path
+    from coatnet.system.files import user_path
 
     folder = user_path(given.out)
-    with translate_write_errors(given.out):
-        if given.biases:
-            from coatnet.bundle import load
+    if given.biases:
+        from coatnet.bundle import load
 
-            return write_biases(load(given.bundle), folder)
-        from coatnet.inference import Predictor
+        return write_biases(load(given.bundle), folder)
+    from coatnet.inference import Predictor
 
-        return explain_images(Predictor(given.bundle, "torch", "fp32", device="cpu"), given, folder)
+    return explain_images(Predictor(given.bundle, "torch", "fp32", device="cpu"), given, folder)
 
 
 def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Path) -> int:
     """Write a PNG and print a line for each image."""
     from coatnet.data.folder import expand_paths
     from coatnet.inference.explanation import Explanation, check_method
-    from coatnet.system.files import atomic_files, require_outside_images
+    from coatnet.system.files import atomic_files, require_outside_images, translate_write_errors
 
     method = given.method or "layercam"
     check_method(predictor.bundle.model, method, given.stage)  # before the folder is made
@@ -86,7 +85,8 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
     how = "" if method == "layercam" else f".{method}"
     how += "" if given.stage is None else f".stage-{given.stage}"
     require_outside_images(folder, given.paths)
-    folder.mkdir(parents=True, exist_ok=True)
+    with translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     found, taken, num_unreadable = expand_paths(given.paths), set[str](), 0
     while batch := list(islice(found, IMAGES_AT_ONCE)):
         readable = [path for path, error in batch if error is None]
@@ -99,8 +99,9 @@ def explain_images(predictor: "Predictor", given: argparse.Namespace, folder: Pa
                 continue
             file = new_name(folder, path.stem, explanation.target, taken, how)
             shown = open_upright(path, predictor.bundle.preprocessing.scale)
-            with atomic_files(file) as (staged,):
-                side_by_side(shown, explanation.overlay(shown)).save(staged)
+            both = side_by_side(shown, explanation.overlay(shown))
+            with translate_write_errors(folder), atomic_files(file) as (staged,):
+                both.save(staged)
             percent = f"{100 * explanation.probability:.1f} %"
             echo(one_line(f"{path}: {cut(explanation.target)} {percent}: {file}"))
     return FAILED if num_unreadable else 0
@@ -155,12 +156,13 @@ def write_biases(bundle: "Bundle", folder: Path) -> int:
     from matplotlib.figure import Figure
 
     from coatnet.errors import UserError
-    from coatnet.system.files import atomic_files
+    from coatnet.system.files import atomic_files, translate_write_errors
 
     layers = list(relative_biases(bundle))
     if not layers:
         raise UserError(f"{bundle.model.variant.name} has no relative biases; of the paper's, those with T stages have")
-    folder.mkdir(parents=True, exist_ok=True)
+    with translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, table in layers:
         table = table - table.mean(axis=(1, 2), keepdims=True)
         heads, columns = len(table), min(8, len(table))
@@ -175,7 +177,7 @@ def write_biases(bundle: "Bundle", folder: Path) -> int:
             shown = panel.imshow(table[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent)
             panel.set_title(f"head {head + 1}", fontsize=8)
         figure.colorbar(shown, ax=panels.tolist(), shrink=0.8).ax.tick_params(labelsize=7)
-        with atomic_files(folder / f"biases-{name}.png") as (staged,):
+        with translate_write_errors(folder), atomic_files(folder / f"biases-{name}.png") as (staged,):
             figure.savefig(staged, dpi=90)
         echo_summary(one_line(f"{folder / f'biases-{name}.png'}: {heads} heads, offsets up to {height} cells"))
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, islice
@@ -44,7 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="images and folders of images; see above for --out")
     parser.add_argument("--out", metavar="FILE", help="new .parquet or .csv file to write")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="most likely classes to give (5)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    parser.add_batch_size(32)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, for a program")
     parser.add_engine()
     parser.add_argument(
@@ -56,8 +57,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tiles",
         metavar="SIDE",
-        help="classify overlapping tiles of each image, squares of so many pixels or auto, the model's own size; their "
-        "answers are averaged. TIFF and NumPy files are read tile by tile, so they may be larger than memory",
+        help="classify overlapping tiles of each image, so many pixels on their shorter side, or auto, the model's "
+        "own size; their answers are averaged. TIFF of 8-bit gray or RGB and, for models of other values, any TIFF "
+        "and .npy are read tile by tile, so they may be larger than memory; all else is decoded whole",
     )
     parser.add_argument(
         "--tile-overlap", type=float, metavar="F", help="with --tiles: fraction of a side that neighbors share (0.25)"
@@ -196,7 +198,7 @@ def predict_to_table(given: argparse.Namespace) -> int:
     try:
         with stopped_by_sigterm():
             stop_with_launcher()
-            select_gpu(local_rank)
+            select_gpu(local_rank if "LOCAL_RANK" in os.environ else rank)
             images = open_samples(given.paths, others := Counter())
             print_left_out(others)
             predictor = open_predictor(given, given.engine)
@@ -211,6 +213,8 @@ def predict_to_table(given: argparse.Namespace) -> int:
     if more := written.num_bad - len(written.bad):
         echo(f"coatnet: error: and {more:,} more, in the column error", error=True)
     left_out = f", {written.num_bad:,} of which could not be used" if written.num_bad else ""
+    if any("pip install" in error for _, error in written.bad):
+        left_out += "; once the package is installed, remove the file, and the same command computes it anew"
     echo_summary(f"{given.out}: {counted(written.num_images, 'image')}{left_out}")
     return FAILED if written.num_bad else 0
 
@@ -230,7 +234,7 @@ def open_predictor(given: argparse.Namespace, engine: str) -> "Predictor":
 
 
 def select_gpu(local_rank: int) -> None:
-    """Under torchrun, use the GPU of this process's local rank."""
+    """Use the GPU of this process's local rank under torchrun, or of its rank where no launcher says which is local."""
     import torch
 
     if local_rank and torch.cuda.is_available():

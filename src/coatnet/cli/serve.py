@@ -60,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{option.replace('_', '-')} is {value:g}; give a finite number that is not negative")
     for host in given.allowed_host:
         if not HOST_NAME.fullmatch(host):
-            raise UserError(f"--allowed-host {host!r} is no name of a host, such as models.example.com, and not '*'")
+            raise UserError(f"--allowed-host {host!r} is not a host name, such as models.example.com, nor '*'")
     return given
 
 
@@ -74,7 +74,7 @@ def named_bundles(given: Sequence[str]) -> dict[str, str]:
             name, source = (parts[-1].partition("@")[0] if parts else "model"), text
             name = re.sub(r"[^\w.-]", "-", name)
         if not NAME.fullmatch(name):
-            raise UserError(f"{name!r} is no name for a model: letters, digits, '.', '_' and '-'")
+            raise UserError(f"{name!r} is not a name for a model: letters, digits, '.', '_' and '-'")
         if not source:
             raise UserError(f"{text!r} names no bundle; write {name}=BUNDLE")
         if name in found:

@@ -18,7 +18,6 @@ from coatnet.bundle import Bundle
 from coatnet.errors import UserError, first_line
 from coatnet.inference.graph import NormalizedNetwork, example_images, save_openvino, to_onnx, to_openvino, to_program
 from coatnet.inference.graph_cache import cached_graph
-from coatnet.system.cache import CacheUnusable
 from coatnet.system.hardware import choose_device, explain_compiler, multiplies_bf16, num_cores, require_compiler
 from coatnet.system.telemetry import import_onnxruntime
 from coatnet.system.terminal import report_wait, warn
@@ -193,17 +192,15 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
     if precision not in ("auto", *PRECISIONS):
         raise UserError(f"precision is {precision!r}; it is one of auto, {', '.join(PRECISIONS)}")
     place = choose_device(device)
-    if engine == "auto" and place.type != "cpu":
-        engine = "torch"
-    if engine == "auto":
-        for name in (name for name, entry in REGISTRY.items() if entry.is_installed):  # torch needs no graph
+    if engine == "auto" and place.type == "cpu":
+        for name in (name for name, entry in REGISTRY.items() if entry.is_installed and not entry.runs_on_gpu):
             if name == "onnxruntime" and precision == "bf16":  # it computes in fp32
                 continue
             try:
                 return open_engine(bundle, name, precision, device)
-            except (CacheUnusable, ImportError) as error:
+            except (UserError, ImportError) as error:  # no cache folder, or a package is missing or does not work
                 warn(f"engine {name} is left out: {first_line(error)}")
-    entry = REGISTRY[engine]
+    entry = REGISTRY["torch" if engine == "auto" else engine]
     if not entry.is_installed:
         raise UserError(f"engine {engine} needs {entry.package}: pip install 'coatnet[{entry.extra}]'")
     if not entry.runs_on_gpu:

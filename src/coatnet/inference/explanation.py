@@ -53,14 +53,16 @@ class Explanation:
     error: str | None = None
 
     def overlay(self, image: "PIL.Image.Image") -> "PIL.Image.Image":
-        """The image in color with the heat map over it; it may be scaled, but must be upright and whole."""
+        """The image in color, upright as its EXIF data says, with the heat map over it; it may be scaled, but must be
+        whole."""
         import PIL.Image
+        import PIL.ImageOps
 
-        shown = image.convert("RGB")
+        shown = PIL.ImageOps.exif_transpose(image).convert("RGB")
         if self.heat is None:
             return shown
-        left, right = (round(edge * image.width) for edge in self.box[::2])
-        top, bottom = (round(edge * image.height) for edge in self.box[1::2])
+        left, right = (round(edge * shown.width) for edge in self.box[::2])
+        top, bottom = (round(edge * shown.height) for edge in self.box[1::2])
         size = (max(1, right - left), max(1, bottom - top))
         layer = PIL.Image.fromarray(heat_colors(self.heat)).resize(size, PIL.Image.Resampling.BILINEAR)
         shown.paste(layer, (left, top), layer)

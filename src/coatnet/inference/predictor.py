@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.calibration import METHODS, Calibration, is_refused, set_scores, threshold_index
-from coatnet.data.channels import as_values, read_pixels, to_levels
+from coatnet.data.channels import as_values, read_pixels, to_levels, values_of
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, Scale, pixels_of
 from coatnet.data.folder import expand_paths
@@ -404,7 +404,7 @@ def find_threshold(bundle: Bundle, coverage: float, method: str) -> float:
     """The largest score of a class in a set. Raises UserError if the bundle has none for this coverage or method."""
     column = threshold_index(coverage)
     if bundle.multilabel:
-        raise UserError("sets of classes are for models of one label an image; this one gives several")
+        raise UserError("sets of classes are for models of one label per image; this one gives several")
     if method not in METHODS:
         raise UserError(f"set_method is {method!r}; it is one of {', '.join(METHODS)}")
     return float(_require_calibration(bundle, "a set of classes").thresholds[method][0, column])
@@ -441,7 +441,7 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, np.ndarray | Tensor) and images.ndim < 4:
         return [images]
     if not isinstance(images, Iterable):
-        raise UserError(f"a {type(images).__name__} is no image: {_FORMS}")
+        raise UserError(f"a {type(images).__name__} is not an image: {_FORMS}")
     return [*images]
 
 
@@ -470,9 +470,11 @@ def _name(image: Image, index: int) -> str:
 
 def _to_levels(image: object, name: str, scale: Scale) -> Tensor:
     """Values of an array (H, W) or (H, W, C), of a tensor (C, H, W) or of an image of Pillow to levels (C, H, W)."""
+    if isinstance(image, PIL.Image.Image):
+        image = values_of(image, name, scale.channels)
     if isinstance(image, Tensor):
         image = image.movedim(-3, -1).numpy(force=True) if image.ndim == 3 else image.numpy(force=True)
-    values = np.asarray(image) if isinstance(image, np.ndarray | PIL.Image.Image) else None
+    values = image if isinstance(image, np.ndarray) else None
     if values is None or values.ndim not in (2, 3) or values.dtype.kind not in "biuf" or 0 in values.shape:
         given = "" if values is None else f" {values.dtype} of shape {values.shape}"
         raise UserError(

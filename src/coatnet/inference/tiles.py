@@ -101,13 +101,14 @@ def classify_tiles(
 ) -> TiledPrediction:
     """Classify overlapping tiles of an image file; together they are answered by the mean of their probabilities.
 
-    A TIFF is read tile by tile, as is a NumPy file for a model of other images than 8-bit RGB; what else there is must
-    be decoded whole.
+    Read tile by tile are upright TIFF of 8-bit gray, RGB or RGBA values and, for a model with a scale, upright TIFF of
+    any values and `.npy`; what else there is, such as `.npz`, is decoded whole, within the limit of pixels.
 
     Args:
         predictor: the model in an engine.
         path: of the image file.
-        side: of the square tiles in pixels of the image; by default the size at which the model sees an image whole.
+        side: the shorter side of the tiles in pixels of the image; they have the proportions of what the model sees. By
+            default the size at which it sees an image whole.
         overlap: the least part of a side that two neighbors share, 0 or more and below 1.
         top_k: number of classes of the prediction.
         batch_size: tiles computed together.
@@ -120,7 +121,8 @@ def classify_tiles(
         raise UserError(f"tile-overlap is a part of a side from 0 to below 1, such as 0.25, got {overlap:g}")
     if batch_size < 1 or top_k < 1 or (side is not None and side < 1):
         raise UserError(f"side {side}, batch_size {batch_size} and top_k {top_k} must be at least 1")
-    tile = predictor.bundle.preprocessing.resized_size if side is None else (side, side)
+    seen = predictor.bundle.preprocessing.resized_size
+    tile = seen if side is None else [round(side * each / min(seen)) for each in seen]
     with open_windows(Path(path), predictor.scale) as windows:
         tops, lefts = (
             starts(length, part, overlap, str(path)) for length, part in zip(windows.size, tile, strict=True)

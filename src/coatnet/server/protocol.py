@@ -190,6 +190,9 @@ def read_request(
         refuse("data is not in the input, or not only there")
     if tensor.shape[0] > max_images:
         refuse(f"{tensor.shape[0]} images in one request; there may be {max_images}")
+    for output in request.outputs or []:
+        if output.name in (NOVELTY, UNKNOWN) and predictor.bundle.calibration is None:
+            refuse(f"outputs: there is no {output.name}: this model is not calibrated")
     if tensor.datatype == "BYTES":
         return request, read_files(data, tensor.shape)
     image_shape = predictor.image_shape[1:]
@@ -218,8 +221,6 @@ def write_response(served: ServedModel, request: InferenceRequest, answers: Sequ
         tensors[UNKNOWN] = ("BOOL", [size], lambda answer: [predictor.is_unknown(answer.novelty)])
     outputs = []
     for name in [output.name for output in request.outputs or []] or tensors:
-        if name not in tensors:
-            refuse(f"outputs: there is no {name}: the model {served.name} is not calibrated")
         datatype, shape, values = tensors[name]
         head = json.dumps({"name": name, "datatype": datatype, "shape": shape})
         data = ", ".join(json.dumps(values(row), allow_nan=False)[1:-1] for row in answers)

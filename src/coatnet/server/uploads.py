@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from coatnet.data.decode import BadImage, decoding_pixels
+from coatnet.data.decode import BadImage, Scale, decoding_pixels
 from coatnet.inference.explanation import Box
 from coatnet.inference.predictor import Predictor
 from coatnet.server import Settings
@@ -120,7 +120,7 @@ class DecodingPool:
     def _prepare(
         self, predictor: Predictor, encoded: bytes, check: Callable[[], None]
     ) -> tuple[NDArray[np.uint8], Box, float]:
-        with self._reserve_pixels(_num_pixels(encoded), check):
+        with self._reserve_pixels(_num_pixels(encoded, predictor.scale), check):
             started = time.perf_counter()
             views, box = predictor.prepare_and_locate(encoded)
             return views, box, time.perf_counter() - started
@@ -144,9 +144,9 @@ class DecodingPool:
                 self._condition.notify_all()
 
 
-def _num_pixels(encoded: bytes) -> int:
+def _num_pixels(encoded: bytes, scale: Scale | None) -> int:
     """What decoding takes, in pixels, by the header; 0 without a readable one, which the decoder then reports."""
     try:
-        return decoding_pixels(encoded, "image")
+        return decoding_pixels(encoded, "image", scale)
     except BadImage:
         return 0

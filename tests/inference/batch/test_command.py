@@ -1,6 +1,7 @@
 """`coatnet predict --out`: output and exit codes."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,45 @@ def test_exit_code_is_zero_if_all_files_are_readable(
     out = tmp_path / "out.parquet"
     assert main(["predict", str(bundle), str(images / "0.png"), "--out", str(out), "--engine", "torch"]) == 0
     assert capsys.readouterr() == (f"{out}: 1 image\n", "")
+
+
+def test_a_finished_file_says_how_images_that_needed_a_package_are_computed(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    for package in ("pi_heif", "pillow_heif"):
+        monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / "out.parquet"
+    given = [str(bundle), str(images / "0.png"), str(tmp_path / "a.heic")]
+    for _ in range(2):  # the second time the file is only reported
+        assert main(["predict", *given, "--out", str(out), "--engine", "torch"]) == 1
+        assert capsys.readouterr().out == (
+            f"{out}: 2 images, 1 of which could not be used; once the package is installed, remove the file, and the "
+            "same command computes it anew\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("launched", "gpus"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "4"}, [1]),  # of two GPUs
+        ({"RANK": "0", "WORLD_SIZE": "4"}, []),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, []),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, [1]),
+    ],
+)
+def test_a_process_has_the_gpu_of_its_local_rank_or_of_its_rank(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: dict, gpus: list[int]
+) -> None:
+    chosen: list[int] = []
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    arguments = ["predict", str(bundle), str(images / "bee"), "--out", str(tmp_path / "out.csv")]
+    assert main([*arguments, "--engine", "torch", "--precision", "fp32", "--device", "cpu"]) in (0, 1)
+    assert chosen == gpus
 
 
 @pytest.mark.parametrize(

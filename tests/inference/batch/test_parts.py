@@ -1,5 +1,6 @@
 """Parts of a batch prediction cover every image once, for any number of processes."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,6 +33,19 @@ def test_parts_are_contiguous(num_images: int) -> None:
     plan = replace(PLAN, num_images=num_images)
     covered = [plan.part(number) for number in range(plan.num_parts)]
     assert all(before.stop == after.start for before, after in pairwise(covered))
+
+
+@given(st.integers(1, 10**7), st.integers(1, 10_000))
+def test_parts_hold_whole_batches(num_images: int, batch_size: int) -> None:
+    plan = replace(PLAN, num_images=num_images, batch_size=batch_size)
+    assert plan.part_size % batch_size == 0 and 64 <= plan.part_size < 4096 + batch_size
+
+
+def test_a_plan_of_an_older_version_had_the_default_limit_of_pixels() -> None:
+    older = json.dumps({name: value for name, value in PLAN.to_dict().items() if name != "max_megapixels"})
+    assert PLAN.difference(older) is None
+    larger = replace(PLAN, max_megapixels=400.0)
+    assert larger.difference(older) == "max megapixels 200.0 where this has 400.0"
 
 
 def test_plans_describe_their_difference() -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tests.data.shards.range_server import RangeServer
 
+from coatnet.bundle import Bundle
 from coatnet.data.datasets import ArrayDataset
+from coatnet.data.decode import MAX_MEGAPIXELS
 from coatnet.data.folder import expand_paths
 from coatnet.data.shards.pack import pack
 from coatnet.errors import UserError
@@ -213,6 +215,78 @@ def test_another_version_is_told_from_another_model(
     written = predict_to_file(predictor, samples, out)
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert written is not None and predict_to_file(predictor, samples, out) == written  # finished, of one version
+
+
+def test_another_limit_of_pixels_is_another_file(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, out = open_samples([str(images)]), tmp_path / "out.parquet"
+    monkeypatch.setenv(MAX_MEGAPIXELS, "0.001")
+    small = predict_to_file(predictor, samples, out)
+    assert small is not None and small.num_bad > 2 and any(error.startswith("large: ") for _, error in small.bad)
+    monkeypatch.delenv(MAX_MEGAPIXELS)
+    with pytest.raises(UserError, match=r"made with max megapixels 0\.001 where this has 200\.0"):
+        predict_to_file(predictor, samples, out)
+    begun = tmp_path / "begun.parquet"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Parts, "join_if_complete", lambda parts: None)
+        assert predict_to_file(predictor, samples, begun) is None
+    monkeypatch.setenv(MAX_MEGAPIXELS, "0.001")
+    with pytest.raises(UserError, match=r"was begun with max megapixels 200\.0 where this has 0\.001"):
+        predict_to_file(predictor, samples, begun)
+
+
+def test_batches_are_as_large_as_they_are_asked_for(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = SampleSource([ArrayDataset("black", ("a", "b"), np.zeros((300, 8, 8), np.uint8), np.zeros(300, int))])
+    run, sizes = predictor.engine.run, []
+    monkeypatch.setattr(predictor.engine, "run", lambda images: (sizes.append(len(images)), run(images))[1])
+    assert predict_to_file(predictor, samples, tmp_path / "out.parquet", batch_size=128) is not None
+    assert sizes == [128, 128, 44]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_corrected_labels_are_not_those_of_a_finished_file(
+    predictor: Predictor, images: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(images, tmp_path / "in")
+    manifest, out = tmp_path / "in" / "table.csv", tmp_path / name
+
+    def predict(first: str, second: str) -> PredictionFile | None:
+        manifest.write_text(f"path,label\n0.png,{first}\ncat/2.png,{second}\n")
+        return predict_to_file(predictor, open_samples([str(manifest)]), out)
+
+    written = predict("ant", "bee")
+    assert predict("ant", "bee") == written
+    for corrected in (("ant", "ant"), ("bee", "ant"), ("ant", "cat"), ("ant", "")):
+        with pytest.raises(UserError, match="made with other images or labels"):
+            predict(*corrected)
+
+
+def test_labels_between_bars_are_joined_by_semicolons(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "in")
+    manifest = tmp_path / "in" / "table.csv"
+    manifest.write_text("path,label\n0.png,bee|cat\ncat/2.png,bee;cat\n0.png,bee | cat\n")
+    rows = predicted(predictor, manifest, tmp_path / "out.parquet")
+    assert [row["label"] for row in rows] == ["bee;cat"] * 3
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_class_names_that_utf_8_cannot_encode_are_escaped(
+    predictor: Predictor, images: Path, tmp_path: Path, name: str
+) -> None:
+    classes = ("ant", "bee", "c\udc80", "dog")
+    bundle = Bundle(predictor.bundle.model, classes, predictor.bundle.preprocessing)
+    samples = SampleSource([ArrayDataset("one", classes, np.zeros((1, 8, 8), np.uint8), np.array([2]))])
+    assert predict_to_file(Predictor(bundle, "torch", "fp32"), samples, tmp_path / name) is not None
+    if name == "out.csv":
+        (row,) = csv.DictReader((tmp_path / name).read_text(encoding="utf-8").splitlines())
+        found = json.loads(row["classes"])
+    else:
+        (row,) = parquet.read_table(tmp_path / name).to_pylist()
+        found = row["classes"]
+    assert row["label"] == r"c\udc80" and sorted(found) == ["ant", "bee", r"c\udc80", "dog"]
 
 
 def test_prepared_images_in_memory_are_limited(predictor: Predictor) -> None:

@@ -147,4 +147,4 @@ def test_answers_and_errors_are_announced(visit: Open, server: Server, images: l
     seen.expected = ("status of 415",)
     (tmp_path / "notes.txt").write_text("no image at all")
     seen.drop(tmp_path / "notes.txt")
-    expect(said.last).to_have_text("notes.txt: This is no image that the server can read")
+    expect(said.last).to_have_text("notes.txt: This is not an image that the server can read")

@@ -20,7 +20,7 @@ def test_a_wrong_file_is_named_and_the_others_are_answered(
     notes.write_text("no image at all")
     seen.drop(images[0], notes)
     expect(seen.see("#file-name")).to_have_text("notes.txt")
-    expect(seen.see("#headline")).to_have_text("This is no image that the server can read")
+    expect(seen.see("#headline")).to_have_text("This is not an image that the server can read")
     expect(seen.see("#detail")).not_to_be_empty()
     expect(seen.see("#again")).to_be_hidden()
     expect(seen.see(".tile .label").last).to_have_text(server.answer(images[0])[0]["class"])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from coatnet.data.decode import MAX_PIXELS
 from coatnet.errors import UserError, import_extra
 from coatnet.inference.batch.samples import Row
 from coatnet.system.files import (
@@ -36,12 +37,13 @@ _PLAN_METADATA = b"coatnet"  # the key of the plan in the metadata of the file
 class Plan:
     """What a prediction file is computed from; parts of different plans cannot be joined.
 
-    A part is a range of images that depends on their number alone, so it is the same work for any number of processes.
+    A part is a range of images that depends on their number and the batch size alone, so it is the same work for any
+    number of processes.
 
     Attributes:
         model: fingerprint of the bundle.
         versions: of the packages that compute, whose sums may differ in their last bits.
-        images: hash of the images' names, from `SampleSource.identity`.
+        images: hash of the images' names and labels, from `SampleSource.identity`.
         num_images: number of images.
         engine: name of the engine.
         precision: fp32 or bf16.
@@ -51,6 +53,7 @@ class Plan:
         reject: the share of familiar images that may be refused.
         coverage: of the sets of classes.
         set_method: of the sets of classes; None without sets.
+        max_megapixels: that an image may have.
     """
 
     model: str
@@ -65,11 +68,13 @@ class Plan:
     reject: float | None = None
     coverage: float | None = None
     set_method: str | None = None
+    max_megapixels: float = MAX_PIXELS / 1e6
 
     @property
     def part_size(self) -> int:
-        """Images per part."""
-        return min(MAX_PART_IMAGES, max(MIN_PART_IMAGES, self.num_images // MAX_PARTS))
+        """Images per part, in whole batches."""
+        size = min(MAX_PART_IMAGES, max(MIN_PART_IMAGES, self.num_images // MAX_PARTS))
+        return -(-size // self.batch_size) * self.batch_size
 
     @property
     def num_parts(self) -> int:
@@ -91,17 +96,18 @@ class Plan:
     def difference(self, other: str, *, finished: bool = False) -> str | None:
         """Describe the first difference of another plan, given as JSON; None if there is none.
 
-        What is `finished` has the rows of one version, whichever that is.
+        What is `finished` has the rows of one version, whichever that is. What an older plan lacks is the default.
         """
         try:
             values = require_object(parse_json(other, "plan"), "plan")
         except UserError:
             return "an unreadable plan"
         for name, value in self.to_dict().items():
-            if values.get(name) != value and not (finished and name == "versions"):
-                known = {"model": "another model", "images": "other images", "num_images": "other images"}
+            theirs = values.get(name, getattr(Plan, name, None))
+            if theirs != value and not (finished and name == "versions"):
+                known = {"model": "another model", "images": "other images or labels", "num_images": "other images"}
                 words = "" if name == "versions" else f"{name.replace('_', ' ')} "
-                return known.get(name) or f"{words}{values.get(name)} where this has {value}"
+                return known.get(name) or f"{words}{theirs} where this has {value}"
         return None
 
 
@@ -194,9 +200,13 @@ class Parts:
         from pyarrow import parquet
 
         columns = [list(column) for column in zip(*rows, strict=True)]
+        try:
+            table = pyarrow.table(columns, schema=schema())
+        except UnicodeEncodeError:  # a class or label holds lone surrogates, which UTF-8 cannot encode
+            table = pyarrow.table([list(map(_escaped, column)) for column in columns], schema=schema())
         path = self._path(number)
         with atomic_files(path.with_suffix(".sha256"), path) as (checksum, staged):  # the part is renamed last
-            parquet.write_table(pyarrow.table(columns, schema=schema()), staged)
+            parquet.write_table(table, staged)
             checksum.write_text(sha256_of(staged))
 
     def join_if_complete(self) -> None:
@@ -315,6 +325,13 @@ class Parts:
             pass
         path.unlink()
         raise UserError(f"{path} was damaged and is removed; the same command writes it again")
+
+
+def _escaped(value: Any) -> Any:
+    r"""A cell of a row with lone surrogates in its texts as \udcNN, as reports have them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return list(map(_escaped, value)) if isinstance(value, list | tuple) else value
 
 
 def _write_csv(table: Any, file: BinaryIO, *, header: bool) -> None:

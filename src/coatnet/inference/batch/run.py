@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 
+from coatnet.data.decode import allowed_pixels
 from coatnet.errors import UserError
 from coatnet.inference.batch.parts import Parts, Plan, PredictionFile, require_table
 from coatnet.inference.batch.samples import SampleSource, predict_batch, prepare_ahead
@@ -67,6 +68,7 @@ def predict_to_file(
         reject=predictor.reject,
         coverage=predictor.coverage,
         set_method=None if predictor.coverage is None else predictor.set_method,
+        max_megapixels=allowed_pixels() / 1e6,
     )
     parts = Parts(target, plan)
     if finished := parts.finished():

@@ -4,6 +4,8 @@ Shapes: V views, C channels, R resolution.
 """
 
 import hashlib
+import json
+import re
 import threading
 from array import array
 from collections import Counter, deque
@@ -24,7 +26,7 @@ from coatnet.data.folder import MANIFEST_SUFFIXES, open_images
 from coatnet.data.hugging_face import is_saved_folder
 from coatnet.data.manifest import read_manifest
 from coatnet.data.open import NAMES, open_dataset
-from coatnet.data.shards.dataset import is_shard_folder
+from coatnet.data.shards.dataset import ShardDataset, is_shard_folder
 from coatnet.errors import UserError
 from coatnet.inference.predictor import Prediction, Predictor
 from coatnet.system.files import user_path
@@ -66,12 +68,16 @@ class SampleSource:
         return Sample(name, _label_name(dataset, label), image)
 
     def identity(self) -> str:
-        """SHA-256 of the names in their order, as 32 hex digits; of shards, of their index."""
+        """SHA-256 of names, labels and classes in their order, as 32 hex digits; of shards, of their index."""
         digest = hashlib.sha256()
         for dataset in self._datasets:
-            digest.update(f"{dataset.name} {len(dataset)}\n".encode())
+            digest.update(f"{dataset.name} {len(dataset)}\n".encode(errors="surrogatepass"))
             for part in dataset.identity():
                 digest.update(part)
+            if dataset.classes:
+                digest.update(json.dumps(dataset.classes).encode())
+                if not isinstance(dataset, ShardDataset):  # whose index has the labels
+                    digest.update(dataset.labels.tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -192,6 +198,7 @@ def _open_manifest(path: Path) -> FileDataset:
         raise UserError(f"{path}: no such file")
     paths, labels, numbers = [], array("q"), {"": -1}
     for image, label in read_manifest(path):
+        label = ";".join(part.strip() for part in re.split("[;|]", label) if part.strip())
         paths.append(image)
         labels.append(numbers.setdefault(label, len(numbers) - 1))
     if not paths:

@@ -82,7 +82,7 @@ const TITLES = {
   404: "The server does not have this model",
   408: "The upload took too long",
   413: "This file is too big",
-  415: "This is no image that the server can read",
+  415: "This is not an image that the server can read",
   422: "This image cannot be used",
   503: "The server is busy",
   504: "The answer took too long",

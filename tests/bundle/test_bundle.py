@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
 from coatnet.bundle import Bundle, load
+from coatnet.bundle.classes import drop_classes, rename_classes
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
 from coatnet.model.network import create_model
@@ -97,6 +98,16 @@ def test_the_card_lists_figures_classes_and_recipe(saved: Path) -> None:
         "learning_rate",
     ):
         assert piece in card
+
+
+def test_the_card_of_other_classes_says_that_the_recipe_makes_those_before(bundle: Bundle, saved: Path) -> None:
+    assert "`coatnet train --config` repeats" in (saved / "README.md").read_text(encoding="utf-8")
+    card = drop_classes(bundle, ["t-shirt"]).card()
+    assert "learning_rate" in card and "repeats" not in card
+    assert "The recipe of the model before its classes were changed:" in card
+    assert "Made from a model of 3 classes by `coatnet shrink`" in card
+    renamed = rename_classes(drop_classes(bundle, ["t-shirt"]), {"cat|dog": "pet"})
+    assert "Made from a model of 3 classes" in renamed.card()
 
 
 HOSTILE = (

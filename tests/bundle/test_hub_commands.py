@@ -106,7 +106,7 @@ def test_a_pushed_model_predicts_the_same(hub: Hub, coatnet: Run, tmp_path: Path
     bundle = Bundle(model, ("dark", "light"), Preprocessing(resolution=64)).save(tmp_path / "bundle")
     refused = coatnet("push", bundle, "ana/brightness")
     assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
-    pushed = coatnet("push", bundle, "ana/brightness", HF_TOKEN="hf_ana")
+    pushed = coatnet("push", "~/bundle", "ana/brightness", HF_TOKEN="hf_ana", HOME=str(tmp_path))
     assert pushed.returncode == 0 and "ana/brightness" in pushed.stdout, pushed.stderr
     here, there = (coatnet("predict", source, folder, "--json") for source in (bundle, "hf://ana/brightness"))
     assert here.returncode == 0 and here.stdout == there.stdout

@@ -27,8 +27,8 @@ from coatnet.errors import UserError
 from coatnet.training.config import Recipe
 from coatnet.training.initialization import FEW_IMAGES, load_init, suggest_init
 from coatnet.training.recipes import named_recipe
+from coatnet.training.run import train
 from coatnet.training.run_folder import RunFolder
-from coatnet.training.trainer import train
 
 NANO = "timm/coatnet_nano_rw_224.sw_in1k"
 

@@ -28,7 +28,7 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["a/b", "c/b"], "two models are called 'b'"), (["x y=a"], "no name for a model"), (["a="], "names no bundle")],
+    [(["a/b", "c/b"], "two models are called 'b'"), (["x y=a"], "not a name for a model"), (["a="], "names no bundle")],
 )
 def test_wrong_names_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -100,8 +100,8 @@ def test_a_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         (("a", "--host", "no.such.host.invalid"), "no address no.such.host.invalid"),
         (("a", "--batch-size", "0"), "batch_size is 0"),
         (("a", "--token", "x"), "--token-file"),
-        (("a", "--allowed-host", "https://models.example.com"), "no name of a host"),
-        (("a", "--allowed-host", ""), "no name of a host"),
+        (("a", "--allowed-host", "https://models.example.com"), "not a host name"),
+        (("a", "--allowed-host", ""), "not a host name"),
     ],
 )
 def test_an_error_is_one_line(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,71 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     few = replace(digits, validation=ArrayDataset("few", digits.classes, counted.images[:19], counted.labels[:19]))
     bundle, report = calibrate_and_evaluate(trained, Measured(trained, few, keep=True))
     assert bundle is trained and report.figures["n"] == 19
+
+
+@pytest.fixture
+def batch_sizes() -> Iterator[list[int]]:
+    """How many images the convolutions of any network are given at once."""
+    found: list[int] = []
+
+    def note(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Conv2d):
+            found.append(len(given[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    yield found
+    hook.remove()
+
+
+def test_no_more_images_are_computed_at_once_than_asked_for(
+    trained: Bundle, digits: Splits, batch_sizes: list[int]
+) -> None:
+    parts = [each.read_batch(np.arange(60)) for each in (digits.training, digits.validation)]
+    few = Splits("few", *(ArrayDataset("few", digits.classes, *part) for part in parts))
+    new = Splits("new", *(ArrayDataset("new", ("a",), pixels[:20], np.zeros(20, int)) for pixels, _ in parts))
+    copied = replace(trained, model=copy.deepcopy(trained.model))
+    for name, value in copied.model.state_dict().items():
+        if "running_mean" in name:
+            value += 1e-3  # else statistics count as frozen, and are not computed anew
+    for compute in (
+        lambda: calibrate(trained, few, batch_size=10),
+        lambda: calibrate_and_evaluate(trained, Measured(trained, few, batch_size=10, keep=True)),
+        lambda: extend(trained, new, old=few, batch_size=10),
+        lambda: soup([trained, copied], few, batch_size=10),
+    ):
+        batch_sizes.clear()
+        compute()
+        assert max(batch_sizes) == 10
+    with pytest.raises(UserError, match="batch_size must be 1 or more, got 0"):
+        calibrate(trained, few, batch_size=0)
+
+
+@pytest.mark.slow
+def test_every_command_that_measures_has_a_batch_size(
+    trained: Bundle, digits: Splits, batch_sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "L2_STRENGTHS", (1e-2,))
+    from PIL import Image
+
+    run, other, new = tmp_path / "run", tmp_path / "other" / "bundle", tmp_path / "new" / "a"
+    bundle = str(trained.save(run / "bundle"))
+    replace(trained, model=copy.deepcopy(trained.model)).save(other)
+    (run / "recipe.yaml").write_text("data: digits\n")
+    (run / "report.json").write_text("{}")  # of an earlier release: `compare` measures it again
+    new.mkdir(parents=True)
+    for index in range(20):
+        Image.fromarray(digits.training.read(index)[0]).save(new / f"{index}.png")
+    for command in (
+        ["evaluate", bundle, "--data", "digits"],
+        ["calibrate", bundle, "--data", "digits", "--out", str(tmp_path / "calibrated")],
+        ["probe", bundle, "--data", "digits", "--out", str(tmp_path / "probe")],
+        ["extend", bundle, "--data", str(new.parent), "--old", "digits", "--out", str(tmp_path / "extended")],
+        ["soup", bundle, str(other), "--data", "digits", "--out", str(tmp_path / "soup")],
+        ["compare", str(run), str(tmp_path / "probe")],
+    ):
+        batch_sizes.clear()
+        assert main([*command, "--batch-size", "150"]) == 0
+        assert max(batch_sizes) == 150, command
 
 
 def test_more_images_than_are_kept_are_computed_again(

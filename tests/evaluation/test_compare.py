@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.training.trainers import RecordingConsole
 
 from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
+from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
 from coatnet.evaluation.metrics import wilson_interval
@@ -31,7 +33,7 @@ from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.system.document import Table, print_table
 from coatnet.training.config import Recipe
-from coatnet.training.trainer import train
+from coatnet.training.run import train
 
 
 def predictions_of(predicted: list[str], truth: str = "aabbccaabb", start: int = 0) -> Predictions:
@@ -165,6 +167,60 @@ def test_only_images_that_all_runs_held_out_count(tmp_path: Path) -> None:
         open_run(first, never)
 
 
+def test_accents_and_the_order_of_classes_make_no_difference(tmp_path: Path) -> None:
+    """The same answers twice, of models whose classes are in another order and written with other accents."""
+    answers = [["caf\u00e9", "tea"], ["tea"], [], ["milk", "tea"]]
+    runs = []
+    for name, form, classes in (
+        ("one", "NFC", ("caf\u00e9", "milk", "tea")),
+        ("two", "NFD", ("tea", "milk", "caf\u00e9")),
+    ):
+        joined = tuple(
+            unicodedata.normalize(form, ";".join(each for each in classes if each in answer)) for answer in answers
+        )
+        table = np.array([[0.9 if each in answer else 0.2 for each in classes] for answer in answers], np.float32)
+        predictions = Predictions(tuple("1234"), joined, joined, np.full(4, 0.9), np.full(4, 0.1), table)
+        named = tuple(unicodedata.normalize(form, each) for each in classes)
+        write_report(replace(report_of(named, multilabel=True), predictions=predictions), tmp_path / name)
+        runs.append(open_run(tmp_path / name, never))
+    found = compare(runs)
+    assert found.disagreements == () and found.correct.all()
+    assert found.differences[0].map_difference == 0
+    for name, form in (("three", "NFC"), ("four", "NFD")):
+        truth = tuple(unicodedata.normalize(form, each) for each in ("caf\u00e9", "tea"))
+        predictions = Predictions(tuple("12"), truth, truth, np.full(2, 0.9), np.full(2, 0.1))
+        write_report(replace(report_of(truth), predictions=predictions), tmp_path / name)
+    assert compare([open_run(tmp_path / name, never) for name in ("three", "four")]).disagreements == ()
+
+
+def test_the_page_shows_images_of_every_split_but_those_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        path = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(path)
+    training, validation = (
+        [part.describe(index) for index in range(len(part))] for part in open_dataset(tmp_path / "data").parts.values()
+    )
+    assert len(training) > 4 and validation
+    (tmp_path / "data" / training[0]).write_bytes(b"no image")
+    page, folders = tmp_path / "page.html", [tmp_path / run / "test" for run in "xy"]
+
+    def images_shown(data: str) -> int:
+        for folder, predicted in zip(folders, "ab", strict=True):
+            names = (*training[:4], validation[0])
+            predictions = Predictions(names, tuple("aaaaa"), (predicted,) * 5, np.full(5, 0.9), np.full(5, 0.1))
+            write_report(replace(report_of(("a", "b")), data=data, predictions=predictions), folder)
+            (folder.parent / "recipe.yaml").write_text(f"data: {tmp_path / 'data'}\n")
+        assert main(["compare", *map(str, folders), "--out", str(page)]) == 0
+        return page.read_text().count("data:image/webp")
+
+    assert images_shown("data") == 4
+    assert images_shown("other images") == 0  # measured on others, whose names may be the same
+    assert "5 images of 5 with different predictions" in capsys.readouterr().out
+
+
 def test_compare_and_runs_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +320,8 @@ def test_copies_of_training_images_are_counted_and_left_out() -> None:
     learned = "an image of the training split of some images"
     said = f"3 of these images have the same pixels as {learned}; without them 30.0 % of 10 are right"
     assert said in to_markdown(report)
+    several = to_markdown(replace(report_of(("a", "b"), multilabel=True), duplicates=found))
+    assert "without them 30.0 % of 10 have all labels right (95 % interval" in several
     assert report.to_dict()["duplicates"]["count"] == 3
     assert f"No image of these has the same pixels as {learned}, or nearly so." in to_markdown(
         replace(report, duplicates=replace(found, count=0))
@@ -337,6 +395,21 @@ def test_a_verdict_on_probabilities_needs_enough_images() -> None:
     assert "30 images cannot tell whether the probabilities are too high or too low" in judged(few, 0.322)
     assert "are too low" in judged(many, 0.34) and "are too high" in judged(many, 0.28)
     assert "are well balanced" in judged(many, 0.312)
+
+
+def test_probabilities_of_rare_labels_are_judged_by_their_size() -> None:
+    report = report_of(("a", "b", "c"), multilabel=True, num_images=40_000)
+    bins = [replace(row, count=0, confidence=None, accuracy=None) for row in report.calibration]
+
+    def judged(given: float, there: float) -> str:
+        first = replace(bins[0], count=120_000, confidence=given, accuracy=there)
+        return to_markdown(replace(report, calibration=(first, *bins[1:])))
+
+    assert "Labels get 0.9 % on average and 0.3 % of them are there: on the whole the probabilities are too high" in (
+        judged(0.009, 0.003)
+    )
+    assert "are too low" in judged(0.003, 0.009) and "are well balanced" in judged(0.0031, 0.003)
+    assert "are well balanced" in judged(0.305, 0.3)
 
 
 def test_baselines_stand_beside_the_figure() -> None:

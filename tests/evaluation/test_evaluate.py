@@ -16,7 +16,7 @@ from coatnet.data.open import open_dataset
 from coatnet.data.splits import SplitRule, Splits
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation.evaluate import evaluate, recorded_rule
+from coatnet.evaluation.evaluate import evaluate, recorded_rule, was_trained_on
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.outputs import label_translation
 from coatnet.evaluation.report_markdown import to_markdown, write_report
@@ -36,6 +36,53 @@ def test_a_model_of_images_without_a_rule_is_measured_by_the_usual_one() -> None
     bundle = replace(bundle_of(), record={"recipe": {"validation_fraction": 0.0, "test_fraction": 0.1}})
     assert recorded_rule(bundle) == SplitRule(test_fraction=0.1)
     assert recorded_rule(replace(bundle, record={"recipe": {"validation_fraction": 0.3}})) == SplitRule(0.3)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of forty images of four classes, of noise."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "images" / CLASSES[number % 4] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (12, 30), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def test_the_test_split_of_a_training_takes_nothing_of_other_images(bundle: Bundle, images: Path) -> None:
+    recipe = {"data": "somewhere/clothes", "validation_fraction": 0.2, "test_fraction": 0.3}
+    other, same = (replace(bundle, record={"recipe": recipe | {"data": data}}) for data in ("clothes", str(images)))
+    assert evaluate(other, images, split="all").figures["n"] == 40
+    assert len(extract_features(other, images, split="all").gather()[2]) == 40
+    # Of images of the training, `all` leaves out those that are measured once, at its end.
+    counts = [evaluate(same, images, split=split).figures["n"] for split in ("all", "test")]
+    assert sum(counts) == 40 and counts[1] > 4
+
+
+def test_images_of_a_training_are_known_by_the_name_of_their_splits(bundle: Bundle) -> None:
+    for data, name in (("hf://owner/clothes", "owner/clothes"), ("/some/labels.csv", "labels"), ("digits", "digits")):
+        trained = replace(bundle, record={"recipe": {"data": data, "validation_fraction": 0.1}})
+        assert was_trained_on(trained, data) and was_trained_on(trained, name)
+        assert not was_trained_on(trained, "other")
+
+
+def test_images_that_cannot_be_read_a_second_time_cost_no_figure(bundle: Bundle, images: Path) -> None:
+    whole = evaluate(bundle, images, split="all")
+
+    def gone(done: int, total: int) -> None:
+        if done == total:
+            for number in range(0, 40, 2):
+                (images / CLASSES[number % 4] / f"{number}.png").unlink()
+
+    found = evaluate(bundle, images, split="all", progress=gone)
+    assert found == whole
+    shown = [
+        (each.shape, int(Path(mistake.image).stem) % 2)
+        for images in (found.thumbnails, found.heat_maps)
+        for each, mistake in zip(images, found.mistakes, strict=True)
+    ]
+    assert set(shown) == {((12, 30, 3), 1), ((160, 160, 3), 0)}  # a gray square in place of each that is gone
+    assert [row for row, _ in found.examples] == [row for row, _ in whole.examples]
 
 
 def dataset_of(num_images: int = 37, *, classes: tuple[str, ...] = CLASSES, seed: int = 0) -> ArrayDataset:

@@ -1,6 +1,7 @@
 """Classes that arrive later: added, left out, merged and renamed, on a network that learned eight of ten garments."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def test_two_classes_of_ten_images_are_added_and_the_loss_of_the_others_is_measu
     assert found.report.figures["top1"] == pytest.approx(right, abs=0.003)
     assert found.bundle.calibration is not None
     predictor = Predictor(found.bundle.save(tmp_path / "ten"), "torch", reject=0.05)
+    card = (tmp_path / "ten" / "README.md").read_text(encoding="utf-8")
+    assert "Classes added by `coatnet extend`: Sneaker, Bag; the network is the same." in card
+    assert "coatnet-femto-16" in card and "repeats" not in card
     images = list(np.asarray(new.validation.images)[:20])  # pyrefly: ignore
     assert sum(each.classes[0] == "Sneaker" for each in predictor(images)) > 10
     # A second extension goes on from what the first one knows.
@@ -77,6 +81,39 @@ def test_two_classes_of_ten_images_are_added_and_the_loss_of_the_others_is_measu
 def _renamed(dataset: Dataset, classes: tuple[str, ...]) -> ArrayDataset:
     assert isinstance(dataset, ArrayDataset)
     return ArrayDataset("renamed", classes, dataset.images, dataset.labels)
+
+
+def test_accents_of_class_names_are_matched_however_they_are_written(
+    eight: Path, garments: tuple[Splits, Splits]
+) -> None:
+    known, new = garments
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    bundle = rename_classes(coatnet.load(eight), {"Coat": composed})
+    old = tuple(decomposed if name == "Coat" else name for name in known.classes)
+    arriving = (ARRIVING[0], decomposed)  # more images of an old class beside a new one
+    found = extend(
+        bundle,
+        Splits("new", _renamed(new.training, arriving), _renamed(new.validation, arriving)),
+        old=Splits("old", _renamed(known.training, old), _renamed(known.validation, old)),
+    )
+    assert found.added == ARRIVING[:1] and found.bundle.classes == (*bundle.classes, ARRIVING[0])
+    assert found.before is not None and found.before.n == 800
+
+
+def test_all_images_that_arrive_are_learned_from_or_measured(
+    eight: Path, garments: tuple[Splits, Splits], tmp_path: Path
+) -> None:
+    """A test split belongs to the images of the training."""
+    dataset = garments[1].validation
+    for index in range(200):
+        path = tmp_path / "new" / dataset.classes[int(dataset.labels[index])] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dataset.read(index)[0]).save(path)
+    bundle = coatnet.load(eight)
+    recipe = {**bundle.record["recipe"], "test_fraction": 0.5}
+    found = extend(replace(bundle, record={"recipe": recipe}), tmp_path / "new")
+    parts = coatnet.open_dataset(tmp_path / "new").parts
+    assert found.new is not None and found.new.n == len(parts["validation"]) == 200 - len(parts["training"])
 
 
 def test_what_the_old_classes_may_lose_is_held(eight: Path, garments: tuple[Splits, Splits]) -> None:

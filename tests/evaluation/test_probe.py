@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from tests.training.trainers import trainer_for
 
 from coatnet.bundle import Bundle, load
+from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
@@ -293,7 +294,7 @@ def timm_bundle() -> Bundle:
 
 @pytest.mark.parametrize("kind", ["gray", "timm", "timm, several labels"])
 def test_the_model_of_a_probe_has_the_figures_of_the_probe(
-    kind, bundle, timm_bundle, digits, one_strength, tmp_path
+    kind, bundle, timm_bundle, digits, one_strength, tmp_path, capsys
 ) -> None:
     start, splits = (bundle, digits) if kind == "gray" else (timm_bundle, colorful(digits, multilabel="labels" in kind))
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
@@ -332,6 +333,11 @@ def test_the_model_of_a_probe_has_the_figures_of_the_probe(
     card = (tmp_path / "out" / "bundle" / "README.md").read_text()
     assert f"the network is that of {start.model.variant.name.replace('_', chr(92) + '_')}, unchanged" in card
     assert f"coatnet predict {tmp_path / 'out'} IMAGE" in report.to_text()
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["run"], listed["model"], listed["data"]) == ("out", start.model.variant.name, "digits")
+    assert (listed["value"], listed["n"], listed["state"]) == (report.linear, report.n, "finished")
 
 
 def test_copies_are_on_one_side_as_in_a_training_that_starts_from_the_probe(bundle, one_strength, tmp_path) -> None:
@@ -347,8 +353,11 @@ def test_copies_are_on_one_side_as_in_a_training_that_starts_from_the_probe(bund
     copies = [{name, str(Path(name).with_name("copy-of-" + Path(name).name))} for name in held_out]
     assert any(0 < len(pair & names_of(parted.validation)) < 2 for pair in copies)
 
-    probe(bundle, data, k=1, out=tmp_path / "probe")
+    # What the model was trained on before says nothing about these images.
+    recipe = {"data": "others", "validation_fraction": 0.5, "fold": "1/2", "training_images": 4}
+    probe(replace(bundle, record={"recipe": recipe}), data, k=1, out=tmp_path / "probe")
     found = load(tmp_path / "probe")
+    assert found.record["report"]["figures"]["n"] == len(open_recorded(data, found).validation)
     _, trained = open_splits(Recipe(data=str(data)), print)
     assert names_of(trained.validation) == names_of(open_recorded(data, found).validation)
     assert all(len(pair & names_of(trained.validation)) in (0, 2) for pair in copies)
@@ -361,7 +370,7 @@ def names_of(dataset) -> set[str]:
 @pytest.mark.slow
 def test_the_model_of_a_probe_is_measured_on_its_held_out_images_and_a_start(bundle, one_strength, tmp_path) -> None:
     """The model that it starts from may have held out another fraction than the usual one."""
-    first = replace(bundle, record={"recipe": {"validation_fraction": 0.5}})
+    first = replace(bundle, record={"recipe": {"data": "digits", "validation_fraction": 0.5}})
     report = probe(first, "digits", k=1, out=tmp_path / "probe")
     assert report.n == len(open_dataset("digits", validation_fraction=0.5).validation)
     assert evaluate(tmp_path / "probe", "digits").figures["n"] == report.n
@@ -377,7 +386,7 @@ def test_a_folder_that_cannot_be_the_model_is_refused_before_any_work(bundle: Bu
     with pytest.raises(UserError, match="there exists already: give a new folder"):
         probe("no such model", "no such data", out=tmp_path / "there")
     (tmp_path / "images" / "cat").mkdir(parents=True)
-    with pytest.raises(UserError, match="what is drawn would become images of a class: give a folder outside"):
+    with pytest.raises(UserError, match="would be read as images of a class; give a folder outside"):
         probe("no such model", tmp_path / "images", out=tmp_path / "images" / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out could not be written"):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from coatnet.evaluation.metrics import Metrics
+from coatnet.evaluation.predictions import Predictions
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.evaluation.report_markdown import to_markdown, write_report
 from coatnet.evaluation.report_sections import document
@@ -167,6 +168,24 @@ def test_on_a_terminal_a_report_is_tables_with_names_as_they_are(
 def test_nan_is_refused(report: Report) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(report, figures={**report.figures, "nll": float("nan")}).to_json()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_files_of_the_one_before(tmp_path: Path) -> None:
+    before = replace(report_of(), predictions=predictions_of("abc"))
+    write_report(before, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "predictions.csv" in files
+    other = report_of(num_images=60)
+    broken = replace(other, figures={**other.figures, "nll": float("nan")}, predictions=predictions_of("cba"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(broken, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def predictions_of(answers: str) -> Predictions:
+    """Three predictions, one of them right."""
+    probability = np.linspace(0.5, 0.9, len(answers))
+    return Predictions(("1", "2", "3"), ("a", "a", "a"), tuple(answers), probability, -np.log(probability))
 
 
 def test_the_old_name_of_write_report_warns() -> None:

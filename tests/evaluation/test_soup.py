@@ -153,7 +153,7 @@ def test_models_of_other_starts_are_said_to_be_so_and_the_best_one_stays_alone(f
     for name, value in weights(folders[best]).items():
         torch.testing.assert_close(made[name], value, rtol=1e-5 if "classifier" in name else 0, atol=0)
     assert main([*command[:-1], str(tmp_path / "uniform"), "--uniform"]) == 2
-    assert "an average of such networks knows nothing; leave out uniform" in capsys.readouterr().err
+    assert "an average of such networks is of no use; leave out uniform" in capsys.readouterr().err
     assert not (tmp_path / "uniform").exists()
 
 
@@ -210,6 +210,8 @@ def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, cap
         coatnet.soup([one], digits)
     with pytest.raises(UserError, match="is named twice: name each model once"):
         coatnet.soup([folders["one"], folders["one"]], digits)
+    with pytest.raises(UserError, match="one/bundle is named twice"):  # a run stands for its bundle
+        coatnet.soup([folders["one"].parent, folders["one"]], digits)
     with pytest.raises(UserError, match="data must be what open_dataset opens"):
         coatnet.soup([one, one], digits.training)
     with pytest.raises(UserError, match="data is missing: give the images to choose by"):

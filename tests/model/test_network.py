@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from coatnet.errors import UserError
 from coatnet.model.compat import from_coatnet_pytorch
 from coatnet.model.config import Stage, Variant
 from coatnet.model.freeze import freeze, layer_groups
+from coatnet.model.inference_cache import InferenceCache
 from coatnet.model.layers import StochasticDepth, mean_over_cells, to_map, to_tokens
 from coatnet.model.network import create_model
 from coatnet.model.resize import change_resolution
@@ -193,6 +195,30 @@ def test_inference_caches_do_not_change_the_logits():
         torch.testing.assert_close(model(images), fresh)
         assert torch.equal(pickle.loads(pickle.dumps(model))(images), model(images))
         assert torch.equal(copy.deepcopy(model)(images), model(images))
+
+
+class SlowKey:
+    """A key whose comparison takes as long as another thread needs to clear the cache."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __hash__(self):
+        return 0
+
+    def __eq__(self, other):
+        thread = threading.Thread(target=self.cache.clear)
+        thread.start()
+        thread.join()
+        return isinstance(other, SlowKey)
+
+
+def test_a_cache_that_another_thread_clears_gives_the_value_all_the_same():
+    cache = InferenceCache()
+    weights = [torch.zeros(2)]
+    assert cache.get(SlowKey(cache), weights, lambda: "first") == "first"
+    assert cache.get(SlowKey(cache), weights, lambda: "second") == "first"
+    assert cache.get(SlowKey(cache), weights, lambda: "third") == "third"
 
 
 def test_the_interface_of_timm():

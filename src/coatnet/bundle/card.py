@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import counted
+from coatnet.errors import counted, shorten
 from coatnet.model.network import CoAtNet
 from coatnet.system.terminal import escape_lines, escape_markdown
 
@@ -54,8 +54,9 @@ def model_card(
         ),
         f"## Classes\n\n{names}" + (f" and {more:,} more (`config.json`)" if more > 0 else ""),
         _soup(record.get("soup")),
-        _recipe(record.get("recipe"), "The recipe of the best of these models" if record.get("soup") else "The recipe"),
+        _recipe(record),
         _probe(record.get("probe")),
+        _changes(record),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,12 +92,30 @@ def _soup(soup: Mapping[str, Any] | None) -> str:
     return "## An average of models\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in lines) if lines else ""
 
 
-def _recipe(recipe: Mapping[str, Any] | None, title: str) -> str:
+def _changes(record: Mapping[str, Any]) -> str:
+    """What was done to the classes since the training."""
+    before, added = record.get("classes_before"), (record.get("extension") or {}).get("added")
+    lines = []
+    if before:
+        lines.append(f"Made from a model of {len(before):,} classes by `coatnet shrink`; the network is the same.")
+    if added:
+        names = escape_markdown(shorten(added))
+        lines.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
+    return "## What was changed since\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _recipe(record: Mapping[str, Any]) -> str:
+    recipe = record.get("recipe")
     if not recipe:
         return ""
+    if _changes(record):
+        title = "The recipe of the model before its classes were changed"
+    else:
+        whose = "The recipe of the best of these models" if record.get("soup") else "The recipe"
+        title = f"{whose}, which `coatnet train --config` repeats"
     plain = json.loads(json.dumps(recipe))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     text = escape_lines(text)
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)  # so that no name ends the block
-    return f"## How it was trained\n\n{title}, which `coatnet train --config` repeats:\n\n{fence}yaml\n{text}{fence}"
+    return f"## How it was trained\n\n{title}:\n\n{fence}yaml\n{text}{fence}"

@@ -79,7 +79,7 @@ def merge_classes(bundle: Bundle, groups: Mapping[str, Sequence[str]]) -> Merged
     is the nearest linear one in least squares, over features drawn from the summary of the training images.
 
     Args:
-        bundle: a calibrated model of one label an image.
+        bundle: a calibrated model of one label per image.
         groups: names of classes by the new name of each group. It may be one of theirs.
 
     Raises:
@@ -91,7 +91,7 @@ def merge_classes(bundle: Bundle, groups: Mapping[str, Sequence[str]]) -> Merged
     if twice := [name for name, count in Counter(members).items() if count > 1]:
         raise UserError(f"class {twice[0]!r} is to be merged twice; name it once")
     if bundle.multilabel:
-        raise UserError("this model gives several labels an image; classes are merged in models that give one")
+        raise UserError("this model gives several labels per image; classes are merged in models that give one")
     rest = [name for name in bundle.classes if name not in members]
     classes = (*rest, *groups)
     if len(classes) < 2:
@@ -136,8 +136,8 @@ def _require_classes(bundle: Bundle, names: Mapping[str, Any] | Sequence[str]) -
 
 def _with_classes(bundle: Bundle, classes: tuple[str, ...], weight: Tensor, bias: Tensor) -> Bundle:
     """The bundle with another classifier: neither its calibration nor its figures belong to it any more."""
-    record = {name: value for name, value in bundle.record.items() if name in ("recipe", "probe")}
-    record["classes_before"] = list(bundle.classes)
+    record = {"classes_before": list(bundle.classes)}
+    record |= {name: value for name, value in bundle.record.items() if name in ("recipe", "probe", "classes_before")}
     return replace(bundle.with_classifier(classes, weight, bias), record=record)
 
 

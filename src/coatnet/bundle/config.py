@@ -92,6 +92,12 @@ class SoupJson(BaseModel, strict=True, extra="allow"):
     summary: str = ""
 
 
+class ExtensionJson(BaseModel, strict=True, extra="allow"):
+    """What the card shows of classes that were added."""
+
+    added: Texts = []
+
+
 class TrainingJson(BaseModel, strict=True, extra="allow"):
     """What a report shows of how a model came about."""
 
@@ -111,6 +117,8 @@ class RecordJson(BaseModel, strict=True, extra="allow"):
     training: TrainingJson | None = None
     probe: ProbeJson | None = None
     soup: SoupJson | None = None
+    extension: ExtensionJson | None = None
+    classes_before: Texts = []
 
 
 class BundleJson(BaseModel, strict=True, extra="forbid", protected_namespaces=()):

@@ -13,7 +13,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "Fit a trained model to images that it was not trained on: temperatures, so that its probabilities are right\n"
         "as often as they say; a score of novelty, by which it answers `unknown` (predict --reject); thresholds for\n"
         "sets of classes that hold the truth (predict --set). `coatnet train` does this at its end. With one\n"
-        "label an image, the most likely class stays the same.",
+        "label per image, the most likely class stays the same.",
         "examples:\n"
         "  coatnet calibrate runs/mine --data path/to/folder               # the model is replaced, all or nothing\n"
         f"  coatnet calibrate runs/mine --data other/images --split all --out calibrated\n\n{DATA_HELP}",
@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="which part of the data (validation)",
     )
     parser.add_argument("--out", metavar="BUNDLE", help="folder for the calibrated model (by default it is replaced)")
+    parser.add_batch_size()
     parser.add_max_megapixels()
     parser.add_device()
     return parser.parse(arguments)
@@ -46,7 +47,14 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"there is no folder {given.bundle}; to calibrate a model of the hub, name one with --out")
     target = require_bundle_place(given.out or find_folder(source))
     with ProgressBar("calibrating") as bar:
-        bundle = calibrate(given.bundle, given.data, split=given.split, device=given.device, progress=bar.update)
+        bundle = calibrate(
+            given.bundle,
+            given.data,
+            split=given.split,
+            batch_size=given.batch_size,
+            device=given.device,
+            progress=bar.update,
+        )
     bundle.model.cpu()
     bundle.save(target)
     assert bundle.calibration is not None

@@ -34,6 +34,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="also write the report there: report.html, .md and .json, predictions.csv, plots",
     )
+    parser.add_batch_size()
     parser.add_form("figures")
     parser.add_max_megapixels()
     parser.add_device()
@@ -55,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
             given.bundle,
             given.data,
             split=given.split,
+            batch_size=given.batch_size,
             device=given.device,
             progress=bar.update,
             with_images=bool(given.out),

@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="accuracy that the old classes may lose, by their training images; 0.01 is one percentage point (0.01)",
     )
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="folder for the model of all classes")
+    parser.add_batch_size()
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
     parser.add_max_megapixels()
     parser.add_device()
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
     target = require_bundle_place(given.out, sources=[given.bundle])
     options = {} if given.max_drop is None else {"max_drop": given.max_drop}
-    made = extend(given.bundle, given.data, old=given.old, device=given.device, **options)
+    made = extend(given.bundle, given.data, old=given.old, batch_size=given.batch_size, device=given.device, **options)
     figures = (readable_json(made.bundle.record["extension"]) if given.json else made.to_text()).rstrip()
     with summary_of_a_write(figures):
         made.bundle.save(target)

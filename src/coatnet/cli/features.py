@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="all",
         help="which part of the data; all is training and validation (all)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed together (32)")
+    parser.add_batch_size(32)
     parser.add_max_megapixels()
     parser.add_device()
     parser.rename_option("--pictures", "--images", since="0.2", removed_in="0.3")

@@ -32,8 +32,8 @@ COMMANDS = {
     "pack": ("DATA OUT", "write images as tar shards, for disks and object stores"),
     "train": ("[RECIPE] --data DATA --out RUN", "train, evaluate, and write the trained model (RUN/bundle)"),
     "evaluate": ("BUNDLE --data DATA", "measure a trained model on labeled images"),
-    "calibrate": ("BUNDLE --data DATA", "fit its probabilities, novelty and sets of classes to held-out images"),
-    "study": ("QUESTION --data DATA --out STUDY", "ask a question of the paper of your images, at equal cost"),
+    "calibrate": ("BUNDLE --data DATA", "calibrate its probabilities, novelty scores and prediction sets"),
+    "study": ("QUESTION --data DATA --out STUDY", "compare architectures of equal cost on your images"),
     "compare": ("RUN RUN ...", "compare runs on the same images: paired intervals, where they disagree"),
     "runs": ("FOLDER", "list the runs in a folder with their figures"),
     "predict": ("BUNDLE PATH ... [--out FILE]", "classify images, as lines or into a .parquet or .csv file"),
@@ -41,19 +41,19 @@ COMMANDS = {
     "features": ("BUNDLE --data DATA --out FILE", "write the features of images to a .npy or .parquet file"),
     "probe": (
         "BUNDLE --data DATA [--out FOLDER]",
-        "fit a classifier to its features: a figure, and a model in minutes",
+        "fit a linear classifier to frozen features: its accuracy, and a model in minutes",
     ),
     "suggest": ("BUNDLE --images PATH --out FILE.csv", "rank images without labels: which to label next"),
-    "soup": ("RUN RUN ... --out BUNDLE", "average models that started from the same weights, if images like it"),
+    "soup": ("RUN RUN ... --out BUNDLE", "average the weights of models fine-tuned from the same start"),
     "extend": (
         "BUNDLE --data NEW --out BUNDLE",
         "add classes from a few images each, in seconds, and say what it costs",
     ),
     "shrink": ("BUNDLE --drop A --merge NEW=A,B --out BUNDLE", "leave classes out, or make one of several"),
     "rename": ("BUNDLE OLD=NEW ... --out BUNDLE", "give classes other names"),
-    "export": ("BUNDLE --format F --out FOLDER", "write it for ONNX, OpenVINO, torch, Triton or timm, and check it"),
-    "serve": ("BUNDLE ...", "answer over HTTP: a page, predictions, metrics"),
-    "push": ("BUNDLE OWNER/NAME", "publish it on the Hugging Face hub"),
+    "export": ("BUNDLE --format F --out FOLDER", "export to ONNX, OpenVINO, torch, Triton or timm, and check it"),
+    "serve": ("BUNDLE ...", "serve models over HTTP: a page, predictions, metrics"),
+    "push": ("BUNDLE OWNER/NAME", "publish a model on the Hugging Face hub"),
 }
 
 LEAST_ADDRESS_SPACE = 1e9  # chosen: less than any build of torch takes when it is imported

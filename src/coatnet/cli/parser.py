@@ -49,6 +49,10 @@ class Layout(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=42, width=110)
 
 
+class _Positional(str):
+    """An argument behind `--`, which is not an option whatever it begins with."""
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of one command: options in both spellings (`--top-k`, `--top_k`), an error is one line."""
 
@@ -60,6 +64,12 @@ class Parser(argparse.ArgumentParser):
         """Add the option `--device`."""
         self.add_argument(
             "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
+        )
+
+    def add_batch_size(self, default: int = 64) -> None:
+        """Add the option `--batch-size`."""
+        self.add_argument(
+            "--batch-size", type=int, default=default, metavar="N", help=f"images computed together ({default})"
         )
 
     def add_engine(self) -> None:
@@ -116,7 +126,9 @@ class Parser(argparse.ArgumentParser):
         """Parse the arguments behind the command. Raises UserError for anything that is wrong with them."""
         options = [option for action in self._actions for option in action.option_strings]
         spelled = spell_options(self.prog, [*options, *self._renamed], arguments)
-        given = self.parse_args([self._renamed_now(argument) for argument in spelled])
+        before = spelled[: spelled.index("--")] if "--" in spelled else spelled
+        behind = map(_Positional, spelled[len(before) + 1 :])
+        given = self.parse_intermixed_args([*map(self._renamed_now, before), *behind])
         if megapixels := vars(given).pop("max_megapixels", None):
             os.environ[MAX_MEGAPIXELS] = megapixels
         for action in self._actions:
@@ -126,6 +138,9 @@ class Parser(argparse.ArgumentParser):
             if path and action.dest in _OUTPUTS:
                 output_path(path)  # before any work
         return given
+
+    def _parse_optional(self, arg_string: str) -> Any:  # argparse loses a "--" before the first positional argument
+        return None if isinstance(arg_string, _Positional) else super()._parse_optional(arg_string)
 
     def rename_option(self, old: str, new: str, *, since: str, removed_in: str) -> None:
         """Accept the old name of an option for one more release, with a warning that names the new one."""
@@ -156,7 +171,7 @@ def calibrated_options(given: argparse.Namespace) -> dict[str, Any]:
 
 def _megapixels(text: str) -> str:
     if not re.fullmatch(r"\d{1,6}(\.\d+)?", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of megapixels, such as 400")
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a number of megapixels, such as 400")
     return text
 
 

@@ -61,7 +61,7 @@ def _whole(text: str) -> int:
     except ValueError:
         number = 0.5
     if not number.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, such as 64 or 3e9")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, such as 64 or 3e9")
     return int(number)
 
 

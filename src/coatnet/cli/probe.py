@@ -29,6 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--k", type=int, metavar="K", help="number of nearest neighbors that vote (20, or all if fewer)"
     )
+    parser.add_batch_size()
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, for a program")
     parser.add_max_megapixels()
     parser.add_device()
@@ -40,6 +41,6 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.evaluation import probe
 
-    report = probe(given.bundle, given.data, k=given.k, device=given.device, out=given.out)
+    report = probe(given.bundle, given.data, k=given.k, batch_size=given.batch_size, device=given.device, out=given.out)
     echo(report.to_json() if given.json else report.to_text(), end="", is_json=given.json)
     return 0

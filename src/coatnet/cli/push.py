@@ -32,8 +32,9 @@ def run(arguments: Sequence[str]) -> int:
     given = parse_arguments(arguments)
     from coatnet.bundle.bundle import find_folder, load, without_places
     from coatnet.bundle.hub import CARD, upload
+    from coatnet.system.files import user_path
 
-    folder = find_folder(Path(given.bundle))
+    folder = find_folder(user_path(given.bundle))
     bundle = load(folder)  # a damaged bundle is not published
     with TemporaryDirectory() as place:
         if bundle.record != (record := without_places(bundle.record)):  # written by an earlier release

@@ -40,7 +40,7 @@ def parse_pairs(texts: Sequence[str], option: str, example: str) -> list[tuple[s
     for text in texts:
         first, equals, second = text.partition("=")
         if not (first.strip() and equals and second.strip()):
-            raise UserError(f"{option}: {text[:100]!r} is no pair such as {example}")
+            raise UserError(f"{option}: {text[:100]!r} is not a pair such as {example}")
         pairs.append((first, second))
     if len({first for first, _ in pairs}) < len(pairs):
         raise UserError(f"{option}: a name is given twice; each stands once before =")

@@ -13,13 +13,15 @@ from coatnet.errors import UserError, counted, first_line
 from coatnet.system.terminal import echo
 
 MAX_DEPTH = 3  # chosen: runs/project/run
+PROBE_FILES = ("report.json", "bundle/config.json")  # of `probe --out`, which writes no recipe.yaml
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "runs",
-        "List the runs in a folder, the best first: model, data, accuracy on the held-out images with its 95 %\n"
-        "interval, number of these images, epochs, minutes, and whether the run is finished or can be resumed.",
+        "List the runs of `train` and the models of `probe --out` in a folder, the best first: model, data, accuracy\n"
+        "on the held-out images with its 95 % interval, number of these images, epochs, minutes, and whether a run is\n"
+        "finished or can be resumed.",
         "examples:\n  coatnet runs runs\n  coatnet runs runs --json",
     )
     parser.add_argument("folder", metavar="FOLDER", help="where the folders of runs lie, up to three levels deep")
@@ -35,12 +37,15 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = user_path(given.folder)
     if not folder.is_dir():
-        raise UserError(f"{given.folder} is no folder: give the one in which the folders of runs lie, such as runs")
+        raise UserError(f"{given.folder} is not a folder: give the one in which the folders of runs lie, such as runs")
     found = sorted(
         map(describe_run, find_runs(folder)), key=lambda each: (each["value"] is None, -(each["value"] or 0))
     )
     if not found:
-        raise UserError(f"{given.folder} holds no run up to {MAX_DEPTH} levels deep: a run has a recipe.yaml")
+        raise UserError(
+            f"{given.folder} holds no run up to {MAX_DEPTH} levels deep: a run has a recipe.yaml, a probe "
+            f"{' and '.join(PROBE_FILES)}"
+        )
     for each in found:
         each["run"] = os.path.relpath(each["run"], folder)
     if given.json:
@@ -53,9 +58,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def find_runs(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
-    """Yield the folders with a recipe.yaml, in the order of their names; nothing is searched below a run, nor in
+    """Yield the folders of runs and probes, in the order of their names; nothing is searched below them, nor in
     folders below the first that may not be read."""
-    if (folder / "recipe.yaml").is_file():
+    if (folder / "recipe.yaml").is_file() or all((folder / name).is_file() for name in PROBE_FILES):
         yield folder
     elif depth:
         with os.scandir(folder) as entries:
@@ -66,7 +71,7 @@ def find_runs(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
 
 
 def describe_run(folder: Path) -> dict[str, Any]:
-    """What the files of a run say of it; None for what they do not say.
+    """What the files of a run or probe say of it; None for what they do not say.
 
     `figure` names the figure that is `value`, `interval` is its 95 % interval, `state` is finished, "can be resumed",
     or what is wrong with a file.
@@ -74,14 +79,17 @@ def describe_run(folder: Path) -> dict[str, Any]:
     from coatnet.bundle.bundle import place_name
     from coatnet.evaluation.plots import read_series
     from coatnet.study.record import FIGURES
-    from coatnet.system.json_reader import read_json
+    from coatnet.system.json_reader import read_json, read_json_object
     from coatnet.training.config import read_yaml
 
     keys = ("model", "data", "figure", "value", "interval", "n", "epochs", "minutes")
     found: dict[str, Any] = {"run": str(folder), **dict.fromkeys(keys), "state": "can be resumed"}
     try:
-        recipe = read_yaml(folder / "recipe.yaml")
-        found |= {"model": recipe.get("model"), "data": place_name(str(recipe.get("data")))}
+        if (folder / "recipe.yaml").is_file():
+            recipe = read_yaml(folder / "recipe.yaml")
+        else:
+            recipe = read_json_object(folder / "bundle" / "config.json")["record"].get("probe") or {}
+        found |= {"model": recipe.get("model"), "data": recipe.get("data") and place_name(str(recipe["data"]))}
         if (folder / "metrics.jsonl").is_file():
             seconds = read_series(folder / "metrics.jsonl", "seconds")
             if len(seconds):
@@ -93,6 +101,16 @@ def describe_run(folder: Path) -> dict[str, Any]:
     except (UserError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         found["state"] = f"damaged: {first_line(error)}"
     return found
+
+
+def data_of(folder: Path) -> str | None:
+    """The data of a run, by its folder or one inside it, such as its bundle; None if there is no recipe."""
+    from coatnet.training.config import read_yaml
+
+    for file in (folder / "recipe.yaml", folder.resolve().parent / "recipe.yaml"):
+        if file.is_file():
+            return str(read_yaml(file).get("data", "")) or None
+    return None
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, Any]:

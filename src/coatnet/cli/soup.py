@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from coatnet.cli.parser import DATA_HELP, Parser
+from coatnet.cli.runs import data_of
 from coatnet.errors import UserError
 from coatnet.system.terminal import echo, echo_summary, summary_of_a_write
 
@@ -25,6 +25,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--data", metavar="DATA", help="images to choose by, see below; by default those of the first run"
     )
     parser.add_argument("--uniform", action="store_true", help="average all of them, whatever the images say")
+    parser.add_batch_size()
     parser.add_argument("--json", action="store_true", help="print the models and figures as JSON, for a program")
     parser.add_max_megapixels()
     parser.add_device()
@@ -48,20 +49,10 @@ def run(arguments: Sequence[str]) -> int:
     if recorded and recorded not in NAMES and "://" not in recorded and not user_path(recorded).exists():
         echo(f"coatnet: {recorded} is not there any more, so nothing is measured", error=True)
         data = None
-    made = soup(given.models, data, uniform=given.uniform, device=given.device)
+    made = soup(given.models, data, uniform=given.uniform, batch_size=given.batch_size, device=given.device)
     figures = (readable_json(made.bundle.record["soup"]) if given.json else made.to_text()).rstrip()
     with summary_of_a_write(figures):
         made.bundle.save(target)
     if not given.json:
         echo_summary(f"The averaged model is {given.out}.")
     return 0
-
-
-def data_of(path: Path) -> str | None:
-    """The data of a run, by the recipe in its folder or in that above its bundle; None if there is no recipe."""
-    from coatnet.training.config import read_yaml
-
-    for file in (path / "recipe.yaml", path.resolve().parent / "recipe.yaml"):
-        if file.is_file():
-            return str(read_yaml(file).get("data", "")) or None
-    return None

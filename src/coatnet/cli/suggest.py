@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", required=True, metavar="FILE.csv", help="new table, in a folder of which the images are below"
     )
     parser.add_argument("--count", type=int, default=100, metavar="N", help="how many will be labeled next (100)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images computed together (64)")
+    parser.add_batch_size()
     parser.add_max_megapixels()
     parser.add_device()
     given = parser.parse(arguments)

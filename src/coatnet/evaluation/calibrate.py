@@ -99,6 +99,7 @@ def calibrate(
     data: str | Path | Dataset | Splits,
     *,
     split: Literal["validation", "training", "all"] = "validation",
+    batch_size: int = EVALUATED_TOGETHER,
     num_workers: int | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] = no_progress,
@@ -113,6 +114,7 @@ def calibrate(
             on, at most 50,000, evenly spaced; distances to at most 4,000 of its training split, as many of each class,
             or to every second of the held-out images if there is no such split.
         split: which part of the data the thresholds are fitted to.
+        batch_size: images per batch.
         num_workers: processes that decode; None as in `evaluate`.
         device: as in `evaluate`.
         progress: called with the number of images done and the number of all.
@@ -134,7 +136,7 @@ def calibrate(
     def advance(done: int) -> None:
         progress(min(done, total), total)
 
-    held_out, _ = sample_outputs(bundle, datasets, KEPT_IMAGES, num_workers, advance)
+    held_out, _ = sample_outputs(bundle, datasets, KEPT_IMAGES, num_workers, advance, batch_size=batch_size)
     if len(held_out.logits) < MIN_IMAGES:
         raise UserError(
             f"{name}: {len(held_out.logits)} images of the {split_name} split can be read; calibration needs "
@@ -148,6 +150,7 @@ def calibrate(
             MAX_TRAINING_IMAGES,
             num_workers,
             lambda done: advance(num_held_out + done),
+            batch_size=batch_size,
             balanced=True,
         )
     if reference is None or not len(reference.logits):  # or none of them can be read
@@ -190,7 +193,7 @@ def calibrate_and_evaluate(
     Raises:
         UserError: as `calibrate` and `evaluate`.
     """
-    training, num_workers = images.training, images.num_workers
+    training, num_workers, batch_size = images.training, images.num_workers, images.batch_size
     if len(images) < 2 * MIN_IMAGES or training is None or not len(training):
         return bundle, measure(bundle, images, progress=progress)
     total = len(images) + (min(MAX_TRAINING_IMAGES, len(training)) if reference is None else 0)
@@ -201,7 +204,7 @@ def calibrate_and_evaluate(
     if images.keeps:
         held_out = Outputs.of(bundle, images.outputs(advance))
     else:
-        held_out, _ = sample_outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance)
+        held_out, _ = sample_outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance, batch_size=batch_size)
     if len(held_out.logits) >= MIN_IMAGES:
         if reference is None:
             began = len(images)
@@ -212,6 +215,7 @@ def calibrate_and_evaluate(
                 num_workers,
                 lambda done: advance(began + done),
                 images.inspect,
+                batch_size=batch_size,
                 balanced=True,
             )
         bundle = with_calibration(bundle, held_out, reference)
@@ -334,12 +338,13 @@ def sample_outputs(
     advance: Callable[[int], None],
     inspect: InspectImages | None = None,
     *,
+    batch_size: int = EVALUATED_TOGETHER,
     balanced: bool = False,
 ) -> tuple[Outputs, list[ImageProperties]]:
     """Run a bundle over at most `most` images, all of them if they are no more. Only then, they are looked at.
 
     Of more, evenly spaced ones are taken, or if `balanced` as many of each class as there are; of shards, and of other
-    datasets that are read in order, evenly spaced batches of 16.
+    datasets that are read in order, evenly spaced batches of at most 16.
     """
     num_images, every = sum(map(len, datasets)), 1
     complete = num_images <= most
@@ -350,7 +355,7 @@ def sample_outputs(
     batches = compute_outputs(
         bundle,
         datasets,
-        batch_size=EVALUATED_TOGETHER if every == 1 else _BATCH,
+        batch_size=batch_size if every == 1 else min(batch_size, _BATCH),
         num_workers=num_workers,
         bad_images=BadImages(num_images),
         means=True,

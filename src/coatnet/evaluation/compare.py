@@ -1,6 +1,7 @@
 """Models beside each other on the same images: paired differences, where they disagree, curves, configurations."""
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
 from coatnet.evaluation.html_page import Line, blocks, data_uri, line_chart, page, text
 from coatnet.evaluation.metrics import FIGURES, Interval, mean_interval, paired_difference, precision_difference
+from coatnet.evaluation.outputs import match_names
 from coatnet.evaluation.plots import read_series
 from coatnet.evaluation.predictions import PROBABILITIES, Predictions, read_array, read_predictions
 from coatnet.system.document import Document, Section, Table
@@ -259,7 +261,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
             "them on the same data with `coatnet evaluate --out`, and compare those folders"
         )
     rows = tuple(tuple(found[key] for key in common) for found in numbers)
-    truth = [[run.predictions.truth[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    several = any(run.report.get("multilabel") for run in runs)
+    truth = [_as_compared(run.predictions.truth, chosen, several) for run, chosen in zip(runs, rows, strict=True)]
     for run, theirs in zip(runs[1:], truth[1:], strict=True):
         differing = [key[0] for key, ours, other in zip(common, truth[0], theirs, strict=True) if ours != other]
         if differing:
@@ -273,7 +276,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
             *((run.predictions.correct, run.predictions.nll, run.predictions.probability) for run in runs), strict=True
         )
     )
-    predicted = [[run.predictions.predicted[row] for row in chosen] for run, chosen in zip(runs, rows, strict=True)]
+    predicted = [
+        _as_compared(run.predictions.predicted, chosen, several) for run, chosen in zip(runs, rows, strict=True)
+    ]
     unequal = [number for number, given in enumerate(zip(*predicted, strict=True)) if len(set(given)) > 1]
     unequal.sort(key=lambda number: (correct[:, number].any() == correct[:, number].all(), -sure[:, number].min()))
     return Comparison(
@@ -285,6 +290,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
         settings=_settings([run.recipe for run in runs]),
         rows=rows,
     )
+
+
+def _as_compared(answers: Sequence[str], rows: Sequence[int], several: bool) -> Sequence[str | frozenset[str]]:
+    """Class names of some images as runs are compared: with composed accents (NFC), and several in any order."""
+    composed = [unicodedata.normalize("NFC", answers[row]) for row in rows]
+    return [frozenset(each.split(";")) for each in composed] if several else composed
 
 
 def describe(each: Difference, right: str = "right") -> str:
@@ -347,8 +358,10 @@ def _difference(
 def _precision(run: Run, reference: Run, rows: Sequence[int], reference_rows: Sequence[int]) -> dict[str, Any]:
     """The difference of mean average precisions and its interval, by the names in `Difference`; {} if it is unknown."""
     ours, theirs = run.predictions.probabilities, reference.predictions.probabilities
-    classes = reference.report.get("classes")
-    if ours is None or theirs is None or run.report.get("classes") != classes or not classes:
+    classes, others = (each.report.get("classes") or [] for each in (reference, run))
+    # The column of each class in the probabilities of the run.
+    order = [column for column in match_names(classes, others) if column is not None]
+    if ours is None or theirs is None or not classes or not len(others) == len(classes) == len({*order}):
         return {}
     columns = {name: column for column, name in enumerate(classes)}
     labels = np.zeros((len(rows), len(classes)), dtype=bool)
@@ -357,7 +370,7 @@ def _precision(run: Run, reference: Run, rows: Sequence[int], reference_rows: Se
             if name not in columns:  # a name with a semicolon of its own
                 return {}
             labels[number, columns[name]] = True
-    difference, interval = precision_difference(labels, ours[list(rows)], theirs[list(reference_rows)])
+    difference, interval = precision_difference(labels, ours[list(rows)][:, order], theirs[list(reference_rows)])
     return {"map_difference": difference, "map_interval": interval}
 
 

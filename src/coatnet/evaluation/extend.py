@@ -5,11 +5,13 @@ of images that are given, or drawn from what a calibrated bundle knows of its tr
 same, however few its images are. Shapes: N images, F features, K old classes, K' all classes.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +22,21 @@ from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.calibration import FeatureSummary, class_means, may_describe_features
 from coatnet.data.datasets import JoinedDataset
+from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line, shorten
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, Outputs, calibrate_and_evaluate, sample_outputs
-from coatnet.evaluation.evaluate import KEPT_IMAGES, Measured, load_model, open_recorded
+from coatnet.evaluation.evaluate import (
+    EVALUATED_TOGETHER,
+    KEPT_IMAGES,
+    Measured,
+    load_model,
+    open_recorded,
+    recorded_rule,
+    was_trained_on,
+)
 from coatnet.evaluation.metrics import Interval, paired_difference, wilson_interval
+from coatnet.evaluation.outputs import match_names
 from coatnet.evaluation.report import Report
 from coatnet.system.progress import ProgressBar
 
@@ -110,6 +122,7 @@ def extend(
     *,
     old: str | Path | Splits | None = None,
     max_drop: float = MAX_DROP,
+    batch_size: int = EVALUATED_TOGETHER,
     num_workers: int | None = None,
     device: str | None = None,
 ) -> Extension:
@@ -122,6 +135,7 @@ def extend(
             4,000 of their training split, measured on their validation split before and after, and calibrated. A bundle
             that is not calibrated needs them.
         max_drop: accuracy that the old classes may lose, as far as their training images tell; 0.01 is one point.
+        batch_size: images per batch.
         num_workers: processes that decode; None as in `evaluate`.
         device: as in `evaluate`.
 
@@ -134,7 +148,7 @@ def extend(
     source = bundle.model.variant.name if isinstance(bundle, Bundle) else place_name(str(bundle))
     bundle = load_model(bundle, device)
     if bundle.multilabel:
-        raise UserError("this model gives several labels an image; classes are added to models that give one")
+        raise UserError("this model gives several labels per image; classes are added to models that give one")
     summary = bundle.calibration.features if bundle.calibration is not None else None
     bundle = bundle.uncalibrated()
     arriving = _open(data, bundle)
@@ -166,8 +180,9 @@ def extend(
     images, num_old = None, 0 if known is None else len(known.validation)
     if len(validation):
         name = arriving.name if known is None else f"{known.name} and {arriving.name}"
-        images = Measured(blank, Splits(name, training, validation), num_workers=num_workers, keep=True)
-    learned = _learned(blank, known, arriving, images, num_workers)
+        joined = Splits(name, training, validation)
+        images = Measured(blank, joined, batch_size=batch_size, num_workers=num_workers, keep=True)
+    learned = _learned(blank, known, arriving, images, batch_size, num_workers)
     seen = set(learned.labels.tolist())
     if unread := [name for index, name in enumerate(classes) if name in added and index not in seen]:
         raise UserError(
@@ -229,15 +244,32 @@ def extend(
 
 
 def _open(data: str | Path | Splits, bundle: Bundle) -> Splits:
+    """Open images; their classes that the model has are spelled as its own."""
+    if isinstance(data, str | Path) and not was_trained_on(bundle, data):  # a test split is one of the training
+        data = open_dataset(data, rule=replace(recorded_rule(bundle), test_fraction=0.0), evaluation=True)
     opened = open_recorded(data, bundle)
     assert isinstance(opened, Splits)
     if opened.multilabel:
-        raise UserError(f"{opened.name} has several labels an image, the model gives one")
-    return opened
+        raise UserError(f"{opened.name} has several labels per image, the model gives one")
+    numbers = match_names(opened.classes, bundle.classes)
+    classes = tuple(
+        name if number is None else bundle.classes[number] for name, number in zip(opened.classes, numbers, strict=True)
+    )
+    if classes == opened.classes:
+        return opened
+    parts: dict[str, Any] = {name: copy.copy(part) for name, part in opened.parts.items()}
+    for part in parts.values():
+        part.classes = classes
+    return replace(opened, **parts)
 
 
 def _learned(
-    bundle: Bundle, known: Splits | None, arriving: Splits, images: Measured | None, num_workers: int | None
+    bundle: Bundle,
+    known: Splits | None,
+    arriving: Splits,
+    images: Measured | None,
+    batch_size: int,
+    num_workers: int | None,
 ) -> Outputs:
     """What the network makes of the training images: at most 4,000 old ones, and all that arrive."""
     parts, properties, complete = list[Outputs](), [], True
@@ -247,7 +279,16 @@ def _learned(
         inspect, total = images.inspect if images else None, min(most, len(splits.training))
         with ProgressBar(f"features of {splits.name}") as bar:
             advance = lambda done: bar.update(min(done, total), total)  # noqa: B023, E731
-            found, seen = sample_outputs(bundle, (splits.training,), most, num_workers, advance, inspect, balanced=True)
+            found, seen = sample_outputs(
+                bundle,
+                (splits.training,),
+                most,
+                num_workers,
+                advance,
+                inspect,
+                batch_size=batch_size,
+                balanced=True,
+            )
         parts.append(found)
         properties += seen
         complete = complete and len(splits.training) <= most

@@ -66,7 +66,7 @@ def compute_outputs(
     Args:
         means: whether the means of all feature maps, and digests, are wanted, as calibration does.
         inspect: called with decoded images, where they are decoded.
-        every: compute every so manieth batch of each dataset.
+        every: compute every n-th batch of each dataset.
         progress: called after each batch with the number of images done.
 
     Raises:
@@ -95,6 +95,14 @@ def compute_outputs(
                 progress(done := done + len(places))
 
 
+def match_names(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """The number of each class among known ones, None if it is not, by its name, or else by its composed name (NFC)."""
+    composed = partial(unicodedata.normalize, "NFC")  # tables keep accents as they are written, folders compose them
+    numbers = {name: index for index, name in enumerate(known)}
+    outputs = {composed(name): index for name, index in numbers.items()} | numbers  # the name as it is goes first
+    return [outputs.get(name, outputs.get(composed(name))) for name in names]
+
+
 def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Tensor]:
     """A function from labels of a dataset to labels of a model, matched by the names of the classes.
 
@@ -103,10 +111,7 @@ def label_translation(dataset: Dataset, bundle: Bundle) -> Callable[[Tensor], Te
     Raises:
         UserError: a class is unknown to the model, or only the dataset is multi-label.
     """
-    composed = partial(unicodedata.normalize, "NFC")  # tables keep accents as they are written, folders compose them
-    numbers = {name: index for index, name in enumerate(bundle.classes)}
-    outputs = {composed(name): index for name, index in numbers.items()} | numbers  # the name as it is goes first
-    found = [outputs.get(name, outputs.get(composed(name))) for name in dataset.classes]
+    found = match_names(dataset.classes, bundle.classes)
     if unknown := [name for name, index in zip(dataset.classes, found, strict=True) if index is None]:
         known = ", ".join(bundle.classes[:5]) + (", ..." if len(bundle.classes) > 5 else "")
         raise UserError(

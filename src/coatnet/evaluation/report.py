@@ -121,7 +121,7 @@ class Report:
         """What the main figure would be without looking at the images, as a fraction.
 
         `chance`: a class is drawn for each image. `majority`: the most frequent class of these images is always given.
-        With several labels an image, only `chance`: the mean average precision of scores in random order.
+        With several labels per image, only `chance`: the mean average precision of scores in random order.
         """
         support, total = [row.support for row in self.per_class], self.figures["n"]
         if self.multilabel:
@@ -171,7 +171,7 @@ class Report:
                     "no image is left without them."
                     if found.accuracy is None or found.interval is None
                     else f"without {them} {100 * found.accuracy:.{self._percent_digits}f} % of "
-                    f"{found.others:,} are right (95 % interval "
+                    f"{found.others:,} {'have all labels right' if self.multilabel else 'are right'} (95 % interval "
                     f"{' to '.join(f'{100 * bound:.{self._percent_digits}f}' for bound in found.interval)})."
                 )
             )

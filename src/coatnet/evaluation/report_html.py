@@ -82,7 +82,7 @@ def comparable_loss(series: np.ndarray, report: Report) -> tuple[np.ndarray, str
     """The logged training loss (M, 2) on the scale of the held-out one, and a sentence on what still differs.
 
     Against smoothed labels even a perfect network has a loss, the entropy of the targets, which is subtracted. With
-    several labels an image, the log has sums over the classes, and the held-out loss is their mean.
+    several labels per image, the log has sums over the classes, and the held-out loss is their mean.
     """
     recipe, mixing, num_classes = report.recipe, report.recipe.get("mixing") or {}, len(report.classes)
     smoothing, least = float(mixing.get("label_smoothing") or 0.0), 0.0

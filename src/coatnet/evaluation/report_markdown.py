@@ -1,5 +1,7 @@
 """A report as a page of Markdown, and as a folder with its plots."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from coatnet.evaluation.predictions import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_sections import document
-from coatnet.system.files import atomic_files, atomic_write, output_path
+from coatnet.system.files import atomic_files, output_path
 
 
 def write_report(report: Report, folder: str | Path) -> None:
@@ -21,30 +23,34 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     Args:
         report: the evaluation.
-        folder: where the files go; files of these names are replaced.
+        folder: where the files go; files of these names are replaced, all of them or none.
 
     Raises:
         OSError: the disk refuses.
     """
     folder = output_path(folder)
+
+    def text(content: str) -> Callable[[Path], object]:
+        # Names of files need not be Unicode; what is not is written as JSON would escape it.
+        return lambda path: path.write_bytes(content.encode(errors="backslashreplace"))
+
+    write: dict[str, Callable[[Path], object]] = {}
     if report.confusion is not None:
-        with atomic_files(folder / "confusion.png") as (staged,):
-            draw_confusion(np.array(report.confusion), report.classes, staged)
+        write["confusion.png"] = partial(draw_confusion, np.array(report.confusion), report.classes)
     if report.thumbnails:
-        with atomic_files(folder / "mistakes.png") as (staged,):
-            draw_mistakes(report.thumbnails, report.mistakes, staged)
-    with atomic_files(folder / "calibration.png") as (staged,):
-        draw_calibration(report.calibration, staged)
-    # Names of files need not be Unicode; what is not is written as JSON would escape it.
+        write["mistakes.png"] = partial(draw_mistakes, report.thumbnails, report.mistakes)
+    write["calibration.png"] = partial(draw_calibration, report.calibration)
     if report.predictions is not None:
         table = report.predictions.probabilities
         if table is not None and table.size <= MAX_PROBABILITIES:
-            with atomic_files(folder / PROBABILITIES) as (staged,), open(staged, "wb") as file:
-                np.save(file, table)
-        atomic_write(folder / "predictions.csv", report.predictions.to_csv(), errors="backslashreplace")
-    atomic_write(folder / "report.html", to_html(report, folder / "metrics.jsonl"), errors="backslashreplace")
-    atomic_write(folder / "report.md", to_markdown(report, with_plots=True), errors="backslashreplace")
-    atomic_write(folder / "report.json", report.to_json(), errors="backslashreplace")  # last: then all is there
+            write[PROBABILITIES] = partial(np.save, arr=table)
+        write["predictions.csv"] = text(report.predictions.to_csv())
+    write["report.html"] = text(to_html(report, folder / "metrics.jsonl"))
+    write["report.md"] = text(to_markdown(report, with_plots=True))
+    write["report.json"] = text(report.to_json())  # renamed last: then all is there
+    with atomic_files(*(folder / name for name in write)) as staged:
+        for each, path in zip(write.values(), staged, strict=True):
+            each(path)
 
 
 def to_markdown(report: Report, *, with_plots: bool = False) -> str:

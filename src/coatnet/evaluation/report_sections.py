@@ -123,12 +123,14 @@ def calibration_sentence(report: Report) -> str:
         sentence = f"Labels get {percent(sure)} on average and {percent(right)} of them are there"
     else:
         sentence = f"The first guess gets {percent(sure)} on average and is right for {percent(right)}"
-    if abs(gap) >= 0.01 and low <= sure <= high:
+    # Of labels that few images have, both are below 0.01.
+    balanced = abs(gap) < 0.01 and (not report.multilabel or abs(gap) <= 0.1 * max(sure, right))
+    if not balanced and low <= sure <= high:
         return (
             f"{sentence} (95 % interval {100 * low:.1f} to {100 * high:.1f}): {report.format_num_images()} cannot tell "
             "whether the probabilities are too high or too low."
         )
-    verdict = "well balanced" if abs(gap) < 0.01 else "too high" if gap > 0 else "too low"
+    verdict = "well balanced" if balanced else "too high" if gap > 0 else "too low"
     return f"{sentence}: on the whole the probabilities are {verdict}."
 
 

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
-from coatnet.bundle.bundle import place_name
+from coatnet.bundle.bundle import find_folder, place_name
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, training_batches
-from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, load_model, recorded_rule
+from coatnet.evaluation.evaluate import EVALUATED_TOGETHER, Measured, load_model, open_recorded
 from coatnet.evaluation.metrics import Metrics, main_figure
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
@@ -32,7 +31,6 @@ from coatnet.system.files import user_path
 from coatnet.system.hardware import choose_device
 from coatnet.system.progress import ProgressBar
 
-STATISTICS_BATCH = 64  # images
 MAX_STATISTICS_IMAGES = 4096  # chosen: they settle a mean and a variance
 AS_EVALUATED = Augmentation("none", flip_rate=0.0)
 SELECTED = (
@@ -92,10 +90,11 @@ def soup(
     data: str | Path | Splits | None = None,
     *,
     uniform: bool = False,
+    batch_size: int = EVALUATED_TOGETHER,
     num_workers: int | None = None,
     device: str | None = None,
 ) -> Soup:
-    """Average the weights of models that started from the same weights, if held-out images like it.
+    """Average the weights of models that started from the same weights, while held-out accuracy does not fall.
 
     The greedy rule: the best model first, then each other one, from the best down, if the main figure of the average
     (top-1 accuracy, or mean average precision) does not fall with it. BatchNorm statistics of an average are computed
@@ -107,6 +106,7 @@ def soup(
         models: two or more bundles, runs, or ids of the hub, of the same network, classes and preprocessing.
         data: the images to choose by: splits, or what `open_dataset` opens, split as for the training of the models.
         uniform: average all of them, whatever the images say; without `data`, nothing is evaluated.
+        batch_size: images per batch, also of those that BatchNorm statistics are computed on.
         num_workers: processes that decode, as in `evaluate`.
         device: where to compute: "cpu", "cuda" or "cuda:1"; by default the first GPU, or the CPU without one.
 
@@ -118,12 +118,11 @@ def soup(
         raise UserError("an average takes two models or more: give the folders of several runs that started alike")
     if data is None and not uniform:
         raise UserError("data is missing: give the images to choose by, or average all (uniform)")
-    paths = [user_path(source).resolve() for source in models if not isinstance(source, Bundle)]
+    paths = [user_path(source) for source in models if not isinstance(source, Bundle)]
+    paths = [(find_folder(path) if path.is_dir() else path).resolve() for path in paths]  # a run stands for its bundle
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"{path} is named twice: name each model once")
-    if not isinstance(data, str | Path | Splits | None):
-        raise UserError(f"data must be what open_dataset opens, or the splits that it returns, got {data!r:.80}")
     names = [_name(source, number) for number, source in enumerate(models, start=1)]
     target = choose_device(device or "auto")
     bundles = [load_model(source, str(target)).uncalibrated() for source in models]
@@ -133,17 +132,16 @@ def soup(
     recipes = [_recipe(bundle) for bundle in bundles]
     notes = _notes(recipes, names, uniform=uniform)
     figure = main_figure(bundles[0].multilabel)
-    if isinstance(data, str | Path):
-        first = bundles[0]
-        data = open_dataset(data, rule=recorded_rule(first), evaluation=True, multilabel=first.multilabel)
-
-    training = None if data is None else data.training
+    splits = None if data is None else open_recorded(data, bundles[0])
+    if not isinstance(splits, Splits | None):
+        raise UserError(f"data must be what open_dataset opens, or the splits that it returns, got {data!r:.80}")
+    training = None if splits is None else splits.training
 
     def measured(bundle: Bundle, name: str) -> tuple[Measured | None, float]:
         """What the network of a bundle computes for the held-out images, and its figure."""
-        if data is None:
+        if splits is None:
             return None, 0.0
-        images = Measured(bundle, data, num_workers=num_workers, keep=True)
+        images = Measured(bundle, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
         metrics = Metrics(len(bundle.classes), bundle.multilabel)
         with ProgressBar(f"evaluating {name}") as bar:
             for batch in images.outputs(lambda done: bar.update(done, len(images))):
@@ -151,7 +149,7 @@ def soup(
         return images, metrics.compute()[figure]
 
     def average(numbers: Sequence[int]) -> Bundle:
-        return average_weights([bundles[number] for number in numbers], training, num_workers)
+        return average_weights([bundles[number] for number in numbers], training, num_workers, batch_size)
 
     images, report = None, None  # what is kept of the best so far
     alone, together, best = list[float](), dict[int, float](), -1.0
@@ -183,7 +181,7 @@ def soup(
         with ProgressBar("calibrating") as bar:
             bundle, report = calibrate_and_evaluate(bundle, images, progress=bar.update)
     if bundle.calibration is None:
-        few = "no images" if data is None else "too few held-out images"
+        few = "no images" if splits is None else "too few held-out images"
         notes.append(f"The average is not calibrated ({few}): `coatnet calibrate` does it with others.")
     if report is not None:
         if report.figures[figure] < alone[order[0]]:
@@ -191,7 +189,7 @@ def soup(
         if not uniform:
             notes.append(SELECTED)
     members = tuple(
-        Member(names[number], number in taken, None if data is None else alone[number], together.get(number))
+        Member(names[number], number in taken, None if splits is None else alone[number], together.get(number))
         for number in order
     )
     made = Soup(bundle, members, report, tuple(notes))
@@ -207,7 +205,12 @@ def soup(
     return replace(made, bundle=replace(bundle, record=record))
 
 
-def average_weights(bundles: Sequence[Bundle], images: Dataset | None, num_workers: int | None) -> Bundle:
+def average_weights(
+    bundles: Sequence[Bundle],
+    images: Dataset | None,
+    num_workers: int | None,
+    batch_size: int = EVALUATED_TOGETHER,
+) -> Bundle:
     """A model with the mean of the weights of models that are alike; BatchNorm statistics of the images, if any."""
     first, states = bundles[0], [bundle.model.state_dict() for bundle in bundles]
     with torch.device("meta"):
@@ -215,7 +218,7 @@ def average_weights(bundles: Sequence[Bundle], images: Dataset | None, num_worke
     model.load_state_dict({name: _mean([state[name] for state in states]) for name in states[0]}, assign=True)
     model.to(memory_format=torch.channels_last)
     if images is not None and len(images) and (norms := _learned_norms(model, states)):
-        batch_size = min(STATISTICS_BATCH, len(images))
+        batch_size = min(max(2, batch_size), len(images))  # of one image, a map of one cell has no variance
         batches = training_batches(
             images,
             preprocessing=first.preprocessing,
@@ -314,7 +317,7 @@ def _notes(recipes: Sequence[Mapping[str, object]], names: Sequence[str], *, uni
         if start != starts[0][1]:
             text = f"{name} started from {start}, {starts[0][0]} from {starts[0][1]}"
             if uniform:
-                raise UserError(f"{text}: an average of such networks knows nothing; leave out uniform, or one of them")
+                raise UserError(f"{text}: an average of such networks is of no use; leave out uniform, or one of them")
             notes.append(f"{text}: averages of such networks are hardly ever as good as one of them.")
             break
     places = sorted({str(recipe["data"]) for _, recipe in known if recipe.get("data")})

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
-from coatnet.data.open import open_dataset
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform, normalize
 from coatnet.errors import UserError, import_extra
-from coatnet.evaluation.evaluate import recorded_rule
+from coatnet.evaluation.evaluate import open_recorded
 from coatnet.evaluation.metrics import Interval, Metrics, main_figure
 from coatnet.evaluation.outputs import label_translation
 from coatnet.export import openvino as files
@@ -193,8 +192,8 @@ def open_calibration(bundle: Bundle, data: str) -> Splits:
     not installed.
     """
     import_nncf()
-    splits = open_dataset(data, rule=recorded_rule(bundle), evaluation=True)
-    if not len(splits.training):
+    splits = open_recorded(data, bundle)
+    if not isinstance(splits, Splits) or not len(splits.training):
         raise UserError(f"{splits.name} has no training split: int8 is calibrated on one and measured on another")
     label_translation(splits.training, bundle)
     return splits

@@ -38,9 +38,10 @@ class InferenceCache(Generic[Value]):
         if any(each.is_inference() for each in weights):
             return compute()
         key = (key, tuple((each.device, each.data_ptr(), each._version) for each in weights))
-        if self._entry is None or self._entry[0] != key:
-            self._entry = (key, compute())
-        return self._entry[1]
+        entry = self._entry  # read once: another thread may replace or clear it
+        if entry is None or entry[0] != key:
+            entry = self._entry = (key, compute())
+        return entry[1]
 
     def clear(self) -> None:
         """Remove the cached value."""

@@ -63,7 +63,7 @@ def test_a_start_that_learned_from_held_out_images_is_told_and_no_start_for_fold
     assert told in console.text and told in (tmp_path / "others/report.md").read_text()
     assert any(told in note for note in train(Recipe(**after), tmp_path / "others", console=console).notes)
     assert others.figures["n"] > same.figures["n"]
-    with pytest.raises(UserError, match="was trained on images of images, which the folds measure on"):
+    with pytest.raises(UserError, match="was trained on images of this name, images, which the folds measure on"):
         cross_validate(Recipe(name="finetune", **after), tmp_path / "folds", 2, console=console)
     assert not (tmp_path / "folds").exists()
 

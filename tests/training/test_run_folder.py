@@ -65,7 +65,7 @@ def test_a_run_of_an_earlier_release_resumes_with_its_own_values(tmp_path):
     with pytest.raises(UserError, match="holds a trained model, and no checkpoint to go on from"):
         run.start()
     assert (tmp_path / "report.json").exists()
-    save(tmp_path / "checkpoints", step_name(1), {"weight": torch.ones(1)}, {})
+    save(tmp_path / "checkpoints", step_name(1), {"weight": torch.ones(1)}, {"position": {}, "bad_images": {}})
     run.start()
     assert TrainingConfig.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == run.config
     assert None not in yaml.safe_load((tmp_path / "recipe.yaml").read_text()).values()

@@ -204,7 +204,7 @@ def test_evaluations_on_the_way_take_no_more_images_at_once_than_a_pass(tmp_path
         recipe = replace(BRIEF, batch_size=batch_size, micro_batch_size=micro)
         with contextlib.suppress(ValueError):  # of no image
             trainer_for(recipe).validation_metrics(SimpleNamespace(stop_requested=lambda: False))
-    assert taken == [64, 128, 64]
+    assert taken == [32, 128, 64]
 
 
 def test_the_first_statistics_do_not_depend_on_what_was_drawn_before():

@@ -419,6 +419,8 @@ def _load(
         num_workers = 0  # nothing to decode: a process boundary would cost more than the work
     elif num_workers is None:
         num_workers = max(0, int(min(MAX_WORKERS, num_cores(), len(numbers) - 1, workers_that_fit(bytes_per_batch))))
+    elif isinstance(batches, _EvaluationBatches):  # an error would cost what was trained before
+        num_workers = int(min(num_workers, workers_that_fit(bytes_per_batch)))
     if num_workers and not may_start_processes():
         num_workers = 0
     if num_workers:

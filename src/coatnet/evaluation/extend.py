@@ -151,7 +151,7 @@ def extend(
         raise UserError("this model gives several labels per image; classes are added to models that give one")
     summary = bundle.calibration.features if bundle.calibration is not None else None
     bundle = bundle.uncalibrated()
-    arriving = _open(data, bundle)
+    arriving = _open(data, bundle, arrives=True)
     known = None if old is None else _open(old, bundle)
     added = tuple(name for name in arriving.classes if name not in bundle.classes)
     if not added:
@@ -243,9 +243,12 @@ def extend(
     return replace(result, bundle=replace(extended, record=record))
 
 
-def _open(data: str | Path | Splits, bundle: Bundle) -> Splits:
-    """Open images; their classes that the model has are spelled as its own."""
-    if isinstance(data, str | Path) and not was_trained_on(bundle, data):  # a test split is one of the training
+def _open(data: str | Path | Splits, bundle: Bundle, *, arrives: bool = False) -> Splits:
+    """Open images; their classes that the model has are spelled as its own.
+
+    Of those that arrive none are left out as a test split, which is one of the training.
+    """
+    if arrives and isinstance(data, str | Path) and not was_trained_on(bundle, data):
         data = open_dataset(data, rule=replace(recorded_rule(bundle), test_fraction=0.0), evaluation=True)
     opened = open_recorded(data, bundle)
     assert isinstance(opened, Splits)

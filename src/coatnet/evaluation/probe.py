@@ -196,6 +196,8 @@ def open_for_probe(bundle: Bundle | str | Path, data: str | Path | Splits, devic
     if not isinstance(opened, Splits):
         raise UserError(f"{opened.name} is one dataset; a probe is fitted on one split and measured on another")
     if is_new:
+        if recorded_rule(bundle) != SplitRule():
+            _say(f"{opened.name} is not the name of what the model was trained on, so it is divided anew")
         opened, groups = keep_copies_together(opened, rule, _say)
         rule = replace(rule, kept_together=[list(group) for group in groups])
     return Opened(place_name(source), bundle, opened, rule)

@@ -197,6 +197,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CorruptCheckpoint(f"{type(error).__name__}: {error}") from None
 
 
+RUN_STATE = ("position", "bad_images")  # what a training has in the state of its checkpoints
+
+
 def latest_checkpoint(
     folder: Path, warn: Callable[[str], None], *, state_has: Collection[str] = ()
 ) -> Checkpoint | None:

@@ -1,7 +1,7 @@
 """Cross-validation: as many trainings as folds, each measured on the images that the others have learned from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,20 +12,22 @@ from coatnet.bundle.config import readable_json
 from coatnet.bundle.timm.selection import is_auto
 from coatnet.data.near_duplicates import MAX_SEARCHED
 from coatnet.errors import UserError, counted
-from coatnet.evaluation.evaluate import combine_figures, was_trained_on
+from coatnet.evaluation.evaluate import combine_figures
 from coatnet.evaluation.metrics import FIGURES, ClassFigures, Metrics
 from coatnet.evaluation.report import Report
 from coatnet.system.files import atomic_write, translate_write_errors
+from coatnet.system.json_reader import read_json_object
 from coatnet.system.launcher import is_main_process
 from coatnet.system.terminal import escape_markdown
-from coatnet.training.config import Recipe
+from coatnet.training.config import Recipe, merge
 from coatnet.training.defaults import open_splits
 from coatnet.training.distributed.processes import distributed_processes
 from coatnet.training.progress import TrainingProgress
-from coatnet.training.run import SELECTED_BY_SEARCH, train
+from coatnet.training.run import learned_from, train
 from coatnet.training.run_folder import FOLDS, RunFolder
 
 MAX_FOLDS = 100  # chosen: each is a whole training
+SEARCHED = "A search (tuning.md) chose values of the recipe by some of these images: the figures are too favorable."
 
 
 def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: Console | None = None) -> Recipe:
@@ -58,10 +60,10 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     num_images = len(splits.training) + len(splits.validation)
     if not len(splits.validation) or num_images < 2 * num_folds:
         raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
-    if recipe.init and not is_auto(recipe.init) and was_trained_on(load(recipe.init), recipe.data):
+    if recipe.init and not is_auto(recipe.init) and learned_from(load(recipe.init), recipe.data, splits):
         raise UserError(
-            f"init {recipe.init} was trained on images of {splits.name}, which the folds measure on: give a model that "
-            "was not, or leave folds out"
+            f"init {recipe.init} was trained on images of this name, {splits.name}, which the folds measure on: give a "
+            "model that was not, or leave folds out"
         )
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
@@ -72,8 +74,16 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
     if is_main_process():
         with translate_write_errors(place):
             searched = not splits.training.in_memory and num_images <= MAX_SEARCHED
-            _write(place, reports, searched=searched, tuned=folder.tuning.exists())
+            _write(place, reports, searched=searched, tuned=_has_values_of_search(recipe, folder))
     return replace(recipe, fold="")
+
+
+def _has_values_of_search(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the values that a search in the folder found are those of the recipe."""
+    if not folder.tuning.exists():
+        return False
+    values = read_json_object(folder.tuning).get("values")
+    return isinstance(values, Mapping) and merge(recipe.to_dict(), values) == recipe.to_dict()
 
 
 def pool(metrics: Sequence[Metrics]) -> Metrics:
@@ -107,7 +117,7 @@ def _write(place: Path, reports: Sequence[Report], *, searched: bool, tuned: boo
         f"**{headline}**",
         f"Each image was measured once, by a model that has not learned from it{' or from a copy of it' * searched}. "
         "The interval takes the images as independent; it says nothing about other trainings.",
-        *([SELECTED_BY_SEARCH] if tuned else []),
+        *([SEARCHED] if tuned else []),
         "\n".join(["| figure | all folds | 95 % interval |", "|---|---:|---:|", *rows]),
         "\n".join(f"- fold {number}: {report.headline()}" for number, report in enumerate(reports, start=1)),
         _table_of_classes(classes, per_class),

@@ -39,7 +39,7 @@ Value = TypeVar("Value")
 FEW_MEASURED = 100  # chosen: a figure of 80 % is within 8 points either way
 ADVISED_FOLDS = 5  # each with two images or more
 SELECTED_BY_SEARCH = (
-    "A search (tuning.md) chose values of the recipe by some of these images, so these figures are too favorable."
+    "A search (tuning.md) chose values of the recipe by these same images, so these figures are too favorable."
 )
 
 
@@ -202,9 +202,14 @@ def prepare(
     return Prepared(recipe, splits, init, config)
 
 
+def learned_from(init: Bundle, data: str, splits: Splits) -> bool:
+    """Whether a model was trained on a part of these images, as far as names of data and classes tell."""
+    return splits.by_name and was_trained_on(init, data) and not {*init.classes}.isdisjoint(splits.classes)
+
+
 def known_before(init: Bundle | None, config: TrainingConfig, splits: Splits) -> str:
     """A sentence for a run whose held-out images its start may have learned from; empty where it held out the same."""
-    if init is None or not splits.by_name or not was_trained_on(init, config.data):
+    if init is None or not learned_from(init, config.data, splits):
         return ""
     before, now = recorded_rule(init), SplitRule.of(config.to_dict())
     parts = ("validation_fraction", "test_fraction", "fold")

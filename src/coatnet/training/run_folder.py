@@ -25,7 +25,7 @@ from coatnet.system.files import (
     require_outside,
 )
 from coatnet.system.json_reader import read_json
-from coatnet.training.checkpoint import latest_checkpoint, published
+from coatnet.training.checkpoint import RUN_STATE, latest_checkpoint, published
 from coatnet.training.config import FROM_FILE, MAY_CHANGE, REQUIRED, Recipe, TrainingConfig, merge
 from coatnet.training.recipes import find_recipe
 
@@ -182,7 +182,7 @@ class RunFolder:
 
         Raises UserError if it cannot be written, or holds a trained model without a checkpoint to go on from.
         """
-        if self.bundle.exists() and latest_checkpoint(self.checkpoints, lambda text: None) is None:
+        if self.bundle.exists() and latest_checkpoint(self.checkpoints, lambda text: None, state_has=RUN_STATE) is None:
             raise UserError(
                 f"{self.path} holds a trained model, and no checkpoint to go on from: give another folder for a new "
                 f"run, which init {self.bundle} would start from this model"

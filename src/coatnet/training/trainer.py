@@ -27,7 +27,7 @@ from coatnet.data.mixing import mix
 from coatnet.data.sampler import hash_words
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import EvaluationTransform
-from coatnet.data.worker_processes import require_shared_memory
+from coatnet.data.worker_processes import may_start_processes, require_shared_memory
 from coatnet.errors import NotFinite, UserError, is_memory_shortage
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES
 from coatnet.evaluation.metrics import Metrics, main_figure
@@ -41,6 +41,7 @@ from coatnet.system.hardware import (
 )
 from coatnet.training.async_checkpoint import CheckpointWriter
 from coatnet.training.checkpoint import (
+    RUN_STATE,
     Checkpoint,
     CorruptCheckpoint,
     TrainState,
@@ -117,7 +118,8 @@ class Trainer:
         self.cores = share_cores(config.num_workers, processes, on_cpu=self.on_cpu, images=images)
         self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
         self.share = batch_share(config.batch_size, config.mixing, processes)
-        if not splits.training.in_memory:  # all processes of a machine share it
+        # All processes of a machine share it.
+        if self.cores.workers and not splits.training.in_memory and may_start_processes():
             bytes_per_batch = bytes_of_batch(len(self.share.positions), config.preprocessing)
             require_shared_memory(processes.local_world_size * self.cores.workers, bytes_per_batch)
 
@@ -511,7 +513,8 @@ class Trainer:
             dataset,
             preprocessing=self.config.preprocessing,
             batch_size=max(
-                min(self.config.batch_size // processes.world_size, self.config.micro_batch_size), MIN_EVALUATION_BATCH
+                min(self.config.batch_size // processes.world_size, self.config.micro_batch_size),
+                min(MIN_EVALUATION_BATCH, 4 * self.config.micro_batch_size),  # as at the end of the run
             ),
             num_workers=self.evaluation_workers,
             bad_images=self.bad_images,
@@ -622,7 +625,7 @@ class Trainer:
             checkpoint = latest_checkpoint(
                 self.folder.checkpoints,
                 lambda text: self.progress.say(f"warning: {text}"),
-                state_has=("position", "bad_images"),
+                state_has=RUN_STATE,
             )
         path = self.processes.broadcast(checkpoint.path if checkpoint else None)
         if path is not None:

@@ -153,7 +153,7 @@ def test_models_of_other_starts_are_said_to_be_so_and_the_best_one_stays_alone(f
     for name, value in weights(folders[best]).items():
         torch.testing.assert_close(made[name], value, rtol=1e-5 if "classifier" in name else 0, atol=0)
     assert main([*command[:-1], str(tmp_path / "uniform"), "--uniform"]) == 2
-    assert "an average of such networks is of no use; leave out uniform" in capsys.readouterr().err
+    assert "only models of one start can be averaged; leave out uniform" in capsys.readouterr().err
     assert not (tmp_path / "uniform").exists()
 
 

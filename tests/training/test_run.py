@@ -74,7 +74,7 @@ def test_folds_that_are_resumed_keep_the_copies_of_the_first(tmp_path: Path, mon
     cross_validate(recipe, tmp_path / "run", 2, console=RecordingConsole())
     assert "or from a copy of it" in (tmp_path / "run/folds/report.md").read_text()
     (data / "dark/another.png").write_bytes((data / "dark/2.png").read_bytes())
-    monkeypatch.setattr("coatnet.training.defaults.keep_copies_together", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("coatnet.training.defaults.find_copies", lambda *_: pytest.fail("searched again"))
     again = cross_validate(recipe, tmp_path / "run", 2, console=(console := RecordingConsole()))
     assert again.kept_together == (("dark/0.png", "dark/copy.png"),) and "is finished" in console.text
 

@@ -113,7 +113,13 @@ def close_hashes(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 def keep_copies_together(
     splits: Splits, rule: SplitRule, say: Callable[[str], None]
 ) -> tuple[Splits, tuple[tuple[str, ...], ...]]:
-    """Images divided as a rule says, copies and near copies on one side, and the groups of those.
+    """Images divided as a rule says, copies and near copies on one side, and the groups of those: see `find_copies`."""
+    groups = find_copies(splits, rule, say)
+    return divide(splits, replace(rule, kept_together=groups)), groups
+
+
+def find_copies(splits: Splits, rule: SplitRule, say: Callable[[str], None]) -> tuple[tuple[str, ...], ...]:
+    """Groups of names of copies and near copies that a division by a rule would part.
 
     Images in memory, and those that have a split of their own, are not searched.
 
@@ -135,7 +141,7 @@ def keep_copies_together(
                     divided = divide(splits, replace(rule, kept_together=groups, training_images=0))
         else:
             say(f"copies are not looked for among {num_images:,} images; `coatnet doctor` does")
-    return divide(splits, replace(rule, kept_together=groups)), groups
+    return groups
 
 
 def _parted(groups: Sequence[tuple[str, ...]], splits: Splits) -> set[tuple[str, ...]]:

@@ -317,7 +317,7 @@ def _notes(recipes: Sequence[Mapping[str, object]], names: Sequence[str], *, uni
         if start != starts[0][1]:
             text = f"{name} started from {start}, {starts[0][0]} from {starts[0][1]}"
             if uniform:
-                raise UserError(f"{text}: an average of such networks is of no use; leave out uniform, or one of them")
+                raise UserError(f"{text}: only models of one start can be averaged; leave out uniform, or one of them")
             notes.append(f"{text}: averages of such networks are hardly ever as good as one of them.")
             break
     places = sorted({str(recipe["data"]) for _, recipe in known if recipe.get("data")})

@@ -15,7 +15,7 @@ from coatnet.data.channels import Measured, measure_if_deep
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
-from coatnet.data.near_duplicates import keep_copies_together
+from coatnet.data.near_duplicates import find_copies
 from coatnet.data.open import data_path, open_dataset
 from coatnet.data.pixel_cache import Reduction, memory_room
 from coatnet.data.splits import SMALL_IMAGE_PIXELS, SplitRule, Splits, divide
@@ -423,13 +423,13 @@ def open_splits(
     if recipe.validation_fraction is not None and not splits.by_name:
         say(f"note: validation_fraction is not used, since {splits.name} is divided already")
 
-    def find_copies() -> tuple[tuple[str, ...], ...] | UserError:
+    def copies() -> tuple[tuple[str, ...], ...] | UserError:
         try:
-            return keep_copies_together(splits, rule, say)[1]
+            return find_copies(splits, rule, say)
         except UserError as error:
             return UserError(str(error))
 
-    groups = processes.run_on_main(find_copies)
+    groups = processes.run_on_main(copies)
     if isinstance(groups, UserError):
         raise processes.error_on_main(groups)
     with processes.collective():

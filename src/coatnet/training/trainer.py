@@ -425,22 +425,20 @@ class Trainer:
             indices, _ = order.sample(np.arange(first, first + config.batch_size))
             if self.processes.is_main:
                 self.folder.log({"step": state.step + 1, "not_finite": True, "indices": indices.tolist()})
-            if state.left_out >= config.non_finite_budget:
-                raise self.processes.error_on_main(error) from None
+            self.skip_step(self.processes.error_on_main(error))
             self.progress.say(f"warning: {error}; the step is skipped")
-            self.skip_step()
 
     def step_or_skip(self, *batch: Tensor) -> None:
         """As `step_within_budget`, for steps that are tried: nothing is logged."""
         try:
             self.step(*batch)
-        except NotFinite:
-            if self.state.left_out >= self.config.non_finite_budget:
-                raise
-            self.skip_step()
+        except NotFinite as error:
+            self.skip_step(error)
 
-    def skip_step(self) -> None:
-        """Count a step whose loss was not finite, as one of the `non_finite_budget`."""
+    def skip_step(self, error: BaseException) -> None:
+        """Count a step whose loss was not finite as one of the `non_finite_budget`; raise the error beyond that."""
+        if self.state.left_out >= self.config.non_finite_budget:
+            raise error from None
         self.state.step += 1
         self.state.left_out += 1
 

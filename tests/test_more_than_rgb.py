@@ -111,7 +111,7 @@ def test_the_server_takes_files_and_values(run: Path, folder: Path) -> None:
     encoded = base64.b64encode(path.read_bytes()).decode()
 
     def request(**tensor: Any) -> dict[str, Any]:
-        return {"inputs": [{"name": "pictures", **tensor}], "outputs": [{"name": "probabilities"}]}
+        return {"inputs": [{"name": "images", **tensor}], "outputs": [{"name": "probabilities"}]}
 
     with running(predictor) as server:
         uploaded = server.predict(path.read_bytes()).json

@@ -77,7 +77,7 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [*files, "classify.py", "example.png", "metadata.json", "parity.json", "parity.md"]
     )
-    run, inside = open_export(out, format, "pictures", "probabilities")
+    run, inside = open_export(out, format, "images", "probabilities")
     bundle = load(clothes_bundle)
     for batch in images.values():
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_images_of_any_size_become_the_probabilities_of_the_bundle(
     assert metadata["input"]["shape"] == [-1, -1, -1, 3] and metadata["output"]["activation"] == "softmax"
 
     parity = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-    assert parity["num_pictures"] == 64 and parity["batch_sizes"] == [1, 2, 5]
+    assert parity["num_images"] == 64 and parity["batch_sizes"] == [1, 2, 5]
     assert parity["probability_difference"] < 1e-3 and parity["agreement"] == 1.0
     assert [each["batch_size"] for each in parity["latency"]] == [1, 5]
     assert "largest difference of a probability" in (out / "parity.md").read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def test_several_labels_are_sigmoids_and_names_stay_what_they_are(
 ) -> None:
     out = tmp_path / "out"
     assert main(["export", str(colorful), "--format", format, "--out", str(out)]) == 0
-    run, inside = open_export(out, format, "pictures", "probabilities")
+    run, inside = open_export(out, format, "images", "probabilities")
     bundle = load(colorful)
     for batch in images.values():
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_with_logits_it_is_the_bare_network(colorful: Path, tmp_path: Path, form
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=NIGHTLY)], ids=["pictures", "images"])
+@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=NIGHTLY)], ids=["probabilities", "logits"])
 @pytest.mark.parametrize("format", FEW)
 def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
     clothes_bundle: Path, images: Images, tmp_path: Path, format: str, logits: bool
@@ -139,7 +139,7 @@ def test_with_dynamic_size_the_network_sees_an_image_at_its_own(
     out = tmp_path / "out"
     options = ["--dynamic-size", *(["--logits"] if logits else [])]
     assert main(["export", str(clothes_bundle), "--format", format, "--out", str(out), *options]) == 0
-    run, _ = open_export(out, format, *(("images", "logits") if logits else ("pictures", "probabilities")))
+    run, _ = open_export(out, format, "images", "logits" if logits else "probabilities")
     bundle = load(clothes_bundle)
     for batch in (images["five"], images["two"][..., :64, :96], images["tall"][..., :33, :32]):
         inputs = normalize(match_channels(batch, bundle.preprocessing), bundle.preprocessing)

@@ -58,7 +58,7 @@ def test_every_way_to_ask_gives_the_same_answer(clothes_bundle: Path, folder: Pa
 
     with running({"one": predictor}) as address:
         answers = [address.predict(file.read_bytes(), "?top_k=10").json for file in files]
-        tensor = {"name": "pictures", "shape": [len(files)], "datatype": "BYTES"}
+        tensor = {"name": "images", "shape": [len(files)], "datatype": "BYTES"}
         data = [base64.b64encode(file.read_bytes()).decode() for file in files]
         reply = address.infer({"inputs": [tensor | {"data": data}]}).json
     found["server"] = [
@@ -81,7 +81,7 @@ def test_every_way_to_ask_gives_the_same_answer(clothes_bundle: Path, folder: Pa
     limit = metadata["calibration"]["sets"]["limits"][str(COVERAGE)]
     found["export"] = []
     for file in files:
-        probabilities, novelty = session.run(None, {"pictures": decode_image.decode(file)[None]})
+        probabilities, novelty = session.run(None, {"images": decode_image.decode(file)[None]})
         order = (-probabilities[0]).argsort(kind="stable")
         names = [metadata["classes"][k] for k in order]
         inside = [metadata["classes"][k] for k in order if 1 - probabilities[0, k] <= limit]

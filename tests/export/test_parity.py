@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,18 @@ def test_a_wrong_answer_is_an_error(clothes: Bundle, change: Callable[[NDArray],
     with pytest.raises(UserError) as error:
         require_parity(compare(*run_of(clothes, change)))
     assert said in str(error.value) and "nothing was written" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_novelty_or_file_is_an_error() -> None:
+    parity = Parity("data", 3, (1, 2), 0.0, 0.0, 1.0, 1.0, (), {"CMYK": 0.0}, 0.0)
+    require_parity(parity)
+    for wrong, said in (
+        ({"novelty_difference": 0.5}, "by 0.5 in a novelty"),
+        ({"novelty_difference": float("nan")}, "in a novelty"),
+        ({"files": {"RGB": 0.0, "CMYK": 0.5}}, "for a file that is CMYK by 0.5 in a probability"),
+    ):
+        with pytest.raises(UserError, match=said):
+            require_parity(replace(parity, **wrong))
 
 
 def test_logits_that_are_shifted_are_found_though_their_softmax_is_the_same(clothes: Bundle) -> None:
@@ -136,7 +149,7 @@ def test_the_keys_of_parity_json_stay() -> None:
     parity = Parity("data", 3, (1, 2), 0.0, 0.0, 0.0, 1.0, ())
     assert list(parity.to_dict()) == [
         "data",
-        "num_pictures",
+        "num_images",
         "batch_sizes",
         "probability_difference",
         "logit_difference",
@@ -146,4 +159,4 @@ def test_the_keys_of_parity_json_stay() -> None:
         "files",
     ]
     quantization = Quantization("data", 1, 2, "top1", 0.5, (0.4, 0.6), 0.5, (0.4, 0.6), 1.0, 4, 1, ())
-    assert list(quantization.to_dict())[:3] == ["data", "num_calibrating", "num_pictures"]
+    assert list(quantization.to_dict())[:3] == ["data", "num_calibrating", "num_images"]

@@ -33,7 +33,7 @@ def probabilities(small: Path) -> np.ndarray:
     model = openvino.compile_model(small / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clothes = open_fashion_mnist_small().validation.images
     given = np.repeat(clothes[..., None], 3, axis=-1)
-    return np.concatenate([model({"pictures": part})["probabilities"] for part in np.split(given, 40)])
+    return np.concatenate([model({"images": part})["probabilities"] for part in np.split(given, 40)])
 
 
 def test_accuracy_stays_within_a_point(clothes: Bundle, small: Path, probabilities: np.ndarray) -> None:
@@ -42,7 +42,7 @@ def test_accuracy_stays_within_a_point(clothes: Bundle, small: Path, probabiliti
     after = (probabilities.argmax(1) == labels).mean()
     told = json.loads((small / "parity.json").read_text())["int8"]
     assert before > 0.5 and after > before - 0.01
-    assert told["num_pictures"] == 2000 and told["num_calibrating"] == 300 and told["figure"] == "top1"
+    assert told["num_images"] == 2000 and told["num_calibrating"] == 300 and told["figure"] == "top1"
     assert told["before"] == pytest.approx(before, abs=0.002) and told["after"] == pytest.approx(after, abs=0.002)
     assert told["before_interval"][0] < told["before"] < told["before_interval"][1]
 
@@ -136,6 +136,6 @@ def test_several_labels_are_held_by_their_mean_average_precision(tmp_path: Path)
     model = openvino.compile_model(out / "model.xml")
     (shoe,) = np.flatnonzero(clothes.training.labels == clothes.classes.index("Sneaker"))[:1]
     given = np.repeat(clothes.training.images[shoe][None, ..., None], 3, axis=-1)
-    (probabilities,) = model({"pictures": given})["probabilities"]
+    (probabilities,) = model({"images": given})["probabilities"]
     likely = {load(bundle).classes[each] for each in np.argsort(probabilities)[-2:]}
     assert "shoe" in likely and probabilities.sum() > 1.1  # each class on its own

@@ -29,7 +29,9 @@ def test_what_the_configuration_says_is_what_the_model_has(clothes_bundle: Path,
     assert (model / "labels.txt").read_text(encoding="utf-8").splitlines() == list(load(clothes_bundle).classes)
 
 
-@pytest.mark.parametrize("logits", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["pictures", "images"])
+@pytest.mark.parametrize(
+    "logits", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["probabilities", "logits"]
+)
 def test_the_repository_is_one_of_tritons(clothes_bundle: Path, tmp_path: Path, logits: bool, capsys) -> None:
     model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
@@ -65,4 +67,4 @@ def test_the_model_in_it_answers_as_the_bundle_does(clothes_bundle: Path, tmp_pa
         with torch.no_grad():
             expected = bundle.model(EvaluationTransform(bundle.preprocessing).batch(batch)).softmax(1)
         given = np.ascontiguousarray(batch.permute(0, 2, 3, 1).numpy())
-        np.testing.assert_allclose(session.run(None, {"pictures": given})[0], expected.numpy(), atol=1e-3)
+        np.testing.assert_allclose(session.run(None, {"images": given})[0], expected.numpy(), atol=1e-3)

@@ -62,7 +62,7 @@ def watched(address: Address):
 @pytest.mark.fault("C1", "tensors of one long text, of 6 million empty lists, of 20 MB of brackets", "400, in 150 MB")
 @pytest.mark.timeout(120)
 def test_tensors_that_are_none_cost_little(bundle):
-    tensor = b'{"inputs": [{"name": "pictures", "datatype": "UINT8", "shape": [1, 32, 32, 3], "%s": %s}]}'
+    tensor = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "%s": %s}]}'
     with program(bundle) as (process, address):
         assert address.predict(image()).status == 200
         before = peak_megabytes(process.pid)

@@ -210,7 +210,7 @@ def protocol(image: bytes) -> Target:
         ("BYTES", [1], [base64.b64encode(image).decode()]),
     )
     bodies = [
-        {"id": "1", "inputs": [{"name": "pictures", "datatype": kind, "shape": shape, "data": data}]}
+        {"id": "1", "inputs": [{"name": "images", "datatype": kind, "shape": shape, "data": data}]}
         for kind, shape, data in inputs
     ]
     seeds = tuple(json.dumps({**body, "outputs": [{"name": "class"}]}).encode() for body in bodies)

@@ -235,7 +235,7 @@ def test_a_thread_that_waits_for_pixels_is_free_after_the_deadline() -> None:
             assert {future.result().status for future in asked} == {504}
         assert len(prepared) == 1
         eventually(lambda: pool._threads._work_queue.empty())
-        tensor = {"name": "pictures", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+        tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
         assert address.infer({"inputs": [tensor]}).status == (200 if pool._threads._max_workers > 1 else 504)
         decoding.set()
         eventually(lambda: address.predict(image(5)).status == 200)

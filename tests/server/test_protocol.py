@@ -13,13 +13,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
 
 def pixels(data: object = None, shape: object = SHAPE, **changes: object) -> dict:
     data = PIXELS.ravel().tolist() if data is None else data
-    return {"inputs": [{"name": "pictures", "datatype": "UINT8", "shape": shape, "data": data, **changes}]}
+    return {"inputs": [{"name": "images", "datatype": "UINT8", "shape": shape, "data": data, **changes}]}
 
 
 def test_the_server_and_its_model_describe_themselves(server: Address) -> None:
     assert server.ask("GET", "/v2").json["name"] == "coatnet"
     model = server.ask("GET", "/v2/models/one").json
-    assert model["inputs"] == [{"name": "pictures", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
+    assert model["inputs"] == [{"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}]
     assert model["outputs"][0] == {"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}
     assert server.ask("GET", "/v2/models/one/ready").json == {"name": "one", "ready": True}
     missing = server.ask("GET", "/v2/models/two")
@@ -46,6 +46,8 @@ def test_pixels_are_answered_as_the_predictor_does(server: Address, data: list) 
         [2, 10],
     )
     np.testing.assert_allclose(np.reshape(probabilities["data"], (2, 10)), expected, atol=1e-5)
+    earlier = server.infer(pixels(data, name="pictures")).json  # the name of the input in release 0.1
+    assert earlier["outputs"] == answer["outputs"]
     assert best["data"] == [HOSTILE[index] for index in expected.argmax(axis=1)]
 
 
@@ -54,7 +56,7 @@ def test_encoded_images_are_answered_as_predict_does(server: Address) -> None:
     asked = {
         "inputs": [
             {
-                "name": "pictures",
+                "name": "images",
                 "datatype": "BYTES",
                 "shape": [3],
                 "data": [base64.b64encode(file).decode() for file in files],
@@ -74,7 +76,7 @@ BAD = {
     "no UTF-8": b'{"inputs": "\xff"}',
     "no inputs": {},
     "two inputs": {"inputs": pixels()["inputs"] * 2},
-    "wrong name": pixels(name="images"),
+    "wrong name": pixels(name="image"),
     "wrong datatype": pixels(datatype="FP32"),
     "strange datatype": pixels(datatype={"a": 1}),
     "wrong shape": pixels(shape=[2, 3, 32, 32]),

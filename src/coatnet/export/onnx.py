@@ -8,7 +8,7 @@ import numpy as np
 
 from coatnet.bundle import Bundle
 from coatnet.export.signature import Run, Signature, join_outputs, string_metadata
-from coatnet.inference.graph import to_onnx
+from coatnet.inference.graph import INPUT, to_onnx
 from coatnet.system.telemetry import import_onnxruntime
 
 FILE = "model.onnx"
@@ -25,7 +25,7 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
 
 def write_file(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], path: Path) -> None:
     import_onnxruntime()  # before the work, so that a missing package is reported at once
-    program = to_onnx(signature.program(bundle), inputs=signature.input, outputs=signature.outputs(bundle))
+    program = to_onnx(signature.program(bundle), outputs=signature.outputs(bundle))
     import onnx
 
     program.model.metadata_props.update(string_metadata(metadata))
@@ -41,7 +41,7 @@ def reopen(folder: Path, signature: Signature) -> Run:
 def open_file(path: Path, signature: Signature) -> Run:
     """Open a file in ONNX Runtime. Raises UserError if it is not installed."""
     session = import_onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda given: join_outputs([np.asarray(each) for each in session.run(None, {signature.input: given})])
+    return lambda given: join_outputs([np.asarray(each) for each in session.run(None, {INPUT: given})])
 
 
 def snippet(bundle: Bundle, signature: Signature) -> str:
@@ -49,5 +49,5 @@ def snippet(bundle: Bundle, signature: Signature) -> str:
     return (
         "import onnxruntime\n"
         f'session = onnxruntime.InferenceSession(folder / "{FILE}")\n'
-        f'{", ".join(signature.outputs(bundle))}, *_ = session.run(None, {{"{signature.input}": images}})'
+        f'{", ".join(signature.outputs(bundle))}, *_ = session.run(None, {{"{INPUT}": images}})'
     )

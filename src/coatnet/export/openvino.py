@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from coatnet.bundle import Bundle
 from coatnet.export.signature import Run, Signature, join_outputs, string_metadata
-from coatnet.inference.graph import save_openvino, to_openvino
+from coatnet.inference.graph import INPUT, save_openvino, to_openvino
 
 if TYPE_CHECKING:
     import openvino
@@ -22,14 +22,12 @@ def write(bundle: Bundle, signature: Signature, metadata: Mapping[str, Any], fol
     Raises:
         UserError: OpenVINO is not installed.
     """
-    save(to_openvino(signature.program(bundle)), signature.input, signature.outputs(bundle), metadata, folder)
+    save(to_openvino(signature.program(bundle)), signature.outputs(bundle), metadata, folder)
 
 
-def save(
-    model: "openvino.Model", input: str, outputs: Sequence[str], metadata: Mapping[str, Any], folder: Path
-) -> None:
+def save(model: "openvino.Model", outputs: Sequence[str], metadata: Mapping[str, Any], folder: Path) -> None:
     """Name input and outputs, add the metadata, and write model.xml and model.bin."""
-    model.inputs[0].get_tensor().set_names({input})
+    model.inputs[0].get_tensor().set_names({INPUT})
     for made, name in zip(model.outputs, outputs, strict=True):
         made.get_tensor().set_names({name})
     for key, value in string_metadata(metadata).items():

@@ -87,7 +87,7 @@ class Parity:
         values = asdict(self)
         if self.novelty_difference is None:
             del values["novelty_difference"]
-        return {"data": values.pop("data"), "num_pictures": values.pop("num_images"), **values}
+        return values
 
     def to_markdown(self) -> str:
         """The content of parity.md."""

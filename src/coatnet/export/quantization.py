@@ -73,7 +73,7 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of parity.json under "int8"."""
-        return {"num_pictures" if name == "num_images" else name: value for name, value in asdict(self).items()}
+        return asdict(self)
 
     def to_markdown(self) -> str:
         """A section of parity.md."""
@@ -167,7 +167,7 @@ def quantize(
     weights = folder / "model.bin"
     bytes_before = weights.stat().st_size
     whole = chain(preprocessor(bundle), small) if signature.resizes else small
-    files.save(whole, signature.input, signature.outputs(bundle), metadata, folder)
+    files.save(whole, signature.outputs(bundle), metadata, folder)
     return Quantization(
         data=data,
         num_calibrating=len(calibrating),

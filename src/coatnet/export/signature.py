@@ -19,7 +19,7 @@ from coatnet.bundle.calibration import threshold_index
 from coatnet.data.transforms import Preprocessing
 from coatnet.export import FORMATS
 from coatnet.export.classifier import Classifier, bare_network
-from coatnet.inference.graph import pixel_type, to_program
+from coatnet.inference.graph import INPUT, pixel_type, to_program
 from coatnet.version import __version__
 
 # Uint8 images or float32 images in; probabilities or logits (B, K) out, with the novelty, if any, as a last column.
@@ -61,10 +61,6 @@ class Signature:
     logits: bool = False
     any_size: bool = False
     device: str = "cpu"
-
-    @property
-    def input(self) -> str:
-        return "images" if self.logits else "pictures"
 
     @property
     def output(self) -> str:
@@ -127,7 +123,7 @@ def describe(bundle: Bundle, signature: Signature, format: str) -> dict[str, Any
         "classes": list(bundle.classes),
         "multilabel": bundle.multilabel,
         "input": {
-            "name": signature.input,
+            "name": INPUT,
             "dtype": signature.dtype(bundle),
             "shape": [batch_size, *signature.shape(bundle)[1:]],
             "meaning": _meaning(signature, bundle),

@@ -10,6 +10,7 @@ from typing import Any
 from coatnet.bundle import Bundle
 from coatnet.export.onnx import FILE, open_file, write_file
 from coatnet.export.signature import NOVELTY, Run, Signature
+from coatnet.inference.graph import INPUT
 
 MAX_BATCH_SIZE = 32
 LABELS = 'label_filename: "labels.txt"'
@@ -42,7 +43,7 @@ def configuration(bundle: Bundle, signature: Signature) -> str:
 backend: "onnxruntime"
 max_batch_size: {MAX_BATCH_SIZE}
 input [
-  {{ name: "{signature.input}" data_type: {data_type} dims: [ {dims} ] }}
+  {{ name: "{INPUT}" data_type: {data_type} dims: [ {dims} ] }}
 ]
 output [
   {listed}
@@ -65,7 +66,7 @@ def snippet(bundle: Bundle, signature: Signature) -> str:
     )
     return (
         "import tritonclient.http  # tritonserver --model-repository=FOLDER runs\n"
-        f'tensor = tritonclient.http.InferInput("{signature.input}", images.shape, "{wire}")\n'
+        f'tensor = tritonclient.http.InferInput("{INPUT}", images.shape, "{wire}")\n'
         "tensor.set_data_from_numpy(images)\n"
         'client = tritonclient.http.InferenceServerClient("localhost:8000")\n'
         f'answer = client.infer("{bundle.model.variant.name}", [tensor]){outputs}'

@@ -142,9 +142,10 @@ class OnnxRuntimeEngine:
         settings.intra_op_num_threads = num_cores()
         graph = cached_graph(bundle, "model.onnx", onnxruntime.__version__, write)
         self._session = onnxruntime.InferenceSession(graph, settings, ["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
 
     def run(self, images: NDArray) -> NDArray[np.float32]:
-        return np.asarray(self._session.run(None, {"pictures": images})[0])
+        return np.asarray(self._session.run(None, {self._input: images})[0])
 
 
 class EngineEntry(NamedTuple):

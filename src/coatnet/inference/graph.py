@@ -33,6 +33,7 @@ from coatnet.model.transformer import FeedForward
 if TYPE_CHECKING:
     import openvino
 
+INPUT = "images"  # name of the input of every graph
 MAX_BATCH_IMAGES = 4096  # chosen: torch's exporter needs an upper bound
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -224,9 +225,7 @@ def save_openvino(model: "openvino.Model", path: Path) -> None:
         ) from error
 
 
-def to_onnx(
-    program: ExportedProgram, *, inputs: str = "pictures", outputs: Sequence[str] = ("logits",)
-) -> "torch.onnx.ONNXProgram":
+def to_onnx(program: ExportedProgram, *, outputs: Sequence[str] = ("logits",)) -> "torch.onnx.ONNXProgram":
     """Convert a graph to ONNX.
 
     The `save` of the result writes weights above 1.6 GB to a file beside it, since protobuf is limited to 2 GB.
@@ -239,7 +238,7 @@ def to_onnx(
     # The exporter of torch 2.6 runs products of symbolic size; only their decomposition in Python knows such sizes.
     with silence_exporters(), enable_python_dispatcher():
         converted = torch.onnx.export(
-            program, (), input_names=[inputs], output_names=list(outputs), dynamo=True, verbose=False
+            program, (), input_names=[INPUT], output_names=list(outputs), dynamo=True, verbose=False
         )
     assert converted is not None
     for graph in (converted.model.graph, *converted.model.functions.values()):

@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2 over HTTP and in JSON, as KServe and Triton define it.
 
-Shapes: N images, R resolution, C channels, K classes. The one input is "pictures": UINT8 (N, R, R, C), as the network
+Shapes: N images, R resolution, C channels, K classes. The one input is "images": UINT8 (N, R, R, C), as the network
 sees them (FP32, values as files hold them, for a model of other images than 8-bit RGB), or BYTES (N,), image files of
 any size in base64. The outputs are "probabilities", FP32 (N, K), and "class", BYTES (N,), the likeliest; a calibrated
 model also has "novelty", FP32 (N,), and "unknown", BOOL (N,).
@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from coatnet.data.decode import Scale
+from coatnet.inference.graph import INPUT
 from coatnet.inference.predictor import Predictor
 from coatnet.server.batching import Answer, Reservation
 from coatnet.server.errors import PROTOCOL_ERRORS, RequestError, Responses, json_response
@@ -21,7 +22,7 @@ from coatnet.server.service import ServedModel, Service, gather_or_cancel
 from coatnet.server.tensors import PLACEHOLDER, cut_out_data, read_files, read_floats, read_pixels, refuse
 from coatnet.version import __version__
 
-INPUT, PROBABILITIES, CLASS, NOVELTY, UNKNOWN = "pictures", "probabilities", "class", "novelty", "unknown"
+PROBABILITIES, CLASS, NOVELTY, UNKNOWN = "probabilities", "class", "novelty", "unknown"
 CALIBRATED_OUTPUTS = (
     {"name": NOVELTY, "datatype": "FP32", "shape": [-1]},
     {"name": UNKNOWN, "datatype": "BOOL", "shape": [-1]},
@@ -32,7 +33,7 @@ Shape = list[Annotated[int, Field(gt=0, lt=2**31)]]
 class InputTensor(BaseModel):
     """The one input. `data` is read by `read_pixels` and `read_files`, by the shape."""
 
-    name: Literal["pictures"]
+    name: Literal["images", "pictures"]  # the second is that of release 0.1
     shape: Annotated[Shape, Field(min_length=1)]
     datatype: Literal["UINT8", "FP32", "BYTES"]
     data: list[Any]

@@ -195,7 +195,7 @@ def test_a_trial_whose_outputs_are_not_finite_has_diverged(tmp_path: Path, monke
         return real(trainer, sync)
 
     monkeypatch.setattr(Trainer, "validation_metrics", metrics)
-    tune(Recipe(data="digits", **SMALL), tmp_path / "run", 0.05, console=Console(quiet=True))
+    tune(Recipe(data="digits", **SMALL), tmp_path / "run", 0.2, console=Console(quiet=True))
     trials = json.loads((tmp_path / "run/tuning.json").read_text())["trials"]
     assert trials[1]["outcome"] == "diverged" and trials[0]["outcome"] == "whole"
 
@@ -225,7 +225,10 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_time_that_is_too_short_and_a_run_without_a_search_are_refused(tmp_path: Path) -> None:
+def test_a_time_that_is_too_short_and_a_run_without_a_search_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatnet.planning.tuning.cached_images", lambda *_, **__: pytest.fail("images were decoded"))
     recipe = Recipe(data="digits", **SMALL)
     with pytest.raises(UserError, match=r"too short: .* give at least"):
         tune(recipe, tmp_path / "short", 1e-4, console=Console(quiet=True))

@@ -117,3 +117,13 @@ def test_the_cpu_time_of_the_own_group_and_those_above_counts(
     files = {f"{group}/cpu.max": f"{text}\n" for group, text in quotas.items()}
     write_groups("0::/a/b\n", files, tmp_path, monkeypatch)
     assert num_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000", 2), ("-1", 8)])
+def test_the_cpu_time_of_groups_of_version_1_counts(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    files = {"cpu/a/cpu.cfs_quota_us": f"{quota}\n", "cpu/a/cpu.cfs_period_us": "100000\n"}
+    write_groups("4:cpu,cpuacct:/a\n", files, tmp_path, monkeypatch)
+    assert num_cores() == cores

@@ -90,10 +90,11 @@ def tune(recipe: Recipe, out: str | Path, minutes: float, *, console: Console | 
         with deterministic_on_cpu(config.device), translate_write_errors(folder.path), ExitStack() as cleanup:
             cleanup.callback(torch.set_num_threads, torch.get_num_threads())
             strongest = tuned_config(config, {**DEFAULT_FACTORS, "augmentation": AUGMENTATION_STRENGTHS[1]})
-            images, kept = cleanup.enter_context(cached_images(strongest, splits, quiet=progress.console.quiet))
+            # Before images are decoded: it refuses a time that is too short, and what cannot be trained.
+            search = Search(given, _asked(recipe), config, splits, init, folder, 60 * minutes, progress)
+            search.images, kept = cleanup.enter_context(cached_images(strongest, splits, quiet=progress.console.quiet))
             if kept:
                 progress.say(kept)
-            search = Search(given, _asked(recipe), config, splits, images, init, folder, 60 * minutes, progress)
             search.run()
             search.write()
     finally:
@@ -200,14 +201,13 @@ class Search:
         asked: dict[str, Any],
         config: TrainingConfig,
         splits: Splits,
-        images: Splits,
         init: Bundle | None,
         folder: RunFolder,
         limit_seconds: float,
         progress: TrainingProgress,
     ) -> None:
         self.recipe, self.asked, self.config, self.init = recipe, asked, config, init
-        self.splits, self.images = splits, images  # as they are, and decoded
+        self.splits = self.images = splits  # the second may be replaced by decoded ones
         self.folder, self.limit_seconds, self.progress = folder, limit_seconds, progress
         self.multilabel = splits.multilabel
         self.study = self._open_study(folder.path / "tuning.journal")

@@ -58,10 +58,13 @@ def _control_groups(controller: str = "") -> list[Path]:
 def num_cores() -> int:
     """The CPU cores that this process may use: those it is bound to, or fewer where a control group limits its time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for group in _control_groups():
-        with suppress(OSError, ValueError):  # "max" is no number
-            quota, period = map(int, (group / "cpu.max").read_text().split())
-            cores = min(cores, max(1, -(-quota // period)))
+    versions = (("", ["cpu.max"]), ("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]))  # 2 and 1 of control groups
+    for controller, files in versions:
+        for group in _control_groups(controller):
+            with suppress(OSError, ValueError):  # "max" is no number
+                quota, period = (int(value) for file in files for value in (group / file).read_text().split())
+                if quota > 0:  # -1 in version 1 is no limit
+                    cores = min(cores, max(1, -(-quota // period)))
     return cores
 
 

@@ -17,7 +17,7 @@ from coatnet.cli.main import main
 from coatnet.data.open import open_dataset
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import UserError
-from coatnet.evaluation import image_page
+from coatnet.evaluation import findings
 from coatnet.model.network import create_model
 
 
@@ -221,7 +221,7 @@ def test_what_was_found_is_told_where_it_cannot_be_written(make_images, tmp_path
         raise UserError("no space left")
 
     root = make_images({"a": 2, "b": 2})
-    monkeypatch.setattr("coatnet.cli.doctor.write_table", refuse)
+    monkeypatch.setattr("coatnet.evaluation.findings.write_table", refuse)
     assert main(["doctor", str(root), "--write", str(tmp_path / "table.csv")]) == 2
     shown = capsys.readouterr()
     assert shown.out.endswith("healthy\n") and "no space left" in shown.err
@@ -241,8 +241,8 @@ def test_pairs_of_any_two_splits_are_shown_apart(tmp_path, monkeypatch) -> None:
 
 def test_a_page_of_very_many_images_stays_below_ten_megabytes(tmp_path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    entries = (image_page.Entry([noise], ["a" * 200]) for _ in range(5000))
-    image_page.write_page(tmp_path / "page.html", "<b>many", [image_page.Section("all", 5000, entries)])
+    entries = (findings.Entry([noise], ["a" * 200]) for _ in range(5000))
+    findings.write_image_page(tmp_path / "page.html", "<b>many", [findings.Section("all", 5000, entries)])
     text = (tmp_path / "page.html").read_text()
     shown = text.count("<li><img")
     assert 5_000_000 < len(text) < 10_000_000

@@ -49,7 +49,14 @@ def test_each_image_gets_a_file_and_each_unreadable_one_a_line(
         with PIL.Image.open(file) as image:
             assert image.size == (2 * size[0] + 8, size[1])
             halves = [np.asarray(image)[:, : size[0]], np.asarray(image)[:, -size[0] :]]
+        explanation = predictor.explain(path, method=method)[0]
+        expected = explanation.overlay(PIL.Image.fromarray(halves[0]))
+        assert np.abs(np.asarray(expected).astype(int) - halves[1]).max() <= 1
         assert not np.array_equal(*halves)
+        with PIL.Image.open(path) as given:  # the left half is the image itself, scaled
+            small = np.asarray(given.convert("RGB").resize((8, 8), PIL.Image.Resampling.BOX)).astype(int)
+        shown = np.asarray(PIL.Image.fromarray(halves[0]).resize((8, 8), PIL.Image.Resampling.BOX))
+        assert np.abs(small - shown).mean() < 10
 
 
 def test_two_images_of_one_name_get_two_files(clothes_bundle: Path, folder: Path, tmp_path: Path) -> None:

@@ -16,11 +16,19 @@ from coatnet.bundle import Bundle
 from coatnet.data.decode import decode
 from coatnet.data.transforms import Preprocessing, resize_and_crop, seen_box
 from coatnet.errors import UserError
-from coatnet.inference.explanation import attention, attention_rollout, heat_maps, layercam, occlusion
+from coatnet.inference.explanation import (
+    attention,
+    attention_rollout,
+    heat_maps,
+    layercam,
+    occlusion,
+    relative_biases,
+)
 from coatnet.inference.predictor import Predictor
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.config import Stage, Variant
 from coatnet.model.network import create_model
+from coatnet.model.relative_bias import RelativeBias
 
 torchcam = pytest.importorskip("torchcam.methods")
 
@@ -38,6 +46,17 @@ def make_bundle(
 def images_for(bundle: Bundle, number: int = 2) -> Tensor:
     side, generator = bundle.preprocessing.resolution, torch.Generator().manual_seed(1)
     return torch.randn(number, bundle.preprocessing.channels, side, side, generator=generator)
+
+
+def test_relative_biases_are_what_attention_adds_at_the_resolution_of_the_bundle() -> None:
+    bundle = make_bundle()
+    modules = [module for module in bundle.model.modules() if isinstance(module, RelativeBias)]
+    for number, ((name, biases), module) in enumerate(zip(relative_biases(bundle), modules, strict=True), 1):
+        assert name == f"stage-3-block-{number}"
+        assert biases.shape[1:] == (15, 15)  # 30 pixels are 8 cells a side at stride 4
+        matrix = module.matrix((8, 8)).detach().numpy()  # (A, 64, 64)
+        np.testing.assert_array_equal(matrix[:, 0, -1], biases[:, 0, 0])  # the first cell asks, the last is asked
+        np.testing.assert_array_equal(matrix[:, -1, 0], biases[:, -1, -1])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,19 +1,12 @@
 """`coatnet doctor`: check a data source before training on it."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from coatnet.cli.parser import BUNDLE_HELP, DATA_HELP, FAILED, Parser
-from coatnet.errors import UserError, counted
+from coatnet.errors import counted
 from coatnet.system.files import require_absent
 from coatnet.system.terminal import echo
-
-if TYPE_CHECKING:
-    from coatnet.data.inspection import Inspection, Place
-    from coatnet.data.splits import Splits
-    from coatnet.evaluation.image_page import Entry
-    from coatnet.evaluation.label_check import LabelCheck
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,13 +65,14 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.data.inspection import inspect
     from coatnet.data.open import open_dataset
     from coatnet.data.shards.dataset import ShardDataset
+    from coatnet.evaluation import findings
 
     splits = open_dataset(given.data)
     for part in splits.parts.values():
         if isinstance(part, ShardDataset):
             part.verify_when_read()
     if given.write:
-        require_files(given.write, splits)
+        findings.require_table(given.write, splits)
     opened = None
     if given.labels:
         from coatnet.evaluation.label_check import open_for_labels
@@ -91,9 +85,9 @@ def run(arguments: Sequence[str]) -> int:
 
             check = check_opened(opened._replace(splits=inspection.splits))
         if given.write:
-            write_table(given.write, inspection, check)
+            findings.write_table(given.write, inspection, check)
         if given.html:
-            write_page(given.html, inspection, check)
+            findings.write_page(given.html, inspection, check)
     finally:  # the findings are printed even if labels cannot be checked or files not written
         if given.json:
             labels = {"labels": check.to_dict()} if check else {}
@@ -108,86 +102,3 @@ def run(arguments: Sequence[str]) -> int:
         without = f", without {', '.join(left_out)}" if left_out else ""
         echo(f"{given.write}: {counted(len(inspection.rows()), 'image')}{without}")
     return 0 if inspection.healthy else FAILED
-
-
-def require_files(path: str, splits: "Splits") -> None:
-    """Raise UserError if no table of these images may be written to a path."""
-    from coatnet.data.datasets import FileDataset
-    from coatnet.data.manifest import require_below_table
-
-    parts = [part for part in splits.parts.values() if isinstance(part, FileDataset)]
-    if len(parts) < len(splits.parts):
-        raise UserError(f"{splits.name}: --write names files of images, and these have none of their own")
-    require_below_table(path, [part.path(index) for part in parts for index in range(len(part))], splits.classes)
-
-
-def write_table(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
-    """Write the images that can be used as a table, the worst labels first."""
-    from coatnet.data.datasets import FileDataset
-    from coatnet.data.manifest import write_manifest
-
-    splits, rows = inspection.splits, []
-    suggested = {(each.split, each.name): each.suggested for each in check.suspects} if check else {}
-    for split, index in inspection.rows():
-        dataset = splits.parts[split]
-        assert isinstance(dataset, FileDataset)
-        key = split, dataset.describe(index)
-        score = check.scores.get(key) if check else None  # a test split is not judged
-        judged = (suggested.get(key, ""), "" if score is None else round(score, 6)) if check else ()
-        side = {"training": "train", "validation": "val"}.get(split, split)
-        rows.append((dataset.path(index), dataset.label_name(index), *judged, side))
-    if check:
-        rows.sort(key=lambda row: (not row[2], row[3] == "", row[3]))  # the suspects first, what was not judged last
-    columns = ("suggested", "score", "split") if check else ("split",)
-    write_manifest(path, columns, rows, multilabel=splits.multilabel)
-
-
-def write_page(path: str, inspection: "Inspection", check: "LabelCheck | None") -> None:
-    """Write the page with the images that were found."""
-    from coatnet.data.loader import read_image
-    from coatnet.evaluation import image_page
-    from coatnet.evaluation.evaluate import thumbnail
-    from coatnet.evaluation.image_page import Entry, Section
-
-    splits = inspection.splits
-    places: dict[tuple[str, str], Place] = {}
-    if check:
-        every = ((split, index) for split in ("training", "validation") for index in range(len(getattr(splits, split))))
-        places = {(place[0], inspection.name(place)): place for place in every}
-
-    def entry(shown: Sequence["Place"], *lines: str) -> "Entry":
-        pixels = (read_image(splits.parts[split], index)[0] for split, index in shown)
-        images = [thumbnail(each, image_page.THUMBNAIL_PIXELS) for each in pixels]
-        return Entry(images, lines)
-
-    def pairs(found: Sequence[tuple["Place", "Place"]]) -> Iterator["Entry"]:
-        for one, other in found:
-            names = [
-                f"{inspection.name(each)} ({each[0]}: {splits.parts[each[0]].label_name(each[1])})"
-                for each in (one, other)
-            ]
-            yield entry((one, other), *names)
-
-    across = inspection.near_leaking
-    within = [pair for pair in inspection.near if pair[0][0] == pair[1][0]]
-    sections = []
-    if check:
-        suspects = (
-            entry(
-                [places[each.split, each.name]],
-                each.name,
-                f"{each.label}, rather {each.suggested}",
-                f"{each.score:.3f}",
-            )
-            for each in check.suspects
-        )
-        sections.append(Section("Labels that look wrong", len(check.suspects), suspects))
-    sections.append(Section("Nearly the same, in two splits", len(across), pairs(across)))
-    sections.append(Section("Nearly the same", len(within), pairs(within)))
-    if check:
-        outliers = (
-            entry([places[split, name]], name, f"{far:.1f} times as far from others as usual")
-            for split, name, far in check.outliers
-        )
-        sections.append(Section("Unlike all others", len(check.outliers), outliers))
-    image_page.write_page(path, f"{splits.name}: what doctor found", sections)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,7 @@ from coatnet.errors import cut, one_line
 from coatnet.system.terminal import echo, echo_summary
 
 if TYPE_CHECKING:
-    import numpy as np
     import PIL.Image
-    from numpy.typing import NDArray
 
     from coatnet.bundle import Bundle
     from coatnet.data.decode import Scale
@@ -153,9 +151,8 @@ def side_by_side(left: "PIL.Image.Image", right: "PIL.Image.Image") -> "PIL.Imag
 
 def write_biases(bundle: "Bundle", folder: Path) -> int:
     """Write a PNG for each layer with relative biases, a square for each head."""
-    from matplotlib.figure import Figure
-
     from coatnet.errors import UserError
+    from coatnet.inference.explanation import draw_biases, relative_biases
     from coatnet.system.files import atomic_files, translate_write_errors
 
     layers = list(relative_biases(bundle))
@@ -163,39 +160,9 @@ def write_biases(bundle: "Bundle", folder: Path) -> int:
         raise UserError(f"{bundle.model.variant.name} has no relative biases; of the paper's, those with T stages have")
     with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name, table in layers:
-        table = table - table.mean(axis=(1, 2), keepdims=True)
-        heads, columns = len(table), min(8, len(table))
-        rows, most = -(-heads // columns), float(abs(table).max()) or 1.0
-        figure = Figure(figsize=(1.3 * columns + 0.6, 1.45 * rows + 0.3), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        height, width = table.shape[1] // 2, table.shape[2] // 2  # of the largest offset
-        for panel in panels:
-            panel.set_axis_off()
-        for head, panel in enumerate(panels[:heads]):
-            extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5)
-            shown = panel.imshow(table[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent)
-            panel.set_title(f"head {head + 1}", fontsize=8)
-        figure.colorbar(shown, ax=panels.tolist(), shrink=0.8).ax.tick_params(labelsize=7)
+    for name, biases in layers:
         with translate_write_errors(folder), atomic_files(folder / f"biases-{name}.png") as (staged,):
-            figure.savefig(staged, dpi=90)
-        echo_summary(one_line(f"{folder / f'biases-{name}.png'}: {heads} heads, offsets up to {height} cells"))
+            draw_biases(biases).savefig(staged, dpi=90)
+        heads, offsets = len(biases), biases.shape[1] // 2
+        echo_summary(one_line(f"{folder / f'biases-{name}.png'}: {heads} heads, offsets up to {offsets} cells"))
     return 0
-
-
-def relative_biases(bundle: "Bundle") -> Iterator[tuple[str, "NDArray[np.float32]"]]:
-    """Of each layer its name, such as `stage-3-block-1`, and its biases by head and by offset of query minus key."""
-    import torch
-
-    from coatnet.model.relative_bias import GlobalRelativeBias, LocalRelativeBias
-
-    model = bundle.model
-    heights, widths = (model.variant.grids(side) for side in bundle.preprocessing.size)
-    for number, (blocks, *grid) in enumerate(zip(model.stages, heights, widths, strict=True), 1):
-        for index, block in enumerate(blocks.children(), 1):
-            for module in block.modules():
-                if isinstance(module, GlobalRelativeBias | LocalRelativeBias):
-                    with torch.no_grad():
-                        local = isinstance(module, LocalRelativeBias)
-                        table = module.table if local else module.table_for((grid[0], grid[1]))
-                    yield f"stage-{number}-block-{index}", table.detach().float().cpu().numpy()

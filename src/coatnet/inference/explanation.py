@@ -1,10 +1,12 @@
 """What mattered to a model in an image: LayerCAM, attention rollout and occlusion, as heat maps over the image.
 
+And what its attention has learned of places, whatever the image: its relative biases.
+
 Shapes: B images, C channels, R resolution, K classes, H W cells of a feature map, N = H * W.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,11 @@ from coatnet.inference.logits import in_evaluation
 from coatnet.model.attention import MultiHeadProjection
 from coatnet.model.layers import grid_of
 from coatnet.model.network import CoAtNet
+from coatnet.model.relative_bias import GlobalRelativeBias, LocalRelativeBias
 
 if TYPE_CHECKING:
     import PIL.Image
+    from matplotlib.figure import Figure
 
 METHODS = ("layercam", "attention", "occlusion")
 PATCHES_PER_SIDE = 8  # chosen: an occluding patch is an eighth of the image wide, and moves by half of that
@@ -278,3 +282,40 @@ def heat_colors(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
     colors = matplotlib.colormaps["turbo"](heat)  # (R, R, 4)
     colors[..., 3] = 0.2 + 0.5 * heat
     return (255 * colors).round().astype(np.uint8)
+
+
+def relative_biases(bundle: Bundle) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield each layer's name, such as `stage-3-block-1`, and its relative biases w (paper, equation 3).
+
+    By head and by offset of query minus key, float32 (heads, 2H - 1, 2W - 1), resampled to the grid that the bundle's
+    resolution has there; those of local attention are as large as its window.
+    """
+    model = bundle.model
+    heights, widths = (model.variant.grids(side) for side in bundle.preprocessing.size)
+    for number, (blocks, *grid) in enumerate(zip(model.stages, heights, widths, strict=True), 1):
+        for index, block in enumerate(blocks.children(), 1):
+            for module in block.modules():
+                if isinstance(module, GlobalRelativeBias | LocalRelativeBias):
+                    local = isinstance(module, LocalRelativeBias)
+                    table = module.table if local else module.table_for((grid[0], grid[1]))
+                    yield f"stage-{number}-block-{index}", table.detach().float().cpu().numpy()
+
+
+def draw_biases(biases: NDArray[np.float32]) -> "Figure":
+    """A figure of a layer's biases (heads, 2H - 1, 2W - 1): a square for each head, whose mean is subtracted."""
+    from matplotlib.figure import Figure
+
+    biases = biases - biases.mean(axis=(1, 2), keepdims=True)
+    heads, columns = len(biases), min(8, len(biases))
+    rows, most = -(-heads // columns), float(abs(biases).max()) or 1.0
+    figure = Figure(figsize=(1.3 * columns + 0.6, 1.45 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    height, width = biases.shape[1] // 2, biases.shape[2] // 2  # of the largest offset
+    for panel in panels:
+        panel.set_axis_off()
+    extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5)
+    for head, panel in enumerate(panels[:heads]):
+        shown = panel.imshow(biases[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent)
+        panel.set_title(f"head {head + 1}", fontsize=8)
+    figure.colorbar(shown, ax=panels.tolist(), shrink=0.8).ax.tick_params(labelsize=7)
+    return figure

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_the_card_of_other_classes_says_that_the_recipe_makes_those_before(bundl
     assert "Made from a model of 3 classes by `coatnet shrink`" in card
     renamed = rename_classes(drop_classes(bundle, ["t-shirt"]), {"cat|dog": "pet"})
     assert "Made from a model of 3 classes" in renamed.card()
+
+
+def test_classes_added_earlier_stay_in_the_card_under_their_present_names(bundle: Bundle) -> None:
+    extension = {"data": "more", "added": ["t-shirt"], "earlier": [{"data": "first", "added": ["cat|dog"]}]}
+    extended = replace(bundle, record={"extension": extension})
+    card = drop_classes(rename_classes(extended, {"t-shirt": "shirt", "cat|dog": "pet"}), ["shirt"]).card()
+    first, second = (card.index(f"Classes added by `coatnet extend`: {name};") for name in ("pet", "shirt"))
+    assert first < second and "t-shirt" not in card
 
 
 HOSTILE = (

@@ -39,7 +39,7 @@ from coatnet.evaluation.calibrate import (
     fit_temperature,
     sample_outputs,
 )
-from coatnet.evaluation.evaluate import Measured
+from coatnet.evaluation.evaluate import SplitOutputs
 from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
@@ -197,7 +197,7 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     counted = Counted(digits.validation)  # pyrefly: ignore
     training = Counted(digits.training)  # pyrefly: ignore
     splits = replace(digits, training=training, validation=counted)
-    bundle, report = calibrate_and_evaluate(trained, Measured(trained, splits, num_workers=0, keep=True))
+    bundle, report = calibrate_and_evaluate(trained, SplitOutputs(trained, splits, num_workers=0, keep=True))
     assert training.readings == list(range(len(training)))  # for distances and copies
     assert counted.readings[: len(counted)] == list(range(len(counted)))
     assert len(counted.readings) == len(counted) + len(report.mistakes) + len(report.examples)
@@ -206,7 +206,7 @@ def test_calibration_and_report_share_one_pass_over_the_images(trained: Bundle, 
     own = evaluate(trained, digits).figures
     assert report.network_figures() == pytest.approx(own, rel=1e-4) and report.figures["nll"] < own["nll"] - 0.01
     few = replace(digits, validation=ArrayDataset("few", digits.classes, counted.images[:19], counted.labels[:19]))
-    bundle, report = calibrate_and_evaluate(trained, Measured(trained, few, keep=True))
+    bundle, report = calibrate_and_evaluate(trained, SplitOutputs(trained, few, keep=True))
     assert bundle is trained and report.figures["n"] == 19
 
 
@@ -236,7 +236,7 @@ def test_no_more_images_are_computed_at_once_than_asked_for(
             value += 1e-3  # else statistics count as frozen, and are not computed anew
     for compute in (
         lambda: calibrate(trained, few, batch_size=10),
-        lambda: calibrate_and_evaluate(trained, Measured(trained, few, batch_size=10, keep=True)),
+        lambda: calibrate_and_evaluate(trained, SplitOutputs(trained, few, batch_size=10, keep=True)),
         lambda: extend(trained, new, old=few, batch_size=10),
         lambda: soup([trained, copied], few, batch_size=10),
     ):
@@ -280,7 +280,7 @@ def test_more_images_than_are_kept_are_computed_again(
 ) -> None:
     for module in ("evaluate", "calibrate"):
         monkeypatch.setattr(sys.modules[f"coatnet.evaluation.{module}"], "KEPT_IMAGES", 100)
-    images = Measured(trained, digits, num_workers=0, keep=True)
+    images = SplitOutputs(trained, digits, num_workers=0, keep=True)
     assert not images.keeps
     bundle, report = calibrate_and_evaluate(trained, images)
     assert bundle.calibration is not None and 50 < len(bundle.calibration.images) <= 100

@@ -59,6 +59,18 @@ def test_the_test_split_of_a_training_takes_nothing_of_other_images(bundle: Bund
     assert sum(counts) == 40 and counts[1] > 4
 
 
+def test_images_that_classes_were_added_from_have_no_test_split(bundle: Bundle, images: Path) -> None:
+    recipe = {"data": "clothes", "validation_fraction": 0.2, "test_fraction": 0.3}
+    added = {"data": images.name, "added": [CLASSES[0]]}
+    for extension in (added, {"earlier": [added]}, {"data": "more", "added": [CLASSES[1]], "earlier": [added]}):
+        extended = replace(bundle, record={"recipe": recipe, "extension": extension})
+        assert was_trained_on(extended, images)
+        with pytest.raises(UserError, match="there is no test split"):
+            evaluate(extended, images, split="test")
+        counts = [evaluate(extended, images, split=split).figures["n"] for split in ("training", "validation")]
+        assert sum(counts) == 40 == evaluate(extended, images, split="all").figures["n"]
+
+
 def test_images_of_a_training_are_known_by_the_name_of_their_splits(bundle: Bundle) -> None:
     for data, name in (("hf://owner/clothes", "owner/clothes"), ("/some/labels.csv", "labels"), ("digits", "digits")):
         trained = replace(bundle, record={"recipe": {"data": data, "validation_fraction": 0.1}})

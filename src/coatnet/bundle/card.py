@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from coatnet.bundle.config import extensions
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import counted, shorten
 from coatnet.model.network import CoAtNet
@@ -94,12 +95,12 @@ def _soup(soup: Mapping[str, Any] | None) -> str:
 
 def _changes(record: Mapping[str, Any]) -> str:
     """What was done to the classes since the training."""
-    before, added = record.get("classes_before"), (record.get("extension") or {}).get("added")
+    before = record.get("classes_before")
     lines = []
     if before:
         lines.append(f"Made from a model of {len(before):,} classes by `coatnet shrink`; the network is the same.")
-    if added:
-        names = escape_markdown(shorten(added))
+    for extension in extensions(record):
+        names = escape_markdown(shorten(extension["added"]))
         lines.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
     return "## What was changed since\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 

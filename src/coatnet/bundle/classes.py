@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coatnet.bundle.bundle import Bundle
 from coatnet.bundle.calibration import MAX_FEATURES, MAX_MEANS, may_describe_features
+from coatnet.bundle.config import extensions
 from coatnet.errors import UserError, nearest
 
 DRAWN_FEATURES = 20_000
@@ -136,13 +137,21 @@ def _require_classes(bundle: Bundle, names: Mapping[str, Any] | Sequence[str]) -
 
 def _with_classes(bundle: Bundle, classes: tuple[str, ...], weight: Tensor, bias: Tensor) -> Bundle:
     """The bundle with another classifier: neither its calibration nor its figures belong to it any more."""
-    record = {"classes_before": list(bundle.classes)}
+    record: dict[str, Any] = {"classes_before": list(bundle.classes)}
     record |= {name: value for name, value in bundle.record.items() if name in ("recipe", "probe", "classes_before")}
+    if earlier := extensions(bundle.record):  # whose figures are of other classes
+        record["extension"] = {"earlier": earlier}
     return replace(bundle.with_classifier(classes, weight, bias), record=record)
 
 
 def _renamed(record: Any, names: Mapping[str, str]) -> Any:
-    """A record in which the classes of the report have their new names."""
+    """A record in which the classes of the report, and those that were added, have their new names."""
+    if extension := record.get("extension"):
+        *earlier, last = (
+            {**each, "added": [names.get(name, name) for name in each["added"]]} if "added" in each else each
+            for each in (*extension.get("earlier", []), extension)
+        )
+        record = {**record, "extension": {**last, **({"earlier": earlier} if earlier else {})}}
     report = record.get("report")
     if not isinstance(report, Mapping):
         return record

@@ -92,10 +92,17 @@ class SoupJson(BaseModel, strict=True, extra="allow"):
     summary: str = ""
 
 
-class ExtensionJson(BaseModel, strict=True, extra="allow"):
-    """What the card shows of classes that were added."""
+class AddedJson(BaseModel, strict=True, extra="allow"):
+    """Classes that were added to a model, and the images that they were learned from."""
 
+    data: str = ""
     added: Texts = []
+
+
+class ExtensionJson(AddedJson):
+    """What the card and the evaluation take from the record of classes that were added, the last and all before."""
+
+    earlier: list[AddedJson] = []
 
 
 class TrainingJson(BaseModel, strict=True, extra="allow"):
@@ -163,6 +170,16 @@ def require_memory(model: CoAtNet, preprocessing: Preprocessing, where: object) 
             f"{where}: at {preprocessing.shown_size} pixels one image takes this network about {needed / 2**30:,.0f} "
             f"GiB; models of more than {MAX_INFERENCE_BYTES >> 30} GiB are not loaded, give a smaller resolution"
         )
+
+
+def extensions(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each time that classes were added to a model, first to last: `data` that they were learned from, and `added`."""
+    last = record.get("extension") or {}
+    return [
+        {"data": each.get("data", ""), "added": list(each["added"])}
+        for each in (*last.get("earlier", []), last)
+        if each.get("added")
+    ]
 
 
 def config_json(

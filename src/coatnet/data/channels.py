@@ -447,15 +447,15 @@ def find_scale(dataset: Dataset) -> Scale | None:
     return None
 
 
-class Measured(NamedTuple):
-    """What a sample of the images says: their scale, and mean and deviation of each channel, of values from 0 to 1."""
+class ChannelStatistics(NamedTuple):
+    """Of a sample of images: the scale of their values; mean and deviation of each channel, of values from 0 to 1."""
 
     scale: Scale
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-def measure_if_deep(dataset: Dataset, channels: int | None) -> Measured | None:
+def measure_if_deep(dataset: Dataset, channels: int | None) -> ChannelStatistics | None:
     """Measure images that are read as levels: with another number of channels than 1 or 3, or deeper than 8 bits.
 
     Args:
@@ -494,7 +494,7 @@ def _is_deep(dataset: Dataset, channels: int) -> bool:
     return False
 
 
-def measure(dataset: Dataset, channels: int) -> Measured:
+def measure(dataset: Dataset, channels: int) -> ChannelStatistics:
     """Measure up to 256 images, evenly spread.
 
     Raises:
@@ -533,7 +533,7 @@ def measure(dataset: Dataset, channels: int) -> Measured:
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     reach = scale.high - scale.low
     rounded = [tuple(float(f"{each:.6g}") for each in column) for column in ((mean - scale.low) / reach, std / reach)]
-    return Measured(scale, rounded[0], tuple(each if each > 1e-6 else 1.0 for each in rounded[1]))
+    return ChannelStatistics(scale, rounded[0], tuple(each if each > 1e-6 else 1.0 for each in rounded[1]))
 
 
 def scale_of(values: NDArray) -> Scale:

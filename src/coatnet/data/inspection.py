@@ -255,7 +255,7 @@ def inspect(source: str | Path | Splits, strict: bool = False) -> Inspection:
     )
 
 
-class _Measured(NamedTuple):
+class _ImageFacts(NamedTuple):
     """What is kept of an image that has been decoded."""
 
     digest: bytes  # of its pixels
@@ -267,7 +267,7 @@ class _Measured(NamedTuple):
 
 def _measure(
     dataset: Dataset, bad: dict[str, str], warnings: dict[str, str], strict: bool
-) -> Iterator[tuple[int, _Measured | None]]:
+) -> Iterator[tuple[int, _ImageFacts | None]]:
     """Yield the index of each image and what is measured; None for one that cannot be read, which is added to `bad`."""
     for index in range(len(dataset)):
         try:
@@ -282,7 +282,7 @@ def _measure(
         pixels = as_images(image)  # (3 or 1, H, W)
         values = pixels.numpy()
         size, gray = (values.shape[1], values.shape[2]), len(values) == 1 or is_gray(values)
-        yield index, _Measured(pixel_digest(image), size, gray, properties_of(pixels), fingerprint(pixels))
+        yield index, _ImageFacts(pixel_digest(image), size, gray, properties_of(pixels), fingerprint(pixels))
 
 
 def _same_label(splits: Splits, one: Place, other: Place) -> bool:

@@ -38,7 +38,7 @@ from coatnet.errors import UserError
 from coatnet.evaluation.evaluate import (
     EVALUATED_TOGETHER,
     KEPT_IMAGES,
-    Measured,
+    SplitOutputs,
     choose_datasets,
     load_model,
     measure,
@@ -174,7 +174,7 @@ def _without_probabilities(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def calibrate_and_evaluate(
     bundle: Bundle,
-    images: Measured,
+    images: SplitOutputs,
     *,
     reference: Outputs | None = None,
     progress: Callable[[int, int], None] = no_progress,
@@ -202,7 +202,7 @@ def calibrate_and_evaluate(
         progress(min(done, total), total)
 
     if images.keeps:
-        held_out = Outputs.of(bundle, images.outputs(advance))
+        held_out = Outputs.of(bundle, images.batches(advance))
     else:
         held_out, _ = sample_outputs(bundle, images.datasets, KEPT_IMAGES, num_workers, advance, batch_size=batch_size)
     if len(held_out.logits) >= MIN_IMAGES:

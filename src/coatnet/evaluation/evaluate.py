@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name, without_places
+from coatnet.bundle.config import extensions
 from coatnet.data.channels import to_rgb, with_scale
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
@@ -90,7 +91,7 @@ def evaluate(
             image can be read.
     """
     bundle = load_model(bundle, device)
-    images = Measured(bundle, data, split, batch_size=batch_size, num_workers=num_workers)
+    images = SplitOutputs(bundle, data, split, batch_size=batch_size, num_workers=num_workers)
     return measure(bundle, images, progress=progress or no_progress, with_images=with_images)
 
 
@@ -98,7 +99,7 @@ def no_progress(done: int, total: int) -> None:
     """Show nothing."""
 
 
-class Measured:
+class SplitOutputs:
     """The images of a split, and what a network computes for them, batch by batch, whatever its classifier.
 
     Args:
@@ -148,7 +149,7 @@ class Measured:
         """Number of images, including those that may turn out to be unreadable."""
         return sum(map(len, self.datasets))
 
-    def outputs(self, progress: Callable[[int], None] = lambda done: None) -> Generator[ImageOutputs, None, None]:
+    def batches(self, progress: Callable[[int], None] = lambda done: None) -> Generator[ImageOutputs, None, None]:
         """Yield each batch, computed now unless it is kept; `progress` is called with the number of images done.
 
         Raises:
@@ -188,7 +189,7 @@ class Measured:
 
 def measure(
     bundle: Bundle,
-    images: Measured,
+    images: SplitOutputs,
     *,
     progress: Callable[[int, int], None] = no_progress,
     with_images: bool = True,
@@ -214,7 +215,7 @@ def measure(
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
     properties: list[ImageProperties] = []
     total = len(images)
-    with closing(images.outputs(lambda done: progress(done, total))) as outputs:
+    with closing(images.batches(lambda done: progress(done, total))) as outputs:
         for batch in outputs:
             logits = batch.logits(bundle)
             if reliability is not None and batch.digests is not None:
@@ -327,22 +328,41 @@ def choose_datasets(
 def open_recorded(data: str | Path | Dataset | Splits, bundle: Bundle) -> Dataset | Splits:
     """The data, opened unless it is, and divided as it was when the model was made."""
     if isinstance(data, str | Path):
-        data = open_dataset(data, rule=recorded_rule(bundle), evaluation=True, multilabel=bundle.multilabel)
+        data = open_dataset(data, rule=recorded_rule(bundle, data), evaluation=True, multilabel=bundle.multilabel)
     scale = bundle.preprocessing.scale
     return data.with_scale(scale) if isinstance(data, Splits) else with_scale(data, scale)
 
 
-def recorded_rule(bundle: Bundle) -> SplitRule:
-    """How images were held out when the model was made; a tenth by their names if its record does not say."""
+def recorded_rule(bundle: Bundle, data: str | Path | None = None) -> SplitRule:
+    """How images were held out when the model was made; a tenth by their names if its record does not say.
+
+    Of `data` that `extend` has learned classes from, none were left out as a test split.
+    """
     rule = SplitRule.of(_recorded_values(bundle) or {})
+    if data is not None and _is_among(data, _extended_by(bundle)) and not _is_among(data, _trained_on(bundle)):
+        rule = replace(rule, test_fraction=0.0)
     # 0 is for images without a rule, such as those of `CoAtNetClassifier.fit`.
     return rule if rule.validation_fraction else replace(rule, validation_fraction=SplitRule.validation_fraction)
 
 
 def was_trained_on(bundle: Bundle, data: str | Path) -> bool:
     """Whether a model learned from images of this name, or at this place, and held out others, by its record."""
-    recorded = place_name(str((_recorded_values(bundle) or {}).get("data")))
-    names = (recorded, Path(recorded).stem, recorded.removeprefix(SCHEME))  # the last two as `Splits.name` has them
+    return _is_among(data, [*_trained_on(bundle), *_extended_by(bundle)])
+
+
+def _trained_on(bundle: Bundle) -> list[str]:
+    data = (_recorded_values(bundle) or {}).get("data")
+    return [data] if isinstance(data, str) else []
+
+
+def _extended_by(bundle: Bundle) -> list[str]:
+    return [each["data"] for each in extensions(bundle.record)]
+
+
+def _is_among(data: str | Path, recorded: Sequence[str]) -> bool:
+    places = [place_name(each) for each in recorded]
+    # The last two are as `Splits.name` has them.
+    names = {name for place in places for name in (place, Path(place).stem, place.removeprefix(SCHEME))}
     return place_name(data_path(str(data))) in names
 
 

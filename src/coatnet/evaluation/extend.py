@@ -21,15 +21,16 @@ from torch import Tensor
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.calibration import FeatureSummary, class_means, may_describe_features
+from coatnet.bundle.config import extensions
 from coatnet.data.datasets import JoinedDataset
-from coatnet.data.open import open_dataset
+from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import Splits, assign_folds
 from coatnet.errors import UserError, counted, cut, one_line, shorten
 from coatnet.evaluation.calibrate import MAX_TRAINING_IMAGES, Outputs, calibrate_and_evaluate, sample_outputs
 from coatnet.evaluation.evaluate import (
     EVALUATED_TOGETHER,
     KEPT_IMAGES,
-    Measured,
+    SplitOutputs,
     load_model,
     open_recorded,
     recorded_rule,
@@ -181,7 +182,7 @@ def extend(
     if len(validation):
         name = arriving.name if known is None else f"{known.name} and {arriving.name}"
         joined = Splits(name, training, validation)
-        images = Measured(blank, joined, batch_size=batch_size, num_workers=num_workers, keep=True)
+        images = SplitOutputs(blank, joined, batch_size=batch_size, num_workers=num_workers, keep=True)
     learned = _learned(blank, known, arriving, images, batch_size, num_workers)
     seen = set(learned.labels.tolist())
     if unread := [name for index, name in enumerate(classes) if name in added and index not in seen]:
@@ -225,18 +226,20 @@ def extend(
             before, after = (Accuracy(int(each.sum()), len(each)) for each in (right_before, right_after))
             lost = paired_difference(right_after, right_before)
     result = Extension(extended, added, method, found, lowered[method], new, before, after, lost, report)
+    earlier = extensions(bundle.record)
     about = {
         "model": source,
-        "data": arriving.name,
+        "data": arriving.name if isinstance(data, Splits) else place_name(data_path(str(data))),
         "added": list(added),
         "method": method,
         "methods": found,
         "lowered": lowered[method],
         **{name: asdict(each) for name, each in (("new", new), ("before", before), ("after", after)) if each},
         **({"lost": list(lost)} if lost else {}),
+        **({"earlier": earlier} if earlier else {}),
     }
     record = {
-        **{name: value for name, value in bundle.record.items() if name in ("recipe", "probe")},
+        **{name: value for name, value in bundle.record.items() if name in ("recipe", "probe", "classes_before")},
         "extension": about,
         **({} if report is None else {"report": report.to_dict()}),
     }
@@ -248,7 +251,7 @@ def _open(data: str | Path | Splits, bundle: Bundle, *, arrives: bool = False) -
 
     Of those that arrive none are left out as a test split, which is one of the training.
     """
-    if arrives and isinstance(data, str | Path) and not was_trained_on(bundle, data):
+    if arrives and not isinstance(data, Splits) and not was_trained_on(bundle, data):
         data = open_dataset(data, rule=replace(recorded_rule(bundle), test_fraction=0.0), evaluation=True)
     opened = open_recorded(data, bundle)
     assert isinstance(opened, Splits)
@@ -270,7 +273,7 @@ def _learned(
     bundle: Bundle,
     known: Splits | None,
     arriving: Splits,
-    images: Measured | None,
+    images: SplitOutputs | None,
     batch_size: int,
     num_workers: int | None,
 ) -> Outputs:
@@ -310,10 +313,12 @@ def _with_drawn(learned: Outputs, summary: FeatureSummary | None, num_old: int) 
     return torch.cat([features, drawn[rare]]), torch.cat([labels, numbers[rare]])
 
 
-def _decisions(images: Measured, bundles: Sequence[Bundle], num_old: int, bar: ProgressBar) -> tuple[np.ndarray, ...]:
+def _decisions(
+    images: SplitOutputs, bundles: Sequence[Bundle], num_old: int, bar: ProgressBar
+) -> tuple[np.ndarray, ...]:
     """Of each image (N,): the class by each classifier, its label, and whether it is one of the first `num_old`."""
     rows = []
-    for batch in images.outputs(lambda done: bar.update(done, len(images))):
+    for batch in images.batches(lambda done: bar.update(done, len(images))):
         found = (batch.logits(each).argmax(1) for each in bundles)
         is_old = torch.tensor([index < num_old for _, index in batch.places])
         rows.append([*found, batch.labels, is_old])

@@ -23,7 +23,7 @@ from coatnet.data.open import NAMES, data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits, choose_validation
 from coatnet.errors import UserError, cut, one_line
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import Measured, load_model, open_recorded, recorded_rule, was_trained_on
+from coatnet.evaluation.evaluate import SplitOutputs, load_model, open_recorded, recorded_rule, was_trained_on
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.metrics import FIGURES, Interval, Metrics, main_figure
 from coatnet.evaluation.report_markdown import write_report
@@ -150,7 +150,7 @@ def probe(
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         with ProgressBar("evaluating") as bar:
             fitted = linear.replace_classifier(bundle, splits)
-            images = Measured(fitted, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
+            images = SplitOutputs(fitted, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
             fitted, report = calibrate_and_evaluate(fitted, images, progress=bar.update)
         report = replace(report, bad_images=found.bad_images)
         about = {
@@ -189,7 +189,7 @@ def open_for_probe(bundle: Bundle | str | Path, data: str | Path | Splits, devic
         source, bundle = load_pretrained(data, device, _say)
     bundle = load_model(bundle, device)
     is_new = isinstance(given, str | Path) and not was_trained_on(bundle, given)
-    rule = SplitRule() if is_new else recorded_rule(bundle)
+    rule = SplitRule() if is_new else recorded_rule(bundle, None if isinstance(given, Splits) else given)
     if is_new and isinstance(data, str | Path):
         data = open_dataset(data, evaluation=True)
     opened = open_recorded(data, bundle)

@@ -22,7 +22,7 @@ from coatnet.data.splits import Splits
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import UserError, shorten
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import EVALUATED_TOGETHER, Measured, load_model, open_recorded
+from coatnet.evaluation.evaluate import EVALUATED_TOGETHER, SplitOutputs, load_model, open_recorded
 from coatnet.evaluation.metrics import Metrics, main_figure
 from coatnet.evaluation.report import Report
 from coatnet.inference.logits import workers_for
@@ -137,14 +137,14 @@ def soup(
         raise UserError(f"data must be what open_dataset opens, or the splits that it returns, got {data!r:.80}")
     training = None if splits is None else splits.training
 
-    def measured(bundle: Bundle, name: str) -> tuple[Measured | None, float]:
+    def measured(bundle: Bundle, name: str) -> tuple[SplitOutputs | None, float]:
         """What the network of a bundle computes for the held-out images, and its figure."""
         if splits is None:
             return None, 0.0
-        images = Measured(bundle, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
+        images = SplitOutputs(bundle, splits, batch_size=batch_size, num_workers=num_workers, keep=True)
         metrics = Metrics(len(bundle.classes), bundle.multilabel)
         with ProgressBar(f"evaluating {name}") as bar:
-            for batch in images.outputs(lambda done: bar.update(done, len(images))):
+            for batch in images.batches(lambda done: bar.update(done, len(images))):
                 metrics.update(batch.logits(bundle), batch.labels)
         return images, metrics.compute()[figure]
 

@@ -65,8 +65,8 @@ class Prediction:
     class_set: tuple[str, ...] | None = None
 
 
-class Answers(NamedTuple):
-    """What a model says of a batch: probabilities (B, K), and the novelty (B,) if it is calibrated."""
+class BatchScores(NamedTuple):
+    """What a model computes for a batch: probabilities (B, K), and the novelty (B,) if it is calibrated."""
 
     probabilities: NDArray[np.float32]
     novelty: NDArray[np.float32] | None
@@ -233,9 +233,9 @@ class Predictor:
         Returns:
             (B, K): a softmax, or K sigmoids for multi-label.
         """
-        return self.answers(images).probabilities
+        return self.scores(images).probabilities
 
-    def answers(self, images: NDArray) -> Answers:
+    def scores(self, images: NDArray) -> BatchScores:
         """Compute probabilities and novelty of a batch, averaged over the views. Not thread-safe.
 
         Args:
@@ -246,8 +246,8 @@ class Predictor:
         probabilities = to_probabilities(found[:, : len(self.classes)], multilabel=self.multilabel)
         probabilities = probabilities.unflatten(0, (len(images), -1)).mean(dim=1).numpy()  # (B, K)
         if self.bundle.calibration is None:
-            return Answers(probabilities, None)
-        return Answers(probabilities, found[:, -1].unflatten(0, (len(images), -1)).mean(dim=1).numpy())
+            return BatchScores(probabilities, None)
+        return BatchScores(probabilities, found[:, -1].unflatten(0, (len(images), -1)).mean(dim=1).numpy())
 
     def explain(
         self,
@@ -367,7 +367,7 @@ class Predictor:
 
     def describe_all(self, images: NDArray, top_k: int) -> Iterator[Prediction]:
         """What is said of each of some prepared images, uint8 (B, V, R, R, C); without names. Not thread-safe."""
-        probabilities, novelty = self.answers(images)
+        probabilities, novelty = self.scores(images)
         for index, row in enumerate(probabilities):
             yield self.describe(row, None if novelty is None else float(novelty[index]), top_k)
 

@@ -1,4 +1,4 @@
-"""Answers to an image that is too large to be seen at once: of overlapping tiles, averaged, and as a map.
+"""Predictions for an image that is too large to be seen at once: of overlapping tiles, averaged, and as a map.
 
 Shapes: N tiles, K classes; H, W the image; h, w its thumbnail.
 """
@@ -145,7 +145,7 @@ def classify_tiles(
 
         prepared = views()
         while batch := list(itertools.islice(prepared, batch_size)):
-            probabilities, novelty = predictor.answers(np.stack(batch))
+            probabilities, novelty = predictor.scores(np.stack(batch))
             rows.append(probabilities)
             if novelty is not None:
                 novelties.append(novelty)

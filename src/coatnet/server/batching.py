@@ -171,7 +171,7 @@ class Batcher:
     def _compute(self, batch: Sequence[QueuedImage]) -> Sequence[Answer | RequestError]:
         started = time.perf_counter()
         try:
-            rows, novelty = self.predictor.answers(np.stack([waiting.views for waiting in batch]))
+            rows, novelty = self.predictor.scores(np.stack([waiting.views for waiting in batch]))
         except Exception:
             log.exception("a batch of %d images failed", len(batch))
             return [RequestError("inference", "the model failed on this batch") for _ in batch]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coatnet.bundle import Bundle
-from coatnet.data.channels import Measured, measure_if_deep
+from coatnet.data.channels import ChannelStatistics, measure_if_deep
 from coatnet.data.datasets import Dataset, evenly_spaced
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
@@ -66,7 +66,7 @@ class DataFacts:
     std: float = 0.5
     num_held_out: int = 0
     cache_room: int = 0
-    measured: Measured | None = None
+    measured: ChannelStatistics | None = None
 
     @classmethod
     def of(cls, splits: Splits, channels: int | None = None, runs_at_once: int = 1) -> "DataFacts":

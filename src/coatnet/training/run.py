@@ -16,7 +16,7 @@ from coatnet.data.loader import require_readable
 from coatnet.data.splits import SplitRule, Splits
 from coatnet.errors import UserError, counted
 from coatnet.evaluation.calibrate import calibrate_and_evaluate
-from coatnet.evaluation.evaluate import EVALUATED_TOGETHER, Measured, evaluate, recorded_rule, was_trained_on
+from coatnet.evaluation.evaluate import EVALUATED_TOGETHER, SplitOutputs, evaluate, recorded_rule, was_trained_on
 from coatnet.evaluation.metrics import wilson_interval
 from coatnet.evaluation.plots import draw_curves
 from coatnet.evaluation.report import Report
@@ -211,7 +211,7 @@ def known_before(init: Bundle | None, config: TrainingConfig, splits: Splits) ->
     """A sentence for a run whose held-out images its start may have learned from; empty where it held out the same."""
     if init is None or not learned_from(init, config.data, splits):
         return ""
-    before, now = recorded_rule(init), SplitRule.of(config.to_dict())
+    before, now = recorded_rule(init, config.data), SplitRule.of(config.to_dict())
     parts = ("validation_fraction", "test_fraction", "fold")
     if all(getattr(before, part) == getattr(now, part) for part in parts):
         return ""
@@ -244,7 +244,7 @@ def write_results(trainer: Trainer, bundle: Bundle) -> Report:
         UserError: one of them cannot be written. The same command tries again.
     """
     folder, options = trainer.folder, _evaluation_options(trainer.config)
-    held_out = Measured(bundle, trainer.splits, keep=True, **options)
+    held_out = SplitOutputs(bundle, trainer.splits, keep=True, **options)
     bundle, report = calibrate_and_evaluate(bundle, held_out)
     notes = notes_on(folder)
     report = replace(report, bad_images={**trainer.bad_images.records, **report.bad_images}, notes=notes)

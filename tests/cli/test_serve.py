@@ -67,6 +67,30 @@ def test_an_upload_as_large_as_allowed_has_room(megabytes: str, together: int, m
     assert (found[0].max_bytes, found[0].max_upload_bytes) == (int(megabytes) * 2**20, together * 2**20)
 
 
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--reject", "0.1", "--set", "0.8", "--set-method", "aps"],
+         {"reject": 0.1, "coverage": 0.8, "set_method": "aps"}),
+        (["--raw"], {"raw": True}),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_a_calibrated_model_reaches_it(
+    options: list[str], changed: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def predictor(source: str, *given: object, device: str, **answers: object) -> None:
+        asked.append((source, *given, answers))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("coatnet.server.main.Predictor", predictor)
+    names = ["serve", "one=runs/mine", "--port", "0", "--engine", "torch", "--precision", "bf16"]
+    assert main([*names, *options]) == 2 and "far enough" in capsys.readouterr().err
+    usual = {"reject": None, "coverage": None, "set_method": "lac", "raw": False}
+    assert asked == [("runs/mine", "torch", "bf16", usual | changed)]
+
+
 def test_a_token_has_eight_characters_that_fit_a_header(tmp_path: Path) -> None:
     assert read_token(None, {}) is None
     assert read_token(None, {"COATNET_TOKEN": " long-enough\n"}) == "long-enough"

@@ -151,6 +151,26 @@ def test_an_image_alone_equals_the_image_in_a_batch(augmentation):
         assert torch.equal(transform(pixels, int(seed)), image)
 
 
+@pytest.mark.parametrize("what", ["flip", "rand_augment", "trivial_augment", "erasing"])
+def test_training_images_are_varied_as_asked(what):
+    images, gray = noise(16, 3, 28, 28), [128, 128, 128]  # the mean, which fills uncovered pixels
+    plain = Preprocessing(28, crop_fraction=1.0)
+    asked, expected = {
+        "flip": ({"flip_rate": 1.0}, lambda: normalize(images.flip(-1), plain)),
+        "rand_augment": (
+            {"rand_augment_layers": 2, "rand_augment_magnitude": 20},
+            lambda: normalize(augment.rand_augment(images, SEEDS, layers=2, magnitude=20, fill=gray), plain),
+        ),
+        "trivial_augment": (
+            {"trivial_augment": True},
+            lambda: normalize(augment.trivial_augment(images, SEEDS, fill=gray), plain),
+        ),
+        "erasing": ({"erasing_rate": 0.7}, lambda: augment.erase_(normalize(images, plain), SEEDS, 0.7)),
+    }[what]
+    found = TrainingTransform(plain, Augmentation("none", **{"flip_rate": 0.0, **asked})).batch(images, SEEDS)
+    assert torch.equal(found, expected()) and not torch.equal(found, normalize(images, plain))
+
+
 def test_training_leaves_the_global_random_state_alone():
     transform = TrainingTransform(Preprocessing(32), Augmentation(rand_augment_layers=2, erasing_rate=1.0))
     before = torch.get_rng_state()

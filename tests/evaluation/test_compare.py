@@ -74,6 +74,8 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert (difference.gained, difference.lost, difference.difference) == (2, 1, pytest.approx(0.1))
     low, high = difference.interval
     assert low < 0 < high and "not distinguishable" in describe(difference)
+    # One of two that differ is right on each; the surest of them first: image 7 with 0.81, 6 with 0.77, 5 with 0.72.
+    assert [found.images[number] for number in found.disagreements] == [f"folder/{n}.png" for n in (7, 6, 5)]
     assert sorted(found.images[number] for number in found.disagreements) == [f"folder/{n}.png" for n in (5, 6, 7)]
     assert found.settings == {"optimizer.lr": (0.1, 0.2)}
     # A folder of `evaluate --out` has no configuration: nothing differs from it.
@@ -85,6 +87,16 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert plain["differences"][0]["map_difference"] is None and "average precision" not in describe(difference)
     assert plain["differences"][0]["gained"] == 2 and plain["n"] == 10
     assert {"image": "folder/5.png", "truth": "c", "predicted": ["c", "a"]} in plain["disagreements"]
+
+
+def test_a_likelier_truth_is_a_lower_negative_log_likelihood(tmp_path: Path) -> None:
+    first, second = (open_run(write_run(tmp_path / name, "aabbccbbbb"), never) for name in ("first", "second"))
+    nll = second.predictions.nll - np.linspace(0.2, 0.4, 10)
+    better = replace(second, predictions=replace(second.predictions, nll=nll))
+    for runs, sign in (((first, better), -1), ((better, first), 1)):
+        (difference,) = compare(list(runs)).differences
+        assert difference.nll_difference == pytest.approx(0.3 * sign)
+        assert 0.2 < min(sign * bound for bound in difference.nll_interval) < 0.3
 
 
 @pytest.mark.slow
@@ -244,7 +256,9 @@ def test_compare_and_runs_on_the_command_line(
     assert "is not finished" in capsys.readouterr().err
 
     assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
-    listed = {each["run"]: each for each in json.loads(capsys.readouterr().out)}
+    rows = json.loads(capsys.readouterr().out)
+    assert [each["run"] for each in rows][-1] == "third"  # without a figure
+    listed = {each["run"]: each for each in rows}
     assert {name: each["state"] for name, each in listed.items()} == {
         "first": "finished", "deeper/second": "finished", "third": "can be resumed"
     }  # fmt: skip
@@ -253,6 +267,15 @@ def test_compare_and_runs_on_the_command_line(
     assert main(["runs", str(tmp_path / "runs")]) == 0
     assert "| deeper/second | coatnet-femto-16 | digits |" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "no")]) == 2 and main(["runs", str(unfinished / "..")]) == 0
+
+
+def test_the_best_run_is_listed_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, top1 in (("a", 0.5), ("b", 0.9), ("c", 0.7)):
+        report = write_run(tmp_path / "runs" / name, "aabbccbbbb") / "report.json"
+        values = json.loads(report.read_text())
+        report.write_text(json.dumps(values | {"figures": values["figures"] | {"top1": top1}}))
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    assert [each["run"] for each in json.loads(capsys.readouterr().out)] == ["b", "c", "a"]
 
 
 def test_runs_beside_a_folder_that_may_not_be_read_are_listed(

@@ -95,8 +95,11 @@ def test_the_table_names_each_image_once_and_training_takes_it_back(tmp_path: Pa
     assert {row["suggested"] for row in rows} <= {"one", "two"}
     scores = [float(row["score"]) for row in rows]
     assert scores[4:] == sorted(scores[4:]) and all(0 <= score <= 1 for score in scores)
-    out.write_text(out.read_text().replace(",,one,", ",cat,one,").replace(",,two,", ",dog,two,"))
-    if len({row["suggested"] for row in rows}) == 2:
-        assert open_dataset(out).classes == ("cat", "dog")
+    with out.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows({**row, "label": ("cat", "dog")[number % 2]} for number, row in enumerate(rows))
+    labeled = open_dataset(out)
+    assert labeled.classes == ("cat", "dog") and len(labeled.training) + len(labeled.validation) == 12
 
     assert main(arguments) == 2 and "is there already" in capsys.readouterr().err

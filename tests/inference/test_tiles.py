@@ -58,10 +58,20 @@ def test_one_tile_is_the_image_and_several_are_averaged(tmp_path: Path) -> None:
         assert tile.classes == expected.classes
         np.testing.assert_allclose(tile.probabilities, expected.probabilities, atol=1e-6)
     np.testing.assert_allclose(four.probabilities.sum(1), 1, atol=1e-5)
+    mean = dict(zip(four.classes, four.probabilities.mean(0), strict=True))
+    assert mean == pytest.approx(dict(zip(four.prediction.classes, four.prediction.probabilities, strict=True)))
+    assert four.prediction.probabilities != pytest.approx(alone[0].probabilities)
     np.testing.assert_array_equal(four.thumbnail, pixels)
     heat = four.heat("ant")
     np.testing.assert_allclose(heat[::20, ::20].ravel(), four.probabilities[:, 0])
-    assert four.map().size == (40, 40)
+    assert four.map().size == (40, 40) and not np.array_equal(np.asarray(four.map()), four.thumbnail)
+
+    many, total, count = classify_tiles(predictor, tmp_path / "a.png", side=20, overlap=0.5), *np.zeros((2, 40, 40))
+    for (top, left, height, width), row in zip(many.boxes, many.probabilities, strict=True):
+        total[top : top + height, left : left + width] += row[1]
+        count[top : top + height, left : left + width] += 1
+    assert count.max() > 1
+    np.testing.assert_allclose(many.heat("bee"), total / count, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["npy", "contig", "separate", "strips"])
@@ -204,8 +214,11 @@ def test_the_command_prints_tiles_and_draws_their_map(tmp_path: Path, capsys: py
     *tiles, last = capsys.readouterr().out.splitlines()
     assert len(tiles) == 6 and "a.npy[0:48,0:48]: " in tiles[0] and "a.npy: " in last
     (drawn,) = (tmp_path / "maps").iterdir()
+    plain = classify_tiles(predictor_for(DEEP), tmp_path / "a.npy", side=48).thumbnail
     with Image.open(drawn) as image:
-        assert image.size == (90, 70)
+        assert image.size == (90, 70) and not np.array_equal(np.asarray(image), plain)
+    assert main([*arguments, "--tiles", "48", "--each-tile", "--tile-overlap", "0.9"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) - 1 > len(tiles)
     for wrong, message in (
         (["--each-tile"], "give that as well"),
         (["--tiles", "0"], "--tiles is a side in pixels, such as 512, or auto"),

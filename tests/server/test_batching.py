@@ -73,6 +73,21 @@ def test_a_model_that_gives_no_number_fails_that_image_only() -> None:
         assert address.predict(image()).status == 200
 
 
+def test_a_model_that_gives_no_number_fails_no_other_image_of_the_batch() -> None:
+    predictor = make_predictor()
+    engine = FailingEngine(predictor)
+    with running(predictor) as address, ThreadPoolExecutor(4) as clients:
+        engine.free.clear()
+        plug = clients.submit(address.predict, image())
+        eventually(lambda: engine.sizes == [1])
+        together = [clients.submit(address.predict, image(seed)) for seed in range(3)]
+        eventually(lambda: address.service.models["one"].batcher.depth == 3)
+        engine.logit = np.nan  # of the first image of each batch
+        engine.free.set()
+        assert plug.result().status == 500 and engine.sizes == [1, 3]
+        assert sorted(each.result().status for each in together) == [200, 200, 500]
+
+
 def test_a_model_that_dies_is_told_by_liveness() -> None:
     predictor = make_predictor()
     engine = FailingEngine(predictor)

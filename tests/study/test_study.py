@@ -23,6 +23,7 @@ from coatnet.cli.main import main
 from coatnet.data import loader
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
+from coatnet.inference import Predictor
 from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
 from coatnet.study.record import Run, Study
 from coatnet.study.run import Part, Worker, _Progress, _result, measure_steps, recipe_of
@@ -71,6 +72,18 @@ def test_a_failed_run_is_named_and_the_rest_goes_on(made: tuple[Path, int]) -> N
     assert all("finite" in str(run.reason) for run in study.runs if run.status == "failed")
     assert study.title == "Does weight decay matter?"
     assert (folder / "study.html").exists()
+
+
+@pytest.mark.slow
+def test_kept_weights_are_a_bundle_with_its_report(tmp_path: Path) -> None:
+    (tmp_path / "decay.yaml").write_text(QUESTION.replace("1e+35", "0.1"))
+    command = ["study", str(tmp_path / "decay.yaml"), *COMMAND, "--out", str(tmp_path / "decay")]
+    assert main([*command, "--keep_weights"]) == 0
+    for run in Study.read(tmp_path / "decay").finished():
+        folder = tmp_path / "decay" / run.folder
+        report = json.loads((folder / "report.json").read_text())
+        assert run.figures is not None and report["figures"]["top1"] == pytest.approx(run.figures.top1, abs=0.01)
+        assert Predictor(folder / "bundle", "torch").classes == tuple("0123456789")
 
 
 def test_all_members_have_the_same_budget_and_full_measurements(made: tuple[Path, int]) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.training.trainers import trainer_for
 from torch import nn
 
 from coatnet.model.network import create_model
+from coatnet.training.config import Recipe
 from coatnet.training.optimizer import (
     Optimization,
     Schedule,
@@ -86,6 +88,39 @@ def test_a_step_equals_torch_adamw_with_clipped_gradients():
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+def test_layer_decay_scales_the_learning_rate_of_each_group():
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": [weight], "scale": scale} for weight, scale in zip(weights, (1.0, 0.5), strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    update_weights([optimizer], 0.1)
+    assert [1 - weight[0].item() for weight in weights] == pytest.approx([0.1, 0.05])
+
+
+def test_a_step_of_a_run_clips_its_gradients_and_follows_the_schedule():
+    schedule = {"decay": "cosine", "warmup_steps": 2, "minimum_learning_rate": 1e-4}
+    recipe = Recipe(data="digits", epochs=0.2, batch_size=32, optimizer={"grad_clip_norm": 1e-3}, schedule=schedule)
+    trainer = trainer_for(recipe)
+    seen, peak, total = [], trainer.config.optimizer.learning_rate, trainer.duration.total_steps
+
+    def look(*_):
+        gradients = [
+            parameter.grad.flatten() for parameter in trainer.parameters.values() if parameter.grad is not None
+        ]
+        seen.append(float(torch.cat(gradients).norm()))
+
+    trainer.optimizers[0].register_step_pre_hook(look)
+    images, labels = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
+    for step in range(total):
+        _, norm = trainer.step(images, labels)
+        assert norm > 1e-2 and seen[-1] <= 1.001e-3
+        expected = learning_rate_at(step, total, peak, trainer.config.schedule)
+        assert trainer.last_learning_rate == pytest.approx(expected)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
+    assert total == 11 and trainer.config.schedule.warmup_steps == 2
+
+
 def test_the_average_is_the_weighted_sum_of_all_weights_and_batch_norm_statistics():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = WeightAverage(model, decay=0.5)
@@ -116,6 +151,9 @@ def test_losses_equal_torchs_own():
     torch.testing.assert_close(softmax(logits, smoothed), expected)
     expected = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum")
     torch.testing.assert_close(sigmoid(logits, smoothed), expected)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.1])
+    expected = F.binary_cross_entropy_with_logits(logits, smoothed, weight=weights, reduction="sum")
+    torch.testing.assert_close(build_loss("sigmoid", weights)(logits, smoothed), expected)
 
 
 def test_class_weights_make_every_class_count_the_same():

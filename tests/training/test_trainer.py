@@ -22,6 +22,7 @@ from tests.training.trainers import RecordingConsole, trainer_for
 import coatnet
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
+from coatnet.model.layers import StochasticDepth
 from coatnet.system.hardware import num_cores
 from coatnet.training import pace, trainer
 from coatnet.training.checkpoint import load_checkpoint, published
@@ -47,6 +48,12 @@ EVERYTHING = Recipe(
     augmentation={"shift": 1, "flip_rate": 0.5, "erasing_rate": 0.3},
 )
 BRIEF = Recipe(data="digits", epochs=0.1, batch_size=32)
+
+
+def test_stochastic_depth_rises_to_that_of_the_recipe():
+    trained = trainer_for(replace(BRIEF, stochastic_depth=0.5))
+    rates = [block.rate for block in trained.model.modules() if isinstance(block, StochasticDepth)]
+    assert rates[0] == 0.0 and rates[-1] == 0.5 and rates == sorted(rates)
 
 
 def last_tensors(out):

@@ -249,7 +249,8 @@ def test_a_folder_of_classes_with_a_tar_in_it_is_a_folder_of_images(make_folder,
 def test_labels_of_more_classes_than_there_may_be_are_one_line(root, label):
     for name in ("train", "val"):
         write_tar(root / f"{name}-0.tar", [(f"{name}.png", image(0)), (f"{name}.json", label)])
-    assert "label" in one_line(root) or "it must be from 1 to 999,999" in one_line(root)
+    said = one_line(root).replace(str(root), "")
+    assert "label" in said or "it must be from 1 to 999,999" in said
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     order = np.argsort(digits.target, kind="stable")
     np.savez_compressed(
         EMBEDDED / "digits.npz",
-        images=np.round(digits.images[order] * (255 / 16)).astype(np.uint8),  # 17 levels of ink
+        pictures=np.round(digits.images[order] * (255 / 16)).astype(np.uint8),  # 17 levels of ink
         labels=digits.target[order].astype(np.uint8),
     )
 

@@ -64,7 +64,7 @@ def test_images_that_classes_were_added_from_have_no_test_split(bundle: Bundle, 
     added = {"data": images.name, "added": [CLASSES[0]]}
     for extension in (added, {"earlier": [added]}, {"data": "more", "added": [CLASSES[1]], "earlier": [added]}):
         extended = replace(bundle, record={"recipe": recipe, "extension": extension})
-        assert was_trained_on(extended, images)
+        assert not was_trained_on(extended, images)  # its network was not
         with pytest.raises(UserError, match="there is no test split"):
             evaluate(extended, images, split="test")
         counts = [evaluate(extended, images, split=split).figures["n"] for split in ("training", "validation")]

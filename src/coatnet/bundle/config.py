@@ -12,7 +12,7 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, FailFast, Field, FiniteFloat
 
 from coatnet.data.decode import MAX_CHANNELS
 from coatnet.data.transforms import Preprocessing
@@ -102,7 +102,7 @@ class AddedJson(BaseModel, strict=True, extra="allow"):
 class ExtensionJson(AddedJson):
     """What the card and the evaluation take from the record of classes that were added, the last and all before."""
 
-    earlier: list[AddedJson] = []
+    earlier: Annotated[list[AddedJson], FailFast()] = []
 
 
 class TrainingJson(BaseModel, strict=True, extra="allow"):

@@ -347,7 +347,7 @@ def recorded_rule(bundle: Bundle, data: str | Path | None = None) -> SplitRule:
 
 def was_trained_on(bundle: Bundle, data: str | Path) -> bool:
     """Whether a model learned from images of this name, or at this place, and held out others, by its record."""
-    return _is_among(data, [*_trained_on(bundle), *_extended_by(bundle)])
+    return _is_among(data, _trained_on(bundle))
 
 
 def _trained_on(bundle: Bundle) -> list[str]:
@@ -356,14 +356,15 @@ def _trained_on(bundle: Bundle) -> list[str]:
 
 
 def _extended_by(bundle: Bundle) -> list[str]:
-    return [each["data"] for each in extensions(bundle.record)]
+    return [each["data"] for each in extensions(bundle.record) if each["data"]]
 
 
 def _is_among(data: str | Path, recorded: Sequence[str]) -> bool:
     places = [place_name(each) for each in recorded]
     # The last two are as `Splits.name` has them.
     names = {name for place in places for name in (place, Path(place).stem, place.removeprefix(SCHEME))}
-    return place_name(data_path(str(data))) in names
+    given = place_name(data_path(str(data)))
+    return not names.isdisjoint({given, Path(given).stem, given.removeprefix(SCHEME)})
 
 
 def _recorded_values(bundle: Bundle) -> Mapping[str, Any] | None:

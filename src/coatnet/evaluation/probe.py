@@ -189,7 +189,7 @@ def open_for_probe(bundle: Bundle | str | Path, data: str | Path | Splits, devic
         source, bundle = load_pretrained(data, device, _say)
     bundle = load_model(bundle, device)
     is_new = isinstance(given, str | Path) and not was_trained_on(bundle, given)
-    rule = SplitRule() if is_new else recorded_rule(bundle, None if isinstance(given, Splits) else given)
+    rule = SplitRule() if is_new else recorded_rule(bundle)
     if is_new and isinstance(data, str | Path):
         data = open_dataset(data, evaluation=True)
     opened = open_recorded(data, bundle)

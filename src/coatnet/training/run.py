@@ -211,7 +211,7 @@ def known_before(init: Bundle | None, config: TrainingConfig, splits: Splits) ->
     """A sentence for a run whose held-out images its start may have learned from; empty where it held out the same."""
     if init is None or not learned_from(init, config.data, splits):
         return ""
-    before, now = recorded_rule(init, config.data), SplitRule.of(config.to_dict())
+    before, now = recorded_rule(init), SplitRule.of(config.to_dict())
     parts = ("validation_fraction", "test_fraction", "fold")
     if all(getattr(before, part) == getattr(now, part) for part in parts):
         return ""

@@ -75,7 +75,10 @@ def test_images_of_a_training_are_known_by_the_name_of_their_splits(bundle: Bund
     for data, name in (("hf://owner/clothes", "owner/clothes"), ("/some/labels.csv", "labels"), ("digits", "digits")):
         trained = replace(bundle, record={"recipe": {"data": data, "validation_fraction": 0.1}})
         assert was_trained_on(trained, data) and was_trained_on(trained, name)
-        assert not was_trained_on(trained, "other")
+        assert not was_trained_on(trained, "other") and not was_trained_on(trained, f"{name}.v2")
+        # The record of an extension by splits has their name alone.
+        trained = replace(bundle, record={"recipe": {"data": name, "validation_fraction": 0.1}})
+        assert was_trained_on(trained, data) and not was_trained_on(trained, "other")
 
 
 def test_images_that_cannot_be_read_a_second_time_cost_no_figure(bundle: Bundle, images: Path) -> None:

@@ -65,12 +65,13 @@ def run(arguments: Sequence[str]) -> int:
     from coatnet.data.inspection import inspect
     from coatnet.data.open import open_dataset
     from coatnet.data.shards.dataset import ShardDataset
-    from coatnet.evaluation import findings
 
     splits = open_dataset(given.data)
     for part in splits.parts.values():
         if isinstance(part, ShardDataset):
             part.verify_when_read()
+    if given.write or given.html:
+        from coatnet.evaluation import findings  # and with it the model
     if given.write:
         findings.require_table(given.write, splits)
     opened = None

@@ -20,6 +20,7 @@ from coatnet.bundle.config import extensions
 from coatnet.data.channels import to_rgb, with_scale
 from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
+from coatnet.data.folder import MANIFEST_SUFFIXES
 from coatnet.data.hugging_face import SCHEME
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import data_path, open_dataset
@@ -360,11 +361,14 @@ def _extended_by(bundle: Bundle) -> list[str]:
 
 
 def _is_among(data: str | Path, recorded: Sequence[str]) -> bool:
-    places = [place_name(each) for each in recorded]
-    # The last two are as `Splits.name` has them.
-    names = {name for place in places for name in (place, Path(place).stem, place.removeprefix(SCHEME))}
-    given = place_name(data_path(str(data)))
-    return not names.isdisjoint({given, Path(given).stem, given.removeprefix(SCHEME)})
+    """Whether data are called as one of the recorded ones, each by its place or as `Splits.name` has it."""
+    return not _names(data_path(str(data))).isdisjoint(name for each in recorded for name in _names(each))
+
+
+def _names(data: str) -> set[str]:
+    place = place_name(data)
+    is_manifest = Path(place).suffix.lower() in MANIFEST_SUFFIXES
+    return {place, Path(place).stem if is_manifest else place.removeprefix(SCHEME)}
 
 
 def _recorded_values(bundle: Bundle) -> Mapping[str, Any] | None:

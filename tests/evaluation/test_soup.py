@@ -9,6 +9,7 @@ from tests.training.trainers import trainer_for
 
 import coatnet
 from coatnet.bundle import Bundle
+from coatnet.bundle.config import extensions
 from coatnet.cli.main import main
 from coatnet.data.splits import Splits
 from coatnet.data.transforms import Augmentation, EvaluationTransform, TrainingTransform
@@ -168,6 +169,14 @@ def test_a_uniform_average_takes_all(folders, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["rule"] == "uniform" and [row["taken"] for row in record["members"]] == [True, True]
     assert "The best model alone has" in record["summary"] and SELECTED not in record["summary"]
+
+    one, two = (coatnet.load(folders[name]) for name in ("one", "two"))
+    first, second = ({"data": data, "added": [one.classes[0]]} for data in ("first", "second"))
+    one, two = (
+        replace(bundle, record={**bundle.record, "extension": {**last, "earlier": earlier}})
+        for bundle, last, earlier in ((one, first, []), (two, second, [first]))
+    )
+    assert extensions(coatnet.soup([one, two], uniform=True).bundle.record) == [first, second]
 
     (folders["one"].parent / "recipe.yaml").write_text(f"data: {tmp_path / 'gone'}\n")
     command = ["soup", str(folders["one"].parent), str(folders["two"]), "--out", out]

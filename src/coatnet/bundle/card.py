@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import yaml
@@ -57,7 +57,7 @@ def model_card(
         _soup(record.get("soup")),
         _recipe(record),
         _probe(record.get("probe")),
-        _changes(record),
+        _changes(record, set(classes)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -93,15 +93,16 @@ def _soup(soup: Mapping[str, Any] | None) -> str:
     return "## An average of models\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in lines) if lines else ""
 
 
-def _changes(record: Mapping[str, Any]) -> str:
+def _changes(record: Mapping[str, Any], classes: Collection[str]) -> str:
     """What was done to the classes since the training."""
     before = record.get("classes_before")
     lines = []
     if before:
         lines.append(f"Made from a model of {len(before):,} classes by `coatnet shrink`; the network is the same.")
     for extension in extensions(record):
-        names = escape_markdown(shorten(extension["added"]))
-        lines.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
+        if added := [name for name in extension["added"] if name in classes]:  # the others were left out since
+            names = escape_markdown(shorten(added))
+            lines.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
     return "## What was changed since\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 
 
@@ -109,7 +110,7 @@ def _recipe(record: Mapping[str, Any]) -> str:
     recipe = record.get("recipe")
     if not recipe:
         return ""
-    if _changes(record):
+    if record.get("classes_before") or extensions(record):
         title = "The recipe of the model before its classes were changed"
     else:
         whose = "The recipe of the best of these models" if record.get("soup") else "The recipe"

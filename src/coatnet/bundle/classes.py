@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coatnet.bundle.bundle import Bundle
 from coatnet.bundle.calibration import MAX_FEATURES, MAX_MEANS, may_describe_features
-from coatnet.bundle.config import extensions
+from coatnet.bundle.config import extensions, provenance
 from coatnet.errors import UserError, nearest
 
 DRAWN_FEATURES = 20_000
@@ -137,8 +137,7 @@ def _require_classes(bundle: Bundle, names: Mapping[str, Any] | Sequence[str]) -
 
 def _with_classes(bundle: Bundle, classes: tuple[str, ...], weight: Tensor, bias: Tensor) -> Bundle:
     """The bundle with another classifier: neither its calibration nor its figures belong to it any more."""
-    record: dict[str, Any] = {"classes_before": list(bundle.classes)}
-    record |= {name: value for name, value in bundle.record.items() if name in ("recipe", "probe", "classes_before")}
+    record = {"classes_before": list(bundle.classes), **provenance(bundle.record)}
     if earlier := extensions(bundle.record):  # whose figures are of other classes
         record["extension"] = {"earlier": earlier}
     return replace(bundle.with_classifier(classes, weight, bias), record=record)

@@ -74,7 +74,7 @@ class RecipeJson(BaseModel, strict=True, extra="allow"):
     validation_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.1
     test_fraction: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
     fold: str = ""
-    kept_together: list[list[str]] = []
+    kept_together: Annotated[list[Texts], FailFast()] = []
 
 
 class ProbeJson(RecipeJson):
@@ -170,6 +170,11 @@ def require_memory(model: CoAtNet, preprocessing: Preprocessing, where: object) 
             f"{where}: at {preprocessing.shown_size} pixels one image takes this network about {needed / 2**30:,.0f} "
             f"GiB; models of more than {MAX_INFERENCE_BYTES >> 30} GiB are not loaded, give a smaller resolution"
         )
+
+
+def provenance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the training, which stays true of a model whose classes or weights were changed since."""
+    return {name: record[name] for name in ("recipe", "probe", "classes_before") if name in record}
 
 
 def extensions(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import place_name
 from coatnet.bundle.calibration import FeatureSummary, class_means, may_describe_features
-from coatnet.bundle.config import extensions
+from coatnet.bundle.config import extensions, provenance
 from coatnet.data.datasets import JoinedDataset
 from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import Splits, assign_folds
@@ -239,7 +239,7 @@ def extend(
         **({"earlier": earlier} if earlier else {}),
     }
     record = {
-        **{name: value for name, value in bundle.record.items() if name in ("recipe", "probe", "classes_before")},
+        **provenance(bundle.record),
         "extension": about,
         **({} if report is None else {"report": report.to_dict()}),
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coatnet.bundle import Bundle
 from coatnet.bundle.bundle import find_folder, place_name
+from coatnet.bundle.config import extensions, provenance
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, training_batches
 from coatnet.data.splits import Splits
@@ -193,8 +194,12 @@ def soup(
         for number in order
     )
     made = Soup(bundle, members, report, tuple(notes))
+    added = [each for number in taken for each in extensions(bundles[number].record)]
+    added = [each for place, each in enumerate(added) if each not in added[:place]]
     record = {
+        **provenance(bundles[order[0]].record),
         "recipe": dict(recipes[order[0]]),
+        **({"extension": {"earlier": added}} if added else {}),
         "soup": {
             "rule": "uniform" if uniform else "greedy",
             "members": [asdict(member) for member in members],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from images import write_photographs
 from rich.console import Console
 from rich.table import Table
 from rounds import alternate, spread, timed
@@ -42,9 +42,10 @@ def main() -> None:
     predictor = Predictor(bundle, arguments.engine, arguments.precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder / "images", arguments.images)
+        write_photographs((folder / "images" / f"{number}.jpg" for number in range(arguments.images)), 500, 375)
         images = open_samples([str(folder / "images")])
-        prepared = [each.views for each in prepare_ahead(predictor, images, range(64), 128) if each.views is not None]
+        first = prepare_ahead(predictor, images, range(min(64, len(images))), 128)
+        prepared = [each.views for each in first if each.views is not None]
         batch = np.stack(prepared)[np.arange(arguments.batch_size) % len(prepared)]
         outs = (folder / f"{number}.parquet" for number in itertools.count())
         works = {
@@ -66,16 +67,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds; the medians are printed")
     return parser.parse_args()
-
-
-def write_images(folder: Path, number: int) -> None:
-    """JPEGs of 500 x 375 and some 60 kB, as photographs have: smooth forms with a little noise."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(number):
-        forms = Image.fromarray(generator.integers(0, 256, (25, 33, 3), dtype=np.uint8)).resize((500, 375), 3)
-        pixels = np.asarray(forms) + generator.normal(0, 9, (375, 500, 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.jpg", quality=85)
 
 
 def engine_alone(predictor: Predictor, batch: np.ndarray, number: int) -> None:

@@ -28,10 +28,13 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="runs on the same images")
     parser.add_argument("--data", required=True)
     arguments = parser.parse_args()
-    found, labels = [], np.zeros(0)
-    for place in track(arguments.bundles, "computing"):
-        probabilities, labels = held_out_probabilities(coatnet.load(place), arguments.data)
-        found.append(probabilities)  # (N, K)
+    computed = [
+        held_out_probabilities(coatnet.load(place), arguments.data) for place in track(arguments.bundles, "computing")
+    ]
+    found, labels, images = zip(*computed, strict=True)  # (N, K), (N,) and N names of each model
+    if any(each != images[0] for each in images):
+        raise SystemExit(f"{arguments.data}: the models hold out different images, on which no mean can be taken")
+    labels = labels[0]
     predicted = np.stack([each.argmax(1) for each in found])  # (M, N)
 
     table = Table("model", "top-1", "95 % interval")
@@ -49,8 +52,8 @@ def main() -> None:
     )
 
 
-def held_out_probabilities(bundle: Bundle, data: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Probabilities (N, K) of a model for its held-out images, and their labels (N,)."""
+def held_out_probabilities(bundle: Bundle, data: str) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """Probabilities (N, K) of a model for its held-out images, their labels (N,) and names."""
     splits = open_recorded(data, bundle)
     if not isinstance(splits, Splits) or splits.multilabel or splits.classes != bundle.classes:
         raise SystemExit(
@@ -64,9 +67,11 @@ def held_out_probabilities(bundle: Bundle, data: str) -> tuple[NDArray[np.float3
         batch_size=128,
         bad_images=BadImages(len(images)),
     )
-    pairs = [(batch.outputs.softmax(1), batch.labels) for batch in batches]
-    probabilities, labels = (np.concatenate([each.numpy() for each in column]) for column in zip(*pairs, strict=True))
-    return probabilities, labels
+    parts = [(batch.outputs.softmax(1), batch.labels, batch.indices) for batch in batches]
+    probabilities, labels, indices = (
+        np.concatenate([each.numpy() for each in column]) for column in zip(*parts, strict=True)
+    )
+    return probabilities, labels, [images.describe(index) for index in indices.tolist()]
 
 
 if __name__ == "__main__":

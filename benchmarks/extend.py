@@ -42,7 +42,7 @@ def top1(bundle, dataset) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="fashion-mnist-small")
+    parser.add_argument("--data", default="fashion-mnist-small", choices=("fashion-mnist-small", "fashion-mnist"))
     parser.add_argument("--model", default="coatnet-femto-64")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=6)
@@ -60,14 +60,13 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, seed: int, runs: Path, folder: Path) -> None:
-    """Train the network of a seed, if it is not there, and extend it with each draw."""
+    """Train the network of a seed, as far as it is not there, and extend it with each draw."""
     whole, quiet, arriving = coatnet.open_dataset(given.data), Console(quiet=True), ARRIVING[seed % len(ARRIVING)]
     old = tuple(name for name in whole.classes if name not in arriving)
     known = Splits("old", part(whole.training, old, None, 0), part(whole.validation, old, None, 0))
     options = {"model": given.model, "resolution": given.resolution, "epochs": given.epochs, "seed": seed}
-    run = runs / f"{given.data}-{seed}"
-    if not run.exists():
-        coatnet.train(coatnet.Recipe(data="old", **options), run, splits=known, console=quiet)
+    run = runs / "-".join(str(each) for each in (given.data, *options.values()))
+    coatnet.train(coatnet.Recipe(data="old", **options), run, splits=known, console=quiet)
     for draw in range(given.draws):
         new = Splits("new", part(whole.training, arriving, FEW, draw), part(whole.validation, arriving, None, 0))
         started = time.perf_counter()

@@ -20,21 +20,23 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from images import write_photographs
 from rich.console import Console
 from rich.table import Table
 from rounds import alternate, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 import coatnet
+from coatnet.data.worker_processes import PREFETCHED_BATCHES
 from coatnet.errors import first_line
 from coatnet.training.defaults import resolve
+from coatnet.training.distributed.processes import SINGLE_PROCESS, share_cores
 from coatnet.training.run_folder import RunFolder
 from coatnet.training.trainer import Trainer
 
@@ -83,8 +85,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--files", type=int, metavar="N", help="also train coatnet-0 on so many JPEG files")
     parser.add_argument("--accuracy", type=float, metavar="PERCENT", help="also the minutes to this top-1")
     given = parser.parse_args()
-    if given.files is not None and given.files < 3 * given.batch_size:
-        parser.error(f"--files {given.files}: at least three batches, {3 * given.batch_size}")
+    least = untimed_steps(given.device) + 3
+    if given.files is not None and given.files < least * given.batch_size:
+        parser.error(f"--files {given.files}: at least {least} batches, {least * given.batch_size}")
     return given
 
 
@@ -198,15 +201,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def untimed_steps(device: str) -> int:
+    """One step, and one on each batch that the worker processes may have loaded before."""
+    on_cpu = torch.device(device).type == "cpu"
+    return PREFETCHED_BATCHES * share_cores("auto", SINGLE_PROCESS, on_cpu=on_cpu).workers + 1
+
+
 def loading(arguments: argparse.Namespace) -> str:
     """Images a second of training `coatnet-0` on JPEG files of 500 x 375, and on one batch that is there."""
-    random, steps = np.random.default_rng(0), arguments.files // arguments.batch_size
+    untimed = untimed_steps(arguments.device)
+    steps = arguments.files // arguments.batch_size - untimed - 2
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.files):
-            coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
-            path = Path(folder) / "images" / f"class {number % 10}" / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            coarse.save(path, quality=90)
+        names = (f"class {number % 10}/{number}.jpg" for number in range(arguments.files))
+        write_photographs((Path(folder) / "images" / name for name in names), 500, 375)
         recipe = coatnet.Recipe(
             data=str(Path(folder) / "images"),
             model="coatnet-0",
@@ -220,14 +227,15 @@ def loading(arguments: argparse.Namespace) -> str:
         seconds = []
         with closing(trainer.batches()) as batches:
             batch = next(batches)
-            for source in ([batch] * steps, batches):
-                trainer.step(*batch)
-                began, number = time.perf_counter(), 0
-                for number, each in enumerate(source, start=1):
+            for source in (repeat(batch), batches):
+                for each in islice(source, untimed):
                     trainer.step(*each)
-                    if number == steps - 2:
-                        break
-                seconds.append((time.perf_counter() - began) / number)
+                synchronize(trainer.device)
+                began = time.perf_counter()
+                for each in islice(source, steps):
+                    trainer.step(*each)
+                synchronize(trainer.device)
+                seconds.append((time.perf_counter() - began) / steps)
     at_hand, from_files = (arguments.batch_size / each for each in seconds)
     workers = trainer.cores.workers
     return (

@@ -8,13 +8,11 @@ them, and gives normalized float32 batches; one process, one thread, the files i
 torchvision's ImageFolder with its transforms in a DataLoader, and timm's ImageDataset in timm's loader. The IDX rows
 are 28 x 28 images, shifted by up to 2 pixels, beside torchvision's FashionMNIST on the same files.
 
-The JPEGs (quality 90) are mosaics of pieces of scikit-learn's two photographs at their own resolution, so their fine
-detail, which decides the time of decoding, is that of photographs.
+The JPEGs are those of benchmarks/images.py, which have the fine detail of photographs.
 """
 
 import argparse
 import contextlib
-import io
 import resource
 import statistics
 import tempfile
@@ -26,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from idx import write_idx
-from PIL import Image
+from images import write_photographs
 from rich.console import Console
 from rich.table import Table
 from rounds import alternate
@@ -51,7 +49,8 @@ def main() -> None:
         for size in arguments.size:
             width, height = map(int, size.split("x"))
             root = Path(folder) / size
-            mean = write_photographs(root, width, height, arguments.images)
+            paths = [root / "train" / "ab"[number % 2] / f"{number}.jpg" for number in range(1, arguments.images + 1)]
+            mean = write_photographs([root / "val" / "a" / "0.jpg", *paths], width, height)
             pack(root, root.with_name(f"{size}-packed"), num_workers=1)
             works = {
                 "coatnet, folder": ours(root, Augmentation("crop"), arguments.batch_size),
@@ -84,37 +83,6 @@ def parse() -> argparse.Namespace:
     if given.smoke:
         given.size, given.images, given.batch_size, given.rounds = ["500x375"], 8, 4, 1
     return given
-
-
-def write_photographs(root: Path, width: int, height: int, count: int) -> float:
-    """`count` JPEGs below train/, one below val/; their mean bytes."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = load_sample_images().images  # 427 x 640 each
-    generator = np.random.default_rng(0)
-    sizes = []
-    for number in range(count + 1):
-        folder = root / ("train" if number else "val") / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        Image.fromarray(mosaic(photographs, width, height, generator)).save(buffer, "JPEG", quality=90)
-        (folder / f"{number}.jpg").write_bytes(buffer.getvalue())
-        sizes.append(len(buffer.getvalue()))
-    return statistics.mean(sizes)
-
-
-def mosaic(photographs: list[np.ndarray], width: int, height: int, generator: np.random.Generator) -> np.ndarray:
-    """Pieces of 500 x 375 at most, from random places, left and right sometimes exchanged."""
-    image = np.empty((height, width, 3), dtype=np.uint8)
-    for top in range(0, height, 375):
-        for left in range(0, width, 500):
-            place = image[top : top + 375, left : left + 500]
-            photograph = photographs[generator.integers(len(photographs))]
-            down = generator.integers(photograph.shape[0] - place.shape[0] + 1)
-            right = generator.integers(photograph.shape[1] - place.shape[1] + 1)
-            piece = photograph[down : down + place.shape[0], right : right + place.shape[1]]
-            place[:] = piece[:, ::-1] if generator.random() < 0.5 else piece
-    return image
 
 
 def ours(source: Path, augmentation: Augmentation, batch_size: int, preprocessing: Preprocessing | None = None) -> Work:

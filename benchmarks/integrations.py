@@ -5,8 +5,9 @@
 
 Each has one process that computes, with OMP_NUM_THREADS threads, and ends with a Parquet file; Ray and Spark, local,
 have other processes that read. What is measured goes from the finished start of Ray or Spark to the file, and includes
-loading the model, except in Spark, whose worker keeps it from round to round. On a busy machine the ratios, each of two
-neighbors in time, say more than the rates.
+loading the model, except in Spark, whose worker keeps it from round to round. All three decode in threads, but only
+`predict --out` decodes the next batches while the engine computes. On a busy machine the ratios, each of two neighbors
+in time, say more than the rates.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import ray
 import torch
-from batch_prediction import write_images
+from images import write_photographs
 from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +49,7 @@ def main() -> None:
         folder = Path(name)
         names = tuple(f"class {number}" for number in range(100))
         bundle = Bundle(model, names, Preprocessing(resolution=given.resolution)).save(folder / "model")
-        write_images(folder / "images", given.images)
+        write_photographs((folder / "images" / f"{number}.jpg" for number in range(given.images)), 500, 375)
         ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", False)

@@ -120,13 +120,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--data", default="fashion-mnist-small")
-    parser.add_argument("--split", default="all", choices=("training", "validation", "all"), help="whose labels (all)")
+    parser.add_argument("--split", choices=("training", "validation", "all"), help="whose labels (all)")
     parser.add_argument("--suggest", action="store_true", help="measure suggestions instead, on the validation split")
     parser.add_argument("--learn", action="store_true", help="train on the wrong labels of fashion-mnist-small")
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
+    if given.learn and (given.data != "fashion-mnist-small" or given.split or given.suggest):
+        parser.error("--learn is for the training images of fashion-mnist-small: no other --data, --split or --suggest")
     bundle = load(given.bundle)
-    extracted = extract_features(bundle, given.data, split="training" if given.suggest or given.learn else given.split)
+    split = "training" if given.suggest or given.learn else given.split or "all"
+    extracted = extract_features(bundle, given.data, split=split)
     features, labels, _ = extracted.gather()
     num_classes = len(extracted.classes)
     if not given.suggest:

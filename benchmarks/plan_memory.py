@@ -142,7 +142,7 @@ def show(recipe: TrainingConfig, found: Comparison, console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="only these")
+    parser.add_argument("models", nargs="*", choices=[each.model for each in RECIPES], help="only these")
     given = parser.parse_args()
     recipes = [recipe for recipe in RECIPES if recipe.model in (given.models or [recipe.model])]
     found = compare(recipes, int(os.environ.get("WORLD_SIZE", "1")))

@@ -22,6 +22,8 @@ import coatnet
 from coatnet.bundle import Bundle
 from coatnet.data.datasets import Dataset
 from coatnet.data.loader import BadImages, evaluation_batches
+from coatnet.data.splits import Splits
+from coatnet.evaluation.evaluate import open_recorded
 from coatnet.model.network import CoAtNet
 from coatnet.model.relative_bias import RelativeBias
 from coatnet.model.resize import change_resolution
@@ -34,8 +36,12 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, nargs="+", required=True)
     parser.add_argument("--images", type=int, default=2_000, help="of the held-out ones, evenly spread")
     arguments = parser.parse_args()
-    bundle, splits = coatnet.load(arguments.bundle), coatnet.open_dataset(arguments.data)
-    images, labels = read(bundle, splits.validation, arguments.images)
+    bundle = coatnet.load(arguments.bundle)
+    data = open_recorded(arguments.data, bundle)
+    dataset = data.validation if isinstance(data, Splits) else data
+    if dataset.classes != bundle.classes:
+        raise SystemExit(f"{arguments.data}: its classes are not those of {arguments.bundle}")
+    images, labels = read(bundle, dataset, arguments.images)
 
     table = Table("resolution", "policy", "top-1", "logits moved", "answers changed")
     for resolution in arguments.resolution:

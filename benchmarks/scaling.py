@@ -74,8 +74,10 @@ def measured(processes: int, threads: int, given: argparse.Namespace, parallelis
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    output = subprocess.run([*launch, *program], env=environment, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+    ran = subprocess.run([*launch, *program], env=environment, stdout=subprocess.PIPE, text=True)
+    if ran.returncode:
+        raise SystemExit(f"{processes} processes of {threads} threads, {parallelism}: failed with {ran.returncode}")
+    return json.loads(ran.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:

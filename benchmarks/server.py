@@ -15,7 +15,7 @@ server pays for its clients. Four questions:
 - a flood: 500 requests at once. To show: 200 or 503 only.
 - with --soak: 10,000 requests. To show: memory that does not grow.
 
-The JPEGs are those of benchmarks/input.py.
+The JPEGs are those of benchmarks/images.py.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from input import write_photographs
+from images import write_photographs
 from rich.console import Console
 from rich.table import Table
 
@@ -51,8 +51,9 @@ def main() -> None:
     arguments = parse()
     batch_size = Settings.batch_size
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / "jpegs", 500, 375, arguments.images)
-        images = [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
+        paths = [Path(folder) / f"{number}.jpg" for number in range(arguments.images)]
+        write_photographs(paths, 500, 375)
+        images = [path.read_bytes() for path in paths]
         bundle = arguments.bundle or str(write_bundle(arguments.model, Path(folder) / "model"))
         predictor = Predictor(bundle, arguments.engine, arguments.precision)
         name = f"{predictor.bundle.model.variant.name}, {predictor.engine.name} {predictor.engine.precision}"
@@ -81,7 +82,8 @@ def main() -> None:
             table.add_row("one request, idle, ms", f"{1e3 * single:.1f}", "")
             for (how, outcome), goal in zip(half.items(), ("< 4", "4.3 at best"), strict=True):
                 p50, p99 = (percentile(outcome.latencies, percent) for percent in (50, 99))
-                table.add_row(f"{rate / 2:.1f} a second, {how}: p50, p99, ms", f"{1e3 * p50:.1f} {1e3 * p99:.1f}", "")
+                table.add_row(f"{rate / 2:.1f} a second, {how}", show_counts(outcome), "")
+                table.add_row("p50, p99, ms", f"{1e3 * p50:.1f} {1e3 * p99:.1f}", "")
                 table.add_row("p99 / one request", f"{p99 / single:.2f}", goal)
             table.add_row(f"{FLOOD} at once", show_counts(flood), "200, 503")
             table.add_row("503 after, ms (p50)", f"{1e3 * percentile(flood.refusals, 50):.0f}", "")
@@ -105,7 +107,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--soak", action="store_true")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.images < Settings.batch_size:
+        parser.error(f"--images {given.images}: at least a batch of the server, {Settings.batch_size}")
+    return given
 
 
 def write_bundle(variant: str, folder: Path) -> Path:
@@ -160,7 +165,7 @@ class Load:
 
     def __init__(self, port: int, images: list[bytes]) -> None:
         self.port = port
-        head = "POST /predict?top_k=5 HTTP/1.1\r\nHost: here\r\nContent-Length: {}\r\n\r\n"
+        head = "POST /predict?top_k=5 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
         self.requests = [head.format(len(image)).encode() + image for image in images]
 
     async def closed(self, clients: int, seconds: float) -> Outcome:

@@ -19,7 +19,8 @@ bytes, and files with the same bytes count once. `--fraction` takes that part of
 `--held-out` of the others: measuring is within the minutes, and large networks take minutes for 10,000 images.
 
 OUT/results.json keeps every result, and the same command again runs what is missing. OUT/accuracy.png draws them.
-An interval is that of Wilson for one model, from the number of held-out images; of seeds, the median and the range.
+"95 % of one model" is the interval of Wilson with the median accuracy of the seeds, from the number of held-out images;
+"ours minus it" the mean difference of the seeds that both have, with its 95 % interval (paired, t).
 """
 
 import argparse
@@ -423,17 +424,36 @@ def middle(group: list[dict[str, Any]]) -> tuple[float, float, float]:
     return 100 * accuracy, 100 * low, 100 * high
 
 
+def accuracies(results: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """Accuracy in percent by seed."""
+    return {each["seed"]: 100 * each["correct"] / each["n"] for each in sorted(results, key=lambda each: each["seed"])}
+
+
+def difference(values: dict[int, float], reference: dict[int, float]) -> str:
+    """The mean difference of the seeds that both have, with its 95 % interval, as far as there are any."""
+    from coatnet.study.statistics import paired_estimate
+
+    found = paired_estimate(values, reference)
+    if found is None:
+        return ""
+    return f"{found.mean:+.1f}" + ("" if found.interval is None else " ({:.1f} to {:.1f})".format(*found.interval))
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
     columns = ("data", "fraction", "held out", "threads", "minutes", "contender")
-    table = Table(*columns, "top-1 %", "interval", "seeds", "epochs", "took min")
-    for (data, fraction, held_out, minutes, threads, contender), group in grouped(results).items():
+    table = Table(*columns, "top-1 %", "95 % of one model", "seeds", "ours minus it", "epochs", "took min")
+    groups = grouped(results)
+    for setting, group in groups.items():
+        data, fraction, held_out, minutes, threads, contender = setting
         accuracy, low, high = middle(group)
-        seeds = " ".join(f"{100 * each['correct'] / each['n']:.1f}" for each in group)
+        found, ours = accuracies(group), accuracies(groups.get((*setting[:-1], "ours"), []))
+        ahead = "" if contender == "ours" else difference(ours, found)
+        seeds = " ".join(f"{each:.1f}" for each in found.values())
         epochs, seconds = (statistics.median(each[name] for each in group) for name in ("epochs", "seconds"))
-        setting = (Path(data).name, f"{fraction:g}", f"{held_out:g}", str(threads), f"{minutes:g}", contender)
-        measured = (f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", seeds)
-        table.add_row(*setting, *measured, f"{epochs:.3g}", f"{seconds / 60:.1f}")
-    Console(width=140).print(table)
+        shown = (Path(data).name, f"{fraction:g}", f"{held_out:g}", str(threads), f"{minutes:g}", contender)
+        measured = (f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", seeds, ahead)
+        table.add_row(*shown, *measured, f"{epochs:.3g}", f"{seconds / 60:.1f}")
+    Console(width=160).print(table)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

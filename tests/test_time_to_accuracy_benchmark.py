@@ -84,6 +84,21 @@ def test_results_with_other_images_held_out_have_panels_of_their_own(tmp_path: P
         assert two.width > 1.5 * one.width
 
 
+def test_the_table_shows_how_far_ours_is_ahead_in_the_same_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = {"data": "stamps", "fraction": 1.0, "held_out": 1.0, "minutes": 5.0, "threads": 2, "n": 1000}
+    correct = {"ours": (505, 520, 517), "resnet18": (328, 343, 348), "vit_tiny": (265,)}
+    results = [
+        shared | {"seed": seed, "contender": contender, "correct": value, "epochs": 3.0, "seconds": 300.0}
+        for contender, values in correct.items()
+        for seed, value in enumerate(values)
+    ]
+    script().print_table(results)
+    ours, resnet, vit = (line for line in capsys.readouterr().out.splitlines() if "stamps" in line)
+    assert "+" not in ours
+    assert "+17.4 (16.3 to 18.6)" in resnet
+    assert "+24.0 " in vit and "+24.0 (" not in vit
+
+
 def test_part_of_the_garments_keeps_all_that_are_held_out_unless_fewer_are_asked_for(tmp_path: Path) -> None:
     from coatnet import open_dataset
 

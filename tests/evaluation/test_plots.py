@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coatnet.evaluation.plots import draw_confusion, draw_curves, read_series
+from coatnet.evaluation.metrics import CalibrationBin
+from coatnet.evaluation.plots import draw_calibration, draw_confusion, draw_curves, draw_mistakes, read_series
+from coatnet.evaluation.report import Mistake
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -41,6 +43,33 @@ def test_curves_show_the_values(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("")
     draw_curves(tmp_path / "none.jsonl", tmp_path / "none.png")
     assert _num_colored(tmp_path / "curves.png") > 500 + _num_colored(tmp_path / "none.png")
+
+
+def test_bars_of_a_calibration_are_as_high_as_the_accuracy(tmp_path: Path) -> None:
+    areas = []
+    for number, accuracy in enumerate((0.2, 0.8)):
+        rows = [CalibrationBin(0.0, 0.5, 0, None, None), CalibrationBin(0.5, 1.0, 40, 0.9, accuracy)]
+        draw_calibration(rows, tmp_path / f"{number}.png")
+        areas.append(_num_colored(tmp_path / f"{number}.png"))
+    assert areas[1] / areas[0] == pytest.approx(4, rel=0.1)
+
+
+def test_the_images_of_mistakes_stand_in_order_in_cells_of_one_size(tmp_path: Path) -> None:
+    mistakes = [Mistake("1.png", "shirt", "coat", 0.9), Mistake("2.png", "coat", "shirt", 0.8)]
+    thumbnails = [np.zeros((20, 20, 3), np.uint8), np.zeros((40, 160, 3), np.uint8)]
+    thumbnails[0][..., 0] = thumbnails[1][..., 1] = 255  # red and green
+    draw_mistakes(thumbnails, mistakes, tmp_path / "mistakes.png")
+    found = pixels(tmp_path / "mistakes.png")
+    (red_rows, red), (_, green) = (
+        np.nonzero((found[..., channel] > 250) & (np.delete(found, channel, axis=-1) < 5).all(-1)) for channel in (0, 1)
+    )
+    side = np.ptp(red) + 1
+    assert red.max() < green.min()
+    assert side == pytest.approx(np.ptp(red_rows) + 1, abs=2) == pytest.approx(np.ptp(green) + 1, abs=2)
+    assert len(red) == pytest.approx(side**2, rel=0.05) and len(green) == pytest.approx(side**2 / 4, rel=0.05)
+    draw_mistakes(thumbnails, [mistakes[0], Mistake("2.png", "coat", "bag", 0.8)], tmp_path / "other.png")
+    changed = np.nonzero((found != pixels(tmp_path / "other.png")).any(-1))
+    assert len(changed[1]) and changed[1].min() > red.max()
 
 
 def _num_colored(path: Path) -> int:

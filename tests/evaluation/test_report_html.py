@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 from tests.evaluation.test_report import report_of
@@ -15,7 +17,7 @@ from tests.server.page.visiting import Visit
 from coatnet.evaluation.predictions import Duplicates, Predictions, Slice, choose_examples
 from coatnet.evaluation.reliability import ClassSets, Refusals, Reliability, SelectiveAccuracy
 from coatnet.evaluation.report import Report
-from coatnet.evaluation.report_html import to_html
+from coatnet.evaluation.report_html import comparable_loss, to_html
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
@@ -189,3 +191,26 @@ def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_ten_megabyt
     assert box is not None
     seen.see("canvas").click(position={"x": 0.9005 * box["width"], "y": 0.0075 * box["height"]})
     expect(seen.see("#cell h3")).to_contain_text("900 ")
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_training_loss_of_a_perfect_network_is_0_whatever_the_smoothing(multilabel: bool) -> None:
+    """A perfect network gives the smoothed targets as probabilities."""
+    report = report_of(multilabel=multilabel)
+    num_classes = len(report.classes)
+    target = torch.zeros(1, num_classes)
+    target[0, 0] = 1
+    if multilabel:
+        targets = target * 0.9 + 0.05
+        logged = F.binary_cross_entropy_with_logits(targets.logit(), targets, reduction="sum")
+    else:
+        targets = target * 0.9 + 0.1 / num_classes
+        logged = F.cross_entropy(targets.log(), torch.tensor([0]), label_smoothing=0.1)
+    assert logged > 0.1
+    recipe = {"loss": "sigmoid" if multilabel else "softmax", "mixing": {"label_smoothing": 0.1}}
+    series, sentence = comparable_loss(np.array([[1.0, float(logged)]]), replace(report, recipe=recipe))
+    assert series[0].tolist() == pytest.approx([1, 0], abs=1e-5) and "both are 0 at best" in sentence
+    # Of a student the scale is that of its teacher's probabilities.
+    taught = replace(report, recipe={**recipe, "teacher": "runs/large"})
+    series, sentence = comparable_loss(np.array([[1.0, 2.0]]), taught)
+    assert series[0, 1] == 2 and "its scale is another" in sentence

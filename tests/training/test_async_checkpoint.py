@@ -5,8 +5,11 @@ import threading
 
 import pytest
 import torch
+from rich.console import Console
 from tests.training import checkpoints
+from tests.training.trainers import trainer_for
 
+import coatnet
 from coatnet.errors import UserError
 from coatnet.training import async_checkpoint as module
 from coatnet.training.async_checkpoint import CheckpointWriter
@@ -107,3 +110,17 @@ def test_retention_keeps_the_first_of_every_so_many_hours(tmp_path):
         remove_old_checkpoints(tmp_path, keep=2, keep_every_hours=2)
     kept = [hours[int(path.name.removeprefix("step-"))] for path in published(tmp_path)]
     assert kept == [2.1, 4.2, 6.5, 6.6, 6.7]
+
+
+@pytest.mark.parametrize(("values", "kept"), [({"keep_checkpoints": 3}, 3), ({"keep_checkpoints": 1}, 1)])
+def test_a_run_keeps_as_many_checkpoints_as_its_recipe_says(tmp_path, values, kept):
+    recipe = coatnet.Recipe(
+        data="digits", model="coatnet-femto-16", epochs=0.2, checkpoint_every_minutes=1e-4, num_workers=0, **values
+    )
+    coatnet.train(recipe, tmp_path / "run", console=Console(quiet=True))
+    assert len(published(tmp_path / "run" / "checkpoints")) == kept
+
+
+def test_a_trainer_keeps_checkpoints_for_the_hours_of_its_recipe():
+    recipe = coatnet.Recipe(data="digits", model="coatnet-femto-16", keep_every_hours=2.0)
+    assert trainer_for(recipe).writer.keep_every_hours == 2

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "coatnet"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_FILES = 216
+MAX_FILES = 217
 
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 

@@ -24,7 +24,8 @@ from coatnet.data import loader
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.inference import Predictor
-from coatnet.study.plan import Options, candidates, describe_plan, hold_study, open_study
+from coatnet.study.folder import hold_study, open_study
+from coatnet.study.plan import Options, candidates, describe_plan
 from coatnet.study.record import Run, Study
 from coatnet.study.run import Part, Worker, _Progress, _result, measure_steps, recipe_of
 from coatnet.training.config import Recipe

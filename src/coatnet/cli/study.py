@@ -83,7 +83,8 @@ def run(arguments: Sequence[str]) -> int:
         if not getattr(given, name):
             option = "a question, such as layouts" if name == "question" else f"--{name}"
             raise UserError(f"study needs {option}; `coatnet study --help` shows how")
-    from coatnet.study.plan import Options, hold_study
+    from coatnet.study.folder import hold_study
+    from coatnet.study.plan import Options
     from coatnet.study.run import Part
 
     part = Part.of(os.environ)
@@ -103,7 +104,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _make(options: "Options", folder: Path, part: "Part", given: argparse.Namespace) -> int:
-    from coatnet.study.plan import choose_jobs, describe_plan, open_study
+    from coatnet.study.folder import open_study
+    from coatnet.study.plan import choose_jobs, describe_plan
     from coatnet.study.run import run_study
 
     study = open_study(options, folder, _say, dry_run=given.dry_run)

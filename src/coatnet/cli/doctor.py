@@ -70,10 +70,10 @@ def run(arguments: Sequence[str]) -> int:
     for part in splits.parts.values():
         if isinstance(part, ShardDataset):
             part.verify_when_read()
-    if given.write or given.html:
-        from coatnet.evaluation import findings  # and with it the model
     if given.write:
-        findings.require_table(given.write, splits)
+        from coatnet.evaluation.findings import require_table
+
+        require_table(given.write, splits)
     opened = None
     if given.labels:
         from coatnet.evaluation.label_check import open_for_labels
@@ -86,9 +86,13 @@ def run(arguments: Sequence[str]) -> int:
 
             check = check_opened(opened._replace(splits=inspection.splits))
         if given.write:
-            findings.write_table(given.write, inspection, check)
+            from coatnet.evaluation.findings import write_table
+
+            write_table(given.write, inspection, check)
         if given.html:
-            findings.write_page(given.html, inspection, check)
+            from coatnet.evaluation.findings import write_page
+
+            write_page(given.html, inspection, check)
     finally:  # the findings are printed even if labels cannot be checked or files not written
         if given.json:
             labels = {"labels": check.to_dict()} if check else {}

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist-small", choices=("fashion-mnist-small", "fashion-mnist"))
     parser.add_argument("--model", default="coatnet-femto-64")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--epochs", type=float, default=6.0)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="networks; each has its own two garments"
     )

@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--files", type=int, metavar="N", help="also train coatnet-0 on so many JPEG files")
     parser.add_argument("--accuracy", type=float, metavar="PERCENT", help="also the minutes to this top-1")
     given = parser.parse_args()
-    least = untimed_steps(given.device) + 3
+    least = prefetched(given.device) + 3
     if given.files is not None and given.files < least * given.batch_size:
         parser.error(f"--files {given.files}: at least {least} batches, {least * given.batch_size}")
     return given
@@ -201,16 +201,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def untimed_steps(device: str) -> int:
-    """One step, and one on each batch that the worker processes may have loaded before."""
+def prefetched(device: str) -> int:
+    """The batches that worker processes may have loaded ahead, and one."""
     on_cpu = torch.device(device).type == "cpu"
     return PREFETCHED_BATCHES * share_cores("auto", SINGLE_PROCESS, on_cpu=on_cpu).workers + 1
 
 
 def loading(arguments: argparse.Namespace) -> str:
     """Images a second of training `coatnet-0` on JPEG files of 500 x 375, and on one batch that is there."""
-    untimed = untimed_steps(arguments.device)
-    steps = arguments.files // arguments.batch_size - untimed - 2
+    ahead = prefetched(arguments.device)
+    steps = arguments.files // arguments.batch_size - ahead - 2
     with tempfile.TemporaryDirectory() as folder:
         names = (f"class {number % 10}/{number}.jpg" for number in range(arguments.files))
         write_photographs((Path(folder) / "images" / name for name in names), 500, 375)
@@ -228,8 +228,9 @@ def loading(arguments: argparse.Namespace) -> str:
         with closing(trainer.batches()) as batches:
             batch = next(batches)
             for source in (repeat(batch), batches):
-                for each in islice(source, untimed):
-                    trainer.step(*each)
+                for _ in islice(source, ahead):  # so that none is there when the time begins
+                    pass
+                trainer.step(*batch)
                 synchronize(trainer.device)
                 began = time.perf_counter()
                 for each in islice(source, steps):

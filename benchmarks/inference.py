@@ -162,6 +162,7 @@ def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Pr
 
         with torch.no_grad(), silence_exporters():
             graph = openvino.convert_model(torch.export.export(network, (images,)))
+        graph.reshape(list(images.shape))  # the conversion makes every dimension free
         given = np.ascontiguousarray(images.numpy())  # as (N, 3, R, R), which is what OpenVINO reads
         for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
             works[f"timm openvino {precision}"] = in_openvino(graph, hint, given)

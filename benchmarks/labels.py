@@ -127,6 +127,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.learn and (given.data != "fashion-mnist-small" or given.split or given.suggest):
         parser.error("--learn is for the training images of fashion-mnist-small: no other --data, --split or --suggest")
+    if given.suggest and given.split not in (None, "training"):
+        parser.error("--suggest labels images of the training split: leave --split out")
     bundle = load(given.bundle)
     split = "training" if given.suggest or given.learn else given.split or "all"
     extracted = extract_features(bundle, given.data, split=split)

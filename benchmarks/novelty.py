@@ -3,13 +3,13 @@
     python benchmarks/novelty.py runs/clothes --data fashion-mnist-small --foreign digits noise path/to/clip-art
 
 Every score is fitted to the training split (at most 4,000 images) and ranked on the validation split against all images
-of each foreign source (at most 2,000): largest probability (Hendrycks and Gimpel, 2017), largest logit, energy of the
-uncalibrated logits (Liu et al., 2020), k-NN on normalized features (Sun et al., 2022), residual outside the principal
-subspace of the features (the first part of ViM, Wang et al., 2022), Mahalanobis' distance in the space of the features,
-of the means of the last feature map and of those of all maps (Lee et al., 2018), and the package's score, of which the
-temperature, and location and scale of its two parts, come from the validation split; the temperature also divides the
-logits of the largest probability. `mistakes` is the AUROC of the score for images of the validation split that the
-model gets wrong. The last column is the mean over the foreign sources.
+of each foreign source (at most 2,000): largest probability (Hendrycks and Gimpel, 2017), largest logit, energy (Liu et
+al., 2020), k-NN on normalized features (Sun et al., 2022), residual outside the principal subspace of the features (the
+first part of ViM, Wang et al., 2022), Mahalanobis' distance in the space of the features, of the means of the last
+feature map and of those of all maps (Lee et al., 2018), and the package's score. Logits are calibrated: their
+temperature, and location and scale of the two parts of the package's score, come from the validation split. `mistakes`
+is the AUROC of the score for images of the validation split that the model gets wrong. The last column is the mean over
+the foreign sources.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def sources(names: list[str], bundle: Bundle) -> dict[str, Dataset]:
 def scores(bundle: Bundle, training: Views) -> dict[str, object]:
     """Each score as a function of `Views`, larger for foreign images."""
     assert bundle.calibration is not None
-    novelty, temperature = bundle.calibration.novelty, bundle.calibration.temperature[0]
+    novelty = bundle.calibration.novelty
     near = torch.nn.functional.normalize(training.features)
     center = training.features.mean(0)
     basis = torch.linalg.svd(training.features - center, full_matrices=False)[2]
@@ -134,7 +134,7 @@ def scores(bundle: Bundle, training: Views) -> dict[str, object]:
     return {
         "largest probability": lambda views: -views.logits.softmax(1).amax(1).numpy(),
         "largest logit": lambda views: -views.logits.amax(1).numpy(),
-        "energy": lambda views: -(temperature * views.logits).logsumexp(1).numpy(),
+        "energy": lambda views: -views.logits.logsumexp(1).numpy(),
         "k-NN, features": neighbor,
         "residual, features": residual,
         "distance, features": distance("features"),

@@ -142,9 +142,12 @@ def show(recipe: TrainingConfig, found: Comparison, console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=[each.model for each in RECIPES], help="only these")
+    known = [each.model for each in RECIPES]
+    parser.add_argument("models", nargs="*", default=known, metavar="MODEL", help=f"only these of {', '.join(known)}")
     given = parser.parse_args()
-    recipes = [recipe for recipe in RECIPES if recipe.model in (given.models or [recipe.model])]
+    if unknown := sorted({*given.models} - {*known}):  # choices refuse no value at all before Python 3.12
+        parser.error(f"{', '.join(unknown)}: the models are {', '.join(known)}")
+    recipes = [recipe for recipe in RECIPES if recipe.model in given.models]
     found = compare(recipes, int(os.environ.get("WORLD_SIZE", "1")))
     if is_main_process():
         for recipe, each in zip(recipes, found, strict=True):

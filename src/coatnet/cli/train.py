@@ -77,7 +77,7 @@ def train_parser() -> Parser:
         "examples:\n"
         "  coatnet train fashion-mnist --data fashion-mnist-small --out runs/clothes\n"
         "  coatnet train --data path/to/folder --init auto --out runs/mine\n"
-        "  coatnet train --data path/to/folder --out runs/mine --epochs 20 --optimizer.learning_rate 3e-4\n"
+        "  coatnet train --data path/to/folder --out runs/mine --epochs 20 --optimizer.learning_rate 4e-3\n"
         "  coatnet train finetune --init runs/mine/bundle --data other/folder --out runs/other\n"
         "  coatnet train --config runs/mine/recipe.yaml --out runs/again     # repeats a run\n\n"
         f"{DATA_HELP}\n\nrecipes:\n{purposes}",

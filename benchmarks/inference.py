@@ -134,14 +134,14 @@ def in_int8(bundle: coatnet.bundle.Bundle, images: NDArray[np.uint8]) -> Work:
         graph = to_openvino(to_program(NormalizedNetwork(bundle), example_images(bundle)))
         calibration = nncf.Dataset([image[None] for image in images])
         small = nncf.quantize(graph, calibration, preset=nncf.QuantizationPreset.MIXED, subset_size=len(images))
-    small.reshape(list(images.shape))
     return in_openvino(small, "bf16", images)
 
 
 def in_openvino(graph: Any, precision: str, images: NDArray) -> Work:
-    """A graph of OpenVINO with the settings of our engine."""
+    """A graph of OpenVINO for the size of these images, with the settings of our engine."""
     import openvino
 
+    graph.reshape(list(images.shape))  # the conversion has left dimensions free
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     settings["INFERENCE_NUM_THREADS"] = num_cores()
     request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
@@ -162,7 +162,6 @@ def timms(network: torch.nn.Module, pixels: NDArray[np.uint8], preprocessing: Pr
 
         with torch.no_grad(), silence_exporters():
             graph = openvino.convert_model(torch.export.export(network, (images,)))
-        graph.reshape(list(images.shape))  # the conversion makes every dimension free
         given = np.ascontiguousarray(images.numpy())  # as (N, 3, R, R), which is what OpenVINO reads
         for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
             works[f"timm openvino {precision}"] = in_openvino(graph, hint, given)

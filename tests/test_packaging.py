@@ -57,6 +57,13 @@ def test_make_installs_every_extra_that_the_tests_need() -> None:
     assert {*listed.split(","), *NOT_TESTED} == set(PROJECT["project"]["optional-dependencies"])
 
 
+def test_the_documentation_lists_every_extra() -> None:
+    page = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    table = page[page.index("| extra |") :].split("\n\n")[0].splitlines()[2:]
+    listed = [name for row in table for name in re.findall(r"`([a-z0-9]+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(PROJECT["project"]["optional-dependencies"])
+
+
 def test_the_workflow_tests_the_python_versions_of_the_classifiers() -> None:
     classifiers = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
     assert values(WORKFLOW["jobs"]["test"], "python") == classifiers

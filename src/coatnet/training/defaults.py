@@ -364,7 +364,10 @@ def choose_regularization(
 
 
 def default_batch_size(num_images: int) -> int:
-    """About 30 steps an epoch, but at least 16 images for BatchNorm, and at most 64: on a CPU more are no faster."""
+    """About 30 steps an epoch, but at least 16 images for BatchNorm, and at most 64: on a CPU more are no faster.
+
+    It is 64 from 1,449 images on.
+    """
     return int(min(max(16, 2 ** round(math.log2(max(1, num_images) / 32))), 64, max(1, num_images)))
 
 

@@ -120,6 +120,9 @@ def test_classes_added_earlier_stay_in_the_card_under_their_present_names(bundle
     assert first < second and "t-shirt" not in card
     card = drop_classes(renamed, ["shirt"]).card()
     assert "Classes added by `coatnet extend`: pet;" in card and "shirt" not in card
+    again = {"earlier": [{"added": ["pet", "shirt"]}], "added": ["shirt"]}  # added, left out, added again
+    card = replace(renamed, record={"extension": again}).card()
+    assert card.count("Classes added by") == 2 and card.count("shirt;") == 1
 
 
 HOSTILE = (

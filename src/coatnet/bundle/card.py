@@ -99,10 +99,14 @@ def _changes(record: Mapping[str, Any], classes: Collection[str]) -> str:
     lines = []
     if before:
         lines.append(f"Made from a model of {len(before):,} classes by `coatnet shrink`; the network is the same.")
-    for extension in extensions(record):
-        if added := [name for name in extension["added"] if name in classes]:  # the others were left out since
+    left = set(classes)
+    additions = []
+    for extension in reversed(extensions(record)):  # a class that was left out and added again is the later one
+        if added := [name for name in extension["added"] if name in left]:
+            left -= set(added)
             names = escape_markdown(shorten(added))
-            lines.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
+            additions.append(f"Classes added by `coatnet extend`: {names}; the network is the same.")
+    lines += reversed(additions)
     return "## What was changed since\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
 
 

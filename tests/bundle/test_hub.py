@@ -68,6 +68,15 @@ def test_damage_in_the_cache_is_detected_and_the_advice_repairs_it(hub, client, 
     assert contents(client("download", "ana/cats"))[WEIGHTS] == whole
 
 
+def test_damage_of_a_calibration_in_the_cache_is_detected(hub, client, refused, model):
+    (model / CALIBRATION).write_bytes((model / WEIGHTS).read_bytes()[::-1])
+    hub.add("ana/cats", model)
+    folder = Path(client("download", "ana/cats"))
+    (folder / CALIBRATION).resolve().write_bytes(b"?")
+    for environment in ({}, OFFLINE):
+        assert f"ana/cats: {CALIBRATION} is damaged" in refused("download", "ana/cats", environment=environment)
+
+
 def test_a_file_with_another_checksum_than_announced_is_refused(hub, refused, model):
     hub.add("ana/cats", model)
     hub.faults.wrong_sha256 = True

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from timm.models import save_for_hf
 
 import coatnet
 from coatnet.bundle import Bundle
+from coatnet.bundle.timm.folders import write_timm_folder
 from coatnet.cli.main import main
 from coatnet.data.transforms import EvaluationTransform, Preprocessing
 from coatnet.errors import UserError
@@ -53,6 +55,14 @@ def test_a_folder_of_timm_gives_the_logits_classes_and_preprocessing_of_timm(wri
     seen = resolve_model_data_config(theirs)
     assert (bundle.preprocessing.resolution, bundle.preprocessing.crop_fraction) == (96, seen["crop_pct"])
     assert (bundle.preprocessing.mean, bundle.preprocessing.std) == (tuple(seen["mean"]), tuple(seen["std"]))
+
+
+def test_a_model_of_images_that_are_not_square_is_refused(written: Path, tmp_path: Path) -> None:
+    bundle = coatnet.load(written)
+    seen = replace(bundle.preprocessing, resolution=(64, 96))
+    with pytest.raises(UserError, match="timm's CoAtNets see square images, and this model sees 64 x 96"):
+        write_timm_folder(bundle.model, bundle.classes, seen, tmp_path)
+    assert not list(tmp_path.glob("config.json"))
 
 
 @pytest.mark.parametrize(("mode", "fraction"), [("center", 0.95), ("center", 0.9), ("squash", 1.0)])

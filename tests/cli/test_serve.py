@@ -12,11 +12,18 @@ from coatnet.server import Settings
 
 
 def test_a_model_is_called_as_given_or_by_its_path() -> None:
-    given = ["runs/mine/bundle", "b=runs/mine/bundle", "timm/coatnet_0_rw_224.sw_in1k@main", "some/folder/"]
+    given = [
+        "runs/mine/bundle",
+        "b=runs/mine/bundle",
+        "timm/coatnet_0_rw_224.sw_in1k@main",
+        "hf://me/garments@refs/pr/3",
+    ]
+    given += ["some/folder/"]
     assert named_bundles(given) == {
         "mine": "runs/mine/bundle",
         "b": "runs/mine/bundle",
         "coatnet_0_rw_224.sw_in1k": "timm/coatnet_0_rw_224.sw_in1k@main",
+        "garments": "hf://me/garments@refs/pr/3",
         "folder": "some/folder/",
     }
 

@@ -21,6 +21,7 @@ from tests.training.trainers import CONSTANT, RecordingConsole, trainer_for
 
 import coatnet
 from coatnet import Recipe, train
+from coatnet.export import export_bundle
 from coatnet.planning.memory import simulate_step
 from coatnet.training.distributed.processes import Processes
 from coatnet.training.interruption import Interrupted
@@ -178,6 +179,22 @@ def test_the_predictor_gives_the_probabilities_of_the_cpu(engine, tmp_path):
 
 
 @needs_cuda
+@needs_cuda
+def test_a_bundle_on_the_gpu_is_exported_as_on_the_cpu(tmp_path):
+    train(RECIPE, tmp_path / "run", console=Console(file=io.StringIO()))
+    bundle = coatnet.load(tmp_path / "run")
+    bundle.model.to(DEVICE)
+    for form in ("torch-export", "safetensors"):
+        result = export_bundle(bundle, form, tmp_path / form)
+        assert result.folder == tmp_path / form
+    assert next(bundle.model.parameters()).device.type == "cuda"
+    example = next((tmp_path / "torch-export").glob("example.*"))
+    (on_cpu,), (from_gpu,) = (
+        coatnet.Predictor(source, engine="torch", device="cpu")(example) for source in (tmp_path / "run", bundle)
+    )
+    assert from_gpu.probabilities == pytest.approx(on_cpu.probabilities, abs=1e-5)
+
+
 @needs_cuda
 def test_a_graph_for_the_gpu_gives_the_probabilities_of_the_cpu(tmp_path):
     """By the command and the code that it writes, as people run them: with the TF32 that torch allows by default."""

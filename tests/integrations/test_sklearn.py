@@ -186,6 +186,12 @@ def test_the_checks_of_scikit_learn() -> None:
     assert failed == {}
 
 
+def test_images_of_four_channels_for_a_model_of_colors_are_refused(fitted: CoAtNetClassifier, tmp_path: Path) -> None:
+    saved = str(fitted.bundle_.save(tmp_path / "bundle"))
+    with pytest.raises(ValueError, match=r"an image of X has 4 channels; this model takes gray or color images"):
+        CoAtNetFeatures(saved).fit(np.zeros((2, 16, 16, 4), np.uint8))
+
+
 def test_images_of_twelve_bands_are_paths_or_values(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     values = random.integers(0, 4096, (40, 16, 16, 12)).astype(np.uint16)

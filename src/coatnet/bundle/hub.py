@@ -60,7 +60,7 @@ def download(
             if reason is None:
                 raise
             folder, weights = _find_in_cache(repo_id, revision, allow_pickle, reason)
-            digests, optional = {}, []
+            digests, optional = {}, [CALIBRATION] if (folder / CALIBRATION).is_file() else []
             before(0)
         else:
             files = {file.rfilename: file.lfs for file in listing.siblings or ()}

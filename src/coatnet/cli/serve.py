@@ -70,8 +70,9 @@ def named_bundles(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         name, equals, source = text.partition("=")
         if not equals or Path(text).exists():
-            parts = [part for part in Path(text).parts if part not in ("bundle", "/", ".", "..")]
-            name, source = (parts[-1].partition("@")[0] if parts else "model"), text
+            place = text if Path(text).exists() else text.partition("@")[0]  # of the hub, without a revision
+            parts = [part for part in Path(place).parts if part not in ("bundle", "/", ".", "..")]
+            name, source = (parts[-1] if parts else "model"), text
             name = re.sub(r"[^\w.-]", "-", name)
         if not NAME.fullmatch(name):
             raise UserError(f"{name!r} is not a name for a model: letters, digits, '.', '_' and '-'")

@@ -1,5 +1,6 @@
 """`export`: write a bundle in another format, open the result again, and compare it with the bundle."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -49,7 +50,7 @@ def export_bundle(
     """Write a model into a new folder; beside it metadata.json, parity.json, parity.md, classify.py and an example.
 
     Args:
-        bundle: the model.
+        bundle: the model; one on a GPU is copied to the CPU.
         format: a key of `FORMATS`.
         out: the folder, which must not exist.
         logits: export the bare network, normalized images to logits, instead of images to probabilities.
@@ -88,6 +89,8 @@ def export_bundle(
     if target.exists():
         raise UserError(f"{out} exists already: give a new folder")
 
+    if next(bundle.model.parameters()).device.type != "cpu":
+        bundle = replace(bundle, model=copy.deepcopy(bundle.model).cpu())
     signature = Signature(logits or not form.is_graph, dynamic_size, device)
     module: Any = import_module(form.module)
     name, images = open_check_images(bundle, data)

@@ -43,7 +43,7 @@ class NormalizedNetwork(nn.Module):
     """The folded network with its normalization in front: uint8 images to logits and, if calibrated, their novelty.
 
     Args:
-        bundle: the model; it is copied.
+        bundle: the model; it is copied, to the CPU.
         dtype: precision of weights and computation.
         any_size: accept images of any size, not only (R, R).
     """
@@ -53,7 +53,7 @@ class NormalizedNetwork(nn.Module):
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype = torch.float32, *, any_size: bool = False) -> None:
         super().__init__()
-        self.network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.size).to(dtype)
+        self.network = fold(bundle.model, any_size=any_size, resolution=bundle.preprocessing.size).to("cpu", dtype)
         self.dtype = dtype
         # Not "mean": torch 2.6 gives ONNX values the names of operations, and one is called mean.
         self.register_buffer("pixel_mean", 255 * torch.tensor(bundle.preprocessing.mean))

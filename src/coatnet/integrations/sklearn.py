@@ -72,13 +72,12 @@ class _ImageEstimator(BaseEstimator):
             X = X.to_numpy()
         if isinstance(X, np.ndarray) and X.dtype.kind == "O" and X.ndim > 1:
             X = X.ravel()  # a data frame of one column of paths
-        as_they_are = bundle is not None and bundle.preprocessing.scale is not None
-        images = [self._image(image, as_they_are) for image in X]
+        images = [self._image(image, bundle) for image in X]
         if not images:
             raise ValueError("X has 0 samples; a minimum of 1 is required")
         return images
 
-    def _image(self, image: Any, as_they_are: bool) -> _Image:
+    def _image(self, image: Any, bundle: Bundle | None) -> _Image:
         if isinstance(image, str | os.PathLike):
             return os.fspath(image)
         pixels = np.asarray(image)
@@ -87,7 +86,9 @@ class _ImageEstimator(BaseEstimator):
             raise ValueError(
                 f"an image of X is {pixels.dtype} of shape {pixels.shape}: give a path, or pixels (H, W) or (H, W, C)"
             )
-        if as_they_are or channels not in (1, 3):
+        if channels not in (1, 3) and bundle is not None and bundle.preprocessing.scale is None:
+            raise ValueError(f"an image of X has {channels} channels; this model takes gray or color images (1 or 3)")
+        if channels not in (1, 3) or (bundle is not None and bundle.preprocessing.scale is not None):
             return pixels
         pixels = pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels
         if pixels.dtype == np.uint8:
@@ -266,7 +267,7 @@ class CoAtNetFeatures(TransformerMixin, _ImageEstimator):
         pixels_or_paths = self._images(X, self.bundle_)
         count = len(pixels_or_paths)
         images = _Images((), pixels_or_paths, np.full(count, -1), np.arange(count))
-        features = extract_features(self.bundle_, images, batch_size=self.batch_size, device=self.device)
+        features = extract_features(self.bundle_, images, batch_size=self.batch_size, device=self.device or "auto")
         try:
             table, _, names = features.gather()
         except UserError as error:

@@ -117,7 +117,7 @@ def write_timm_folder(model: CoAtNet, classes: Sequence[str], preprocessing: Pre
     """Write the files that `timm.create_model("local-dir:...", pretrained=True)` opens into a folder.
 
     Raises:
-        UserError: the network is not one of timm's.
+        UserError: the network is not one of timm's, or its images are not 8-bit squares.
     """
     variant = model.variant
     if not isinstance(variant, TimmVariant):
@@ -127,6 +127,11 @@ def write_timm_folder(model: CoAtNet, classes: Sequence[str], preprocessing: Pre
         )
     if preprocessing.value_range is not None:
         raise UserError("timm reads 8-bit images, and this model takes other values: take another format")
+    height, width = preprocessing.size
+    if height != width:
+        raise UserError(
+            f"timm's CoAtNets see square images, and this model sees {preprocessing.shown_size}: take another format"
+        )
     pretrained_cfg = {
         "input_size": [preprocessing.channels, *preprocessing.size],
         "fixed_input_size": True,

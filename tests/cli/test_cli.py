@@ -192,6 +192,28 @@ def test_options_override_the_config_which_overrides_the_recipe(
         assert recipe["optimizer"] == {"learning_rate": 3e-4, "weight_decay": 0.2, "grad_clip_norm": 1.0}
 
 
+def test_options_go_over_single_variations_and_the_resolution_of_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("variations: {downsample: depthwise, attention: post}\nresolution: 128\n")
+    given = ["--config", str(config), "--variations.downsample", "expand", "--preprocessing.resolution", "192"]
+    recipe = printed_recipe(capsys, *given)
+    assert recipe["variations"] == {"downsample": "expand", "attention": "post"}
+    assert recipe["resolution"] == recipe["preprocessing"]["resolution"] == 192
+    assert printed_recipe(capsys, "imagenet-1k", "--preprocessing.resolution", "192")["resolution"] == 192
+
+
+def test_copies_of_a_file_hold_for_its_data_and_its_division(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("data: images\nkept_together: [[a.png, b.png]]\n")
+    assert printed_recipe(capsys, "--config", str(config))["kept_together"] == [["a.png", "b.png"]]
+    for other in (["--data", "others"], ["--test_fraction", "0.2"], ["--fold", "1/5"], ["--folds", "5"]):
+        assert "kept_together" not in printed_recipe(capsys, "--config", str(config), *other)
+
+
 def test_the_printed_recipe_can_be_given_as_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [
         "imagenet-21k",

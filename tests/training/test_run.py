@@ -68,6 +68,39 @@ def test_a_start_that_learned_from_held_out_images_is_told_and_no_start_for_fold
     assert not (tmp_path / "folds").exists()
 
 
+def test_a_teacher_that_learned_from_held_out_images_is_told_and_none_for_folds(tmp_path: Path) -> None:
+    data, console = write_images(tmp_path / "images"), RecordingConsole()
+    train(Recipe(data=str(data), **SMALL), tmp_path / "first", console=console)
+    following = Recipe(data=str(data), **SMALL, teacher=str(tmp_path / "first"))
+    train(following, tmp_path / "same", console=console)
+    assert "too favorable" not in console.text
+    report = train(replace(following, validation_fraction=0.4), tmp_path / "others", console=console)
+    assert any("first was trained on images of images and held out others" in note for note in report.notes)
+    with pytest.raises(UserError, match=r"teacher .*first was trained on images of this name"):
+        cross_validate(following, tmp_path / "folds", 2, console=console)
+
+
+def test_fractions_that_leave_nothing_to_learn_from_are_refused_before_the_training(tmp_path: Path) -> None:
+    recipe = Recipe(data=str(write_images(tmp_path / "images")), **SMALL, validation_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(UserError, match="test_fraction must be 0 or more and leave images to learn from"):
+        train(recipe, tmp_path / "run", console=RecordingConsole())
+    assert not (tmp_path / "run").exists()
+
+
+def test_folds_after_a_run_keep_all_copies_together_and_the_run_as_it_is(tmp_path: Path) -> None:
+    data, recipe = write_images(tmp_path / "images"), Recipe(data=str(tmp_path / "images"), **SMALL)
+    for number in range(0, 20, 2):
+        (data / f"dark/copy{number}.png").write_bytes((data / f"dark/{number}.png").read_bytes())
+    train(recipe, tmp_path / "run", console=RecordingConsole())
+    parted = Recipe.from_yaml(tmp_path / "run/recipe.yaml").kept_together
+    again = cross_validate(recipe, tmp_path / "run", 2, console=RecordingConsole())
+    kept = Recipe.from_yaml(tmp_path / "run/folds/1-of-2/recipe.yaml").kept_together
+    assert kept is not None and parted is not None and len(kept) == 10 > len(parted)
+    assert again.kept_together == parted
+    train(again, tmp_path / "run", console=(console := RecordingConsole()))
+    assert "is finished" in console.text
+
+
 def test_folds_that_are_resumed_keep_the_copies_of_the_first(tmp_path: Path, monkeypatch) -> None:
     data, recipe = write_images(tmp_path / "images"), Recipe(data=str(tmp_path / "images"), **SMALL)
     (data / "dark/copy.png").write_bytes((data / "dark/0.png").read_bytes())

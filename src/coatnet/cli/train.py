@@ -30,6 +30,7 @@ MAIN_OPTIONS = (
     "seed",
     "device",
 )
+DIVIDES = {"data", "validation_fraction", "test_fraction", "fold"}  # options that say which images are held out
 
 
 def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
@@ -55,6 +56,8 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     if program.config:
         Recipe.from_yaml(program.config)  # its errors name the file
         values = read_yaml(program.config)
+        if program.folds or not DIVIDES.isdisjoint(asked):  # other copies may be parted: they are looked for anew
+            values.pop("kept_together", None)
     name = program.recipe or values.get("name") or "scratch"
     recipe = named_recipe(name, merge(values, asked) | {"name": name})
     for option, value in (("--data", recipe.data), ("--out", program.out or program.dry_run)):

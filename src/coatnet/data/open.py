@@ -61,13 +61,7 @@ def open_dataset(
         UserError: there is no such source, or it cannot be used; the message says what to change.
     """
     rule = rule or SplitRule(validation_fraction)
-    if not 0 < rule.validation_fraction < 1:
-        raise UserError(f"validation_fraction must be between 0 and 1, got {rule.validation_fraction!r}")
-    if not 0 <= rule.test_fraction < 1 - rule.validation_fraction:
-        raise UserError(
-            f"test_fraction must be 0 or more and leave images to learn from beside validation_fraction "
-            f"{rule.validation_fraction:g}, got {rule.test_fraction!r}"
-        )
+    rule.check()
     splits = divide(_open(source, rule.validation_fraction, evaluation, multilabel), rule, evaluation=evaluation)
     if str(source) in NAMES and Path(source).exists():
         note = f"{source} is the data set of that name; what lies here is ./{source}"

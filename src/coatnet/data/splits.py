@@ -75,6 +75,16 @@ class SplitRule:
         """The rule of a recipe's values, of which those of an earlier release are fewer."""
         return cls(**{each.name: values[each.name] for each in fields(cls) if values.get(each.name) is not None})
 
+    def check(self) -> None:
+        """Raise UserError unless both fractions leave images to learn from."""
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction!r}")
+        if not 0 <= self.test_fraction < 1 - self.validation_fraction:
+            raise UserError(
+                "test_fraction must be 0 or more and leave images to learn from beside validation_fraction "
+                f"{self.validation_fraction:g}, got {self.test_fraction!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Splits:

@@ -324,11 +324,17 @@ class Recipe:
 
 
 def merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by name with changes over them, one level deep into the sections."""
+    """Values by name with changes over them, one level deep into the sections and variations.
+
+    The resolution is that of the preprocessing where changes name only this one.
+    """
     merged = {**values, **changes}
-    for name in SECTIONS:
+    for name in (*SECTIONS, "variations"):
         if isinstance(values.get(name), Mapping) and isinstance(changes.get(name), Mapping):
             merged[name] = {**values[name], **changes[name]}
+    seen = changes.get("preprocessing")
+    if isinstance(seen, Mapping) and seen.get("resolution") is not None and changes.get("resolution") is None:
+        merged["resolution"] = seen["resolution"]
     return merged
 
 

@@ -52,19 +52,20 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
         raise UserError(f"folds is {num_folds}; it must be 2 to {MAX_FOLDS}")
     folder, progress = RunFolder(out, recipe), TrainingProgress(console if is_main_process() else Console(quiet=True))
     place, reports = folder.path / FOLDS, list[Report]()
-    for begun in (folder, RunFolder(place / f"1-of-{num_folds}", recipe)):
-        if begun.resumed is not None:  # its copies are those of all folds
-            recipe = replace(recipe, kept_together=begun.given.kept_together)
+    begun = RunFolder(place / f"1-of-{num_folds}", recipe)
+    if begun.resumed is not None:  # of a run before the folds, only those copies are known that its split would part
+        recipe = replace(recipe, kept_together=begun.given.kept_together)
     with distributed_processes() as processes:
         recipe, splits = open_splits(replace(recipe, fold=f"1/{num_folds}"), progress.say, processes)
     num_images = len(splits.training) + len(splits.validation)
     if not len(splits.validation) or num_images < 2 * num_folds:
         raise UserError(f"{splits.name}: {counted(num_images, 'image')} are too few for {num_folds} folds")
-    if recipe.init and not is_auto(recipe.init) and learned_from(load(recipe.init), recipe.data, splits):
-        raise UserError(
-            f"init {recipe.init} was trained on images of this name, {splits.name}, which the folds measure on: give a "
-            "model that was not, or leave folds out"
-        )
+    for name, source in (("init", recipe.init), ("teacher", recipe.teacher)):
+        if source and not is_auto(source) and learned_from(load(source), recipe.data, splits):
+            raise UserError(
+                f"{name} {source} was trained on images of this name, {splits.name}, which the folds measure on: give "
+                "a model that was not, or leave folds out"
+            )
     for number in range(1, num_folds + 1):
         run = place / f"{number}-of-{num_folds}"
         fold = replace(recipe, fold=f"{number}/{num_folds}")
@@ -75,7 +76,8 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
         with translate_write_errors(place):
             searched = not splits.training.in_memory and num_images <= MAX_SEARCHED
             _write(place, reports, searched=searched, tuned=_has_values_of_search(recipe, folder))
-    return replace(recipe, fold="")
+    recipe = replace(recipe, fold="")
+    return recipe if folder.resumed is None else replace(recipe, kept_together=folder.given.kept_together)
 
 
 def _has_values_of_search(recipe: Recipe, folder: RunFolder) -> bool:

@@ -420,6 +420,7 @@ def open_splits(
     rule, is_divided = SplitRule.of(recipe.to_dict()), recipe.kept_together is not None
     whole = rule if is_divided else replace(rule, test_fraction=0.0, fold="", training_images=0)
     with processes.collective():
+        rule.check()
         splits = open_dataset(recipe.data, rule=whole)
     if is_divided:
         return recipe, splits

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from rich.console import Console
 
-from coatnet.bundle import Bundle
+from coatnet.bundle import Bundle, load
 from coatnet.bundle.bundle import place_name
 from coatnet.data.loader import require_readable
 from coatnet.data.splits import SplitRule, Splits
@@ -195,10 +195,12 @@ def prepare(
         require_readable(splits.validation, "validation")
         if splits.test is not None:
             require_readable(splits.test, "the test")
-    if note := known_before(init, config, splits):
-        progress.say(f"warning: {note}")
-        if folder is not None:
-            folder.report_notes.append(note)
+    teacher = load(config.teacher) if config.teacher else None
+    for model, place in ((init, config.init), (teacher, config.teacher)):
+        if note := known_before(model, place, config, splits):
+            progress.say(f"warning: {note}")
+            if folder is not None:
+                folder.report_notes.append(note)
     return Prepared(recipe, splits, init, config)
 
 
@@ -207,16 +209,17 @@ def learned_from(init: Bundle, data: str, splits: Splits) -> bool:
     return splits.by_name and was_trained_on(init, data) and not {*init.classes}.isdisjoint(splits.classes)
 
 
-def known_before(init: Bundle | None, config: TrainingConfig, splits: Splits) -> str:
-    """A sentence for a run whose held-out images its start may have learned from; empty where it held out the same."""
-    if init is None or not learned_from(init, config.data, splits):
+def known_before(model: Bundle | None, place: str, config: TrainingConfig, splits: Splits) -> str:
+    """A sentence for a run whose held-out images its start or teacher, of that place, may have learned from; empty
+    where it held out the same."""
+    if model is None or not learned_from(model, config.data, splits):
         return ""
-    before, now = recorded_rule(init), SplitRule.of(config.to_dict())
+    before, now = recorded_rule(model), SplitRule.of(config.to_dict())
     parts = ("validation_fraction", "test_fraction", "fold")
     if all(getattr(before, part) == getattr(now, part) for part in parts):
         return ""
     return (
-        f"{place_name(config.init)} was trained on images of {splits.name} and held out others, so it has learned from "
+        f"{place_name(place)} was trained on images of {splits.name} and held out others, so it has learned from "
         "some of those that this run measures on: the figures are too favorable"
     )
 

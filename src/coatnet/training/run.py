@@ -195,7 +195,7 @@ def prepare(
         require_readable(splits.validation, "validation")
         if splits.test is not None:
             require_readable(splits.test, "the test")
-    teacher = load(config.teacher) if config.teacher else None
+        teacher = load(config.teacher) if config.teacher else None
     for model, place in ((init, config.init), (teacher, config.teacher)):
         if note := known_before(model, place, config, splits):
             progress.say(f"warning: {note}")

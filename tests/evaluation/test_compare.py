@@ -254,6 +254,10 @@ def test_compare_and_runs_on_the_command_line(
     assert "McNemar" in capsys.readouterr().out
     assert main(["compare", first]) == 2 and main(["compare", first, str(unfinished)]) == 2
     assert "is not finished" in capsys.readouterr().err
+    (unfinished / "figures.json").write_text("{}")
+    assert main(["compare", first, str(unfinished)]) == 2
+    assert "is a run of a study that kept its figures only" in capsys.readouterr().err
+    (unfinished / "figures.json").unlink()
 
     assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """A probe equals scikit-learn's logistic regression and a plain loop over neighbors."""
 
+import errno
 import json
 import math
 import shutil
@@ -391,6 +392,20 @@ def test_a_folder_that_cannot_be_the_model_is_refused_before_any_work(bundle: Bu
     with pytest.raises(UserError, match="k is 301"):
         probe(bundle, digits, k=301, out=tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "images", "there"]
+
+
+def test_a_full_disk_costs_the_model_and_not_the_figures(bundle, one_strength, tmp_path, monkeypatch, capsys) -> None:
+    bundle.save(tmp_path / "start")
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["coatnet.evaluation.probe"], "write_report", full)
+    assert main(["probe", str(tmp_path / "start"), "--data", "digits", "--out", str(tmp_path / "out"), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["figure"] == "top1" and json.loads(printed.out)["out"] is None
+    assert f"{tmp_path}/out could not be written: No space left on device" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 def test_few_images_are_all_neighbors(bundle: Bundle, digits: Splits, one_strength) -> None:

@@ -1,6 +1,7 @@
 """Reports as Markdown, JSON and plots, for any class names."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,22 @@ def test_a_report_that_cannot_be_written_leaves_the_files_of_the_one_before(tmp_
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_report(broken, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_report_that_is_stopped_while_its_files_get_their_names_is_none(tmp_path: Path, monkeypatch) -> None:
+    write_report(replace(report_of(), predictions=predictions_of("abc")), tmp_path)
+    assert (tmp_path / "confusion.png").exists() and (tmp_path / "report.json").exists()
+    rename = os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        if target.name == "report.html":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(replace(report_of(num_images=60), predictions=None, confusion=None), tmp_path)
+    assert not any((tmp_path / name).exists() for name in ("report.json", "predictions.csv", "confusion.png"))
 
 
 def predictions_of(answers: str) -> Predictions:

@@ -203,6 +203,9 @@ def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, cap
     seen = replace(one, preprocessing=replace(one.preprocessing, crop_fraction=0.9))
     wide = coatnet.create_model("coatnet-pico-64", num_classes=10, in_channels=1, resolution=8)
     split = replace(one, record={"recipe": {"validation_fraction": 0.2}})
+    recipe = one.record["recipe"]
+    tested = replace(one, record={"recipe": recipe | {"test_fraction": 0.2}})
+    copies = replace(one, record={"recipe": recipe | {"kept_together": [["0", "1"]]}})
     for other, message in (
         (
             replace(one, classes=(*one.classes[:-1], "another")),
@@ -212,6 +215,8 @@ def test_what_does_not_belong_together_is_refused(folders, digits, tmp_path, cap
         (Bundle(wide, one.classes, one.preprocessing), r"the network of model 2 .* \(coatnet-pico-64, not coatnet-fem"),
         (replace(one, multilabel=True), r"multilabel of model 2 is another than of model 1 \(True, not False\)"),
         (split, r"validation_fraction of model 2 is another than of model 1 \(0.2, not 0.1\)"),
+        (tested, r"test_fraction of model 2 is another than of model 1 \(0.2, not 0.0\)"),
+        (copies, "kept_together of model 2 is another than of model 1"),
     ):
         with pytest.raises(UserError, match=message):
             coatnet.soup([one, other], digits)

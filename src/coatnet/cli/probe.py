@@ -39,8 +39,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def run(arguments: Sequence[str]) -> int:
     """Measure a model's features and print the figures."""
     given = parse_arguments(arguments)
-    from coatnet.evaluation import probe
+    from coatnet.evaluation.probe import ProbeNotWritten, ProbeReport, probe
 
-    report = probe(given.bundle, given.data, k=given.k, batch_size=given.batch_size, device=given.device, out=given.out)
-    echo(report.to_json() if given.json else report.to_text(), end="", is_json=given.json)
+    def show(report: ProbeReport) -> None:
+        echo(report.to_json() if given.json else report.to_text(), end="", is_json=given.json)
+
+    options = {"k": given.k, "batch_size": given.batch_size, "device": given.device, "out": given.out}
+    try:
+        report = probe(given.bundle, given.data, **options)
+    except ProbeNotWritten as error:
+        show(error.report)
+        raise
+    show(report)
     return 0

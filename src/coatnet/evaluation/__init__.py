@@ -9,6 +9,7 @@ from coatnet.evaluation.features import write_features as write_features
 from coatnet.evaluation.label_check import LabelCheck as LabelCheck
 from coatnet.evaluation.label_check import check_labels as check_labels
 from coatnet.evaluation.metrics import Metrics as Metrics
+from coatnet.evaluation.probe import ProbeNotWritten as ProbeNotWritten
 from coatnet.evaluation.probe import ProbeReport as ProbeReport
 from coatnet.evaluation.probe import probe as probe
 from coatnet.evaluation.reliability import Reliability as Reliability
@@ -23,6 +24,7 @@ __all__ = [
     "Extension",
     "LabelCheck",
     "Metrics",
+    "ProbeNotWritten",
     "ProbeReport",
     "Reliability",
     "Report",

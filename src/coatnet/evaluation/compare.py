@@ -229,6 +229,8 @@ def open_run(path: str | Path, evaluate_again: Callable[[Path], tuple[Mapping[st
     folder = Path(path)
     if not (folder / "report.json").is_file():
         what = "is not finished" if (folder / "recipe.yaml").exists() else "holds no run and no report"
+        if (folder / "figures.json").is_file():
+            what = "is a run of a study that kept its figures only (--keep_weights of a new study keeps models)"
         raise UserError(f"{path} {what}: give folders of finished runs, or those of `coatnet evaluate --out`")
     report, recipe = read_json_object(folder / "report.json"), {}
     if (folder / "bundle" / "config.json").is_file():

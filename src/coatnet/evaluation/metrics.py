@@ -56,11 +56,21 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     return (difference - half, difference + half)
 
 
+def change_interval(before: np.ndarray, after: np.ndarray) -> Interval:
+    """As `paired_difference` of after and before; where no image changed, Wilson's bound for none of N, both ways."""
+    if (before == after).all():
+        most = wilson_interval(0, len(before))[1]
+        return (-most, most)
+    return paired_difference(after, before)
+
+
 RESAMPLES = 100
 
 
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, *, least: float = 0.0) -> Interval | None:
-    """The interval of a statistic in least..1: plus and minus 1.96 bootstrap standard errors; None for a single image.
+    """The interval of a statistic in least..1: plus and minus 1.96 bootstrap standard errors.
+
+    None for a single image, and at either end of the range where no sample differs: all right says little of more.
 
     Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
     interval may exclude the value itself.
@@ -76,6 +86,8 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, *, l
     value = statistic(np.ones(size, dtype=np.int64))
     drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(RESAMPLES)]
     half = _Z * float(np.std(drawn, ddof=1))
+    if half == 0 and value in (least, 1.0):
+        return None
     return (max(least, value - half), min(1.0, value + half))
 
 

@@ -6,6 +6,7 @@ images, D features, K classes; labels (N,), or (N, K) of 0 and 1 for multi-label
 
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +136,8 @@ def probe(
 
     Raises:
         UserError: there is no such model, data or device, a split is missing or empty, fewer than two classes have
-            training images, k is not in 1..N, or `out` exists, lies among the images or cannot be written.
+            training images, k is not in 1..N, or `out` exists, lies among the images or cannot be written (then
+            a `ProbeNotWritten`, which holds the figures).
     """
     if out is None:
         opened = open_for_probe(bundle, data, device)
@@ -145,7 +147,9 @@ def probe(
         raise UserError(f"{out} exists already: give a new folder for the model and its report")
     if isinstance(data, str | Path) and str(data) not in NAMES:
         require_outside(target, str(user_path(data).absolute()))
-    with translate_write_errors(out), atomic_folder(target) as staged:
+    with ExitStack() as written:
+        with translate_write_errors(out):  # before the work
+            staged = written.enter_context(atomic_folder(target))
         source, bundle, splits, rule = open_for_probe(bundle, data, device)
         found, linear = _measure(bundle, splits, k, batch_size, num_workers)
         with ProgressBar("evaluating") as bar:
@@ -160,11 +164,30 @@ def probe(
             "l2": found.l2,
             **{name: value for name, value in asdict(rule).items() if value},
         }
-        replace(fitted, record={"probe": about, "report": report.to_dict()}).save(staged / "bundle")
-        write_report(report, staged)
-    return replace(
-        found, linear=report.figures[found.figure], linear_interval=report.intervals[found.figure], out=str(out)
-    )
+        found = replace(found, linear=report.figures[found.figure], linear_interval=report.intervals[found.figure])
+        try:
+            with translate_write_errors(out):
+                replace(fitted, record={"probe": about, "report": report.to_dict()}).save(staged / "bundle")
+                write_report(report, staged)
+                written.close()
+        except UserError as error:
+            text, reason = str(error), error.__cause__
+            if isinstance(reason, OSError):  # its path is that of the temporary folder
+                text = f"{out} could not be written: {reason.strerror or reason}"
+            raise ProbeNotWritten(text, found) from error
+    return replace(found, out=str(out))
+
+
+class ProbeNotWritten(UserError):
+    """The model of a probe cannot be written, such as to a full disk.
+
+    Attributes:
+        report: what was measured.
+    """
+
+    def __init__(self, message: object, report: ProbeReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class Opened(NamedTuple):

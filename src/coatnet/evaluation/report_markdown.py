@@ -11,7 +11,9 @@ from coatnet.evaluation.predictions import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_sections import document
-from coatnet.system.files import atomic_files, output_path
+from coatnet.system.files import atomic_files, fsync_path, output_path
+
+MAY_BE_ABSENT = ("confusion.png", "mistakes.png", "predictions.csv", PROBABILITIES)
 
 
 def write_report(report: Report, folder: str | Path) -> None:
@@ -23,7 +25,7 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     Args:
         report: the evaluation.
-        folder: where the files go; files of these names are replaced, all of them or none.
+        folder: where the files go; files of these names are replaced. If one cannot be written, all stay as they were.
 
     Raises:
         OSError: the disk refuses.
@@ -51,6 +53,10 @@ def write_report(report: Report, folder: str | Path) -> None:
     with atomic_files(*(folder / name for name in write)) as staged:
         for each, path in zip(write.values(), staged, strict=True):
             each(path)
+            fsync_path(path)
+        # Stopped between two renames, the folder has no report rather than figures of one and answers of another.
+        for name in ("report.json", *(name for name in MAY_BE_ABSENT if name not in write)):
+            (folder / name).unlink(missing_ok=True)
 
 
 def to_markdown(report: Report, *, with_plots: bool = False) -> str:

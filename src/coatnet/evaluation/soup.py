@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -283,6 +284,9 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.double() for value in values]).mean(0).to(values[0].dtype)
 
 
+_DIVISION = ("validation_fraction", "test_fraction", "kept_together")  # unknown without a recipe
+
+
 def check_alike(first: Bundle, first_name: str, other: Bundle, name: str) -> None:
     """Raises UserError unless two models are the same network for the same classes and images.
 
@@ -290,7 +294,7 @@ def check_alike(first: Bundle, first_name: str, other: Bundle, name: str) -> Non
     """
     ours, theirs = _traits(first), _traits(other)
     for trait, value in ours.items():
-        if theirs[trait] != value and not (trait == "validation_fraction" and None in (value, theirs[trait])):
+        if theirs[trait] != value and not (trait in _DIVISION and None in (value, theirs[trait])):
             values = f" ({theirs[trait]}, not {value})" if len(f"{theirs[trait]}{value}") < 80 else ""
             raise UserError(
                 f"{trait} of {name} is another than of {first_name}{values}: give models that were trained alike, from "
@@ -300,14 +304,17 @@ def check_alike(first: Bundle, first_name: str, other: Bundle, name: str) -> Non
 
 def _traits(bundle: Bundle) -> dict[str, object]:
     """What models must have in common, by name."""
+    recipe: Mapping[str, Any] = _recipe(bundle)
     return {
         "the network": bundle.model.variant.name,
         "the architecture": bundle.model.config(),
         "the list of classes": ", ".join(bundle.classes),
         "multilabel": bundle.multilabel,
         **{f"preprocessing.{name}": value for name, value in asdict(bundle.preprocessing).items()},
-        "validation_fraction": _recipe(bundle).get("validation_fraction"),
-        "fold": _recipe(bundle).get("fold") or "",
+        "validation_fraction": recipe.get("validation_fraction"),
+        "test_fraction": recipe.get("test_fraction", 0.0) if recipe else None,
+        "kept_together": [*map(list, recipe.get("kept_together") or ())] if recipe else None,
+        "fold": recipe.get("fold") or "",
     }
 
 

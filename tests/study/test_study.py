@@ -1,6 +1,8 @@
 """`coatnet study` on tiny data: equal budgets, pairs by seed, failures, extension, and what a second start does."""
 
+import errno
 import json
+import multiprocessing
 import shlex
 import shutil
 import threading
@@ -24,6 +26,7 @@ from coatnet.data import loader
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
 from coatnet.inference import Predictor
+from coatnet.study import record as study_record
 from coatnet.study.folder import hold_study, open_study
 from coatnet.study.plan import Options, candidates, describe_plan
 from coatnet.study.record import Run, Study
@@ -148,7 +151,7 @@ def test_the_same_command_trains_nothing_again_but_what_failed(
 
 
 def test_more_seeds_extend_a_study_and_another_budget_is_refused(
-    made: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+    made: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = made
     question = str(folder.parent / "decay.yaml")
@@ -160,6 +163,11 @@ def test_more_seeds_extend_a_study_and_another_budget_is_refused(
     command = ["study", question, *COMMAND, "--out", str(folder)]
     assert main([*command, "--steps", "4"]) == 2
     assert "a study with steps 3, not 4" in capsys.readouterr().err
+    asked = before.asked | {"model": "coatnet-femto-16"}
+    other = shutil.copytree(folder, tmp_path / "decay")
+    change(other / "study.json", asked=asked)
+    with pytest.raises(UserError, match="holds a study with model coatnet-femto-16: give the same to go on"):
+        open_study(options, other, print, dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +447,29 @@ def test_a_run_with_weights_and_damaged_figures_is_named_and_the_rest_goes_on(
     error = capsys.readouterr().err
     assert f"remove the folder own/runs/{path.parent.name}" in error and "Traceback" not in error
     assert [run.status for run in Study.read(copied).runs] == ["failed", "finished"]
+
+
+@pytest.mark.slow
+def test_a_disk_that_refuses_study_json_is_one_line_and_ends_the_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "decay.yaml").write_text(QUESTION)
+    written, write = [], study_record.atomic_write
+
+    def full(path: Path, text: str) -> None:
+        written.append(path)
+        if len(written) > 1:  # the first is the plan
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(study_record, "atomic_write", full)
+    command = ["study", str(tmp_path / "decay.yaml"), *COMMAND, "--steps", "100000", "--jobs", "2"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2  # one member fails at once, the other goes on
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(
+        "study.json could not be written: No space left on device; the same command goes on where the study stopped"
+    )
+    for process in multiprocessing.active_children():
+        process.join(60)
+        assert process.exitcode == 143
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coatnet.cli.parser import DATA_HELP, FAILED, Parser
 from coatnet.errors import UserError, counted, shorten
-from coatnet.system.files import output_path
+from coatnet.system.files import output_path, translate_write_errors
 from coatnet.system.terminal import echo, echo_summary
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def _report(folder: Path, *, shared: bool) -> int:
     failed = [run for run in study.runs if run.status == "failed"]
     for each in failed:
         echo(f"coatnet: error: {each.folder}: {each.reason}", error=True)
-    write_report(folder)
+    with translate_write_errors(folder, "study.json has all figures, and the same command writes the page"):
+        write_report(folder)
     echo_summary(f"The page is {folder}/study.html; study.md and study.json have the same.")
     if left:
         echo_summary(f"Still to be made, by the same command: {len(left)} of {counted(len(study.runs), 'run')}.")

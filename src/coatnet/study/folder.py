@@ -103,7 +103,7 @@ def _extended(study: Study, options: Options, folder: Path) -> Study:
                 f"{folder} holds a study with {name} {asked.get(name, 'not given')}, not {value}: give the same "
                 "to go on, or another folder for a new study"
             )
-    for name in ("steps", "epochs", "minutes"):
+    for name in ("steps", "epochs", "minutes", "model", "resolution"):
         if name in study.asked and name not in options.asked():
             raise UserError(f"{folder} holds a study with {name} {study.asked[name]}: give the same to go on")
     if (own := own_question(options)) is not None:

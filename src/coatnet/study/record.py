@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from coatnet.errors import UserError
-from coatnet.system.files import atomic_write
+from coatnet.system.files import atomic_write, translate_write_errors
 from coatnet.system.json_reader import read_json_object
 from coatnet.system.validated import (
     NonNegativeFloat,
@@ -230,8 +230,9 @@ class Study:
             raise UserError(f"{folder / RECORD} is damaged: {wrong[0]}; {_WAY_OUT}")
 
     def write(self, folder: Path) -> None:
-        """Write study.json, whole or not at all."""
-        atomic_write(folder / RECORD, json.dumps(asdict(self), indent=None, separators=(",", ":")))
+        """Write study.json, whole or not at all. Raises UserError if the disk refuses."""
+        with translate_write_errors(folder / RECORD, "the same command goes on where the study stopped"):
+            atomic_write(folder / RECORD, json.dumps(asdict(self), indent=None, separators=(",", ":")))
 
     def with_run(self, run: Run) -> Self:
         """The study with a run in the place of that of the same folder."""

@@ -294,6 +294,7 @@ def run_study(
 
     Raises:
         Interrupted: a stop signal arrived; all running runs have saved themselves.
+        UserError: the study cannot be written; the running runs have been told to save themselves.
     """
     study = Study.read(folder)
     mine = study.runs[part.index :: part.count]
@@ -302,20 +303,25 @@ def run_study(
     progress.done = len(mine) - len(todo)
     running: list[Worker] = []
     with Interruption() as interruption:
-        while (todo or running) and interruption.signal is None:
-            while todo and len(running) < jobs:
-                run = todo.pop(0)
-                slot = min(set(range(jobs)) - {worker.slot for worker in running})
-                if damage := _damage(folder, study, run):
-                    say(f"{damage}; the run is trained again")
-                running.append(_begin(folder, study, run, slot, devices, keep_weights))
-            for worker in _ended(running):
-                running.remove(worker)
-                run = _outcome(folder, study, worker)
-                if run is None:  # stopped by a signal that is ours too
-                    continue
-                study = update(folder, run)
-                say(progress.line(run, worker))
+        try:
+            while (todo or running) and interruption.signal is None:
+                while todo and len(running) < jobs:
+                    run = todo.pop(0)
+                    slot = min(set(range(jobs)) - {worker.slot for worker in running})
+                    if damage := _damage(folder, study, run):
+                        say(f"{damage}; the run is trained again")
+                    running.append(_begin(folder, study, run, slot, devices, keep_weights))
+                for worker in _ended(running):
+                    running.remove(worker)
+                    run = _outcome(folder, study, worker)
+                    if run is None:  # stopped by a signal that is ours too
+                        continue
+                    study = update(folder, run)
+                    say(progress.line(run, worker))
+        except BaseException:
+            for worker in running:  # else the interpreter waits at its exit until they are finished
+                worker.process.terminate()
+            raise
         if interruption.signal is not None:
             say(f"stopping by {interruption.signal.name}: {counted(len(running), 'run')} to be saved")
             for worker in running:

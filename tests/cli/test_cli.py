@@ -209,7 +209,8 @@ def test_copies_of_a_file_hold_for_its_data_and_its_division(
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("data: images\nkept_together: [[a.png, b.png]]\n")
-    assert printed_recipe(capsys, "--config", str(config))["kept_together"] == [["a.png", "b.png"]]
+    for same in ([], ["--data", "images"], ["--validation_fraction", "0.1", "--seed", "3"]):
+        assert printed_recipe(capsys, "--config", str(config), *same)["kept_together"] == [["a.png", "b.png"]]
     for other in (["--data", "others"], ["--test_fraction", "0.2"], ["--fold", "1/5"], ["--folds", "5"]):
         assert "kept_together" not in printed_recipe(capsys, "--config", str(config), *other)
 

@@ -196,7 +196,8 @@ def test_a_report_that_is_stopped_while_its_files_get_their_names_is_none(tmp_pa
     monkeypatch.setattr("os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_report(replace(report_of(num_images=60), predictions=None, confusion=None), tmp_path)
-    assert not any((tmp_path / name).exists() for name in ("report.json", "predictions.csv", "confusion.png"))
+    names = ("report.json", "report.html", "report.md", "predictions.csv", "confusion.png")
+    assert not any((tmp_path / name).exists() for name in names)
 
 
 def predictions_of(answers: str) -> Predictions:

@@ -231,6 +231,15 @@ def test_probabilities_of_views_are_averaged(pixels: np.ndarray) -> None:
     np.testing.assert_array_equal(ten[5:], ten[:5, :, ::-1])
     np.testing.assert_array_equal(Predictor(bundle, "torch", "fp32", views="five-crop").prepare(pixels), ten[:5])
     np.testing.assert_array_equal(ten[0], plain.prepare(pixels)[0])
+    shifted = Predictor(bundle, "torch", "fp32", views="ten-shift").prepare(pixels)
+    np.testing.assert_array_equal(shifted[5:], shifted[:5, :, ::-1])
+    np.testing.assert_array_equal(shifted[0], ten[0])
+    up, down, left, right = shifted[1:5]  # by a pixel
+    np.testing.assert_array_equal(up[:-1], ten[0][1:])
+    np.testing.assert_array_equal(down[1:], ten[0][:-1])
+    np.testing.assert_array_equal(left[:, :-1], ten[0][:, 1:])
+    np.testing.assert_array_equal(right[:, 1:], ten[0][:, :-1])
+    assert not any(edge.any() for edge in (up[-1], down[0], left[:, -1], right[:, 0]))
     resized = Predictor(make_bundle(resolution=64), "torch", "fp32")  # its shorter side would be 85
     assert len({view.tobytes() for view in ten}) == 10 and resized.image_shape == (1, 64, 64, 3)
 

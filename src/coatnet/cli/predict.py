@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--views",
         default="one",
         metavar="V",
-        help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop (one)",
+        help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop, ten-shift (one)",
     )
     parser.add_argument(
         "--tiles",

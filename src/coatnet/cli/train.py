@@ -2,7 +2,7 @@
 
 import argparse
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from coatnet.cli.parser import DATA_HELP, Parser
@@ -30,7 +30,6 @@ MAIN_OPTIONS = (
     "seed",
     "device",
 )
-DIVIDES = {"data", "validation_fraction", "test_fraction", "fold"}  # options that say which images are held out
 
 
 def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespace]":
@@ -56,7 +55,7 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
     if program.config:
         Recipe.from_yaml(program.config)  # its errors name the file
         values = read_yaml(program.config)
-        if program.folds or not DIVIDES.isdisjoint(asked):  # other copies may be parted: they are looked for anew
+        if program.folds or _is_divided_otherwise(values, asked):  # then other copies may be parted: look for them
             values.pop("kept_together", None)
     name = program.recipe or values.get("name") or "scratch"
     recipe = named_recipe(name, merge(values, asked) | {"name": name})
@@ -64,6 +63,17 @@ def parse_arguments(arguments: Sequence[str]) -> "tuple[Recipe, argparse.Namespa
         if not value and not program.print_config:
             raise UserError(f"train needs {option}; `coatnet train --help` shows how")
     return recipe, program
+
+
+def _is_divided_otherwise(values: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether options ask for other images than the values of a file, or hold others of them out."""
+    from coatnet.data.open import data_path
+    from coatnet.data.splits import SplitRule
+
+    before, now = (SplitRule.of(each) for each in (values, {**values, **asked}))
+    parts = ("validation_fraction", "test_fraction", "fold")
+    other = "data" in asked and data_path(asked["data"]) != data_path(str(values.get("data") or ""))
+    return other or any(getattr(before, part) != getattr(now, part) for part in parts)
 
 
 def train_parser() -> Parser:

@@ -57,7 +57,7 @@ class Difference:
         nll_difference: of the mean negative log-likelihoods; negative if `run` is better.
         nll_interval: its 95 % interval, of pairs; None for one image.
         map_difference: of the mean average precisions; None where an image has one label, or probabilities are missing.
-        map_interval: its 95 % interval, of drawing the same images for both; None for one image.
+        map_interval: its 95 % interval, of drawing the same images for both; None for one image or equal answers.
     """
 
     run: str

@@ -36,7 +36,7 @@ from coatnet.evaluation.evaluate import (
     recorded_rule,
     was_trained_on,
 )
-from coatnet.evaluation.metrics import Interval, change_interval, wilson_interval
+from coatnet.evaluation.metrics import Interval, paired_difference, wilson_interval
 from coatnet.evaluation.outputs import match_names
 from coatnet.evaluation.report import Report
 from coatnet.system.progress import ProgressBar
@@ -224,7 +224,7 @@ def extend(
         if is_old.any():
             right_before, right_after = (each[is_old] == labels[is_old] for each in (was, now))
             before, after = (Accuracy(int(each.sum()), len(each)) for each in (right_before, right_after))
-            lost = change_interval(right_before, right_after)
+            lost = paired_difference(right_after, right_before)
     result = Extension(extended, added, method, found, lowered[method], new, before, after, lost, report)
     earlier = extensions(bundle.record)
     about = {

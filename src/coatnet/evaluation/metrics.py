@@ -49,19 +49,17 @@ def mean_interval(values: np.ndarray, *, least: float = 0.0) -> Interval | None:
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
-    """The normal interval of the difference of two fractions of the same images, from bool arrays (N,)."""
+    """The normal interval of the difference of two fractions of the same images, from bool arrays (N,).
+
+    Where no image differs, plus and minus the upper Wilson bound of 0 of N.
+    """
+    if (first == second).all():
+        most = wilson_interval(0, len(first))[1]
+        return (-most, most)
     gained, lost, size = int((first & ~second).sum()), int((second & ~first).sum()), len(first)
     difference = (gained - lost) / size
     half = _Z * math.sqrt(max(0.0, (gained + lost) / size - difference**2) / size)
     return (difference - half, difference + half)
-
-
-def change_interval(before: np.ndarray, after: np.ndarray) -> Interval:
-    """As `paired_difference` of after and before; where no image changed, Wilson's bound for none of N, both ways."""
-    if (before == after).all():
-        most = wilson_interval(0, len(before))[1]
-        return (-most, most)
-    return paired_difference(after, before)
 
 
 RESAMPLES = 100
@@ -70,7 +68,8 @@ RESAMPLES = 100
 def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, *, least: float = 0.0) -> Interval | None:
     """The interval of a statistic in least..1: plus and minus 1.96 bootstrap standard errors.
 
-    None for a single image, and at either end of the range where no sample differs: all right says little of more.
+    None for a single image, and where the statistic is equal in all resamples: its standard error is then 0, although
+    the true value is uncertain.
 
     Standard errors rather than percentiles: the calibration error is biased under resampling, and its percentile
     interval may exclude the value itself.
@@ -86,7 +85,7 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, *, l
     value = statistic(np.ones(size, dtype=np.int64))
     drawn = [statistic(np.bincount(generator.integers(size, size=size), minlength=size)) for _ in range(RESAMPLES)]
     half = _Z * float(np.std(drawn, ddof=1))
-    if half == 0 and value in (least, 1.0):
+    if half == 0:
         return None
     return (max(least, value - half), min(1.0, value + half))
 
@@ -262,7 +261,7 @@ class Metrics:
         return self._counts.columns()[1].astype(np.float32) if self.multilabel else None
 
     def intervals(self) -> dict[str, Interval | None]:
-        """95 % intervals of the figures of `compute`; None where one image is too few."""
+        """95 % intervals of the figures of `compute`; None for one image, and for a figure that resampling does not vary."""
         return self._counts.intervals()
 
     def per_class(self) -> list[ClassFigures]:

@@ -13,6 +13,7 @@ from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_sections import document
 from coatnet.system.files import atomic_files, fsync_path, output_path
 
+PAGES = ("report.json", "report.html", "report.md")
 MAY_BE_ABSENT = ("confusion.png", "mistakes.png", "predictions.csv", PROBABILITIES)
 
 
@@ -25,7 +26,8 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     Args:
         report: the evaluation.
-        folder: where the files go; files of these names are replaced. If one cannot be written, all stay as they were.
+        folder: where the files go. Those of an earlier report are replaced or removed, unless a file cannot be
+            written: then all stay as they were.
 
     Raises:
         OSError: the disk refuses.
@@ -55,7 +57,7 @@ def write_report(report: Report, folder: str | Path) -> None:
             each(path)
             fsync_path(path)
         # Stopped between two renames, the folder has no report rather than figures of one and answers of another.
-        for name in ("report.json", *(name for name in MAY_BE_ABSENT if name not in write)):
+        for name in (*PAGES, *(name for name in MAY_BE_ABSENT if name not in write)):
             (folder / name).unlink(missing_ok=True)
 
 

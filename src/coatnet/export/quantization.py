@@ -63,9 +63,9 @@ class Quantization:
     num_images: int
     figure: str
     before: float
-    before_interval: Interval
+    before_interval: Interval | None
     after: float
-    after_interval: Interval
+    after_interval: Interval | None
     agreement: float
     bytes_before: int
     bytes_after: int
@@ -88,8 +88,8 @@ class Quantization:
             f"| | {self.figure}, % | 95 % interval | weights, MB |",
             "|---|---:|---|---:|",
             *(
-                f"| {name} | {100 * value:.2f} | {100 * low:.1f} to {100 * high:.1f} | {size / 1e6:.2f} |"
-                for name, value, (low, high), size in rows
+                f"| {name} | {100 * value:.2f} | {_shown(interval)} | {size / 1e6:.2f} |"
+                for name, value, interval, size in rows
             ),
             "",
             "| batch | fp32, ms | fp32 model as OpenVINO runs it by default, ms | int8, ms |",
@@ -255,9 +255,13 @@ def chain(first: "openvino.Model", second: "openvino.Model") -> "openvino.Model"
     return joined(second.get_results(), first.get_parameters(), first.get_friendly_name())
 
 
+def _shown(interval: Interval | None) -> str:
+    return "unknown" if interval is None else " to ".join(f"{100 * bound:.1f}" for bound in interval)
+
+
 def accuracy(
     outputs: torch.Tensor, labels: torch.Tensor, bundle: Bundle, signature: Signature
-) -> tuple[float, Interval]:
+) -> tuple[float, Interval | None]:
     """The metric of probabilities or logits (N, K), and its interval."""
     if not signature.logits:
         outputs = outputs.double().clamp(1e-12, 1 - 1e-12)
@@ -265,8 +269,7 @@ def accuracy(
     metrics = Metrics(len(bundle.classes), bundle.multilabel)
     metrics.update(outputs, labels)
     figure = main_figure(bundle.multilabel)
-    value = metrics.compute()[figure]
-    return value, metrics.intervals()[figure] or (value, value)
+    return metrics.compute()[figure], metrics.intervals()[figure]
 
 
 def fraction_correct(outputs: torch.Tensor, labels: torch.Tensor, signature: Signature) -> float:

@@ -79,8 +79,8 @@ class Predictor:
         source: a bundle, its folder, or its id on the hub.
         engine: "torch", "torch-compiled", "openvino" or "onnxruntime"; "auto" is the fastest that is installed.
         precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it.
-        views: test-time augmentation: "one" for none; or "flip", "five-crop" or "ten-crop", whose probabilities are
-            averaged, as is the novelty.
+        views: test-time augmentation: "one" for none; or "flip", "five-crop", "ten-crop" or "ten-shift", whose
+            probabilities are averaged, as is the novelty.
         reject: the share of images like the held-out ones that may be refused as unknown, such as 0.05; None for none.
         coverage: how often a set of classes is to hold the truth, such as 0.9; None for no sets.
         set_method: "lac" (the smallest sets), "aps" or "raps" (sets that grow with the doubt about an image).

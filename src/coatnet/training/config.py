@@ -97,8 +97,8 @@ class TrainingConfig:
     """Passes over the training images; by default 20 to 100, more for fewer images, or with `init` a third of that, but
     at least 8 and 300 steps."""
     batch_size: Annotated[PositiveInt, AT_MOST]
-    """Images of one optimizer step, over all processes; by default 16 to 64: about 30 steps an epoch up to 1,450
-    images."""
+    """Images of one optimizer step, over all processes; by default 16 up to 724 images, 32 up to 1,448, 64 for
+    more."""
     micro_batch_size: Annotated[PositiveInt, AT_MOST]
     """Images of one forward and backward pass of a process; by default its whole share of the batch."""
     seed: Annotated[Integer, Field(ge=0, le=2**63 - 1)] = 0

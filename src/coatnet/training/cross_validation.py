@@ -43,7 +43,8 @@ def cross_validate(recipe: Recipe, out: str | Path, num_folds: int, *, console: 
         console: as in `train`.
 
     Returns:
-        The recipe with the copies that were kept together, for that training.
+        The recipe for the training in `out`, with the copies that the folds kept together, or those of the run that
+        `out` holds already.
 
     Raises:
         UserError: the images have a split of their own, there are fewer than folds, or as `train`.

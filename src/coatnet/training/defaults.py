@@ -366,7 +366,7 @@ def choose_regularization(
 def default_batch_size(num_images: int) -> int:
     """About 30 steps an epoch, but at least 16 images for BatchNorm, and at most 64: on a CPU more are no faster.
 
-    It is 64 from 1,449 images on.
+    So it is 16 up to 724 images, 32 up to 1,448, and 64 for more.
     """
     return int(min(max(16, 2 ** round(math.log2(max(1, num_images) / 32))), 64, max(1, num_images)))
 

@@ -195,7 +195,9 @@ def prepare(
         require_readable(splits.validation, "validation")
         if splits.test is not None:
             require_readable(splits.test, "the test")
-        teacher = load(config.teacher) if config.teacher else None
+        teacher = None
+        if config.teacher and (folder is None or not folder.finished):  # a finished run may have outlived its teacher
+            teacher = load(config.teacher)
     for model, place in ((init, config.init), (teacher, config.teacher)):
         if note := known_before(model, place, config, splits):
             progress.say(f"warning: {note}")
@@ -210,8 +212,15 @@ def learned_from(init: Bundle, data: str, splits: Splits) -> bool:
 
 
 def known_before(model: Bundle | None, place: str, config: TrainingConfig, splits: Splits) -> str:
-    """A sentence for a run whose held-out images its start or teacher, of that place, may have learned from; empty
-    where it held out the same."""
+    """A sentence for a run whose held-out images the model given as `init` or `teacher` may have learned from.
+
+    Args:
+        model: what was given; None for nothing.
+        place: the folder or id that it was given by.
+
+    Returns:
+        "" where it held out the same images.
+    """
     if model is None or not learned_from(model, config.data, splits):
         return ""
     before, now = recorded_rule(model), SplitRule.of(config.to_dict())

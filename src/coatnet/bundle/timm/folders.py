@@ -117,7 +117,7 @@ def write_timm_folder(model: CoAtNet, classes: Sequence[str], preprocessing: Pre
     """Write the files that `timm.create_model("local-dir:...", pretrained=True)` opens into a folder.
 
     Raises:
-        UserError: the network is not one of timm's, or its images are not 8-bit squares.
+        UserError: the network is not one of timm's, or its input is not a square 8-bit image.
     """
     variant = model.variant
     if not isinstance(variant, TimmVariant):

@@ -261,7 +261,7 @@ class Metrics:
         return self._counts.columns()[1].astype(np.float32) if self.multilabel else None
 
     def intervals(self) -> dict[str, Interval | None]:
-        """95 % intervals of the figures of `compute`; None for one image, and for a figure that resampling does not vary."""
+        """95 % intervals of the figures of `compute`; None for one image, or if resampling leaves a figure as it is."""
         return self._counts.intervals()
 
     def per_class(self) -> list[ClassFigures]:

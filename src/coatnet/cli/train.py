@@ -70,10 +70,8 @@ def _is_divided_otherwise(values: Mapping[str, Any], asked: Mapping[str, Any]) -
     from coatnet.data.open import data_path
     from coatnet.data.splits import SplitRule
 
-    before, now = (SplitRule.of(each) for each in (values, {**values, **asked}))
-    parts = ("validation_fraction", "test_fraction", "fold")
     other = "data" in asked and data_path(asked["data"]) != data_path(str(values.get("data") or ""))
-    return other or any(getattr(before, part) != getattr(now, part) for part in parts)
+    return other or not SplitRule.of(values).holds_out_as(SplitRule.of({**values, **asked}))
 
 
 def train_parser() -> Parser:

@@ -75,6 +75,11 @@ class SplitRule:
         """The rule of a recipe's values, of which those of an earlier release are fewer."""
         return cls(**{each.name: values[each.name] for each in fields(cls) if values.get(each.name) is not None})
 
+    def holds_out_as(self, other: "SplitRule") -> bool:
+        """Whether another rule holds out the same images, but for what is kept together."""
+        parts = ("validation_fraction", "test_fraction", "fold")
+        return all(getattr(self, part) == getattr(other, part) for part in parts)
+
     def check(self) -> None:
         """Raise UserError unless both fractions leave images to learn from."""
         if not 0 < self.validation_fraction < 1:

@@ -11,7 +11,7 @@ from coatnet.evaluation.predictions import MAX_PROBABILITIES, PROBABILITIES
 from coatnet.evaluation.report import Report
 from coatnet.evaluation.report_html import to_html
 from coatnet.evaluation.report_sections import document
-from coatnet.system.files import atomic_files, fsync_path, output_path
+from coatnet.system.files import atomic_files, output_path
 
 PAGES = ("report.json", "report.html", "report.md")
 MAY_BE_ABSENT = ("confusion.png", "mistakes.png", "predictions.csv", PROBABILITIES)
@@ -52,13 +52,11 @@ def write_report(report: Report, folder: str | Path) -> None:
     write["report.html"] = text(to_html(report, folder / "metrics.jsonl"))
     write["report.md"] = text(to_markdown(report, with_plots=True))
     write["report.json"] = text(report.to_json())  # renamed last: then all is there
-    with atomic_files(*(folder / name for name in write)) as staged:
+    # Stopped between two renames, the folder has no report rather than figures of one and answers of another.
+    earlier = [folder / name for name in (*PAGES, *(name for name in MAY_BE_ABSENT if name not in write))]
+    with atomic_files(*(folder / name for name in write), remove=earlier) as staged:
         for each, path in zip(write.values(), staged, strict=True):
             each(path)
-            fsync_path(path)
-        # Stopped between two renames, the folder has no report rather than figures of one and answers of another.
-        for name in (*PAGES, *(name for name in MAY_BE_ABSENT if name not in write)):
-            (folder / name).unlink(missing_ok=True)
 
 
 def to_markdown(report: Report, *, with_plots: bool = False) -> str:

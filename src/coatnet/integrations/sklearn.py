@@ -86,9 +86,10 @@ class _ImageEstimator(BaseEstimator):
             raise ValueError(
                 f"an image of X is {pixels.dtype} of shape {pixels.shape}: give a path, or pixels (H, W) or (H, W, C)"
             )
-        if channels not in (1, 3) and bundle is not None and bundle.preprocessing.scale is None:
+        scale = None if bundle is None else bundle.preprocessing.scale
+        if channels not in (1, 3) and bundle is not None and scale is None:
             raise ValueError(f"an image of X has {channels} channels; this model takes gray or color images (1 or 3)")
-        if channels not in (1, 3) or (bundle is not None and bundle.preprocessing.scale is not None):
+        if channels not in (1, 3) or scale is not None:
             return pixels
         pixels = pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels
         if pixels.dtype == np.uint8:

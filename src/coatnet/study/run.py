@@ -293,8 +293,9 @@ def run_study(
         say: takes a line of progress.
 
     Raises:
-        Interrupted: a stop signal arrived; all running runs have saved themselves.
-        UserError: the study cannot be written; the running runs have been told to save themselves.
+        Interrupted: a stop signal arrived; every unfinished run has saved a checkpoint.
+        UserError: the study cannot be written; the training processes were sent SIGTERM, at which each saves a
+            checkpoint.
     """
     study = Study.read(folder)
     mine = study.runs[part.index :: part.count]
@@ -318,14 +319,12 @@ def run_study(
                         continue
                     study = update(folder, run)
                     say(progress.line(run, worker))
-        except BaseException:
-            for worker in running:  # else the interpreter waits at its exit until they are finished
-                worker.process.terminate()
-            raise
-        if interruption.signal is not None:
-            say(f"stopping by {interruption.signal.name}: {counted(len(running), 'run')} to be saved")
+        finally:
+            # After a signal or an error; else the interpreter would wait at its exit until these are finished.
             for worker in running:
                 worker.process.terminate()
+        if interruption.signal is not None:
+            say(f"stopping by {interruption.signal.name}: {counted(len(running), 'run')} to be saved")
             for worker in running:
                 if (run := _outcome(folder, study, worker)) is not None and run.status == "finished":
                     update(folder, run)

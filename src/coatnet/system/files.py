@@ -102,7 +102,7 @@ def read_regular(path: str | Path, max_bytes: int = MAX_SMALL_FILE_BYTES) -> byt
 
 
 @contextmanager
-def atomic_files(*paths: str | Path, durable: bool = True) -> Iterator[tuple[Path, ...]]:
+def atomic_files(*paths: str | Path, durable: bool = True, remove: Iterable[Path] = ()) -> Iterator[tuple[Path, ...]]:
     """Give temporary files to fill, which take the names of `paths`, in this order, if the block succeeds.
 
     The temporary names keep the suffixes. Missing parent folders are made; existing files are replaced.
@@ -110,6 +110,7 @@ def atomic_files(*paths: str | Path, durable: bool = True) -> Iterator[tuple[Pat
     Args:
         durable: flush to the disk before renaming. Leave it out only for what can be made again and is checked when
             it is read.
+        remove: files that are removed when all new ones are on the disk, before the first of them gets its name.
 
     Raises:
         OSError: from the block, or if the disk refuses; no temporary file is left then.
@@ -121,18 +122,23 @@ def atomic_files(*paths: str | Path, durable: bool = True) -> Iterator[tuple[Pat
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(target.parent)
         yield staged
-        commit_files(staged, targets, durable=durable)
+        commit_files(staged, targets, durable=durable, remove=remove)
     finally:
         for file in staged:
             with suppress(OSError):  # such as a parent that is not a folder
                 file.unlink(missing_ok=True)
 
 
-def commit_files(staged: Sequence[Path], targets: Sequence[Path], *, durable: bool = True) -> None:
-    """Rename files to their targets in the same file system, flushed to the disk first. Raises OSError."""
+def commit_files(
+    staged: Sequence[Path], targets: Sequence[Path], *, durable: bool = True, remove: Iterable[Path] = ()
+) -> None:
+    """Rename files to their targets in the same file system, flushed to the disk first, as `atomic_files`. Raises
+    OSError."""
     if durable:
         for file in staged:
             fsync_path(file)
+    for file in remove:
+        file.unlink(missing_ok=True)
     for file, target in zip(staged, targets, strict=True):
         os.replace(file, target)
     if durable:

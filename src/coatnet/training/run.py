@@ -223,9 +223,7 @@ def known_before(model: Bundle | None, place: str, config: TrainingConfig, split
     """
     if model is None or not learned_from(model, config.data, splits):
         return ""
-    before, now = recorded_rule(model), SplitRule.of(config.to_dict())
-    parts = ("validation_fraction", "test_fraction", "fold")
-    if all(getattr(before, part) == getattr(now, part) for part in parts):
+    if recorded_rule(model).holds_out_as(SplitRule.of(config.to_dict())):
         return ""
     return (
         f"{place_name(place)} was trained on images of {splits.name} and held out others, so it has learned from "

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from coatnet.system import hardware
 from coatnet.system.hardware import (
@@ -13,6 +15,7 @@ from coatnet.system.hardware import (
     available_memory,
     busy_share,
     cpu_times,
+    multiplies_bf16,
     num_cores,
     sleep_while_waiting_if_busy,
 )
@@ -127,3 +130,39 @@ def test_the_cpu_time_of_groups_of_version_1_counts(
     files = {"cpu/a/cpu.cfs_quota_us": f"{quota}\n", "cpu/a/cpu.cfs_period_us": "100000\n"}
     write_groups("4:cpu,cpuacct:/a\n", files, tmp_path, monkeypatch)
     assert num_cores() == cores
+
+
+def clock_of(seconds: list[float]) -> Callable[[], float]:
+    """A clock by which what is timed takes these seconds, one after the other."""
+    times = iter([time for number, each in enumerate(seconds) for time in (10.0 * number, 10.0 * number + each)])
+    return lambda: next(times)
+
+
+@pytest.mark.parametrize(
+    ("float32", "bf16", "is_faster"),
+    [
+        ([2.0, 2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0], True),
+        ([1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0], False),
+        ([2.0, 2.0, 9.0, 2.0, 2.0], [9.0, 9.0, 9.0, 1.0, 9.0], True),  # beside other programs
+        ([1.0, 9.0, 9.0, 9.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0], False),
+    ],
+)
+def test_a_cpu_that_has_bf16_takes_it_only_where_it_is_faster(
+    float32: list[float], bf16: list[float], is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    alternately = [each for pair in zip(float32, bf16, strict=True) for each in pair]
+    monkeypatch.setattr(hardware.time, "perf_counter", clock_of(alternately))
+    hardware._is_faster_in_bf16.cache_clear()
+    try:
+        assert multiplies_bf16(torch.device("cpu")) is is_faster
+        assert multiplies_bf16(torch.device("cpu")) is is_faster  # timed once: the clock has no more times
+    finally:
+        hardware._is_faster_in_bf16.cache_clear()
+
+
+def test_a_cpu_without_bf16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(hardware.time, "perf_counter", clock_of([]))
+    assert not multiplies_bf16(torch.device("cpu"))

@@ -29,7 +29,7 @@ from coatnet.training.checkpoint import load_checkpoint, published
 from coatnet.training.config import Recipe
 from coatnet.training.defaults import resolve
 from coatnet.training.distributed.parallelize import compile_in_training
-from coatnet.training.distributed.processes import SINGLE_PROCESS
+from coatnet.training.distributed.processes import SINGLE_PROCESS, Processes
 from coatnet.training.interruption import Interrupted
 from coatnet.training.run import train
 from coatnet.training.run_folder import RunFolder
@@ -127,6 +127,13 @@ def test_the_first_speed_after_a_resumption_counts_the_steps_of_this_process(tmp
         ended = time.monotonic()
         second.log_step()
     assert second.state.step == 4 and 0 < logged[0]["images_per_second"] <= round(32 / (ended - began), 1)
+
+
+@pytest.mark.parametrize(("others", "expected"), [([True], "bf16 on cpu"), ([False], "fp32 on cpu")])
+def test_processes_compute_in_bf16_where_that_is_faster_for_all_of_them(others, expected, monkeypatch):
+    monkeypatch.setattr(trainer, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(Processes, "gather", lambda self, value, *, slow=False: [value, *others])
+    assert expected in trainer_for(replace(BRIEF, precision="auto")).describe()
 
 
 def test_patience_that_is_added_on_resumption_begins_there(tmp_path):

@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
             help="what computes: torch, torch-compiled, openvino, onnxruntime (auto: the fastest that is installed)",
         )
         self.add_argument(
-            "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where the hardware has it)"
+            "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where it is faster)"
         )
 
     def add_calibrated(self) -> None:

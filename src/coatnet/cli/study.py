@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=float, metavar="F", help="width multiplier (1)")
     parser.add_argument("--resolution", type=int, metavar="R", help="side of the images in pixels (by the images)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once (the cores, or the GPUs)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where the hardware has it")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="auto: bf16 where it is faster")
     parser.add_device()
     parser.add_max_megapixels()
     parser.add_argument("--keep_weights", action="store_true", help="keep the models, and not their figures only")

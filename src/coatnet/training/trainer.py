@@ -116,7 +116,9 @@ class Trainer:
         self.on_cpu = self.device.type == "cpu"
         images = "arrays" if splits.training.in_memory else "decoded" if config.cache != "none" else "files"
         self.cores = share_cores(config.num_workers, processes, on_cpu=self.on_cpu, images=images)
-        self.bf16 = multiplies_bf16(self.device) if config.precision == "auto" else config.precision == "bf16"
+        self.bf16 = config.precision == "bf16"
+        if config.precision == "auto":  # one precision for all: FSDP2 gathers weights in it
+            self.bf16 = all(processes.gather(multiplies_bf16(self.device)))
         self.share = batch_share(config.batch_size, config.mixing, processes)
         # All processes of a machine share it.
         if self.cores.workers and not splits.training.in_memory and may_start_processes():

@@ -22,10 +22,10 @@ from coatnet.data.datasets import Dataset
 from coatnet.data.decode import BadImage
 from coatnet.data.loader import read_image
 from coatnet.data.splits import Splits
+from coatnet.data.test_time_augmentation import NUM_VIEWS
 from coatnet.data.transforms import as_images
 from coatnet.evaluation.evaluate import open_recorded
 from coatnet.evaluation.metrics import paired_difference, wilson_interval
-from coatnet.inference.test_time_augmentation import NUM_VIEWS
 
 
 def main() -> None:

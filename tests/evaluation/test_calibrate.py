@@ -19,6 +19,7 @@ from coatnet.bundle.calibration import (
     METHODS,
     NO_THRESHOLD,
     STEPS,
+    is_refused,
     logits_and_means,
     set_scores,
     threshold_index,
@@ -159,6 +160,36 @@ def test_reported_figures_are_cross_fitted(calibrated: Bundle, trained: Bundle, 
     )
     # Images that calibration has not seen are measured with what the bundle answers.
     assert (other := evaluate(calibrated, digits, split="training").reliability) is not None and other.num_shared == 0
+
+
+def test_figures_of_views_are_cross_fitted_too(calibrated: Bundle, digits: Splits) -> None:
+    report, fitted = evaluate(calibrated, digits, views="flip"), calibrated.calibration
+    found = report.reliability
+    assert found is not None and fitted is not None
+    assert found.num_shared == len(digits.validation)  # an image is known by its first view
+    images, labels = images_of(digits.validation, calibrated.preprocessing)
+    from coatnet.inference.logits import _digests
+
+    temperature = fitted.temperature[0] / fitted.temperature[_digests(images) % FOLDS + 1]
+    with torch.inference_mode():
+        views = [calibrated.model(each) for each in (images, images.flip(-1))]
+    mean = (views[0] * temperature).softmax(1) / 2 + (views[1] * temperature).softmax(1) / 2
+    assert report.figures["nll"] == pytest.approx(float(torch.nn.functional.nll_loss(mean.log(), labels)), rel=1e-4)
+    own = [(each * fitted.temperature[0]).softmax(1) / 2 for each in views]  # of the network without its calibration
+    assert found.network["nll"] == pytest.approx(
+        float(torch.nn.functional.nll_loss((own[0] + own[1]).log(), labels)), rel=1e-4
+    )
+    # Of images that the calibration was not fitted to, all of it is what a predictor answers.
+    predictor = Predictor(calibrated, "torch", "fp32", views="flip", reject=0.05)
+    pixels, labels = digits.training.read_batch(np.arange(len(digits.training)))
+    prepared = np.stack([predictor.prepare(each) for each in pixels])
+    probabilities, novelty = predictor.scores(prepared)
+    report = evaluate(calibrated, digits, split="training", views="flip")
+    assert report.figures["top1"] == pytest.approx((probabilities.argmax(1) == labels).mean(), abs=1e-3)
+    assert report.reliability is not None and novelty is not None
+    refused = {each.asked: each.refused for each in report.reliability.refusals}
+    assert refused[0.05] == pytest.approx(is_refused(novelty, 0.05).mean(), abs=2e-3)
+    assert refused[0.2] == pytest.approx(is_refused(novelty, 0.2).mean(), abs=2e-3)
 
 
 class Counted(ArrayDataset):

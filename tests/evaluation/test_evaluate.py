@@ -20,6 +20,7 @@ from coatnet.evaluation.evaluate import evaluate, recorded_rule, was_trained_on
 from coatnet.evaluation.features import extract_features
 from coatnet.evaluation.outputs import label_translation
 from coatnet.evaluation.report_markdown import to_markdown, write_report
+from coatnet.inference.predictor import Predictor
 from coatnet.model.network import create_model
 
 CLASSES = ("a", "b", "c", "d")
@@ -137,6 +138,43 @@ def test_figures_equal_a_plain_loop(bundle: Bundle) -> None:
     assert report.mistakes[0].truth == CLASSES[dataset.labels[wrong[0]]]
     assert report.mistakes[0].probability == pytest.approx(probabilities[wrong[0]].max(), abs=1e-5)
     assert np.array_equal(report.thumbnails[0][..., 1], dataset.images[wrong[0]])
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("views", ["flip", "ten-crop", "ten-shift"])
+def test_probabilities_are_the_mean_over_views_as_a_predictor_has_it(
+    views: str, multilabel: bool, images: Path, tmp_path: Path
+) -> None:
+    made = bundle_of(multilabel=multilabel)
+    seen = replace(made, preprocessing=replace(made.preprocessing, crop_fraction=0.8))
+    (images / "a" / "16.png").write_bytes(b"no image")  # amid the others of its batch
+    report = evaluate(seen, images, split="all", views=views, batch_size=50)
+    predictor = Predictor(seen, "torch", "fp32", views=views)
+    paths = [path for path in sorted(images.rglob("*.png")) if path.name != "16.png"]
+    found = predictor.probabilities(np.stack([predictor.prepare(path) for path in paths]))
+    names = [str(path.relative_to(images)) for path in paths]
+    assert report.predictions is not None and sorted(report.predictions.images) == sorted(names)
+    rows = [names.index(name) for name in report.predictions.images]
+    if multilabel:
+        np.testing.assert_allclose(report.predictions.probabilities, found[rows], atol=1e-5)
+    else:
+        np.testing.assert_allclose(report.predictions.probability, found[rows].max(1), atol=1e-5)
+    assert list(report.bad_images) == ["a/16.png"] and report.figures["n"] == 39
+    labels = np.array([CLASSES.index(name[0]) for name in names])
+    if not multilabel:
+        assert report.figures["top1"] == pytest.approx((found.argmax(1) == labels).mean())
+        assert report.figures["nll"] == pytest.approx(-np.log(found[np.arange(39), labels]).mean(), rel=1e-4)
+    assert report.views == views == report.to_dict()["views"] and f"({views})" in to_markdown(report)
+    one = evaluate(seen, images, split="all")
+    assert one != report and one.figures != report.figures and "views" not in one.to_dict()
+    for batch_size in (1, 64):
+        other = evaluate(seen, images, split="all", views=views, batch_size=batch_size)
+        assert other.figures == pytest.approx(report.figures, rel=1e-4)
+
+
+def test_views_that_are_unknown_are_named(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="views is 'two'; it is one of one, flip"):
+        evaluate(bundle, dataset_of(), views="two")
 
 
 def test_figures_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:

@@ -16,7 +16,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "class, with 95 % intervals; for images with several labels, mean average precision.",
         "examples:\n"
         "  coatnet evaluate runs/clothes --data fashion-mnist-small\n"
-        "  coatnet evaluate runs/mine --data other/images --split all --out measured   # measured/report.html\n\n"
+        "  coatnet evaluate runs/mine --data other/images --split all --out measured   # measured/report.html\n"
+        "  coatnet evaluate runs/mine --data path/to/folder --views flip\n\n"
         f"{DATA_HELP}",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
@@ -34,6 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="FOLDER",
         help="also write the report there: report.html, .md and .json, predictions.csv, plots",
     )
+    parser.add_views()
     parser.add_batch_size()
     parser.add_form("figures")
     parser.add_max_megapixels()
@@ -60,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
             device=given.device,
             progress=bar.update,
             with_images=bool(given.out),
+            views=given.views,
         )
     try:
         if given.out:

@@ -84,6 +84,15 @@ class Parser(argparse.ArgumentParser):
             "--precision", default="auto", metavar="P", help="fp32, or bf16 (auto: bf16 where it is faster)"
         )
 
+    def add_views(self) -> None:
+        """Add `--views`, whose values `check_views` checks: their list is not imported for the help."""
+        self.add_argument(
+            "--views",
+            default="one",
+            metavar="V",
+            help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop, ten-shift (one)",
+        )
+
     def add_calibrated(self) -> None:
         """Add the options for answers of a calibrated model; `calibrated_options` passes them on."""
         self.add_argument(

@@ -48,12 +48,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_batch_size(32)
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, for a program")
     parser.add_engine()
-    parser.add_argument(
-        "--views",
-        default="one",
-        metavar="V",
-        help="test-time augmentation, averaged over views: one, flip, five-crop, ten-crop, ten-shift (one)",
-    )
+    parser.add_views()
     parser.add_argument(
         "--tiles",
         metavar="SIDE",

@@ -24,9 +24,9 @@ from coatnet.data.channels import as_values, read_pixels, to_levels, with_scale
 from coatnet.data.datasets import Dataset, Encoded, evenly_spaced
 from coatnet.data.decode import BadImage, Scale
 from coatnet.data.sampler import BalancedSampler, EpochSampler, Sampler, hash_words
+from coatnet.data.test_time_augmentation import MultiViewTransform
 from coatnet.data.transforms import (
     Augmentation,
-    EvaluationTransform,
     Image,
     Preprocessing,
     TrainingTransform,
@@ -150,8 +150,11 @@ def evaluation_batches(
     every: int = 1,
     pin_memory: bool = False,
     inspect: InspectImages | None = None,
+    views: str = "one",
 ) -> Generator[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Any]], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
+
+    With V views of each image they are (B * V, C, R, R), those of an image neighbors.
 
     An image that cannot be used is left out, because another one in its place would count twice.
 
@@ -162,12 +165,14 @@ def evaluation_batches(
         every: distance to the next.
         pin_memory: yield tensors in pinned memory, which a GPU copies while it computes.
         inspect: called with decoded images, where they are decoded; what it gives for each is yielded as a list of B.
+        views: test-time augmentation, as in `augmented_views`.
 
     Raises:
-        UserError: batch_size is below 1, `bad_images` is over its budget, or a worker process died or hangs.
+        UserError: batch_size is below 1, there are no such views, `bad_images` is over its budget, or a worker process
+            died or hangs.
     """
     dataset = with_scale(dataset, preprocessing.scale)
-    batches = _EvaluationBatches(dataset, batch_size, EvaluationTransform(preprocessing), inspect)
+    batches = _EvaluationBatches(dataset, batch_size, MultiViewTransform(preprocessing, views), inspect)
     for batch in _load(batches, range(first, len(batches), every), num_workers, bad_images, pin_memory):
         if len(batch.indices):
             found = (batch.images, batch.labels, batch.indices)
@@ -260,8 +265,8 @@ def seconds_to_read(images: Dataset, transform: Callable[[Image], object] = lamb
 
 @dataclass
 class _Batch:
-    """Images (B, C, R, R), labels (B,) or (B, K), indices (B,), the reason for each bad image by name, and what
-    `inspect` gave for each image, if anything."""
+    """Images (B, C, R, R), or (B * V, C, R, R) of several views, labels (B,) or (B, K), indices (B,), the reason for
+    each bad image by name, and what `inspect` gave for each image, if anything."""
 
     images: Tensor
     labels: Tensor
@@ -280,7 +285,7 @@ class _EvaluationBatches:
 
     dataset: Dataset
     batch_size: int
-    transform: EvaluationTransform
+    transform: MultiViewTransform
     inspect: InspectImages | None = None
 
     def __post_init__(self) -> None:
@@ -292,8 +297,8 @@ class _EvaluationBatches:
 
     @property
     def num_images(self) -> int:
-        """The most images of a batch."""
-        return self.batch_size
+        """The most images of a batch, each view counted."""
+        return self.batch_size * self.transform.num_views
 
     def first_index(self, number: int) -> int:
         """The index of the first image of that batch."""
@@ -305,7 +310,8 @@ class _EvaluationBatches:
         def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
             return self.transform.batch(pixels, out)
 
-        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, 1, self.inspect)
+        num_views = self.transform.num_views
+        return _make_batch(self.dataset, indices, self.transform.preprocessing, transform, 1, self.inspect, num_views)
 
 
 @dataclass(frozen=True)
@@ -351,6 +357,7 @@ def _make_batch(
     transform: Callable[[Tensor, slice, Tensor | None], Tensor],
     candidates: int,
     inspect: InspectImages | None = None,
+    num_views: int = 1,
 ) -> _Batch:
     """Read, decode and transform images (B,); a bad one is replaced by the first good one of so many candidates.
 
@@ -365,7 +372,7 @@ def _make_batch(
         inspected = inspect(pixels if isinstance(pixels, np.ndarray) else list(pixels)) if inspect else []
         return _Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), inspected=inspected)
 
-    images = _empty_images(len(indices), preprocessing)
+    images = _empty_images(len(indices) * num_views, preprocessing)
     labels, used, bad, inspected = [], [], {}, []
     for position, index in enumerate(indices.tolist()):
         for number in range(index, index + candidates):
@@ -375,8 +382,8 @@ def _make_batch(
             except BadImage as error:
                 bad[error.name] = error.reason
                 continue
-            filled = len(used)
-            transform(as_images(image)[None], slice(position, position + 1), images[filled : filled + 1])
+            filled = len(used) * num_views
+            transform(as_images(image)[None], slice(position, position + 1), images[filled : filled + num_views])
             labels.append(label)
             used.append(candidate)
             if inspect:
@@ -384,7 +391,9 @@ def _make_batch(
             break
     if not used:
         return _Batch(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64), bad)
-    return _Batch(images[: len(used)], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad, inspected)
+    return _Batch(
+        images[: len(used) * num_views], torch.from_numpy(np.stack(labels)), torch.tensor(used), bad, inspected
+    )
 
 
 def _empty_images(count: int, preprocessing: Preprocessing) -> Tensor:

@@ -83,7 +83,7 @@ class Comparison:
         correct: whether each run is right, (number of runs, N) of bool.
         differences: each other run against the first.
         disagreements: numbers of the images on which predictions differ; where the surest clash first.
-        settings: configuration values that differ, by dotted name, in the order of the runs.
+        settings: configuration values that differ, and `views`, by dotted name, in the order of the runs.
     """
 
     runs: tuple[Run, ...]
@@ -289,7 +289,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         correct=correct,
         differences=tuple(_difference(runs, number, correct, nll, rows) for number in range(1, len(runs))),
         disagreements=tuple(unequal),
-        settings=_settings([run.recipe for run in runs]),
+        settings=_settings([run.recipe for run in runs])
+        | _settings([{"views": run.report.get("views", "one")} for run in runs]),
         rows=rows,
     )
 

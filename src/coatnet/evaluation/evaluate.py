@@ -25,6 +25,7 @@ from coatnet.data.hugging_face import SCHEME
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits
+from coatnet.data.test_time_augmentation import NUM_VIEWS, check_views
 from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Interval, Metrics
@@ -41,6 +42,7 @@ from coatnet.evaluation.predictions import (
 from coatnet.evaluation.reliability import PROBABILITY_FIGURES, ReliabilityCounts
 from coatnet.evaluation.report import Mistake, Report
 from coatnet.inference.explanation import Explanation, layercam
+from coatnet.inference.logits import average_views
 from coatnet.system.hardware import choose_device
 
 NUM_MISTAKES = 24
@@ -62,6 +64,7 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     with_images: bool = True,
+    views: str = "one",
 ) -> Report:
     """Evaluate a finished model: accuracy, log-likelihood, calibration and more, with 95 % intervals.
 
@@ -75,7 +78,7 @@ def evaluate(
         data: a dataset, splits, or what `open_dataset` opens. Without a split of its own it is split as it was for the
             training of the bundle, so that no image of the training is among those held out.
         split: which part of data that has splits.
-        batch_size: images per batch; the figures do not depend on it.
+        batch_size: images per batch, each view counted; the figures do not depend on it.
         num_workers: processes that decode. By default, up to 2,000 images are decoded in this process, and more of
             them by one process per core, up to 8.
         device: "cpu", "cuda", "cuda:1" or "auto", the first GPU if there is one; the model is moved there. By default
@@ -83,16 +86,18 @@ def evaluate(
         progress: called after each batch with the number of images done and the number of all images.
         with_images: whether to collect what report.html shows beside the figures: up to 800 small images of the
             confusion matrix, and where the model looked in its worst mistakes.
+        views: test-time augmentation, as in `Predictor`: "one" for none; or "flip", "five-crop", "ten-crop" or
+            "ten-shift", whose probabilities are averaged.
 
     Returns:
         The report; `write_report` writes it to a folder.
 
     Raises:
-        UserError: there is no such model, data, split or device, a class of the data is unknown to the model, or no
-            image can be read.
+        UserError: there is no such model, data, split or device, there are no such views, a class of the data is
+            unknown to the model, or no image can be read.
     """
     bundle = load_model(bundle, device)
-    images = SplitOutputs(bundle, data, split, batch_size=batch_size, num_workers=num_workers)
+    images = SplitOutputs(bundle, data, split, batch_size=batch_size, num_workers=num_workers, views=views)
     return measure(bundle, images, progress=progress or no_progress, with_images=with_images)
 
 
@@ -107,8 +112,9 @@ class SplitOutputs:
         bundle: the network, and the classes of the labels.
         data: as `evaluate` takes it.
         split: which part of data that has splits.
-        batch_size: images computed together.
+        batch_size: images computed together, each view counted.
         num_workers: processes that decode; None as in `evaluate`.
+        views: as in `evaluate`.
         keep: compute once, with what a calibration needs, and keep the outputs if they are few enough.
 
     Attributes:
@@ -121,7 +127,7 @@ class SplitOutputs:
         seconds: that computing took, the last time.
 
     Raises:
-        UserError: there is no such data or split.
+        UserError: there is no such data or split, or there are no such views.
     """
 
     def __init__(
@@ -132,14 +138,16 @@ class SplitOutputs:
         *,
         batch_size: int = EVALUATED_TOGETHER,
         num_workers: int | None = None,
+        views: str = "one",
         keep: bool = False,
     ) -> None:
+        check_views(views)
         data = open_recorded(data, bundle)
         self.name, self.datasets, self.split = choose_datasets(data, split, bundle)
         self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None
         self.training_properties: Sequence[ImageProperties] = ()
         self.inspect = choose_properties(self.datasets, self.training)
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.views = batch_size, num_workers, views
         self.bad_images = BadImages(len(self))
         self.seconds = 0.0
         self.keeps = keep and len(self) <= KEPT_IMAGES
@@ -164,11 +172,12 @@ class SplitOutputs:
         batches = compute_outputs(
             self._bundle,
             self.datasets,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // NUM_VIEWS[self.views] or min(self.batch_size, 1),
             num_workers=self.num_workers,
             bad_images=self.bad_images,
             means=self._means,
             inspect=self.inspect,
+            views=self.views,
             progress=progress,
         )
         with closing(batches):
@@ -209,8 +218,9 @@ def measure(
     num_classes, several, datasets = len(bundle.classes), bundle.multilabel, images.datasets
     metrics = Metrics(num_classes, several)
     # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
-    # an image, ranks are those of the classes of an image, and the same for both.
-    fitted = Metrics(num_classes, several) if several and bundle.calibration else metrics
+    # and one view an image, ranks are those of the classes of an image, and the same for both.
+    differ = several or images.views != "one"
+    fitted = Metrics(num_classes, several) if differ and bundle.calibration else metrics
     worst: list[_Wrong] = []
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it
@@ -218,9 +228,10 @@ def measure(
     total = len(images)
     with closing(images.batches(lambda done: progress(done, total))) as outputs:
         for batch in outputs:
-            logits = batch.logits(bundle)
+            answered = batch.logits(bundle)
+            own = logits = average_views(answered, len(batch.labels), multilabel=several)
             if reliability is not None and batch.digests is not None:
-                own, logits = logits, reliability.update(logits, batch.means(bundle), batch.labels, batch.digests)
+                logits = reliability.update(answered, batch.means(bundle), batch.labels, batch.digests)
                 if fitted is not metrics:
                     metrics.update(own, batch.labels)
             fitted.update(logits, batch.labels)
@@ -243,6 +254,7 @@ def measure(
         split=images.split,
         model=bundle.model.variant.name,
         resolution=bundle.preprocessing.shown_size,
+        views=images.views,
         num_parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
         classes=bundle.classes,
         multilabel=several,

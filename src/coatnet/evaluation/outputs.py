@@ -1,6 +1,6 @@
 """What a network computes for the images of a measurement: once, for calibration and report alike.
 
-Shapes: B images of a batch, N images, K classes, F features, D width of stem and stages together.
+Shapes: B images of a batch, V views of each, N images, K classes, F features, D width of stem and stages together.
 """
 
 import unicodedata
@@ -24,10 +24,11 @@ class ImageOutputs(NamedTuple):
     """A batch of images as a network sees them, whatever its classifier.
 
     Attributes:
-        features: input of the classifier, (B, F), or (B, F + D) with the means of all feature maps.
+        features: input of the classifier, (B * V, F), or (B * V, F + D) with the means of all feature maps; the views
+            of an image are neighbors.
         labels: (B,) or (B, K), in the order of the bundle's classes.
         places: of each image: the number of its dataset, and its index in it.
-        digests: with means, a hash of each image as the network sees it, (B,).
+        digests: with means, a hash of each image as the network sees it, of several views the first, (B,).
         properties: what is seen of each image without a network; None unless asked for.
     """
 
@@ -38,14 +39,14 @@ class ImageOutputs(NamedTuple):
     properties: list[ImageProperties] | None
 
     def logits(self, bundle: Bundle) -> Tensor:
-        """What the classifier of a bundle makes of the features, (B, K) in float32."""
+        """What the classifier of a bundle makes of the features, (B * V, K) in float32."""
         model = bundle.model
         with torch.inference_mode():
             features = self.features[:, : model.num_features].contiguous().to(next(model.parameters()).device)
             return model.get_classifier()(features).float().cpu()
 
     def means(self, bundle: Bundle) -> Tensor:
-        """The means of all feature maps, (B, D)."""
+        """The means of all feature maps, (B * V, D)."""
         return self.features[:, bundle.model.num_features :]
 
 
@@ -59,6 +60,7 @@ def compute_outputs(
     means: bool,
     inspect: InspectImages | None = None,
     every: int = 1,
+    views: str = "one",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Generator[ImageOutputs, None, None]:
     """Run a bundle's network over datasets, in order, batch by batch.
@@ -67,6 +69,7 @@ def compute_outputs(
         means: whether the means of all feature maps, and digests, are wanted, as calibration does.
         inspect: called with decoded images, where they are decoded.
         every: compute every n-th batch of each dataset.
+        views: test-time augmentation, as in `augmented_views`.
         progress: called after each batch with the number of images done.
 
     Raises:
@@ -87,6 +90,7 @@ def compute_outputs(
             output="features and means" if means else "features",
             every=every,
             inspect=inspect,
+            views=views,
         )
         with closing(batches):
             for features, labels, indices, digests, properties in batches:

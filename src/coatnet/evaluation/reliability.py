@@ -1,7 +1,7 @@
 """How far a calibrated model's answers can be relied on: probabilities, refusals and sets of classes, measured.
 
 An image that the calibration was fitted to is measured with temperatures and thresholds fitted without its fold, so
-no figure here is one of the fit. Shapes: B batch, N images, K classes.
+no figure here is one of the fit. Shapes: B batch, V views of each image, N images, K classes.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from coatnet.evaluation.metrics import (
     wilson_interval,
 )
 from coatnet.inference.graph import to_probabilities
+from coatnet.inference.logits import average_views
 
 ANSWERED = (1.0, 0.95, 0.9, 0.8)
 REFUSED = (0.01, 0.05, 0.1, 0.2)
@@ -109,21 +110,25 @@ class ReliabilityCounts:
         self._batches: list[tuple[np.ndarray, ...]] = []
 
     def update(self, answered: Tensor, means: Tensor, labels: Tensor, digests: Tensor) -> Tensor:
-        """Add a batch: logits of the bundle (B, K), means of all feature maps (B, D), labels, digests (B,).
+        """Add a batch: logits of the bundle (B * V, K), means of all feature maps (B * V, D), labels, digests (B,).
 
         Returns:
-            The logits (B, K) at temperatures that were not fitted to these images.
+            The logits (B, K) at temperatures that were not fitted to these images; of several views, those of the mean
+            of their probabilities.
         """
         fitted, several = self._calibration, self._bundle.multilabel
         folds = fitted.folds(digests)
-        own = answered * fitted.temperature[0]
+        of_views = folds.repeat_interleave(len(answered) // len(folds))  # (B * V,)
+        own = average_views(answered * fitted.temperature[0], len(folds), multilabel=several)
         self._network.update(own, labels)
-        logits = fitted.without_own(answered, folds)
+        views = fitted.without_own(answered, of_views)
+        scores = fitted.novelty.score(to_probabilities(views, multilabel=several), means)
+        novelty = fitted.novelty.rank(scores, of_views)
+        scores, novelty = (each.unflatten(0, (len(folds), -1)).mean(1) for each in (scores, novelty))  # (B,)
+        logits = average_views(views, len(folds), multilabel=several)
         probabilities = to_probabilities(logits, multilabel=several)
         confidence, correct = _decisions(probabilities, labels, several)
         before, _ = _decisions(to_probabilities(own, multilabel=several), labels, several)
-        scores = fitted.novelty.score(probabilities, means)
-        novelty = fitted.novelty.rank(scores, folds)
         held, sizes = [], []
         for method in fitted.thresholds:
             each = set_scores(probabilities, method)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from coatnet.bundle.config import readable_json
+from coatnet.data.test_time_augmentation import NUM_VIEWS
 from coatnet.errors import counted
 from coatnet.evaluation.metrics import FIGURES, CalibrationBin, ClassFigures, Interval, Metrics, main_figure
 from coatnet.evaluation.predictions import Duplicates, Predictions, Slice, find_suspects
@@ -51,6 +52,7 @@ class Report:
         mistakes: the misclassified images with the highest probabilities, up to 24.
         bad_images: why each unreadable image was left out, by its name.
         seconds: duration of the evaluation.
+        views: test-time augmentation, as in `evaluate`.
         notes: what a reader of the figures must know.
         reliability: calibration, refusals and sets of classes of a calibrated model; None for others.
         duplicates: held-out images that stand in the training split of the data too; None where they were not compared.
@@ -80,6 +82,7 @@ class Report:
     mistakes: tuple[Mistake, ...]
     bad_images: Mapping[str, str]
     seconds: float = field(compare=False)
+    views: str = "one"
     notes: tuple[str, ...] = ()
     reliability: Reliability | None = None
     duplicates: Duplicates | None = None
@@ -156,6 +159,9 @@ class Report:
             )
             + (f", {percent['majority']} by always naming the most frequent class." if "majority" in percent else ".")
         ]
+        if self.views != "one":
+            several = f"the mean of {NUM_VIEWS[self.views]} views of it ({self.views})"
+            lines.append(f"Each image was classified by {several}: `--views` of `coatnet predict`.")
         found, learned = self.duplicates, f"an image of the training split of {self.data}"  # which may be other data
         if found is not None and not (found.count or found.near):
             nearly = ", or nearly so" if found.near == 0 else ""
@@ -194,6 +200,7 @@ class Report:
             "metrics",
         }
         left_out |= {name for name in ("notes", "slices", "duplicates", "training") if not getattr(self, name)}
+        left_out |= {"views"} if self.views == "one" else set()
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
         rows = [{"class": name} | asdict(row) for name, row in zip(self.classes, self.per_class, strict=True)]
         plain |= {

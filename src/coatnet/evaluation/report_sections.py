@@ -220,6 +220,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("data", f"{report.data}, {report.split}, {report.format_num_images()}"),
         ("model", f"{report.model}, {report.num_parameters / 1e6:,.2f} M parameters"),
         ("resolution", f"{report.resolution} pixels"),
+        *([("views of an image", report.views)] if report.views != "one" else []),
         *([("training", describe_training(report.training))] if report.training else []),
         *([("software", str(report.training["software"]))] if "software" in report.training else []),
         ("evaluation", f"{report.seconds:,.1f} s, {speed:,.0f} images/s"),

@@ -1,8 +1,9 @@
 """The inference loop: a model over a dataset, batch by batch. Evaluation, features and validation all read from here.
 
-Shapes: B images, C channels, R resolution, K classes, D features.
+Shapes: B images, V views of each, C channels, R resolution, K classes, D features.
 """
 
+import math
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from hashlib import blake2b
@@ -10,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from coatnet.bundle.calibration import means_of
 from coatnet.data.datasets import Dataset
@@ -25,10 +27,11 @@ class OutputBatch(NamedTuple):
 
     Attributes:
         outputs: logits (B, K), features (B, D), or features and means of all feature maps side by side; float32 on the
-            CPU.
+            CPU. With V views of each image they have B * V rows, those of an image are neighbors.
         labels: class indices (B,), or 0 and 1 per class (B, K), in the dataset's own order of classes.
         indices: place of each image in the dataset, (B,).
-        digests: with "features and means", a hash of each image as the network sees it, int64 (B,).
+        digests: with "features and means", a hash of each image as the network sees it, int64 (B,); of several views,
+            that of the first.
         inspected: what `inspect` gave for each image.
     """
 
@@ -52,6 +55,7 @@ def infer(
     first: int = 0,
     every: int = 1,
     inspect: InspectImages | None = None,
+    views: str = "one",
 ) -> Generator[OutputBatch, None, None]:
     """Run a model over every image of a dataset, once and in order.
 
@@ -65,9 +69,10 @@ def infer(
         first: number of the first batch to compute, such as the rank of this process.
         every: distance to the next, such as the number of processes.
         inspect: as in `evaluation_batches`.
+        views: as in `evaluation_batches`.
 
     Raises:
-        UserError: batch_size is below 1, or `bad_images` is over its budget.
+        UserError: batch_size is below 1, there are no such views, or `bad_images` is over its budget.
     """
     forward = {"logits": _logits, "features": _features, "features and means": _features_and_means}[output]
     device = next(model.parameters()).device
@@ -81,13 +86,27 @@ def infer(
         every=every,
         pin_memory=device.type == "cuda",
         inspect=inspect,
+        views=views,
     )
     with in_evaluation(model), closing(batches):
         for images, labels, indices, *inspected in batches:
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 outputs = forward(model, images.to(device, non_blocking=True, memory_format=torch.channels_last))
-            digests = _digests(images) if output == "features and means" else None
+            digests = _digests(images[:: len(images) // len(indices)]) if output == "features and means" else None
             yield OutputBatch(outputs.float().cpu(), labels, indices, digests, *inspected)
+
+
+def average_views(logits: Tensor, num_images: int, *, multilabel: bool) -> Tensor:
+    """Logits of the views of each image (B * V, K) to logits of the mean of their probabilities, (B, K).
+
+    With one view they are returned as they are.
+    """
+    if len(logits) == num_images:
+        return logits
+    views = logits.unflatten(0, (num_images, -1))  # (B, V, K)
+    if multilabel:
+        return F.logsigmoid(views).logsumexp(1) - F.logsigmoid(-views).logsumexp(1)
+    return views.log_softmax(2).logsumexp(1) - math.log(views.shape[1])
 
 
 @contextmanager

@@ -25,12 +25,12 @@ from coatnet.data.channels import as_values, read_pixels, to_levels, values_of
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, Scale, pixels_of
 from coatnet.data.folder import expand_paths
+from coatnet.data.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
 from coatnet.data.transforms import as_images, match_channels, normalize, seen_box
 from coatnet.errors import UserError, first_line, nearest
 from coatnet.inference.engines import open_engine
 from coatnet.inference.explanation import Box, Explanation, check_method, heat_maps
 from coatnet.inference.graph import to_probabilities
-from coatnet.inference.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
 from coatnet.public_names import renamed_attribute
 from coatnet.system.hardware import num_cores
 
@@ -221,7 +221,7 @@ class Predictor:
     def prepare_pixels(self, pixels: Tensor) -> NDArray:
         """Resize and crop decoded pixels, uint8 (3 or 1, H, W) or levels (C, H, W), as `prepare`. Thread-safe."""
         pixels = match_channels(pixels, self.bundle.preprocessing)
-        views = augmented_views(pixels, self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
+        views = augmented_views(pixels[None], self.bundle.preprocessing, self.views)  # (V, 1 or C, R, R)
         views = views.permute(0, 2, 3, 1)  # (V, R, R, 1 or C)
         return views.expand(self.image_shape).contiguous().numpy()  # (V, R, R, C)
 

@@ -19,8 +19,8 @@ from coatnet.cli.main import main
 from coatnet.data.datasets import ArrayDataset
 from coatnet.data.open import open_dataset
 from coatnet.errors import UserError
-from coatnet.evaluation.compare import compare, describe, mcnemar, open_run
-from coatnet.evaluation.metrics import wilson_interval
+from coatnet.evaluation.compare import compare, describe, open_run
+from coatnet.evaluation.metrics import mcnemar, wilson_interval
 from coatnet.evaluation.predictions import (
     Predictions,
     find_duplicates,

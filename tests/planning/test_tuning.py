@@ -18,8 +18,8 @@ from coatnet import Recipe, UserError
 from coatnet.cli.main import main
 from coatnet.data.transforms import Augmentation
 from coatnet.errors import NotFinite
-from coatnet.evaluation.metrics import paired_difference, wilson_interval
-from coatnet.planning.tuning import DEFAULT_FACTORS, tune, tuned_config, tuned_values
+from coatnet.evaluation.metrics import mcnemar, paired_difference, wilson_interval
+from coatnet.planning.tuning import DEFAULT_FACTORS, describe_difference, tune, tuned_config, tuned_values
 from coatnet.training.config import MAY_CHANGE, TrainingConfig
 from coatnet.training.defaults import resolve
 from coatnet.training.pace import Pace
@@ -274,3 +274,11 @@ def test_a_search_that_was_killed_goes_on_and_the_run_takes_its_values(tmp_path:
     assert stored["optimizer"]["learning_rate"] == found["values"]["optimizer"]["learning_rate"]
     assert "too favorable" in (out / "report.md").read_text() and "too favorable" in again.stdout
     assert "top1" in json.loads((out / "report.json").read_text())["figures"]
+
+
+@pytest.mark.parametrize(("gained", "lost", "may_be_chance"), [(4, 0, True), (9, 0, False), (30, 25, True)])
+def test_a_gain_of_few_images_may_be_chance(gained: int, lost: int, may_be_chance: bool) -> None:
+    ours, theirs = np.zeros((2, 200), bool)
+    ours[:gained] = theirs[gained : gained + lost] = True
+    said = describe_difference(paired_difference(ours, theirs), mcnemar(gained, lost))
+    assert said.endswith("which may be chance") is may_be_chance

@@ -13,7 +13,14 @@ import numpy as np
 from coatnet.bundle.config import readable_json
 from coatnet.errors import UserError, counted, shorten
 from coatnet.evaluation.html_page import Line, blocks, data_uri, line_chart, page, text
-from coatnet.evaluation.metrics import FIGURES, Interval, mean_interval, paired_difference, precision_difference
+from coatnet.evaluation.metrics import (
+    FIGURES,
+    Interval,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    precision_difference,
+)
 from coatnet.evaluation.outputs import match_names
 from coatnet.evaluation.plots import read_series
 from coatnet.evaluation.predictions import PROBABILITIES, Predictions, read_array, read_predictions
@@ -328,15 +335,6 @@ def _describe_precision(each: Difference) -> str:
         return f"{said}."
     low, high = (100 * bound for bound in each.map_interval)
     return f"{said} (95 % interval {low:+.2f} to {high:+.2f}), {_verdict(each.map_interval)}."
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided p of McNemar's exact test: a binomial test of the images that only one of two models has right."""
-    n, least = gained + lost, min(gained, lost)
-    ways = (
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(least + 1)
-    )
-    return min(1.0, 2 * math.fsum(map(math.exp, ways)))
 
 
 def _difference(

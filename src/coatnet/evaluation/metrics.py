@@ -62,6 +62,15 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     return (difference - half, difference + half)
 
 
+def mcnemar(gained: int, lost: int) -> float:
+    """The two-sided p of McNemar's exact test: a binomial test of the images that only one of two models has right."""
+    n, least = gained + lost, min(gained, lost)
+    ways = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(least + 1)
+    )
+    return min(1.0, 2 * math.fsum(map(math.exp, ways)))
+
+
 RESAMPLES = 100
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from coatnet.bundle import Bundle
 from coatnet.data.splits import Splits
 from coatnet.errors import NotFinite, UserError, counted, import_extra
-from coatnet.evaluation.metrics import Interval, Metrics, main_figure, paired_difference, wilson_interval
+from coatnet.evaluation.metrics import Interval, Metrics, main_figure, mcnemar, paired_difference, wilson_interval
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
 from coatnet.system.json_reader import read_json_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
@@ -409,15 +409,16 @@ class Search:
         default = next((trial for trial in whole if trial.params == DEFAULT_FACTORS), None)
         values = tuned_values(self.config, best.params)
         num_images = len(self.splits.validation)
-        difference, interval = None, None
+        difference, interval, p = None, None, None
         if default is not None:
             difference = best.value - default.value
             if not self.multilabel:
                 ours, theirs = (_unpacked(trial.user_attrs["correct"]) for trial in (best, default))
                 num_images = len(ours)
                 interval = paired_difference(ours, theirs)
+                p = mcnemar(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()))
         found = {
-            "summary": self._summary(best, default, values, difference, interval, len(self._trials())),
+            "summary": self._summary(best, default, values, difference, interval, p, len(self._trials())),
             "asked": self.asked,
             "values": values,
             "without_search": None if default is None else default.number,
@@ -430,6 +431,7 @@ class Search:
             "default_score": None if default is None else default.value,
             "difference": difference,
             "difference_interval": interval,
+            "p": p,
             "trials": [asdict(trial) for trial in self._trials()],
         }
         atomic_write(self.folder.path / "tuning.md", self._markdown(found))
@@ -442,6 +444,7 @@ class Search:
         values: Mapping[str, Mapping[str, Any]],
         difference: float | None,
         interval: Interval | None,
+        p: float | None,
         num_trials: int,
     ) -> str:
         """What was found, in a line."""
@@ -454,10 +457,8 @@ class Search:
         )
         if difference is not None:
             text += f", {100 * difference:+.1f} points to the values without a search after {self.steps:,} steps"
-        if interval is not None:
-            low, high = (100 * bound for bound in interval)
-            noise = ", which may be chance" if low <= 0 else ""
-            text += f" (95 % interval {low:+.1f} to {high:+.1f}{noise})"
+        if interval is not None and p is not None:
+            text += f" ({describe_difference(interval, p)})"
         return f"{text}; the whole run takes these values"
 
     def _markdown(self, found: Mapping[str, Any]) -> str:
@@ -497,6 +498,14 @@ class Search:
                 "",
             )
         )
+
+
+def describe_difference(interval: Interval, p: float) -> str:
+    """The interval of a difference in words, and whether it may be chance: by it, or by McNemar's exact test, since the
+    interval is too narrow where few images differ."""
+    low, high = (100 * bound for bound in interval)
+    noise = ", which may be chance" if low <= 0 or p >= 0.05 else ""
+    return f"95 % interval {low:+.1f} to {high:+.1f}{noise}"
 
 
 def _packed(metrics: Metrics) -> str | None:

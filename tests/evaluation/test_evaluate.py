@@ -175,6 +175,9 @@ def test_probabilities_are_the_mean_over_views_as_a_predictor_has_it(
 def test_views_that_are_unknown_are_named(bundle: Bundle) -> None:
     with pytest.raises(UserError, match="views is 'two'; it is one of one, flip"):
         evaluate(bundle, dataset_of(), views="two")
+    whole = replace(bundle, preprocessing=replace(bundle.preprocessing, crop="squash", crop_fraction=1.0))
+    with pytest.raises(UserError, match="five-crop crop images, and this model sees all of each"):
+        evaluate(whole, dataset_of(), views="five-crop")
 
 
 def test_figures_do_not_depend_on_the_batch_size(bundle: Bundle) -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +299,15 @@ def test_errors_about_unknown_options_list_the_known_ones() -> None:
     for choice, right in (({"engine": "tpu"}, "openvino"), ({"precision": "fp8"}, "bf16"), ({"views": "two"}, "flip")):
         with pytest.raises(UserError, match=right):
             Predictor(make_bundle(), **choice)
+
+
+def test_crops_that_would_all_be_equal_are_refused() -> None:
+    bundle = make_bundle()
+    for crop, fraction, is_refused in (("squash", 1.0, True), ("squash", 0.8, False), ("center", 1.0, False)):
+        seen = replace(bundle.preprocessing, crop=crop, crop_fraction=fraction)
+        with pytest.raises(UserError, match="would be equal") if is_refused else nullcontext():
+            Predictor(replace(bundle, preprocessing=seen), "torch", "fp32", views="ten-crop")
+        Predictor(replace(bundle, preprocessing=seen), "torch", "fp32", views="flip")
 
 
 def test_only_torch_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ class MultiViewTransform(EvaluationTransform):
     """Resizes images, takes `num_views` views of each, which are neighbors in a batch, and normalizes them.
 
     Raises:
-        UserError: `views` is not one of NUM_VIEWS.
+        UserError: as `check_views` and `check_crops`.
     """
 
     def __init__(self, preprocessing: Preprocessing, views: str) -> None:
         super().__init__(preprocessing)
         check_views(views)
+        check_crops(views, preprocessing)
         self.views, self.num_views = views, NUM_VIEWS[views]
 
     def resize(self, images: Tensor) -> Tensor:
@@ -35,6 +36,16 @@ def check_views(views: str) -> None:
     """Raise UserError unless `views` is one of NUM_VIEWS."""
     if views not in NUM_VIEWS:
         raise UserError(f"views is {views!r}; it is one of {', '.join(NUM_VIEWS)}")
+
+
+def check_crops(views: str, preprocessing: Preprocessing) -> None:
+    """Raise UserError if `views` are crops, and all of them equal whatever the image."""
+    has_crops = views in ("five-crop", "ten-crop")
+    if has_crops and preprocessing.crop == "squash" and preprocessing.resized_size == preprocessing.size:
+        raise UserError(
+            f"views {views} crop images, and this model sees all of each (crop squash, crop_fraction 1): the crops "
+            "would be equal; take flip"
+        )
 
 
 def augmented_views(images: Tensor, preprocessing: Preprocessing, views: str) -> Tensor:

@@ -25,7 +25,7 @@ from coatnet.data.hugging_face import SCHEME
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits
-from coatnet.data.test_time_augmentation import NUM_VIEWS, check_views
+from coatnet.data.test_time_augmentation import NUM_VIEWS, check_crops, check_views
 from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Interval, Metrics
@@ -96,6 +96,7 @@ def evaluate(
         UserError: there is no such model, data, split or device, there are no such views, a class of the data is
             unknown to the model, or no image can be read.
     """
+    check_views(views)
     bundle = load_model(bundle, device)
     images = SplitOutputs(bundle, data, split, batch_size=batch_size, num_workers=num_workers, views=views)
     return measure(bundle, images, progress=progress or no_progress, with_images=with_images)
@@ -141,7 +142,7 @@ class SplitOutputs:
         views: str = "one",
         keep: bool = False,
     ) -> None:
-        check_views(views)
+        check_crops(views, bundle.preprocessing)
         data = open_recorded(data, bundle)
         self.name, self.datasets, self.split = choose_datasets(data, split, bundle)
         self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None

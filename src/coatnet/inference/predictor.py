@@ -25,7 +25,7 @@ from coatnet.data.channels import as_values, read_pixels, to_levels, values_of
 from coatnet.data.datasets import MAX_IMAGE_BYTES, read_image_file
 from coatnet.data.decode import BadImage, Scale, pixels_of
 from coatnet.data.folder import expand_paths
-from coatnet.data.test_time_augmentation import NUM_VIEWS, augmented_views, check_views
+from coatnet.data.test_time_augmentation import NUM_VIEWS, augmented_views, check_crops, check_views
 from coatnet.data.transforms import as_images, match_channels, normalize, seen_box
 from coatnet.errors import UserError, first_line, nearest
 from coatnet.inference.engines import open_engine
@@ -119,6 +119,7 @@ class Predictor:
     ) -> None:
         check_views(views)
         bundle = source if isinstance(source, Bundle) else load(source)
+        check_crops(views, bundle.preprocessing)
         self.bundle = bundle.uncalibrated() if raw else bundle
         self.reject = check_reject(self.bundle, reject)
         self.coverage, self.set_method = coverage, set_method

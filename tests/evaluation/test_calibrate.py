@@ -179,6 +179,7 @@ def test_figures_of_views_are_cross_fitted_too(calibrated: Bundle, digits: Split
     assert found.network["nll"] == pytest.approx(
         float(torch.nn.functional.nll_loss((own[0] + own[1]).log(), labels)), rel=1e-4
     )
+    assert found.error_before == pytest.approx(found.network["calibration_error"], abs=1e-6)
     # Of images that the calibration was not fitted to, all of it is what a predictor answers.
     predictor = Predictor(calibrated, "torch", "fp32", views="flip", reject=0.05)
     pixels, labels = digits.training.read_batch(np.arange(len(digits.training)))

@@ -128,7 +128,8 @@ class ReliabilityCounts:
         logits = average_views(views, len(folds), multilabel=several)
         probabilities = to_probabilities(logits, multilabel=several)
         confidence, correct = _decisions(probabilities, labels, several)
-        before, _ = _decisions(to_probabilities(own, multilabel=several), labels, several)
+        # Means over views at two temperatures may differ in their likeliest class.
+        before, before_correct = _decisions(to_probabilities(own, multilabel=several), labels, several)
         held, sizes = [], []
         for method in fitted.thresholds:
             each = set_scores(probabilities, method)
@@ -137,7 +138,7 @@ class ReliabilityCounts:
             held.append(inside.gather(1, labels[:, None])[:, 0])
             sizes.append(inside.sum(1))
         right = ((probabilities >= 0.5) == labels.bool()).all(1) if several else correct[:, 0]
-        columns = (confidence, correct, before, right, scores, novelty, folds, labels)
+        columns = (confidence, correct, before, before_correct, right, scores, novelty, folds, labels)
         sets = (torch.stack(held, 1), torch.stack(sizes, 1)) if held else (folds[:, None], folds[:, None])
         self._batches.append(tuple(column.numpy() for column in (*columns, *sets)))
         return logits
@@ -145,7 +146,7 @@ class ReliabilityCounts:
     def compute(self) -> Reliability:
         """The figures of all images so far."""
         columns = (np.concatenate(column) for column in zip(*self._batches, strict=True))
-        confidence, correct, before, right, scores, novelty, folds, labels, held, sizes = columns
+        confidence, correct, before, before_correct, right, scores, novelty, folds, labels, held, sizes = columns
         size, order = len(right), np.argsort(scores, kind="stable")
         wrong = np.cumsum(~right[order])
         counts = np.unique(np.linspace(size / CURVE_POINTS, size, CURVE_POINTS).round().clip(1).astype(int))
@@ -155,9 +156,9 @@ class ReliabilityCounts:
             temperature=float(self._calibration.temperature[0].median()),
             num_shared=int((folds > 0).sum()),
             network={name: value for name, value in self._network.compute().items() if name in PROBABILITY_FIGURES},
-            error_before=calibration_error(before.ravel(), correct.ravel()),
+            error_before=calibration_error(before.ravel(), before_correct.ravel()),
             error_after=calibration_error(confidence.ravel(), correct.ravel()),
-            bins_before=calibration_bins(before.ravel(), correct.ravel()),
+            bins_before=calibration_bins(before.ravel(), before_correct.ravel()),
             selective=tuple(
                 SelectiveAccuracy(share, float(1 - wrong[n - 1] / n), wilson_interval(n - int(wrong[n - 1]), n))
                 for share, n in answered

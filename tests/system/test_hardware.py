@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from coatnet.system.hardware import (
     available_memory,
     busy_share,
     cpu_times,
+    describe_device,
     multiplies_bf16,
     num_cores,
     sleep_while_waiting_if_busy,
@@ -132,37 +132,44 @@ def test_the_cpu_time_of_groups_of_version_1_counts(
     assert num_cores() == cores
 
 
-def clock_of(seconds: list[float]) -> Callable[[], float]:
-    """A clock by which what is timed takes these seconds, one after the other."""
-    times = iter([time for number, each in enumerate(seconds) for time in (10.0 * number, 10.0 * number + each)])
-    return lambda: next(times)
+AMD = "vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9R14\nflags\t\t: avx512f avx512_bf16 avx512_vnni\n"
+COOPER_LAKE = "vendor_id\t: GenuineIntel\nflags\t\t: avx512f avx512_bf16 avx512_vnni\n"
+SAPPHIRE_RAPIDS = "vendor_id\t: GenuineIntel\nflags\t\t: avx512f avx512_bf16 avx512_fp16\n"
 
 
 @pytest.mark.parametrize(
-    ("float32", "bf16", "is_faster"),
+    ("processor", "has_bf16", "has_amx", "expected"),
     [
-        ([2.0, 2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0], True),
-        ([1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 2.0], False),
-        ([2.0, 2.0, 9.0, 2.0, 2.0], [9.0, 9.0, 9.0, 1.0, 9.0], True),  # beside other programs
-        ([1.0, 9.0, 9.0, 9.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0], False),
+        (AMD, True, False, True),
+        (AMD.replace("avx512_vnni", "avx512_fp16"), True, False, True),
+        (COOPER_LAKE, True, False, True),
+        (SAPPHIRE_RAPIDS, True, True, True),
+        (SAPPHIRE_RAPIDS, True, False, False),  # as in a virtual machine
+        (None, True, False, True),
+        (SAPPHIRE_RAPIDS, False, False, False),
+        (None, False, False, False),
     ],
 )
-def test_a_cpu_that_has_bf16_takes_it_only_where_it_is_faster(
-    float32: list[float], bf16: list[float], is_faster: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_that_has_bf16_takes_it_where_it_is_faster(
+    processor: str | None,
+    has_bf16: bool,
+    has_amx: bool,
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    alternately = [each for pair in zip(float32, bf16, strict=True) for each in pair]
-    monkeypatch.setattr(hardware.time, "perf_counter", clock_of(alternately))
-    hardware._is_faster_in_bf16.cache_clear()
-    try:
-        assert multiplies_bf16(torch.device("cpu")) is is_faster
-        assert multiplies_bf16(torch.device("cpu")) is is_faster  # timed once: the clock has no more times
-    finally:
-        hardware._is_faster_in_bf16.cache_clear()
+    if processor is not None:
+        second = processor.replace("avx512_fp16", "")  # is not read
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{processor}\nprocessor\t: 1\n{second}\n")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert multiplies_bf16(torch.device("cpu")) is expected
 
 
-def test_a_cpu_without_bf16_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(hardware.time, "perf_counter", clock_of([]))
-    assert not multiplies_bf16(torch.device("cpu"))
+def test_a_cpu_is_described_by_its_name_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(AMD)
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    assert describe_device(torch.device("cpu")).startswith("AMD EPYC 9R14, ")
+    (tmp_path / "cpuinfo").unlink()
+    assert describe_device(torch.device("cpu")).endswith(("core", "cores"))

@@ -183,7 +183,7 @@ def open_engine(bundle: Bundle, engine: str = "auto", precision: str = "auto", d
         bundle: the model.
         engine: one of `ENGINES`; "auto" is torch on a GPU, and on a CPU the first that is installed.
         precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it, and on CPUs only where
-            that is faster (timed once in a process).
+            that is faster.
         device: "cpu", "cuda" or "cuda:1"; "auto" is the first GPU if there is one. Only torch runs on a GPU.
 
     Raises:

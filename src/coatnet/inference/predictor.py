@@ -79,7 +79,7 @@ class Predictor:
         source: a bundle, its folder, or its id on the hub.
         engine: "torch", "torch-compiled", "openvino" or "onnxruntime"; "auto" is the fastest that is installed.
         precision: "fp32" or "bf16"; "auto" is bf16 where engine and hardware compute in it, and on CPUs only where
-            that is faster (timed once in a process).
+            that is faster.
         views: test-time augmentation: "one" for none; or "flip", "five-crop", "ten-crop" or "ten-shift", whose
             probabilities are averaged, as is the novelty.
         reject: the share of images like the held-out ones that may be refused as unknown, such as 0.05; None for none.

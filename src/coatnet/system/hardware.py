@@ -7,9 +7,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-TIMED_SIDE, TIMED_PRODUCTS = 1024, 5  # of square matrices, in each precision
+CPU_INFO = Path("/proc/cpuinfo")
 BUSY_SHARE = 0.2  # chosen: one busy core of five; with fewer cores, part of one
 
 # From glibc's malloc.h.
@@ -152,11 +151,7 @@ def describe_device(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine() or "CPU"
+    name = _first_processor().get("model name") or platform.machine() or "CPU"
     return f"{name}, {counted(num_cores(), 'core')}"
 
 
@@ -171,33 +166,32 @@ def gpu_bytes(device: str) -> int:
 def multiplies_bf16(device: "torch.device") -> bool:
     """Whether the hardware multiplies matrices in bf16, and on a CPU, whether that is faster than in float32.
 
-    A CPU with instructions for bf16 is timed, once in a process: they are twice as fast as those for float32 on some
-    (AMD Zen 4: 422 and 191 GFLOP/s), and half as fast on others (Intel's Emerald Rapids whose AMX a virtual machine
-    hides: 146 and 245).
+    Instructions for bf16 are twice as fast as those for float32 on AMD's Zen 4 (products at 422 and 191 GFLOP/s), and
+    half as fast on Intel's Emerald Rapids where a virtual machine hides its matrix unit, AMX (146 and 245). It is told
+    from the features of the processor, not timed, so that every start on a machine computes alike, busy or not.
     """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    return _is_faster_in_bf16()
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and not _has_amx_hidden(_first_processor())
 
 
-@cache
-def _is_faster_in_bf16() -> bool:
-    """Whether this CPU multiplies two matrices faster in bf16 than in float32; a tenth of a second on two cores."""
-    import torch
+def _has_amx_hidden(processor: Mapping[str, str]) -> bool:
+    """Whether it is an Intel processor with AMX by its generation: AVX512-FP16 came with it, in Sapphire Rapids."""
+    return processor.get("vendor_id") == "GenuineIntel" and "avx512_fp16" in processor.get("flags", "").split()
 
-    single = torch.ones(TIMED_SIDE, TIMED_SIDE)
-    half = single.bfloat16()
-    seconds: dict[torch.dtype, list[float]] = {single.dtype: [], half.dtype: []}
-    with torch.inference_mode():
-        for matrix in [single, half] * TIMED_PRODUCTS:  # alternately: other programs may use the cores for a while
-            started = time.perf_counter()
-            matrix @ matrix
-            seconds[matrix.dtype].append(time.perf_counter() - started)
-    return min(seconds[half.dtype]) < min(seconds[single.dtype])
+
+def _first_processor() -> dict[str, str]:
+    """What /proc/cpuinfo says about the first processor, by name; nothing where there is no such file."""
+    try:
+        block = CPU_INFO.read_text(errors="replace").strip().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in block.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def require_compiler(device: "torch.device", alternative: str) -> None:

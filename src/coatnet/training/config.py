@@ -107,7 +107,7 @@ class TrainingConfig:
     """Where to compute: cpu, cuda, or one GPU such as cuda:1; auto: the first GPU, or the CPU without one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the matrix products; weights are fp32 always. auto: bf16 where the hardware multiplies it, and
-    on CPUs only where that is faster, which is timed at the start."""
+    on CPUs only where that is faster."""
     compile: Boolean = False
     """Whether to compile the blocks by torch.compile."""
     parallelism: Annotated[Literal[Parallelism, "auto"], CHANGEABLE] = "auto"

@@ -166,9 +166,9 @@ def gpu_bytes(device: str) -> int:
 def multiplies_bf16(device: "torch.device") -> bool:
     """Whether the hardware multiplies matrices in bf16, and on a CPU, whether that is faster than in float32.
 
-    Instructions for bf16 are twice as fast as those for float32 on AMD's Zen 4 (products at 422 and 191 GFLOP/s), and
-    half as fast on Intel's Emerald Rapids where a virtual machine hides its matrix unit, AMX (146 and 245). It is told
-    from the features of the processor, not timed, so that every start on a machine computes alike, busy or not.
+    Products in bf16 have 2.2 times the rate of those in float32 on AMD's Zen 4 (422 and 191 GFLOP/s), and 0.6 times on
+    Intel's Emerald Rapids where a virtual machine hides its matrix unit, AMX (146 and 245). It is told from the
+    features of the processor, not timed, so that every start on a machine computes alike, busy or not.
     """
     import torch
 

@@ -9,7 +9,7 @@ and decoding, one after the other, seed after seed. All are measured on the same
 
     ours        `coatnet train --max_minutes M`, in a process of its own, as it is by default
     the others  one script (`train_plainly`): AdamW, a cosine over the time that is left, warm-up, RandAugment, crops or
-                shifts, mirroring, label smoothing, averaged weights, bf16 where the hardware multiplies it,
+                shifts, mirroring, label smoothing, averaged weights, bf16 where it is faster,
                 channels-last; each image is decoded once and kept in memory, reduced
 
 `fashion-mnist` is measured on its 10,000 test images; garments may be mirrored, for which ours has the recipe

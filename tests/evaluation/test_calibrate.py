@@ -180,6 +180,9 @@ def test_figures_of_views_are_cross_fitted_too(calibrated: Bundle, digits: Split
         float(torch.nn.functional.nll_loss((own[0] + own[1]).log(), labels)), rel=1e-4
     )
     assert found.error_before == pytest.approx(found.network["calibration_error"], abs=1e-6)
+    assert report.predictions is not None and len(report.mistakes) > 3
+    told = dict(zip(report.predictions.images, report.predictions.probability, strict=True))
+    assert all(told[wrong.image] == pytest.approx(wrong.probability, abs=1e-6) for wrong in report.mistakes)
     # Of images that the calibration was not fitted to, all of it is what a predictor answers.
     predictor = Predictor(calibrated, "torch", "fp32", views="flip", reject=0.05)
     pixels, labels = digits.training.read_batch(np.arange(len(digits.training)))
@@ -277,6 +280,12 @@ def test_no_more_images_are_computed_at_once_than_asked_for(
         assert max(batch_sizes) == 10
     with pytest.raises(UserError, match="batch_size must be 1 or more, got 0"):
         calibrate(trained, few, batch_size=0)
+    for batch_size, most in ((50, 50), (25, 20), (3, 10)):
+        batch_sizes.clear()
+        evaluate(trained, few, views="ten-shift", batch_size=batch_size)
+        assert max(batch_sizes) == most
+    with pytest.raises(UserError, match="batch_size must be 1 or more, got -15"):
+        evaluate(trained, few, views="flip", batch_size=-15)
 
 
 @pytest.mark.slow

@@ -83,7 +83,10 @@ def test_runs_are_compared_image_by_image(tmp_path: Path) -> None:
     assert compare([*found.runs, bare]).settings == {"optimizer.lr": (0.1, 0.2, None)}
     assert compare([found.runs[0], bare]).settings == {}
     flipped = replace(bare, report={**bare.report, "views": "flip"})
-    assert compare([bare, flipped]).settings == {"views": ("one", "flip")}
+    between = compare([bare, flipped])
+    assert between.settings == {"views": ("one", "flip")}
+    said = str(between.document())  # of one of the runs no recipe is known, which the views do not hide
+    assert "'views', 'one', 'flip'" in said and "There is none of" in said
     assert "There is none of bare." in compare([found.runs[0], bare]).document().to_markdown()
     plain = json.loads(found.to_json())
     assert plain["differences"][0]["map_difference"] is None and "average precision" not in describe(difference)

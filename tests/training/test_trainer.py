@@ -136,6 +136,22 @@ def test_processes_compute_in_bf16_where_that_is_faster_for_all_of_them(others, 
     assert expected in trainer_for(replace(BRIEF, precision="auto")).describe()
 
 
+def test_another_precision_than_before_is_said_on_resumption(tmp_path, monkeypatch):
+    recipe, splits = replace(BRIEF, precision="auto"), open_dataset(BRIEF.data)
+    monkeypatch.setattr(trainer, "multiplies_bf16", lambda device: True)
+    first, second = (Trainer(resolve(recipe, splits), splits, RunFolder(tmp_path, recipe)) for _ in range(2))
+    monkeypatch.setattr(trainer, "multiplies_bf16", lambda device: False)
+    third = Trainer(resolve(recipe, splits), splits, RunFolder(tmp_path, recipe))
+    first.start_saving(first.checkpoint_name)
+    first.writer.finish()
+    for resumed, words in ((second, []), (third, ["warning: precision auto is fp32 here, and was bf16"])):
+        said = []
+        resumed.progress.say = said.append
+        resumed.resume(time.monotonic())
+        assert [line[:50] for line in said if line.startswith("warning")] == words
+    assert third.bundle().record["training"]["precision"] == "fp32"
+
+
 def test_patience_that_is_added_on_resumption_begins_there(tmp_path):
     splits = open_dataset(BRIEF.data)
     first, second = (

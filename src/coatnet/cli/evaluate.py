@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="also write the report there: report.html, .md and .json, predictions.csv, plots",
     )
     parser.add_views()
-    parser.add_batch_size()
+    parser.add_batch_size(counts="images, or views of them,")
     parser.add_form("figures")
     parser.add_max_megapixels()
     parser.add_device()

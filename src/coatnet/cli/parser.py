@@ -66,10 +66,10 @@ class Parser(argparse.ArgumentParser):
             "--device", default="auto", metavar="D", help="cpu, cuda or cuda:N (auto: the first GPU if there is one)"
         )
 
-    def add_batch_size(self, default: int = 64) -> None:
+    def add_batch_size(self, default: int = 64, counts: str = "images") -> None:
         """Add the option `--batch-size`."""
         self.add_argument(
-            "--batch-size", type=int, default=default, metavar="N", help=f"images computed together ({default})"
+            "--batch-size", type=int, default=default, metavar="N", help=f"{counts} computed together ({default})"
         )
 
     def add_engine(self) -> None:

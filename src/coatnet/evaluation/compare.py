@@ -156,14 +156,17 @@ class Comparison:
                     *([self._disagreement_table(listed)] if listed else []),
                 ],
             ),
-            Section("Configuration", [Table(("", *names), settings) if settings else self._without_settings()]),
+            Section(
+                "Configuration", [*([Table(("", *names), settings)] if settings else []), *self._without_settings()]
+            ),
         ]
         return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
 
-    def _without_settings(self) -> str:
-        """Why no value is listed."""
-        missing = [run.name for run in self.runs if not run.recipe]
-        return f"There is none of {shorten(missing)}." if missing else "The recorded ones are the same."
+    def _without_settings(self) -> list[str]:
+        """Why no value is listed, or whose are not."""
+        if missing := [run.name for run in self.runs if not run.recipe]:
+            return [f"There is none of {shorten(missing)}."]
+        return [] if self.settings else ["The recorded ones are the same."]
 
     def _without_probabilities(self) -> list[str]:
         """A line if mean average precisions cannot be compared."""

@@ -78,7 +78,7 @@ def evaluate(
         data: a dataset, splits, or what `open_dataset` opens. Without a split of its own it is split as it was for the
             training of the bundle, so that no image of the training is among those held out.
         split: which part of data that has splits.
-        batch_size: images per batch, each view counted; the figures do not depend on it.
+        batch_size: images per batch, or views, where there are several of an image; the figures do not depend on it.
         num_workers: processes that decode. By default, up to 2,000 images are decoded in this process, and more of
             them by one process per core, up to 8.
         device: "cpu", "cuda", "cuda:1" or "auto", the first GPU if there is one; the model is moved there. By default
@@ -113,7 +113,7 @@ class SplitOutputs:
         bundle: the network, and the classes of the labels.
         data: as `evaluate` takes it.
         split: which part of data that has splits.
-        batch_size: images computed together, each view counted.
+        batch_size: images computed together, or views, where there are several of an image: at least those of one.
         num_workers: processes that decode; None as in `evaluate`.
         views: as in `evaluate`.
         keep: compute once, with what a calibration needs, and keep the outputs if they are few enough.
@@ -128,7 +128,7 @@ class SplitOutputs:
         seconds: that computing took, the last time.
 
     Raises:
-        UserError: there is no such data or split, or there are no such views.
+        UserError: there is no such data or split, there are no such views, or batch_size is below 1.
     """
 
     def __init__(
@@ -148,6 +148,8 @@ class SplitOutputs:
         self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None
         self.training_properties: Sequence[ImageProperties] = ()
         self.inspect = choose_properties(self.datasets, self.training)
+        if batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         self.batch_size, self.num_workers, self.views = batch_size, num_workers, views
         self.bad_images = BadImages(len(self))
         self.seconds = 0.0
@@ -173,7 +175,7 @@ class SplitOutputs:
         batches = compute_outputs(
             self._bundle,
             self.datasets,
-            batch_size=self.batch_size // NUM_VIEWS[self.views] or min(self.batch_size, 1),
+            batch_size=max(1, self.batch_size // NUM_VIEWS[self.views]),
             num_workers=self.num_workers,
             bad_images=self.bad_images,
             means=self._means,
@@ -219,9 +221,8 @@ def measure(
     num_classes, several, datasets = len(bundle.classes), bundle.multilabel, images.datasets
     metrics = Metrics(num_classes, several)
     # Ranks over images want one temperature for all; probabilities one that was not fitted to the image. With one label
-    # and one view an image, ranks are those of the classes of an image, and the same for both.
-    differ = several or images.views != "one"
-    fitted = Metrics(num_classes, several) if differ and bundle.calibration else metrics
+    # an image, ranks are those of the classes of an image, and the same for both (of several views, nearly).
+    fitted = Metrics(num_classes, several) if several and bundle.calibration else metrics
     worst: list[_Wrong] = []
     reliability = ReliabilityCounts(bundle) if bundle.calibration is not None else None
     places: list[tuple[int, int]] = []  # of each image: the dataset, and the index in it

@@ -228,7 +228,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
 
 
 def describe_training(training: Mapping[str, Any]) -> str:
-    """`12.0 epochs of 10,800 images, 1,013 steps in 45.2 minutes on CPU, 2 cores`; what is unknown is left out."""
+    """`12.0 epochs of 10,800 images, 1,013 steps in 45.2 minutes on CPU, 2 cores, bf16`, as far as it is known."""
     parts = [
         f"{training['epochs']:,.1f} epochs" if "epochs" in training else "",
         f"{training['images']:,} images" if "images" in training else "",
@@ -236,7 +236,8 @@ def describe_training(training: Mapping[str, Any]) -> str:
     text = " of ".join(part for part in parts if part)
     text += f", {training['steps']:,} steps" if "steps" in training else ""
     text += f" in {training['minutes']:,.1f} minutes" if "minutes" in training else ""
-    return text + (f" on {training['hardware']}" if "hardware" in training else "")
+    text += f" on {training['hardware']}" if "hardware" in training else ""
+    return text + (f", {training['precision']}" if "precision" in training else "")
 
 
 def percent(share: float | None) -> str:

@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
             below each other in each of its weights, such as 3 for queries, keys and values.
         lr: learning rate, that of AdamW.
         weight_decay: decoupled weight decay.
-        dtype: type of the matrix products: bfloat16 where the hardware multiplies it, else float32.
+        dtype: type of the matrix products, such as the precision of the run.
     """
 
     def __init__(

@@ -159,6 +159,11 @@ class Trainer:
         self._timed_from = 0  # of the steps since the last log line, those of an earlier process
         self._bad_images_to_warn = 1
 
+    @property
+    def precision(self) -> str:
+        """`bf16` or `fp32`, whichever is computed in."""
+        return "bf16" if self.bf16 else "fp32"
+
     def describe(self) -> str:
         """Model, origin of its weights, size and precision in half a line."""
         size, learning = (sum(p.numel() for p in each) for each in (self.model.parameters(), self.parameters.values()))
@@ -169,7 +174,7 @@ class Trainer:
             words.append(f"for {self.head_first.steps:,} steps only the classifier learns")
         if self.teacher is not None:
             words.append(f"following {place_name(self.config.teacher)} ({self.teacher.model.variant.name})")
-        words.append(f"{'bf16' if self.bf16 else 'fp32'} on {self.device.type}")
+        words.append(f"{self.precision} on {self.device.type}")
         if self.processes.is_distributed:
             words.append(f"{self.processes.world_size} processes ({self.parallelism})")
         return ", ".join(words)
@@ -582,7 +587,8 @@ class Trainer:
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         teacher = {"teacher": self.teacher.key} if self.teacher is not None else {}
-        return {"position": asdict(self.state), "bad_images": dict(self.bad_images.records), **teacher}
+        bad_images = dict(self.bad_images.records)
+        return {"position": asdict(self.state), "bad_images": bad_images, "precision": self.precision, **teacher}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a step changes, by name: model, average and optimizer."""
@@ -642,6 +648,11 @@ class Trainer:
                 self.state.best, self.state.evaluations_since_best = -1.0, 0  # patience begins here
             for name, reason in checkpoint.state["bad_images"].items():
                 self.bad_images.add(name.removeprefix(f"{self.config.data}/"), reason)  # whole in earlier releases
+            if (before := checkpoint.state.get("precision", self.precision)) != self.precision:
+                self.progress.say(
+                    f"warning: precision auto is {self.precision} here, and was {before} where the run was stopped; "
+                    "the run goes on with it, unlike one that never stopped"
+                )
             if self.teacher is not None and checkpoint.state.get("teacher") != self.teacher.key:
                 self.progress.say(
                     f"warning: the teacher {place_name(self.config.teacher)}, or the release of coatnet or torch, is "
@@ -712,6 +723,7 @@ class Trainer:
                 "minutes": round(self.state.seconds / 60, 2),
                 "images": len(dataset),
                 "hardware": f"{size} x " * (size > 1) + describe_device(self.device),
+                "precision": self.precision,
                 "software": f"coatnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             },
         }

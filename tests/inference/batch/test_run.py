@@ -184,7 +184,7 @@ def test_an_existing_other_file_is_kept_and_refused(predictor: Predictor, images
         predict_to_file(predictor, data, out, top_k=1)
     with pytest.raises(UserError, match="made with other images"):
         predict_to_file(predictor, open_samples([str(images / "bee")]), out, top_k=2)
-    with pytest.raises(UserError, match="made with views one where this has flip"):
+    with pytest.raises(UserError, match=r"made with views one where this has flip \(--views one is the same\); give"):
         predict_to_file(Predictor(predictor.bundle, "torch", "fp32", views="flip"), data, out, top_k=2)
     with pytest.raises(UserError, match=r"\.parquet"):
         predict_to_file(predictor, data, tmp_path / "out.xlsx")

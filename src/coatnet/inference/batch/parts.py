@@ -107,7 +107,8 @@ class Plan:
             if theirs != value and not (finished and name == "versions"):
                 known = {"model": "another model", "images": "other images or labels", "num_images": "other images"}
                 words = "" if name == "versions" else f"{name.replace('_', ' ')} "
-                return known.get(name) or f"{words}{theirs} where this has {value}"
+                option = f" (--{name} {theirs} is the same)" if name in ("engine", "precision", "views") else ""
+                return known.get(name) or f"{words}{theirs} where this has {value}{option}"
         return None
 
 

@@ -154,7 +154,8 @@ def evaluation_batches(
 ) -> Generator[tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Any]], None, None]:
     """Yield every image once, in order: images (B, C, R, R), labels (B,) or (B, K), indices (B,). B varies.
 
-    With V views of each image they are (B * V, C, R, R), those of an image neighbors.
+    With V views of each image they are (B * V, C, R, R), those of an image neighbors; B is at most the larger of
+    `batch_size // V` and 1.
 
     An image that cannot be used is left out, because another one in its place would count twice.
 
@@ -293,19 +294,24 @@ class _EvaluationBatches:
             raise UserError(f"batch_size must be 1 or more, got {self.batch_size}")
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-len(self.dataset) // self.images_read)
 
     @property
     def num_images(self) -> int:
         """The most images of a batch, each view counted."""
-        return self.batch_size * self.transform.num_views
+        return self.images_read * self.transform.num_views
+
+    @property
+    def images_read(self) -> int:
+        """The most images that are read for a batch; `batch_size` counts the views of each."""
+        return max(1, self.batch_size // self.transform.num_views)
 
     def first_index(self, number: int) -> int:
         """The index of the first image of that batch."""
-        return number * self.batch_size
+        return number * self.images_read
 
     def __getitem__(self, number: int) -> _Batch:
-        indices = np.arange(number * self.batch_size, min((number + 1) * self.batch_size, len(self.dataset)))
+        indices = np.arange(self.first_index(number), min(self.first_index(number + 1), len(self.dataset)))
 
         def transform(pixels: Tensor, part: slice, out: Tensor | None) -> Tensor:
             return self.transform.batch(pixels, out)

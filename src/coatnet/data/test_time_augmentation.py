@@ -11,6 +11,7 @@ from coatnet.data.transforms import EvaluationTransform, Preprocessing, center_c
 from coatnet.errors import UserError
 
 NUM_VIEWS = {"one": 1, "flip": 2, "five-crop": 5, "ten-crop": 10, "ten-shift": 10}
+CROPS = ("five-crop", "ten-crop")
 SHIFTS_PER_SIDE = 28  # a shift is a pixel of 28, as it is in training by default
 
 
@@ -40,8 +41,7 @@ def check_views(views: str) -> None:
 
 def check_crops(views: str, preprocessing: Preprocessing) -> None:
     """Raise UserError if `views` are crops, and all of them equal whatever the image."""
-    has_crops = views in ("five-crop", "ten-crop")
-    if has_crops and preprocessing.crop == "squash" and preprocessing.resized_size == preprocessing.size:
+    if views in CROPS and preprocessing.crop == "squash" and preprocessing.resized_size == preprocessing.size:
         raise UserError(
             f"views {views} crop images, and this model sees all of each (crop squash, crop_fraction 1): the crops "
             "would be equal; take flip"
@@ -62,7 +62,7 @@ def augmented_views(images: Tensor, preprocessing: Preprocessing, views: str) ->
     height, width = preprocessing.size
     center = center_crop(resized, height, width)  # (B, C, R, R)
     crops = [center]
-    if views in ("five-crop", "ten-crop"):
+    if views in CROPS:
         top, bottom = resized[..., :height, :], resized[..., -height:, :]
         crops += [edge[..., half] for edge in (top, bottom) for half in (slice(None, width), slice(-width, None))]
     elif views == "ten-shift":

@@ -16,6 +16,8 @@ from coatnet.evaluation.html_page import Line, blocks, data_uri, line_chart, pag
 from coatnet.evaluation.metrics import (
     FIGURES,
     Interval,
+    discordant,
+    may_be_chance,
     mcnemar,
     mean_interval,
     paired_difference,
@@ -156,13 +158,11 @@ class Comparison:
                     *([self._disagreement_table(listed)] if listed else []),
                 ],
             ),
-            Section(
-                "Configuration", [*([Table(("", *names), settings)] if settings else []), *self._without_settings()]
-            ),
+            Section("Configuration", [*([Table(("", *names), settings)] if settings else []), *self._about_settings()]),
         ]
         return Document(" against ".join(names), f"Compared on {counted(n, 'image')}", sections)
 
-    def _without_settings(self) -> list[str]:
+    def _about_settings(self) -> list[str]:
         """Why no value is listed, or whose are not."""
         if missing := [run.name for run in self.runs if not run.recipe]:
             return [f"There is none of {shorten(missing)}."]
@@ -325,9 +325,9 @@ def describe(each: Difference, right: str = "right") -> str:
 
 
 def _verdict(interval: Interval, p: float = 0.0) -> str:
-    if p >= 0.05:  # the interval is approximate, and too narrow where few images differ
+    if may_be_chance(interval, p):
         return "not distinguishable from it"
-    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "not distinguishable from it"
+    return "better" if interval[0] > 0 else "worse"
 
 
 def _describe_precision(each: Difference) -> str:
@@ -344,7 +344,7 @@ def _difference(
     runs: Sequence[Run], number: int, correct: np.ndarray, nll: np.ndarray, rows: Sequence[Sequence[int]]
 ) -> Difference:
     ours, theirs, gaps = correct[number], correct[0], nll[number] - nll[0]
-    gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    gained, lost = discordant(ours, theirs)
     return Difference(
         run=runs[number].name,
         reference=runs[0].name,

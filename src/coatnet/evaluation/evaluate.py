@@ -25,7 +25,7 @@ from coatnet.data.hugging_face import SCHEME
 from coatnet.data.loader import BadImages, read_image
 from coatnet.data.open import data_path, open_dataset
 from coatnet.data.splits import SplitRule, Splits
-from coatnet.data.test_time_augmentation import NUM_VIEWS, check_crops, check_views
+from coatnet.data.test_time_augmentation import check_crops, check_views
 from coatnet.data.transforms import EvaluationTransform, Image, as_images, seen_box
 from coatnet.errors import UserError
 from coatnet.evaluation.metrics import Interval, Metrics
@@ -128,7 +128,7 @@ class SplitOutputs:
         seconds: that computing took, the last time.
 
     Raises:
-        UserError: there is no such data or split, there are no such views, or batch_size is below 1.
+        UserError: there is no such data or split, or there are no such views.
     """
 
     def __init__(
@@ -148,8 +148,6 @@ class SplitOutputs:
         self.training = data.training if isinstance(data, Splits) and self.split in ("validation", "test") else None
         self.training_properties: Sequence[ImageProperties] = ()
         self.inspect = choose_properties(self.datasets, self.training)
-        if batch_size < 1:
-            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
         self.batch_size, self.num_workers, self.views = batch_size, num_workers, views
         self.bad_images = BadImages(len(self))
         self.seconds = 0.0
@@ -175,7 +173,7 @@ class SplitOutputs:
         batches = compute_outputs(
             self._bundle,
             self.datasets,
-            batch_size=max(1, self.batch_size // NUM_VIEWS[self.views]),
+            batch_size=self.batch_size,
             num_workers=self.num_workers,
             bad_images=self.bad_images,
             means=self._means,

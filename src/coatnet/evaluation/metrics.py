@@ -56,10 +56,21 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Interval:
     if (first == second).all():
         most = wilson_interval(0, len(first))[1]
         return (-most, most)
-    gained, lost, size = int((first & ~second).sum()), int((second & ~first).sum()), len(first)
+    (gained, lost), size = discordant(first, second), len(first)
     difference = (gained - lost) / size
     half = _Z * math.sqrt(max(0.0, (gained + lost) / size - difference**2) / size)
     return (difference - half, difference + half)
+
+
+def discordant(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
+    """How many images only the first of two models has right, and only the second, from bool arrays (N,)."""
+    return int((first & ~second).sum()), int((second & ~first).sum())
+
+
+def may_be_chance(interval: Interval, p: float = 0.0) -> bool:
+    """Whether a difference may be 0, by its interval or by the p of McNemar's test: the interval is approximate, and
+    too narrow where few images differ."""
+    return p >= 0.05 or not (interval[0] > 0 or interval[1] < 0)
 
 
 def mcnemar(gained: int, lost: int) -> float:

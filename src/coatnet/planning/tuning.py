@@ -21,7 +21,16 @@ from rich.console import Console
 from coatnet.bundle import Bundle
 from coatnet.data.splits import Splits
 from coatnet.errors import NotFinite, UserError, counted, import_extra
-from coatnet.evaluation.metrics import Interval, Metrics, main_figure, mcnemar, paired_difference, wilson_interval
+from coatnet.evaluation.metrics import (
+    Interval,
+    Metrics,
+    discordant,
+    main_figure,
+    may_be_chance,
+    mcnemar,
+    paired_difference,
+    wilson_interval,
+)
 from coatnet.system.files import MAX_LOG_BYTES, atomic_write, read_regular, translate_write_errors
 from coatnet.system.json_reader import read_json_object
 from coatnet.training.config import MAY_CHANGE, Recipe, TrainingConfig, merge
@@ -416,7 +425,7 @@ class Search:
                 ours, theirs = (_unpacked(trial.user_attrs["correct"]) for trial in (best, default))
                 num_images = len(ours)
                 interval = paired_difference(ours, theirs)
-                p = mcnemar(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()))
+                p = mcnemar(*discordant(ours, theirs))
         found = {
             "summary": self._summary(best, default, values, difference, interval, p, len(self._trials())),
             "asked": self.asked,
@@ -501,10 +510,9 @@ class Search:
 
 
 def describe_difference(interval: Interval, p: float) -> str:
-    """The interval of a difference in words, and whether it may be chance: by it, or by McNemar's exact test, since the
-    interval is too narrow where few images differ."""
+    """The interval of a gain in words, and whether the gain may be chance, by the p of McNemar's test as well."""
     low, high = (100 * bound for bound in interval)
-    noise = ", which may be chance" if low <= 0 or p >= 0.05 else ""
+    noise = ", which may be chance" if may_be_chance(interval, p) else ""
     return f"95 % interval {low:+.1f} to {high:+.1f}{noise}"
 
 

@@ -167,8 +167,8 @@ def multiplies_bf16(device: "torch.device") -> bool:
     """Whether the hardware multiplies matrices in bf16, and on a CPU, whether that is faster than in float32.
 
     Products in bf16 have 2.2 times the rate of those in float32 on AMD's Zen 4 (422 and 191 GFLOP/s), and 0.6 times on
-    Intel's Emerald Rapids where a virtual machine hides its matrix unit, AMX (146 and 245). It is told from the
-    features of the processor, not timed, so that every start on a machine computes alike, busy or not.
+    Intel's Emerald Rapids where a virtual machine hides its matrix unit, AMX (146 and 245). The
+    vendor and the features of the processor decide, not a timing, so that every start on a machine computes alike.
     """
     import torch
 
